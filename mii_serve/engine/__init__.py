@@ -1,0 +1,48 @@
+"""What runs a `StepPlan`: the FP32 reference, and in time faster kernel sets under the same three methods."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mii_serve.types import (
+    Capabilities,
+    EngineCapacity,
+    EngineDescription,
+    GenerationParams,
+    SampleProgress,
+    StepPlan,
+)
+
+
+class Engine(Protocol):
+    """A loaded model on a device. Not thread-safe: one thread calls it, a call at a time."""
+
+    @property
+    def description(self) -> EngineDescription: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def check(self, params: GenerationParams) -> None:
+        """Refuse, before any work, what this model's schedulers cannot do.
+
+        Raises:
+            InvalidRequestError: naming the field and the rule.
+        """
+        ...
+
+    def warmup(self) -> EngineCapacity:
+        """Make one picture, so that "ready" means "has worked", and say how many samples fit at once."""
+        ...
+
+    def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
+        """Carry out one turn; the answer has one entry per sample of `plan.steps`, in that order.
+
+        Raises:
+            EngineError: the engine's state is unknown and everything it held is lost.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the device. The engine cannot be used afterwards."""
+        ...

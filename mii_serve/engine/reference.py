@@ -1,0 +1,183 @@
+"""The truth: FP32, plain diffusers modules, a diffusers scheduler object of its own for every image.
+
+Computes what `StableDiffusionPipeline.__call__` computes, operation by operation, so that on the same machine its pictures are
+the same bits; only the loop is turned inside out, one UNet call per turn. Slow on purpose and never optimised.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from mii_serve.errors import EngineError, MiiServeError
+from mii_serve.models import LoadedModel
+from mii_serve.safety.checker import checked_pictures
+from mii_serve.samplers.build import make_scheduler
+from mii_serve.samplers.names import ACCEPTED_NAMES, short_name
+from mii_serve.types import (
+    LATENT_SCALE,
+    Capabilities,
+    EngineCapacity,
+    EngineDescription,
+    GenerationParams,
+    Picture,
+    RequestedParams,
+    Sample,
+    SampleId,
+    SampleProgress,
+    StepPlan,
+)
+
+
+@dataclass(slots=True)
+class _Running:
+    """One image on its way: everything `StableDiffusionPipeline.__call__` keeps in local variables."""
+
+    sample: Sample
+    scheduler: Any
+    step_kwargs: dict[str, Any]
+    generator: torch.Generator
+    prompt_embeds: torch.Tensor
+    latents: torch.Tensor
+    step: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.scheduler.timesteps)
+
+
+class ReferenceEngine:
+    """Implements `mii_serve.engine.Engine`."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._pipeline = model.pipeline
+        self._device = torch.device(model.pipeline.device)
+        self._scheduler_config = dict(model.pipeline.scheduler.config)
+        self._running: dict[SampleId, _Running] = {}
+        self._capabilities = Capabilities(
+            limits=model.limits,
+            defaults=replace(model.defaults, scheduler=short_name(model.defaults.scheduler)),
+            schedulers=ACCEPTED_NAMES,
+        )
+        self._description = EngineDescription(
+            engine="reference",
+            dtype="fp32",
+            device=str(self._device),
+            model=model.name,
+            model_revision=model.revision,
+            has_safety_checker=model.pipeline.safety_checker is not None,
+        )
+
+    @property
+    def description(self) -> EngineDescription:
+        return self._description
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def check(self, params: GenerationParams) -> None:
+        make_scheduler(self._scheduler_config, params.scheduler, params.num_inference_steps, torch.device("cpu"))
+
+    def warmup(self) -> EngineCapacity:
+        asked = RequestedParams(prompt="warm-up", num_inference_steps=2, seed=0)
+        params = self._capabilities.resolve(asked, fallback_seed=0)
+        sample = Sample(id=SampleId("warm-up", 0), params=params)
+        joins: tuple[Sample, ...] = (sample,)
+        while not (progress := self.run(StepPlan(joins=joins, steps=(sample.id,)))[0]).picture:
+            joins = ()
+        if not progress.picture.rgb:
+            raise EngineError("the warm-up picture is empty")
+        return EngineCapacity(max_slots=1)
+
+    def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
+        try:
+            with torch.no_grad():
+                for sample_id in plan.leaves:
+                    self._running.pop(sample_id, None)
+                for sample in plan.joins:
+                    self._running[sample.id] = self._start(sample)
+                return tuple(self._step(self._running[sample_id]) for sample_id in plan.steps)
+        except MiiServeError:
+            raise
+        except Exception as error:
+            raise EngineError(f"the reference engine failed: {type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        self._running.clear()
+
+    def _start(self, sample: Sample) -> _Running:
+        params, pipeline = sample.params, self._pipeline
+        scheduler = make_scheduler(self._scheduler_config, params.scheduler, params.num_inference_steps, self._device)
+        is_guided = params.guidance_scale > 1
+        prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
+            params.prompt, self._device, 1, is_guided, params.negative_prompt
+        )
+        if is_guided:
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        generator = torch.Generator("cpu").manual_seed(sample.seed)
+        channels = pipeline.unet.config.in_channels
+        shape = (1, channels, params.height // LATENT_SCALE, params.width // LATENT_SCALE)
+        latents = randn_tensor(shape, generator=generator, device=self._device, dtype=prompt_embeds.dtype)
+        accepted = inspect.signature(scheduler.step).parameters
+        step_kwargs = {"eta": 0.0, "generator": generator}
+        return _Running(
+            sample=sample,
+            scheduler=scheduler,
+            step_kwargs={name: value for name, value in step_kwargs.items() if name in accepted},
+            generator=generator,
+            prompt_embeds=prompt_embeds,
+            latents=latents * scheduler.init_noise_sigma,
+        )
+
+    def _step(self, running: _Running) -> SampleProgress:
+        scheduler, latents = running.scheduler, running.latents
+        timestep = scheduler.timesteps[running.step]
+        guidance_scale = running.sample.params.guidance_scale
+        is_guided = guidance_scale > 1
+        model_input = torch.cat([latents] * 2) if is_guided else latents
+        model_input = scheduler.scale_model_input(model_input, timestep)
+        noise_pred = self._pipeline.unet(model_input, timestep, encoder_hidden_states=running.prompt_embeds, return_dict=False)[
+            0
+        ]
+        if is_guided:
+            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+            noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
+        running.latents = scheduler.step(noise_pred, timestep, latents, **running.step_kwargs, return_dict=False)[0]
+        running.step += 1
+        is_last = running.step == running.num_steps
+        return SampleProgress(
+            id=running.sample.id,
+            step=running.step,
+            num_steps=running.num_steps,
+            picture=self._finish(running) if is_last else None,
+        )
+
+    def _finish(self, running: _Running) -> Picture:
+        vae, params = self._pipeline.vae, running.sample.params
+        latents = running.latents / vae.config.scaling_factor
+        images = vae.decode(latents, return_dict=False, generator=running.generator)[0]
+        pictures, flags = checked_pictures(self._pipeline, images)
+        del self._running[running.sample.id]
+        picture = pictures[0].convert("RGB")
+        return Picture(
+            width=picture.width,
+            height=picture.height,
+            rgb=picture.tobytes(),
+            nsfw_content_detected=None if flags is None else flags[0],
+            dropped_prompt=self._dropped(params.prompt),
+            dropped_negative_prompt=self._dropped(params.negative_prompt) if params.guidance_scale > 1 else "",
+        )
+
+    def _dropped(self, prompt: str) -> str:
+        """The text that does not fit into the text encoder's tokens, found as diffusers finds it."""
+        tokenizer = self._pipeline.tokenizer
+        ids = tokenizer(prompt, padding="longest", return_tensors="pt").input_ids
+        if ids.shape[-1] <= tokenizer.model_max_length:
+            return ""
+        dropped: str = tokenizer.batch_decode(ids[:, tokenizer.model_max_length - 1 : -1])[0]
+        return dropped

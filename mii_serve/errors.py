@@ -1,0 +1,99 @@
+"""Every error mii_serve raises on purpose.
+
+    MiiServeError
+    ├── InvalidRequestError      the caller's parameters break a rule            INVALID_ARGUMENT     400
+    ├── QueueFullError           no room now, try again later                    RESOURCE_EXHAUSTED   429
+    ├── DeadlineExceededError    the caller's time ran out                       DEADLINE_EXCEEDED    424
+    ├── RequestCancelledError    the caller hung up                              CANCELLED            499
+    ├── UnsupportedError         this server cannot do that                      UNIMPLEMENTED        501
+    ├── UnavailableError         not ready, draining, or unreachable             UNAVAILABLE          503
+    ├── EngineError              the device or the model failed                  INTERNAL             500
+    ├── ConfigError              a setting breaks a rule; the server will not start
+    └── ModelError               the model cannot be found, read or used; the server will not start
+
+Each class knows its gRPC code and HTTP status, so that the edges translate an error without looking at its kind. HTTP 408 is
+never used: the Azure ML client crashes on it. 424 is what that service's own gateway answers and never retries.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MiiServeError(Exception):
+    """Root of the tree. `str(error)` is fit to show to the caller."""
+
+    grpc_code: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+
+
+class InvalidRequestError(MiiServeError):
+    """A request parameter breaks a rule; nothing was run."""
+
+    grpc_code = "INVALID_ARGUMENT"
+    http_status = 400
+
+    def __init__(self, field: str, rule: str, got: str | None = None) -> None:
+        super().__init__(f"{field}: {rule}" + (f", got {got}" if got is not None else ""))
+        self.field = field
+        self.rule = rule
+
+
+class QueueFullError(MiiServeError):
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 429
+
+
+class DeadlineExceededError(MiiServeError):
+    grpc_code = "DEADLINE_EXCEEDED"
+    http_status = 424
+
+
+class RequestCancelledError(MiiServeError):
+    grpc_code = "CANCELLED"
+    http_status = 499
+
+
+class UnsupportedError(MiiServeError):
+    grpc_code = "UNIMPLEMENTED"
+    http_status = 501
+
+
+class UnavailableError(MiiServeError):
+    grpc_code = "UNAVAILABLE"
+    http_status = 503
+
+
+class EngineError(MiiServeError):
+    """The device's state is unknown after this one; what was in flight has failed."""
+
+
+class ConfigError(MiiServeError):
+    grpc_code = "FAILED_PRECONDITION"
+
+    def __init__(self, setting: str, rule: str) -> None:
+        super().__init__(f"{setting}: {rule}")
+        self.setting = setting
+        self.rule = rule
+
+
+class ModelError(MiiServeError):
+    grpc_code = "FAILED_PRECONDITION"
+
+
+def error_for_grpc_code(code: str) -> type[MiiServeError]:
+    """The class a client raises for a status of this name; the root for codes that have no class."""
+    return _BY_GRPC_CODE.get(code, MiiServeError)
+
+
+_BY_GRPC_CODE: dict[str, type[MiiServeError]] = {
+    error.grpc_code: error
+    for error in (
+        QueueFullError,
+        DeadlineExceededError,
+        RequestCancelledError,
+        UnsupportedError,
+        UnavailableError,
+        EngineError,
+    )
+}

@@ -1,0 +1,1 @@
+"""The HTTP face. Needs the extra `http`."""

@@ -1,0 +1,102 @@
+"""Server side of every gRPC call: a request id for each, and the one place where errors become statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from mii_serve.errors import InvalidRequestError, MiiServeError
+from mii_serve.proto.status import encode_error
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(r"[!-~]{1,100}")
+
+current_request_id: ContextVar[str] = ContextVar("current_request_id", default="-")
+
+if TYPE_CHECKING:  # grpc's classes are generic in their type stubs only
+    Handler = grpc.RpcMethodHandler[Any, Any] | None
+    Context = grpc.aio.ServicerContext[Any, Any]
+else:
+    Handler, Context = grpc.RpcMethodHandler, grpc.aio.ServicerContext
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the methods of our own services; health and reflection answer for themselves.
+
+    A `MiiServeError` ends the call with its own code and details. Anything else is a defect: INTERNAL with the request id for
+    the caller, the traceback for the log.
+    """
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
+    ) -> Handler:
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith("/mii_serve."):
+            return handler
+        metadata = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
+        asked_id = metadata.get(REQUEST_ID_KEY)
+        parse = _checked_parser(handler.request_deserializer)
+        if handler.response_streaming:
+            call = _wrap_stream(handler.unary_stream, parse, asked_id)
+            return grpc.unary_stream_rpc_method_handler(call, None, handler.response_serializer)
+        call = _wrap_unary(handler.unary_unary, parse, asked_id)
+        return grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
+
+
+def _checked_parser(parse: Any) -> Callable[[bytes], Any]:
+    """Left to grpc itself, bytes that are no message would end as UNKNOWN with a traceback in the log."""
+
+    def checked(wire: bytes) -> Any:
+        try:
+            return parse(wire)
+        except DecodeError:
+            raise InvalidRequestError("request", "must be a well-formed message with valid UTF-8 text") from None
+
+    return checked
+
+
+def _wrap_unary(method: Any, parse: Callable[[bytes], Any], asked_id: str | None) -> Any:
+    async def call(wire: bytes, context: Context) -> Any:
+        async with _translated_errors(context, asked_id):
+            return await method(parse(wire), context)
+
+    return call
+
+
+def _wrap_stream(method: Any, parse: Callable[[bytes], Any], asked_id: str | None) -> Any:
+    async def call(wire: bytes, context: Context) -> AsyncIterator[Any]:
+        async with _translated_errors(context, asked_id):
+            async with contextlib.aclosing(method(parse(wire), context)) as messages:
+                async for message in messages:
+                    yield message
+
+    return call
+
+
+@contextlib.asynccontextmanager
+async def _translated_errors(context: Context, asked_id: str | None) -> AsyncIterator[None]:
+    request_id = asked_id if asked_id is not None and _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex
+    current_request_id.set(request_id)
+    try:
+        if asked_id not in (None, request_id):
+            raise InvalidRequestError(REQUEST_ID_KEY, "must be 1 to 100 printable ASCII characters without spaces")
+        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        yield
+    except MiiServeError as error:
+        code, text, trailing = encode_error(error)
+        await context.abort(code, text, trailing)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        logger.exception("unexpected error, request_id=%s", request_id)
+        await context.abort(grpc.StatusCode.INTERNAL, f"internal error, request id {request_id}")

@@ -1,0 +1,56 @@
+"""Errors on the wire: a `google.rpc.Status` whose details name the field and the rule.
+
+The rich error model is https://google.aip.dev/193: BadRequest carries the violated rule, ErrorInfo the error's class name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from mii_serve.errors import InvalidRequestError, MiiServeError, error_for_grpc_code
+
+ERROR_DOMAIN = "mii_serve"
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+
+Metadata = Iterable[tuple[str, str | bytes]]
+
+
+def encode_error(error: MiiServeError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+    """What to end a call with: the code, the text and the trailing metadata."""
+    details: list[any_pb2.Any] = [_packed(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN))]
+    if isinstance(error, InvalidRequestError):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+        details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
+    number = code_pb2.Code.Value(error.grpc_code)
+    status = status_pb2.Status(code=number, message=str(error), details=details)
+    return grpc.StatusCode[error.grpc_code], str(error), ((STATUS_DETAILS_KEY, status.SerializeToString()),)
+
+
+def decode_error(code: grpc.StatusCode, text: str, trailing: Metadata | None) -> MiiServeError:
+    """The error a client raises for a failed call; typed as it was when the server raised it."""
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        for violation in _violations(trailing):
+            rule = violation.description.removeprefix(f"{violation.field}: ")
+            return InvalidRequestError(violation.field, rule)
+        return InvalidRequestError("request", text)
+    return error_for_grpc_code(code.name)(text or code.name)
+
+
+def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+def _violations(trailing: Metadata | None) -> Sequence[error_details_pb2.BadRequest.FieldViolation]:
+    for key, value in trailing or ():
+        if key == STATUS_DETAILS_KEY and isinstance(value, bytes):
+            for detail in status_pb2.Status.FromString(value).details:
+                bad_request = error_details_pb2.BadRequest()
+                if detail.Unpack(bad_request):
+                    return list(bad_request.field_violations)
+    return ()

@@ -1,0 +1,257 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    IMAGE_FORMAT_UNSPECIFIED: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_PNG: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_JPEG: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_WEBP: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_RAW_RGB: _ClassVar[ImageFormat]
+IMAGE_FORMAT_UNSPECIFIED: ImageFormat
+IMAGE_FORMAT_PNG: ImageFormat
+IMAGE_FORMAT_JPEG: ImageFormat
+IMAGE_FORMAT_WEBP: ImageFormat
+IMAGE_FORMAT_RAW_RGB: ImageFormat
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "output")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_INFERENCE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    NUM_IMAGES_PER_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULER_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    num_images_per_prompt: int
+    scheduler: str
+    seed: int
+    output: OutputOptions
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ...) -> None: ...
+
+class OutputOptions(_message.Message):
+    __slots__ = ("format", "quality", "embed_metadata")
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    EMBED_METADATA_FIELD_NUMBER: _ClassVar[int]
+    format: ImageFormat
+    quality: int
+    embed_metadata: bool
+    def __init__(self, format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ..., embed_metadata: _Optional[bool] = ...) -> None: ...
+
+class GeneratedImage(_message.Message):
+    __slots__ = ("index", "data", "format", "height", "width", "seed", "nsfw_content_detected")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    NSFW_CONTENT_DETECTED_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    data: bytes
+    format: ImageFormat
+    height: int
+    width: int
+    seed: int
+    nsfw_content_detected: bool
+    def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., seed: _Optional[int] = ..., nsfw_content_detected: _Optional[bool] = ...) -> None: ...
+
+class EffectiveParameters(_message.Message):
+    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "engine", "dtype", "device", "model", "model_revision", "dropped_prompt", "dropped_negative_prompt")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_INFERENCE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    NUM_IMAGES_PER_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULER_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    num_images_per_prompt: int
+    scheduler: str
+    seed: int
+    engine: str
+    dtype: str
+    device: str
+    model: str
+    model_revision: str
+    dropped_prompt: str
+    dropped_negative_prompt: str
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dropped_prompt: _Optional[str] = ..., dropped_negative_prompt: _Optional[str] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("request_id", "images", "parameters", "timings")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    images: _containers.RepeatedCompositeFieldContainer[GeneratedImage]
+    parameters: EffectiveParameters
+    timings: Timings
+    def __init__(self, request_id: _Optional[str] = ..., images: _Optional[_Iterable[_Union[GeneratedImage, _Mapping]]] = ..., parameters: _Optional[_Union[EffectiveParameters, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+
+class Timings(_message.Message):
+    __slots__ = ("queued_s", "total_s")
+    QUEUED_S_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    queued_s: float
+    total_s: float
+    def __init__(self, queued_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
+
+class GenerateEvent(_message.Message):
+    __slots__ = ("request_id", "queued", "started", "step", "image", "done")
+    class Queued(_message.Message):
+        __slots__ = ("num_samples_ahead",)
+        NUM_SAMPLES_AHEAD_FIELD_NUMBER: _ClassVar[int]
+        num_samples_ahead: int
+        def __init__(self, num_samples_ahead: _Optional[int] = ...) -> None: ...
+    class Started(_message.Message):
+        __slots__ = ("image_index",)
+        IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
+        image_index: int
+        def __init__(self, image_index: _Optional[int] = ...) -> None: ...
+    class Step(_message.Message):
+        __slots__ = ("image_index", "step", "num_steps")
+        IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
+        STEP_FIELD_NUMBER: _ClassVar[int]
+        NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+        image_index: int
+        step: int
+        num_steps: int
+        def __init__(self, image_index: _Optional[int] = ..., step: _Optional[int] = ..., num_steps: _Optional[int] = ...) -> None: ...
+    class Done(_message.Message):
+        __slots__ = ("parameters", "timings")
+        PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+        TIMINGS_FIELD_NUMBER: _ClassVar[int]
+        parameters: EffectiveParameters
+        timings: Timings
+        def __init__(self, parameters: _Optional[_Union[EffectiveParameters, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    queued: GenerateEvent.Queued
+    started: GenerateEvent.Started
+    step: GenerateEvent.Step
+    image: GeneratedImage
+    done: GenerateEvent.Done
+    def __init__(self, request_id: _Optional[str] = ..., queued: _Optional[_Union[GenerateEvent.Queued, _Mapping]] = ..., started: _Optional[_Union[GenerateEvent.Started, _Mapping]] = ..., step: _Optional[_Union[GenerateEvent.Step, _Mapping]] = ..., image: _Optional[_Union[GeneratedImage, _Mapping]] = ..., done: _Optional[_Union[GenerateEvent.Done, _Mapping]] = ...) -> None: ...
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity")
+    class SchedulersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class Defaults(_message.Message):
+        __slots__ = ("scheduler", "num_inference_steps", "guidance_scale", "height", "width")
+        SCHEDULER_FIELD_NUMBER: _ClassVar[int]
+        NUM_INFERENCE_STEPS_FIELD_NUMBER: _ClassVar[int]
+        GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
+        HEIGHT_FIELD_NUMBER: _ClassVar[int]
+        WIDTH_FIELD_NUMBER: _ClassVar[int]
+        scheduler: str
+        num_inference_steps: int
+        guidance_scale: float
+        height: int
+        width: int
+        def __init__(self, scheduler: _Optional[str] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+    class Limits(_message.Message):
+        __slots__ = ("max_prompt_chars", "max_num_inference_steps", "max_guidance_scale", "min_size_px", "max_size_px", "max_images_per_prompt")
+        MAX_PROMPT_CHARS_FIELD_NUMBER: _ClassVar[int]
+        MAX_NUM_INFERENCE_STEPS_FIELD_NUMBER: _ClassVar[int]
+        MAX_GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
+        MIN_SIZE_PX_FIELD_NUMBER: _ClassVar[int]
+        MAX_SIZE_PX_FIELD_NUMBER: _ClassVar[int]
+        MAX_IMAGES_PER_PROMPT_FIELD_NUMBER: _ClassVar[int]
+        max_prompt_chars: int
+        max_num_inference_steps: int
+        max_guidance_scale: float
+        min_size_px: int
+        max_size_px: int
+        max_images_per_prompt: int
+        def __init__(self, max_prompt_chars: _Optional[int] = ..., max_num_inference_steps: _Optional[int] = ..., max_guidance_scale: _Optional[float] = ..., min_size_px: _Optional[int] = ..., max_size_px: _Optional[int] = ..., max_images_per_prompt: _Optional[int] = ...) -> None: ...
+    class Activity(_message.Message):
+        __slots__ = ("uptime_s", "max_slots", "num_running", "num_waiting", "num_steps", "num_images", "num_requests", "num_cancelled_requests")
+        UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+        MAX_SLOTS_FIELD_NUMBER: _ClassVar[int]
+        NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+        NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+        NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+        NUM_IMAGES_FIELD_NUMBER: _ClassVar[int]
+        NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+        NUM_CANCELLED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+        uptime_s: float
+        max_slots: int
+        num_running: int
+        num_waiting: int
+        num_steps: int
+        num_images: int
+        num_requests: int
+        num_cancelled_requests: int
+        def __init__(self, uptime_s: _Optional[float] = ..., max_slots: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_images: _Optional[int] = ..., num_requests: _Optional[int] = ..., num_cancelled_requests: _Optional[int] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEPLOYMENT_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    HAS_SAFETY_CHECKER_FIELD_NUMBER: _ClassVar[int]
+    DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULERS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    deployment_name: str
+    model: str
+    model_revision: str
+    engine: str
+    dtype: str
+    device: str
+    has_safety_checker: bool
+    defaults: GetServerInfoResponse.Defaults
+    limits: GetServerInfoResponse.Limits
+    schedulers: _containers.ScalarMap[str, str]
+    activity: GetServerInfoResponse.Activity
+    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,73 @@
+"""The replica loop inside the calling process, for one-shot use without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+
+from mii_serve.config import DeployConfig
+from mii_serve.engine import Engine
+from mii_serve.errors import EngineError
+from mii_serve.proto.codec import encode_event
+from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.replica.loop import ReplicaLoop
+from mii_serve.types import Capabilities, EngineCapacity, Event, OutputOptions, RequestedParams, draw_seed
+
+
+class LocalGenerator:
+    """Makes pictures in this process; not thread-safe."""
+
+    def __init__(self, engine: Engine, capacity: EngineCapacity) -> None:
+        self._engine, self._capacity = engine, capacity
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._engine.capabilities
+
+    def stream_messages(self, asked: RequestedParams, output: OutputOptions) -> Iterator[pb.GenerateEvent]:
+        """The events a server would send; closing the generator cancels.
+
+        Raises:
+            InvalidRequestError: naming the field and the rule.
+            EngineError: the engine failed.
+        """
+        params = self._engine.capabilities.resolve(asked, fallback_seed=draw_seed())
+        request_id = uuid.uuid4().hex
+        with asyncio.Runner() as runner:
+            replica = ReplicaLoop(self._engine, self._capacity, max_waiting_samples=params.num_images_per_prompt)
+            events = replica.generate(request_id, params, output)
+            turns = runner.get_loop().create_task(replica.run())
+            try:
+                while (event := runner.run(_next(events))) is not None:
+                    yield encode_event(request_id, event)
+            finally:
+                runner.run(_stop(events, turns))
+
+
+async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
+    return await anext(events, None)
+
+
+async def _stop(events: AsyncGenerator[Event, None], turns: asyncio.Task[None]) -> None:
+    await events.aclose()
+    turns.cancel()
+    with contextlib.suppress(asyncio.CancelledError, EngineError):
+        await turns
+
+
+@contextlib.contextmanager
+def open_local(config: DeployConfig) -> Iterator[LocalGenerator]:
+    """Load the configured model here and free it afterwards.
+
+    Raises:
+        ConfigError, ModelError: as `mii_serve deploy` would.
+    """
+    from mii_serve.engine.factory import build_engine
+
+    engine = build_engine(config)
+    try:
+        yield LocalGenerator(engine, engine.warmup())
+    finally:
+        engine.close()

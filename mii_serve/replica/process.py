@@ -1,0 +1,81 @@
+"""Entry point of a replica process: `python -m mii_serve.replica.process STATUS_FD`.
+
+The parent writes one JSON line to stdin, `{"config": …, "socket": …}`, and keeps the pipe open: when it closes, the parent is
+gone and so is this process. On the descriptor STATUS_FD the replica writes JSON lines: `{"state": "ready"}` once a warm-up
+picture has been made and the socket is open, or `{"state": "failed", "error": <class>, "message": …}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import TextIO
+
+import grpc
+
+from mii_serve.config import DeployConfig
+from mii_serve.engine import Engine
+from mii_serve.errors import MiiServeError
+from mii_serve.proto.codec import CHANNEL_OPTIONS
+from mii_serve.proto.interceptor import CallInterceptor
+from mii_serve.proto.v1.image_generation_pb2_grpc import add_ImageGenerationServicer_to_server
+from mii_serve.replica.loop import ReplicaLoop
+from mii_serve.replica.service import ReplicaService
+from mii_serve.types import EngineCapacity
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    # Ctrl-C in a terminal reaches the whole process group; only the parent acts on it, and then tells us by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    order = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
+    logging.basicConfig(level=order["log_level"], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as status:
+        try:
+            config = DeployConfig.from_json(order["config"])
+            engine, capacity = _warm_engine(config)
+            asyncio.run(_serve(engine, capacity, config, order["socket"], status))
+        except MiiServeError as error:
+            status.write(json.dumps({"state": "failed", "error": type(error).__name__, "message": str(error)}) + "\n")
+            return 1
+    return 0
+
+
+def _die_with_parent() -> None:
+    # Below sys.stdin: its lock, held in a blocking read, would stall the interpreter's own shutdown.
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def _warm_engine(config: DeployConfig) -> tuple[Engine, EngineCapacity]:
+    from mii_serve.engine.factory import build_engine
+
+    engine = build_engine(config)
+    return engine, engine.warmup()
+
+
+async def _serve(engine: Engine, capacity: EngineCapacity, config: DeployConfig, socket: str, status: TextIO) -> None:
+    loop = ReplicaLoop(engine, capacity, max_waiting_samples=config.max_waiting_samples)
+    server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
+    add_ImageGenerationServicer_to_server(ReplicaService(loop, config.deployment_name), server)
+    server.add_insecure_port(f"unix:{socket}")
+    await server.start()
+    status.write(json.dumps({"state": "ready"}) + "\n")
+    try:
+        await loop.run()
+    finally:
+        await server.stop(grace=1.0)
+        engine.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

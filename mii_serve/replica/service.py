@@ -1,0 +1,41 @@
+"""The v1 service as a replica speaks it, on its private socket, to the front process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+
+import mii_serve
+from mii_serve.proto.codec import decode_request, encode_event, encode_server_info, gather_response
+from mii_serve.proto.interceptor import Context, current_request_id
+from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer
+from mii_serve.replica.loop import ReplicaLoop
+from mii_serve.types import draw_seed
+
+
+class ReplicaService(ImageGenerationServicer):
+    def __init__(self, loop: ReplicaLoop, deployment_name: str) -> None:
+        self._loop = loop
+        self._deployment_name = deployment_name
+
+    async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:  # noqa: N802
+        params, output = decode_request(request, self._loop.engine.capabilities, fallback_seed=draw_seed())
+        request_id = current_request_id.get()
+        async with contextlib.aclosing(self._loop.generate(request_id, params, output)) as events:
+            async for event in events:
+                yield encode_event(request_id, event)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
+        async with contextlib.aclosing(self.GenerateStream(request, context)) as events:
+            return gather_response([event async for event in events])
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
+        engine = self._loop.engine
+        return encode_server_info(
+            version=mii_serve.__version__,
+            deployment_name=self._deployment_name,
+            engine=engine.description,
+            capabilities=engine.capabilities,
+            activity=self._loop.activity(),
+        )

@@ -1,0 +1,1 @@
+"""Keeps pictures that should not be seen from being seen."""

@@ -1,0 +1,1 @@
+"""Samplers: the diffusers schedulers a request can name."""

@@ -1,0 +1,137 @@
+"""One deployment from start to end: listen, start the replica, say when it is ready, serve, drain, exit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+from mii_serve.config import DeployConfig
+from mii_serve.errors import ConfigError
+from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server.front import GrpcFront, bracketed
+from mii_serve.server.service import FrontService
+from mii_serve.server.supervisor import ReplicaSupervisor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """Where a deployment listens, as HOST:PORT, and what it serves. `http` is "off" without the extra of that name."""
+
+    grpc: str
+    http: str
+    info: pb.GetServerInfoResponse
+
+
+class _StopRequests:
+    """SIGTERM and SIGINT: the first asks for a drain, the second for an end at once."""
+
+    def __init__(self) -> None:
+        self.drain, self.at_once = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        (self.at_once if self.drain.is_set() else self.drain).set()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """Who is told what while a deployment starts, and who serves HTTP beside it.
+
+    `on_listening` gets the gRPC address as soon as it is open; `on_ready` is called once, after the warm-up picture;
+    `open_http` serves while its context is open and gives its HOST:PORT, or None where HTTP is not installed.
+    """
+
+    on_listening: Callable[[str], None]
+    on_ready: Callable[[Ready], None]
+    open_http: Callable[[DeployConfig, FrontService], AbstractAsyncContextManager[str | None]]
+
+
+def run_deployment(config: DeployConfig, listener: Listener) -> int:
+    """Serve until told to stop; answers the process's exit code.
+
+    Raises:
+        ConfigError, ModelError, EngineError: the deployment did not start.
+    """
+    _refuse_what_this_release_lacks(config)
+    return asyncio.run(_deploy(config, listener))
+
+
+def _refuse_what_this_release_lacks(config: DeployConfig) -> None:
+    if config.replicas != 1:
+        raise ConfigError("replicas", f"this release runs one replica, got {config.replicas}")
+    if config.tensor_parallel != 1:
+        raise ConfigError("tensor_parallel", f"this release has no tensor parallelism, got {config.tensor_parallel}")
+
+
+async def _deploy(config: DeployConfig, listener: Listener) -> int:
+    stop = _StopRequests()
+    service = FrontService()
+    front = GrpcFront(service)
+    async with listener.open_http(config, service) as http:
+        address = f"{bracketed(config.host)}:{await front.listen(config.host, config.grpc_port)}"
+        listener.on_listening(address)
+
+        def on_first_ready(info: pb.GetServerInfoResponse) -> None:
+            listener.on_ready(Ready(grpc=address, http=http or "off", info=info))
+
+        changed = asyncio.Event()
+        supervisor = ReplicaSupervisor(config)
+        running = asyncio.create_task(supervisor.run(changed))
+        following = asyncio.create_task(_follow(supervisor, changed, service, front, on_first_ready))
+        draining = asyncio.create_task(stop.drain.wait())
+        try:
+            await asyncio.wait((running, following, draining), return_when=asyncio.FIRST_COMPLETED)
+            for ended in (running, following):
+                if ended.done():
+                    ended.result()  # raises why the deployment cannot go on
+            await _drain(config, service, front, stop)
+        finally:
+            for task in (following, running, draining):
+                task.cancel()
+            await asyncio.gather(following, running, draining, return_exceptions=True)
+            await front.stop(0)
+            await service.detach()
+    return 0
+
+
+async def _follow(
+    supervisor: ReplicaSupervisor,
+    changed: asyncio.Event,
+    service: FrontService,
+    front: GrpcFront,
+    on_first_ready: Callable[[pb.GetServerInfoResponse], None],
+) -> None:
+    """Attach to the replica whenever it is ready, and let health say so."""
+    is_first = True
+    while True:
+        await changed.wait()
+        changed.clear()
+        if not supervisor.is_ready:
+            await front.set_serving(False)
+            await service.detach()
+            continue
+        info = await service.attach(supervisor.socket)
+        await front.set_serving(True)
+        if is_first:
+            on_first_ready(info)
+        is_first = False
+
+
+async def _drain(config: DeployConfig, service: FrontService, front: GrpcFront, stop: _StopRequests) -> None:
+    await front.set_serving(False)
+    drained = asyncio.create_task(service.drain(config.drain_timeout_s))
+    at_once = asyncio.create_task(stop.at_once.wait())
+    await asyncio.wait((drained, at_once), return_when=asyncio.FIRST_COMPLETED)
+    if not (drained.done() and drained.result()):
+        logger.warning("stopping with requests still running")
+    drained.cancel()
+    at_once.cancel()
+    await front.stop(1.0 if not stop.at_once.is_set() else 0)

@@ -1,0 +1,81 @@
+"""The front's listeners: the public gRPC port with health and reflection, and, where installed, the HTTP port."""
+
+from __future__ import annotations
+
+import socket
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from mii_serve.errors import ConfigError
+from mii_serve.proto.codec import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
+from mii_serve.proto.interceptor import CallInterceptor
+from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.proto.v1.image_generation_pb2_grpc import add_ImageGenerationServicer_to_server
+from mii_serve.server.service import FrontService
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name
+_SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server behind the same door
+)
+
+
+class GrpcFront:
+    """The public gRPC server. Listens at once; SERVING only while `set_serving` says so."""
+
+    def __init__(self, service: FrontService) -> None:
+        self._server = grpc.aio.server(interceptors=(CallInterceptor(),), options=_SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        add_ImageGenerationServicer_to_server(service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def listen(self, host: str, port: int) -> int:
+        """Start and answer the port, chosen by the system when 0 was asked for.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+        """
+        await self.set_serving(False)
+        try:
+            bound = self._server.add_insecure_port(f"{bracketed(host)}:{port}")
+        except RuntimeError as error:
+            raise ConfigError("grpc_port", f"cannot listen on {bracketed(host)}:{port}; is it in use?") from error
+        await self._server.start()
+        return bound
+
+    async def set_serving(self, is_serving: bool) -> None:
+        state = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, state)
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+
+
+def bracketed(host: str) -> str:
+    """An IPv6 address needs brackets before a port."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def bind_tcp(setting: str, host: str, port: int) -> socket.socket:
+    """A bound, not yet listening, TCP socket.
+
+    Raises:
+        ConfigError: naming the setting, when the address cannot be bound.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(setting, f"cannot listen on {bracketed(host)}:{port}: {error.strerror}") from error
+    return listener

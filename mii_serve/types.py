@@ -1,0 +1,345 @@
+"""The values that travel through the server. Frozen, standard library only.
+
+`GenerationParams` is what a request means once nothing is left open: building one, through `Capabilities.resolve`, is the
+validation. `Sample` is one image of it. A turn of the replica is a `StepPlan` that the scheduler makes and the engine runs;
+the engine answers with one `SampleProgress` per sample that made a step.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeVar
+
+from mii_serve.errors import InvalidRequestError
+
+LATENT_SCALE = 8
+"""Pixels per latent cell; heights and widths are multiples of it."""
+
+MAX_SEED = 2**64 - 1
+
+T = TypeVar("T")
+
+
+class ImageFormat(Enum):
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+    RAW_RGB = "raw_rgb"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The most, and least, one request may ask for."""
+
+    max_prompt_chars: int = 4096
+    max_num_inference_steps: int = 1000
+    max_guidance_scale: float = 50.0
+    min_size_px: int = 64
+    max_size_px: int = 1024
+    max_images_per_prompt: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """What a request that leaves a parameter out gets: the model's own declaration, or diffusers' defaults."""
+
+    scheduler: str
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    height: int = 512
+    width: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationParams:
+    """A request with nothing left open. A picture is a pure function of these and its index."""
+
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    num_images_per_prompt: int
+    scheduler: str
+    seed: int
+
+    def seed_of(self, image_index: int) -> int:
+        """Image i of a request is image 0 of the same request with seed + i (modulo 2**64)."""
+        return (self.seed + image_index) & MAX_SEED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestedParams:
+    """What a caller said, before defaults and rules; None is "not said"."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    num_images_per_prompt: int | None = None
+    scheduler: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a deployed model accepts and assumes. `schedulers` maps every accepted name to the name we answer with."""
+
+    limits: Limits
+    defaults: GenerationDefaults
+    schedulers: Mapping[str, str]
+
+    def resolve(self, asked: RequestedParams, *, fallback_seed: int) -> GenerationParams:
+        """Fill in the defaults and check every rule.
+
+        Raises:
+            InvalidRequestError: naming the field and the rule it breaks.
+        """
+        limits, defaults = self.limits, self.defaults
+        prompt = _text("prompt", asked.prompt, limits)
+        if not prompt.strip():
+            raise InvalidRequestError("prompt", "must not be empty")
+        return GenerationParams(
+            prompt=prompt,
+            negative_prompt=_text("negative_prompt", _or(asked.negative_prompt, ""), limits),
+            height=_size("height", _or(asked.height, defaults.height), limits),
+            width=_size("width", _or(asked.width, defaults.width), limits),
+            num_inference_steps=_count(
+                "num_inference_steps",
+                _or(asked.num_inference_steps, defaults.num_inference_steps),
+                limits.max_num_inference_steps,
+            ),
+            guidance_scale=_guidance(_or(asked.guidance_scale, defaults.guidance_scale), limits),
+            num_images_per_prompt=_count(
+                "num_images_per_prompt", _or(asked.num_images_per_prompt, 1), limits.max_images_per_prompt
+            ),
+            scheduler=self._scheduler(_or(asked.scheduler, defaults.scheduler)),
+            seed=_seed(_or(asked.seed, fallback_seed)),
+        )
+
+    def _scheduler(self, name: str) -> str:
+        known = self.schedulers.get(name) or self.schedulers.get(name.lower())
+        if known is None:
+            names = ", ".join(sorted(set(self.schedulers.values())))
+            raise InvalidRequestError("scheduler", f"must be one of {names} or a diffusers class name", repr(name[:80]))
+        return known
+
+
+def draw_seed() -> int:
+    """A seed for a caller who named none: 32 bits, short enough to read out and exact as a JSON number."""
+    return secrets.randbits(32)
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _text(name: str, value: str, limits: Limits) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequestError(name, "must be text", type(value).__name__)
+    if len(value) > limits.max_prompt_chars:
+        raise InvalidRequestError(name, f"must be at most {limits.max_prompt_chars} characters", str(len(value)))
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(name, "must be valid Unicode text without lone surrogates") from None
+    return value
+
+
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(name, "must be a whole number", repr(value)[:80])
+    return value
+
+
+def _count(name: str, value: int, most: int) -> int:
+    if not 1 <= _whole(name, value) <= most:
+        raise InvalidRequestError(name, f"must be in [1, {most}]", str(value))
+    return value
+
+
+def _size(name: str, value: int, limits: Limits) -> int:
+    if not limits.min_size_px <= _whole(name, value) <= limits.max_size_px or value % LATENT_SCALE:
+        rule = f"must be a multiple of {LATENT_SCALE} in [{limits.min_size_px}, {limits.max_size_px}]"
+        raise InvalidRequestError(name, rule, str(value))
+    return value
+
+
+def _guidance(value: float, limits: Limits) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequestError("guidance_scale", "must be a number", repr(value)[:80])
+    if not math.isfinite(value) or not 0 <= value <= limits.max_guidance_scale:
+        rule = f"must be a finite number in [0, {limits.max_guidance_scale:g}]"
+        raise InvalidRequestError("guidance_scale", rule, str(value))
+    return float(value)
+
+
+def _seed(value: int) -> int:
+    if not 0 <= _whole("seed", value) <= MAX_SEED:
+        raise InvalidRequestError("seed", "must be in [0, 2**64 - 1]", str(value))
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputOptions:
+    """How the finished pictures are handed over; no influence on their pixels before encoding."""
+
+    format: ImageFormat = ImageFormat.PNG
+    quality: int | None = None
+    embed_metadata: bool = False
+
+    @classmethod
+    def checked(cls, *, format: ImageFormat, quality: int | None, embed_metadata: bool) -> OutputOptions:
+        """Check the options against each other.
+
+        Raises:
+            InvalidRequestError: naming the option and the rule.
+        """
+        if quality is not None:
+            _count("output.quality", quality, 100)
+            if format not in (ImageFormat.JPEG, ImageFormat.WEBP):
+                raise InvalidRequestError("output.quality", "is for JPEG and WebP only", format.name)
+        if embed_metadata and format is not ImageFormat.PNG:
+            raise InvalidRequestError("output.embed_metadata", "is for PNG only", format.name)
+        return cls(format=format, quality=quality, embed_metadata=embed_metadata)
+
+
+# ---- a turn ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SampleId:
+    """One image of one request."""
+
+    request_id: str
+    image_index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One image to make, the unit that holds a slot."""
+
+    id: SampleId
+    params: GenerationParams
+
+    @property
+    def seed(self) -> int:
+        return self.params.seed_of(self.id.image_index)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What one turn does, in this order: forget `leaves`, take in `joins`, make one UNet call for each of `steps`."""
+
+    joins: tuple[Sample, ...] = ()
+    steps: tuple[SampleId, ...] = ()
+    leaves: tuple[SampleId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One finished image: `rgb` is height × width × 3 bytes, row by row.
+
+    `nsfw_content_detected` is None where the model has no safety checker. The dropped texts are what did not fit into the
+    text encoder's tokens, empty where all of it did.
+    """
+
+    width: int
+    height: int
+    rgb: bytes = field(repr=False)
+    nsfw_content_detected: bool | None
+    dropped_prompt: str = field(default="", repr=False)
+    dropped_negative_prompt: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleProgress:
+    """A sample has made `step` of its `num_steps` UNet calls; `picture` comes with the last one."""
+
+    id: SampleId
+    step: int
+    num_steps: int
+    picture: Picture | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCapacity:
+    """What warm-up found: how many samples the engine can hold at once."""
+
+    max_slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineDescription:
+    """What really runs, told to every caller with every picture."""
+
+    engine: str
+    dtype: str
+    device: str
+    model: str
+    model_revision: str
+    has_safety_checker: bool
+
+
+# ---- what a caller is told ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued:
+    num_samples_ahead: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    image_index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stepped:
+    """`step` of `num_steps` UNet calls made; some schedulers make more calls than `num_inference_steps`."""
+
+    image_index: int
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageReady:
+    """A finished image in the form the caller asked for."""
+
+    image_index: int
+    encoded: bytes = field(repr=False)
+    format: ImageFormat
+    height: int
+    width: int
+    seed: int
+    nsfw_content_detected: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effective:
+    """What was really done, by what."""
+
+    params: GenerationParams
+    engine: EngineDescription
+    dropped_prompt: str = field(default="", repr=False)
+    dropped_negative_prompt: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """The last event of a request that ended well; times are seconds since the request was accepted."""
+
+    effective: Effective
+    queued_s: float
+    total_s: float
+
+
+Event = Queued | Started | Stepped | ImageReady | Done

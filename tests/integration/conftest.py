@@ -1,0 +1,84 @@
+"""A whole server in this process: front, replica service and loop are the real ones, only the engine is a fake."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+
+from mii_serve.engine.fake import FakeEngine
+from mii_serve.errors import EngineError
+from mii_serve.proto.codec import CHANNEL_OPTIONS
+from mii_serve.proto.interceptor import CallInterceptor
+from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub, add_ImageGenerationServicer_to_server
+from mii_serve.replica.loop import ReplicaLoop
+from mii_serve.replica.service import ReplicaService
+from mii_serve.server.front import GrpcFront
+from mii_serve.server.service import FrontService
+
+
+@dataclass
+class RunningServer:
+    engine: FakeEngine
+    loop: ReplicaLoop
+    service: FrontService
+    front: GrpcFront
+    target: str
+    channel: grpc.aio.Channel
+    replica_server: grpc.aio.Server
+    turns: asyncio.Task[None] = field(repr=False)
+
+    @property
+    def stub(self):
+        return ImageGenerationStub(self.channel)
+
+    async def until(self, condition) -> None:
+        """Wait, within a bound, for something the loop is about to do."""
+        async with asyncio.timeout(20):
+            while not condition():  # noqa: ASYNC110 - there is no event for every condition a test may have
+                await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def running_server(folder: Path, engine: FakeEngine, *, max_waiting_samples: int = 8) -> AsyncIterator[RunningServer]:
+    loop = ReplicaLoop(engine, engine.warmup(), max_waiting_samples=max_waiting_samples)
+    turns = asyncio.create_task(loop.run())
+    replica_server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
+    add_ImageGenerationServicer_to_server(ReplicaService(loop, "test"), replica_server)
+    socket = folder / "replica.sock"
+    replica_server.add_insecure_port(f"unix:{socket}")
+    await replica_server.start()
+    service = FrontService()
+    front = GrpcFront(service)
+    target = f"127.0.0.1:{await front.listen('127.0.0.1', 0)}"
+    await service.attach(socket)
+    await front.set_serving(True)
+    channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    try:
+        yield RunningServer(engine, loop, service, front, target, channel, replica_server, turns)
+    finally:
+        engine.gate.set()
+        await channel.close()
+        await front.stop(0)
+        await service.detach()
+        await replica_server.stop(0)
+        turns.cancel()
+        with contextlib.suppress(asyncio.CancelledError, EngineError):
+            await turns
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[RunningServer]:
+    async with running_server(tmp_path, FakeEngine()) as running:
+        yield running
+
+
+@pytest.fixture
+async def two_slots(tmp_path: Path) -> AsyncIterator[RunningServer]:
+    async with running_server(tmp_path, FakeEngine(max_slots=2)) as running:
+        yield running
