@@ -1,4 +1,4 @@
-"""Message ⇄ value, in one place and both directions. Nothing else in the package builds or reads a message's fields."""
+"""Message ⇄ value for both ends of the server. What a caller reads out of an answer is in `client/messages.py`."""
 
 from __future__ import annotations
 
@@ -55,12 +55,8 @@ _OPTIONAL_FIELDS = (
 )
 
 
-def image_format_of(number: int) -> ImageFormat:
-    """The format of a received image."""
-    return _FORMAT_OF[pb.ImageFormat(number)]
-
-
 def image_format_number(image_format: ImageFormat) -> pb.ImageFormat:
+    """The format's number on the wire."""
     return _FORMATS[image_format]
 
 
@@ -85,10 +81,16 @@ def _put(message: pb.GenerateRequest | pb.OutputOptions, name: str, value: objec
     if value is None:
         return
     try:
+        if isinstance(value, bool) is not (_kind(message, name) == _FIELD.TYPE_BOOL):
+            raise TypeError
         setattr(message, name, value)
     except (TypeError, ValueError, UnicodeError):
-        kind = message.DESCRIPTOR.fields_by_name[name].type
-        raise InvalidRequestError(name, f"must fit the field's type, {_TYPE_NAMES[kind]}", _shown(value)) from None
+        rule = f"must fit the field's type, {_TYPE_NAMES[_kind(message, name)]}"
+        raise InvalidRequestError(name, rule, _shown(value)) from None
+
+
+def _kind(message: pb.GenerateRequest | pb.OutputOptions, name: str) -> int:
+    return message.DESCRIPTOR.fields_by_name[name].type
 
 
 def _shown(value: object) -> str:

@@ -5,10 +5,12 @@ The rich error model is https://google.aip.dev/193: BadRequest carries the viola
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from mii_serve.errors import InvalidRequestError, MiiServeError, error_for_grpc_code
@@ -49,8 +51,9 @@ def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest)
 def _violations(trailing: Metadata | None) -> Sequence[error_details_pb2.BadRequest.FieldViolation]:
     for key, value in trailing or ():
         if key == STATUS_DETAILS_KEY and isinstance(value, bytes):
-            for detail in status_pb2.Status.FromString(value).details:
-                bad_request = error_details_pb2.BadRequest()
-                if detail.Unpack(bad_request):
-                    return list(bad_request.field_violations)
+            with contextlib.suppress(DecodeError):  # details another party damaged tell nothing
+                for detail in status_pb2.Status.FromString(value).details:
+                    bad_request = error_details_pb2.BadRequest()
+                    if detail.Unpack(bad_request):
+                        return list(bad_request.field_violations)
     return ()

@@ -66,6 +66,8 @@ def test_zero_is_not_the_same_as_absent():
         ("prompt", 5),
         ("prompt", "\ud800"),
         ("num_inference_steps", 2.5),
+        ("num_inference_steps", True),
+        ("guidance_scale", True),
     ],
 )
 def test_a_value_without_a_place_on_the_wire_names_its_field(field, value):
@@ -136,6 +138,11 @@ def test_an_error_is_raised_again_on_the_other_side(error):
     code, text, trailing = encode_error(error)
     again = decode_error(code, text, trailing)
     assert (type(again), str(again)) == (type(error), str(error))
+
+
+def test_damaged_details_do_not_hide_the_error():
+    trailing = (("grpc-status-details-bin", b"\xff\xff\xff"),)
+    assert isinstance(decode_error(grpc.StatusCode.INVALID_ARGUMENT, "bad", trailing), InvalidRequestError)
 
 
 def test_a_status_without_details_still_has_a_type():

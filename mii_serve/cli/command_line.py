@@ -1,0 +1,171 @@
+"""The commands and their flags. What a command does is in its own module, imported when it runs.
+
+argparse, because typer builds its parameters with pydantic: `--help` would take twice as long to show the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mii_serve import __version__
+from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, say
+
+DEFAULT_TARGET = "127.0.0.1:50050"
+ENGINES = "{auto,reference,native,deepspeed}"
+DTYPES = "{auto,fp32,fp16,bf16}"
+MODELS = "hub id, diffusers folder, Azure ML model folder, or demo, the model in the package and the default"
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command named on the command line, and exit with its code."""
+    parser = build_parser()
+    values = vars(parser.parse_args(argv))
+    if (command := values.pop("command")) is None:
+        parser.print_help(sys.stderr)
+        sys.exit(ExitCode.INVALID)
+    with exit_codes():
+        code = _COMMANDS[command](values)
+        sys.stdout.flush()
+        sys.exit(code)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, epilog=EPILOG, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        say(f"error: {message.removeprefix('argument ')} (see {self.prog} --help)")
+        sys.exit(ExitCode.INVALID)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mii_serve", description="Serve Stable Diffusion v1.x: start a server, make a picture, look at a server."
+    )
+    parser.add_argument("--version", action="version", version=f"mii_serve {__version__}", help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, usage, add_flags, line, more in (
+        ("deploy", "[MODEL]", _add_deploy_flags, "start a server", _DEPLOY_MORE),
+        ("generate", "PROMPT", _add_generate_flags, "make the picture of one prompt and write it to a file", ""),
+        ("status", "", _add_status_flags, "show a server's health, what it runs and how busy it is", ""),
+    ):
+        described = f"{line[0].upper()}{line[1:]}.{more}"
+        words = " ".join(("mii_serve", name, usage, "[options]")).replace("  ", " ")
+        add_flags(commands.add_parser(name, usage=words, help=line, description=described))
+    return parser
+
+
+_DEPLOY_MORE = """
+
+It runs until SIGTERM or Ctrl-C. When it is ready it prints one line on stdout:
+ready grpc=HOST:PORT http=HOST:PORT
+
+A flag beats the environment (MII_SERVE_REPLICAS, ...), which beats the file."""
+
+
+def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
+    # What is not on the command line must stay absent, so that the environment and the file can fill it in.
+    def add(*names: str, help: str, **settings: Any) -> None:
+        parser.add_argument(*names, default=argparse.SUPPRESS, help=help, **settings)
+
+    add("model", nargs="?", metavar="MODEL", help=MODELS)
+    add("--engine", metavar=ENGINES, help="how pictures are computed")
+    add("--replicas", type=int, metavar="N", help="copies of the model")
+    add("--tensor-parallel", type=int, metavar="N", help="devices for each copy")
+    add("--dtype", metavar=DTYPES, help="precision of the model")
+    add("--device", metavar="{auto,cpu,cuda}", help="where the model runs")
+    add("--host", metavar="HOST", help="address to listen on, default 127.0.0.1")
+    add("--grpc-port", type=int, metavar="PORT", help="port for gRPC, default 50050; 0 is any free port")
+    add("--http-port", type=int, metavar="PORT", help="port for HTTP, default 5001; 0 is any free port")
+    add("--deployment-name", metavar="NAME", help="name that clients and metrics see")
+    add("--max-slots", type=int, metavar="N", help="most images in work at once")
+    add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
+    add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
+    add(
+        "--disable-safety-checker",
+        dest="enable_safety_checker",
+        action="store_false",
+        help="deliver images without the model's safety check",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
+    levels = ("debug", "info", "warning", "error")
+    parser.add_argument("--log-level", choices=levels, default="info", help="how much to log on stderr")
+
+
+def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT", help="what to draw")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        metavar="FILE",
+        help=".png, .jpg, .jpeg or .webp, default out.png; several images become out-0.png, out-1.png, ...",
+    )
+    add("--target", metavar="HOST:PORT", help="ask this server; without it, the model is loaded here")
+    request = parser.add_argument_group("the picture; what is left out gets the model's own default")
+    add = request.add_argument
+    add("--num-inference-steps", type=int, metavar="N", help="denoising steps")
+    add("--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt")
+    add("--seed", type=int, metavar="S", help="image i is made from seed + i")
+    add("--negative-prompt", metavar="TEXT", help="what to avoid")
+    add("--height", type=int, metavar="PX", help="height in pixels")
+    add("--width", type=int, metavar="PX", help="width in pixels")
+    add("--num-images-per-prompt", type=int, metavar="N", help="images to make")
+    add("--scheduler", metavar="NAME", help="sampler; mii_serve status lists them")
+    add = parser.add_argument_group("without --target").add_argument
+    # No default: a flag that was not given leaves the choice to the environment.
+    add("--model", default=argparse.SUPPRESS, metavar="MODEL", help=MODELS)
+    add("--engine", default=argparse.SUPPRESS, metavar=ENGINES, help="how the picture is computed")
+    add("--dtype", default=argparse.SUPPRESS, metavar=DTYPES, help="precision of the model")
+    add = parser.add_argument_group("the call").add_argument
+    add("--timeout", type=float, metavar="SECONDS", help="give up after this long, loading a model not counted")
+    add(
+        "--embed-metadata",
+        action=argparse.BooleanOptionalAction,
+        help="write the parameters into the file; PNG only, where it is the default",
+    )
+    add("--json", action="store_true", help="print one JSON object instead of paths")
+
+
+def _add_status_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--target", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"the server to look at, default {DEFAULT_TARGET}")
+    add("--timeout", type=float, default=5.0, metavar="SECONDS", help="give up after this long, default 5")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _deploy(values: dict[str, Any]) -> int:
+    from mii_serve.cli.deploy import run
+
+    file, log_level = values.pop("config"), values.pop("log_level")
+    return run(values, file, log_level)
+
+
+def _generate(values: dict[str, Any]) -> int:
+    from mii_serve.cli.generate import run
+    from mii_serve.types import RequestedParams
+
+    return run(
+        RequestedParams(**{name: values[name] for name in RequestedParams.__dataclass_fields__}),
+        output=values["output"],
+        embed_metadata=values["embed_metadata"],
+        target=values["target"],
+        flags={name: values[name] for name in ("model", "engine", "dtype") if name in values},
+        timeout=values["timeout"],
+        is_json=values["json"],
+    )
+
+
+def _status(values: dict[str, Any]) -> int:
+    from mii_serve.cli.status import run
+
+    return run(values["target"], timeout=values["timeout"], is_json=values["json"])
+
+
+_COMMANDS = {"deploy": _deploy, "generate": _generate, "status": _status}

@@ -1,0 +1,70 @@
+"""`mii_serve deploy`: merge the settings, hand over to the server, and say when it is ready."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mii_serve import __version__
+from mii_serve.cli.exits import say
+
+if TYPE_CHECKING:
+    from mii_serve.config import DeployConfig
+    from mii_serve.server.deploy import Ready
+    from mii_serve.server.service import FrontService
+
+HTTP_PACKAGES = ("starlette", "uvicorn")
+
+
+def run(flags: dict[str, Any], file: Path | None, log_level: str) -> int:
+    """Serve until told to stop, and return the exit code.
+
+    Raises:
+        ConfigError: a setting breaks a rule.
+        ModelError: the model cannot be used.
+    """
+    if "model" in flags:
+        _announce(flags["model"])  # now, because the imports below take a moment
+    from mii_serve.config import DeployConfig
+
+    config = DeployConfig.load(flags, file)
+    if "model" not in flags:
+        _announce(config.model)
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from mii_serve.server.deploy import Listener, run_deployment
+
+    return run_deployment(config, Listener(on_listening=_tell_address, on_ready=_tell_ready, open_http=_open_http))
+
+
+def _announce(model: str) -> None:
+    say(f"mii_serve {__version__}: deploying {model}")
+
+
+def _tell_address(address: str) -> None:
+    say(f"listening on {address}, loading the model")
+
+
+def _tell_ready(ready: Ready) -> None:
+    info = ready.info
+    checker = "with a safety checker" if info.has_safety_checker else "WITHOUT a safety checker"
+    say(f"serving {info.model} {info.model_revision} by {info.engine} {info.dtype} on {info.device}, {checker}")
+    print(f"ready grpc={ready.grpc} http={ready.http}", flush=True)
+
+
+def _open_http(config: DeployConfig, service: FrontService) -> AbstractAsyncContextManager[str | None]:
+    try:
+        from mii_serve.gateway.app import serve_http
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in HTTP_PACKAGES:
+            raise
+        say("HTTP is off: it needs the extra mii-serve[http]")
+        return _no_http()
+    return serve_http(config, service)
+
+
+@asynccontextmanager
+async def _no_http() -> AsyncIterator[None]:
+    yield None

@@ -1,0 +1,53 @@
+"""Where the pictures go: checked before any work is done, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mii_serve.errors import InvalidRequestError
+from mii_serve.types import ImageFormat
+
+FORMATS = {
+    ".png": ImageFormat.PNG,
+    ".jpg": ImageFormat.JPEG,
+    ".jpeg": ImageFormat.JPEG,
+    ".webp": ImageFormat.WEBP,
+}
+
+
+def check_output(path: Path) -> ImageFormat:
+    """The format that the file's name asks for.
+
+    Raises:
+        InvalidRequestError: an unknown suffix, or nowhere to write the file.
+    """
+    image_format = FORMATS.get(path.suffix.lower())
+    if image_format is None:
+        raise InvalidRequestError("output", f"must end in {', '.join(FORMATS)}", str(path))
+    if not path.parent.is_dir():
+        raise InvalidRequestError("output", f"must be in a folder that exists, got {path}")
+    if path.is_dir():
+        raise InvalidRequestError("output", f"must be a file, and {path} is a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidRequestError("output", f"must be in a folder that you may write to, got {path}")
+    return image_format
+
+
+def output_paths(path: Path, num_images: int) -> list[Path]:
+    """One image goes to the path itself, several to name-0, name-1, …"""
+    if num_images == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(num_images)]
+
+
+def write_all(paths: Sequence[Path], files: Sequence[bytes]) -> None:
+    """Write every file, replacing what was there; a reader never sees half of one."""
+    for path, content in zip(paths, files, strict=True):
+        half = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            half.write_bytes(content)
+            half.replace(path)
+        finally:
+            half.unlink(missing_ok=True)

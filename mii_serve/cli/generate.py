@@ -1,0 +1,184 @@
+"""`mii_serve generate`: one prompt, on a server or in this process, to files."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mii_serve import __version__
+from mii_serve.cli.exits import ExitCode, say
+from mii_serve.cli.files import check_output, output_paths, write_all
+from mii_serve.errors import DeadlineExceededError, InvalidRequestError
+from mii_serve.types import ImageFormat, OutputOptions, RequestedParams
+
+if TYPE_CHECKING:
+    from mii_serve.client import Event, GenerationResult
+    from mii_serve.proto.v1 import image_generation_pb2 as pb
+
+
+def run(
+    asked: RequestedParams,
+    *,
+    output: Path,
+    embed_metadata: bool | None,
+    target: str | None,
+    flags: dict[str, Any],
+    timeout: float | None,
+    is_json: bool,
+) -> int:
+    """Make the pictures, write them, say what was done and return the exit code.
+
+    Raises:
+        MiiServeError: what went wrong; no file was written.
+    """
+    image_format = check_output(output)
+    embed = image_format is ImageFormat.PNG if embed_metadata is None else embed_metadata
+    options = OutputOptions.checked(format=image_format, quality=None, embed_metadata=embed)
+    if target is not None and flags:
+        name = next(iter(flags))
+        raise InvalidRequestError(f"--{name}", "is the server's choice and cannot be combined with --target")
+
+    is_quiet = is_json or not sys.stderr.isatty()
+    if target is None:
+        result = _make_here(asked, options, flags, timeout, is_quiet=is_quiet, is_json=is_json)
+    else:
+        result = _ask(target, asked, options, timeout, is_quiet=is_quiet)
+
+    paths = output_paths(output, len(result.encoded))
+    write_all(paths, result.encoded)
+    _report(result, paths, is_json=is_json)
+    return ExitCode.OK
+
+
+def _ask(
+    target: str, asked: RequestedParams, options: OutputOptions, timeout: float | None, *, is_quiet: bool
+) -> GenerationResult:
+    from mii_serve.client import Client
+
+    with (
+        Client(target) as client,
+        client.stream(
+            asked.prompt,
+            negative_prompt=asked.negative_prompt,
+            num_inference_steps=asked.num_inference_steps,
+            guidance_scale=asked.guidance_scale,
+            seed=asked.seed,
+            height=asked.height,
+            width=asked.width,
+            num_images_per_prompt=asked.num_images_per_prompt,
+            scheduler=asked.scheduler,
+            output_format=options.format.value,
+            embed_metadata=options.embed_metadata,
+            timeout=timeout,
+        ) as stream,
+    ):
+        _show(stream, is_quiet=is_quiet)
+        return stream.result()
+
+
+def _make_here(
+    asked: RequestedParams,
+    options: OutputOptions,
+    flags: dict[str, Any],
+    timeout: float | None,
+    *,
+    is_quiet: bool,
+    is_json: bool,
+) -> GenerationResult:
+    from mii_serve.client.messages import Gathering, check_timeout
+
+    timeout = check_timeout(timeout)
+    from mii_serve.config import DeployConfig
+
+    config = DeployConfig.load(flags)
+    if not is_json:
+        say(f"mii_serve {__version__}: loading {config.model}")
+    from mii_serve.replica.local import open_local
+
+    gathering = Gathering()
+    with open_local(config) as local, closing(_within(timeout, local.stream_messages(asked, options))) as messages:
+        taken = (gathering.take(message) for message in messages)
+        _show((event for event in taken if event is not None), is_quiet=is_quiet)
+    return gathering.result()
+
+
+def _within(timeout: float | None, messages: Iterator[pb.GenerateEvent]) -> Generator[pb.GenerateEvent, None, None]:
+    """The messages for as long as there is time, looked at after each; closing this cancels the request."""
+    start = time.monotonic()
+    try:
+        for message in messages:
+            yield message
+            if timeout is not None and time.monotonic() - start > timeout and message.WhichOneof("event") != "done":
+                raise DeadlineExceededError(f"the pictures were not ready within {timeout:g} s")
+    finally:
+        if isinstance(messages, Generator):
+            messages.close()
+
+
+# ---- what the user sees --------------------------------------------------------------------------------------------
+
+
+def _show(events: Iterable[Event], *, is_quiet: bool) -> None:
+    """Follow the events to their end, with a bar for each image where somebody looks."""
+    if is_quiet:
+        for _ in events:
+            pass
+        return
+    from mii_serve.client import Queued, Started, Step
+
+    with _bars() as bars:
+        tasks: dict[int, Any] = {}
+        waiting = bars.add_task("waiting", total=None)
+        for event in events:
+            match event:
+                case Queued(num_samples_ahead=ahead):
+                    bars.update(waiting, description=f"waiting, {ahead} ahead" if ahead else "waiting")
+                case Started(image_index=index) | Step(image_index=index):
+                    bars.update(waiting, visible=False)
+                    if index not in tasks:
+                        tasks[index] = bars.add_task(f"image {index}", total=None)
+                    if isinstance(event, Step):
+                        bars.update(tasks[index], completed=event.step, total=event.num_steps)
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield bars
+
+
+def _report(result: GenerationResult, paths: list[Path], *, is_json: bool) -> None:
+    done = result.parameters
+    for index, is_flagged in enumerate(result.nsfw_content_detected or ()):
+        if is_flagged:
+            say(f"warning: {paths[index]} is entirely black because the safety checker fired")
+    for name, dropped in (("prompt", done.dropped_prompt), ("negative prompt", done.dropped_negative_prompt)):
+        if dropped:
+            say(f"warning: the {name} is too long for the text encoder; not used: {dropped!r}")
+    if is_json:
+        answer = {
+            "request_id": result.request_id,
+            "paths": [str(path) for path in paths],
+            "seeds": result.seeds,
+            "nsfw_content_detected": result.nsfw_content_detected,
+            "parameters": asdict(done),
+            "timings": {"queued_s": result.queued_s, "total_s": result.total_s},
+        }
+        print(json.dumps(answer))
+        return
+    say(
+        f"seed {done.seed}, {done.scheduler}, {done.num_inference_steps} steps, guidance {done.guidance_scale:g}, "
+        f"{done.width}x{done.height}, {done.engine} {done.dtype} on {done.device}, {result.total_s:.1f} s"
+    )
+    for path in paths:
+        print(path)

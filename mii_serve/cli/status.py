@@ -1,0 +1,89 @@
+"""`mii_serve status`: is the server there, what does it run, how busy is it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from mii_serve.cli.exits import ExitCode, exit_code_of, say
+from mii_serve.errors import DeadlineExceededError, MiiServeError, UnavailableError
+
+if TYPE_CHECKING:
+    from mii_serve.client import ServerInfo
+
+SERVING = "SERVING"
+UNREACHABLE = "UNREACHABLE"
+
+
+def run(target: str, *, timeout: float, is_json: bool) -> int:
+    """Show the server and return the exit code."""
+    from mii_serve.client import Client
+
+    health, info, failure = UNREACHABLE, None, None
+    with Client(target) as client:
+        try:
+            health = client.health(timeout=timeout)
+            info = client.server_info(timeout=timeout)
+        except MiiServeError as error:
+            if health == UNREACHABLE and not isinstance(error, UnavailableError | DeadlineExceededError):
+                raise
+            failure = error
+    if is_json:
+        described = None if info is None else asdict(info)
+        print(json.dumps({"target": target, "health": health, "info": described}))
+    elif health != UNREACHABLE:
+        _show(target, health, info)
+    if failure is not None:
+        say(f"error: {failure}")
+    if health != SERVING:
+        if failure is None:
+            say(f"error: {target} is not ready: its health is {health}")
+        return ExitCode.UNAVAILABLE
+    return ExitCode.OK if failure is None else exit_code_of(failure)
+
+
+def _show(target: str, health: str, info: ServerInfo | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("health", Text(health, style="green" if health == SERVING else "red"))
+    table.add_row("target", Text(target))
+    for name, value in _rows(info) if info is not None else ():
+        table.add_row(name, Text(value))
+    Console().print(table)
+
+
+def _rows(info: ServerInfo) -> list[tuple[str, str]]:
+    defaults, limits, activity = info.defaults, info.limits, info.activity
+    return [
+        ("version", info.version),
+        ("deployment", info.deployment_name),
+        ("model", f"{info.model} {info.model_revision}".rstrip()),
+        ("engine", f"{info.engine} {info.dtype} on {info.device}"),
+        ("safety checker", "on" if info.has_safety_checker else "none: images are not checked"),
+        (
+            "defaults",
+            f"{defaults.scheduler}, {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}, "
+            f"{defaults.width}x{defaults.height}",
+        ),
+        (
+            "limits",
+            f"{limits.max_num_inference_steps} steps, guidance {limits.max_guidance_scale:g}, "
+            f"{limits.min_size_px} to {limits.max_size_px} px, {limits.max_images_per_prompt} images, "
+            f"{limits.max_prompt_chars} characters",
+        ),
+        ("schedulers", ", ".join(sorted(set(info.schedulers.values())))),
+        ("up for", str(timedelta(seconds=round(activity.uptime_s)))),
+        ("slots", f"{activity.num_running} of {activity.max_slots} in use, {activity.num_waiting} images waiting"),
+        (
+            "served",
+            f"{activity.num_requests} requests ({activity.num_cancelled_requests} cancelled), "
+            f"{activity.num_images} images, {activity.num_steps} steps",
+        ),
+    ]

@@ -1,0 +1,41 @@
+"""The Python SDK: a local diffusers call becomes a remote one by changing one line.
+
+    from mii_serve.client import Client
+
+    with Client("localhost:50050") as client:
+        result = client.generate("a red circle", num_inference_steps=20, seed=7)
+        result.images[0].save("circle.png")
+
+`AsyncClient` is the same for asyncio. Every failure is an error from `mii_serve.errors`. A call is made once: nothing is
+retried behind the caller's back. Importing this never imports torch.
+"""
+
+from mii_serve.client.asynchronous import AsyncClient, AsyncGenerationStream
+from mii_serve.client.blocking import Client, GenerationStream
+from mii_serve.client.values import (
+    Done,
+    EffectiveParameters,
+    Event,
+    GenerationResult,
+    PictureReady,
+    Queued,
+    ServerInfo,
+    Started,
+    Step,
+)
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGenerationStream",
+    "Client",
+    "Done",
+    "EffectiveParameters",
+    "Event",
+    "GenerationResult",
+    "GenerationStream",
+    "PictureReady",
+    "Queued",
+    "ServerInfo",
+    "Started",
+    "Step",
+]

@@ -1,0 +1,185 @@
+"""The client for asyncio."""
+
+# ruff: noqa: ASYNC109 - a timeout here is the deadline that the server is told, which asyncio.timeout cannot do.
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2_grpc
+
+from mii_serve.client.calls import (
+    HEALTH_OF_ALL,
+    OPTIONS,
+    RETRY_PAUSE_S,
+    GenerationCalls,
+    Readiness,
+    cancelled_here,
+    closed_client,
+    health_name,
+    typed_error,
+)
+from mii_serve.client.messages import Gathering, check_bound, check_timeout, decode_response, decode_server_info
+from mii_serve.client.values import Event, GenerationResult, ServerInfo
+from mii_serve.errors import MiiServeError
+from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
+
+
+class AsyncGenerationStream:
+    """The events of one request. Leaving its `async with` block early cancels the request, as cancelling its reader does."""
+
+    def __init__(self, call: Any, target: str) -> None:
+        self._call = call
+        self._target = target
+        self._gathering = Gathering()
+        self._cancelled = False
+
+    @property
+    def request_id(self) -> str:
+        """The server's name for the request; empty until the first event."""
+        return self._gathering.request_id
+
+    def __aiter__(self) -> AsyncGenerationStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        while True:
+            try:
+                message = await self._call.read()
+            except grpc.RpcError as error:
+                raise (cancelled_here() if self._cancelled else typed_error(error, self._target)) from error
+            except asyncio.CancelledError as error:
+                if _is_task_cancelled():
+                    raise
+                raise cancelled_here() from error
+            if message is grpc.aio.EOF:
+                self._gathering.result()  # a stream that ends early is an error, not a short stream
+                raise StopAsyncIteration
+            try:
+                # Decoding a picture takes milliseconds that the other tasks need.
+                is_picture = message.HasField("image")
+                take = self._gathering.take
+                event = await asyncio.to_thread(take, message) if is_picture else take(message)
+            except (MiiServeError, asyncio.CancelledError):
+                self.cancel()
+                raise
+            if event is not None:
+                return event
+
+    def cancel(self) -> None:
+        """Tell the server to stop; nothing happens if the request is over."""
+        self._cancelled = bool(self._call.cancel()) or self._cancelled
+
+    async def result(self) -> GenerationResult:
+        """Read the rest of the events and return what `generate` would have."""
+        async for _ in self:
+            pass
+        return self._gathering.result()
+
+    async def __aenter__(self) -> AsyncGenerationStream:
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        self.cancel()
+
+
+class AsyncClient(GenerationCalls[Coroutine[Any, Any, GenerationResult], AsyncGenerationStream]):
+    """A connection to one server, opened by the first call and belonging to the event loop that made it.
+
+    Cancelling a task that waits for `generate` cancels the request on the server. Make the client after a fork, not before.
+    Without `credentials` the connection is plain text.
+    """
+
+    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        super().__init__(target)
+        self._credentials = credentials
+        self._channel: grpc.aio.Channel | None = None
+        self._closed = False
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        """The channel; made late, because it belongs to the running event loop."""
+        if self._closed:
+            raise closed_client(self)
+        if self._channel is None:
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(self.target, OPTIONS)
+            else:
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, OPTIONS)
+        return self._channel
+
+    def _stub(self) -> Any:
+        return ImageGenerationStub(self._open_channel())
+
+    def _health_stub(self) -> Any:
+        return health_pb2_grpc.HealthStub(self._open_channel())
+
+    async def _answer(self, call: Any) -> Any:
+        try:
+            return await call
+        except grpc.RpcError as error:
+            raise typed_error(error, self.target) from error
+        except asyncio.CancelledError as error:
+            if _is_task_cancelled():
+                raise
+            raise cancelled_here() from error  # the client was closed under the call
+
+    async def _generate(self, request: pb.GenerateRequest, timeout: float | None) -> GenerationResult:
+        message = await self._answer(self._stub().Generate(request, timeout=timeout))
+        return await asyncio.to_thread(decode_response, message)
+
+    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerationStream:
+        return AsyncGenerationStream(self._stub().GenerateStream(request, timeout=timeout), self.target)
+
+    async def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
+        """What runs there, what it accepts and how busy it is."""
+        call = self._stub().GetServerInfo(pb.GetServerInfoRequest(), timeout=check_timeout(timeout))
+        return decode_server_info(await self._answer(call))
+
+    async def health(self, *, timeout: float | None = 10.0) -> str:
+        """The server's health by gRPC's name for it: SERVING when it takes requests."""
+        return health_name(await self._answer(self._health_stub().Check(HEALTH_OF_ALL, timeout=check_timeout(timeout))))
+
+    async def wait_ready(self, timeout: float = 60.0) -> None:
+        """Return as soon as the server takes requests.
+
+        Raises:
+            UnavailableError: it does not within `timeout` seconds.
+        """
+        deadline = time.monotonic() + check_bound(timeout)
+        readiness = Readiness(self.target, timeout)
+        while (left := deadline - time.monotonic()) > 0:
+            watch = self._health_stub().Watch(HEALTH_OF_ALL, timeout=left, wait_for_ready=True)
+            try:
+                while (answer := await watch.read()) is not grpc.aio.EOF:
+                    if readiness.is_ready(answer):
+                        return
+            except grpc.RpcError as error:
+                readiness.broke(error)
+            finally:
+                watch.cancel()
+            await asyncio.sleep(min(RETRY_PAUSE_S, max(0.0, deadline - time.monotonic())))
+        raise readiness.gave_up()
+
+    async def close(self) -> None:
+        """Close the connection; what is in flight is cancelled."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self.close()
+
+
+def _is_task_cancelled() -> bool:
+    """gRPC reports a cancelled call as `CancelledError` too; only a task that was asked to stop must see that."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

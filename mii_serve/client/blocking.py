@@ -1,0 +1,169 @@
+"""The client for threads."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from mii_serve.client.calls import (
+    HEALTH_OF_ALL,
+    OPTIONS,
+    RETRY_PAUSE_S,
+    GenerationCalls,
+    Readiness,
+    cancelled_here,
+    closed_client,
+    health_name,
+    typed_error,
+)
+from mii_serve.client.messages import Gathering, check_bound, check_timeout, decode_response, decode_server_info
+from mii_serve.client.values import Event, GenerationResult, ServerInfo
+from mii_serve.errors import MiiServeError
+from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
+
+
+class GenerationStream:
+    """The events of one request. Leaving its `with` block early cancels the request.
+
+    One thread reads; any thread may cancel.
+    """
+
+    def __init__(self, call: Any, target: str) -> None:
+        self._call = call
+        self._target = target
+        self._gathering = Gathering()
+        self._cancelled = False
+
+    @property
+    def request_id(self) -> str:
+        """The server's name for the request; empty until the first event."""
+        return self._gathering.request_id
+
+    def __iter__(self) -> GenerationStream:
+        return self
+
+    def __next__(self) -> Event:
+        while True:
+            try:
+                message = next(self._call)
+            except StopIteration:
+                self._gathering.result()  # a stream that ends early is an error, not a short stream
+                raise
+            except grpc.RpcError as error:
+                raise (cancelled_here() if self._cancelled else typed_error(error, self._target)) from error
+            try:
+                event = self._gathering.take(message)
+            except MiiServeError:
+                self.cancel()
+                raise
+            if event is not None:
+                return event
+
+    def cancel(self) -> None:
+        """Tell the server to stop; nothing happens if the request is over."""
+        self._cancelled = bool(self._call.cancel()) or self._cancelled
+
+    def result(self) -> GenerationResult:
+        """Read the rest of the events and return what `generate` would have."""
+        for _ in self:
+            pass
+        return self._gathering.result()
+
+    def __enter__(self) -> GenerationStream:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.cancel()
+
+
+class Client(GenerationCalls[GenerationResult, GenerationStream]):
+    """A connection to one server, opened by the first call and shared by any number of threads.
+
+    Make it after a fork, not before: a child cannot use its parent's channel, so with `multiprocessing` prefer "spawn".
+    Without `credentials` the connection is plain text.
+    """
+
+    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+        super().__init__(target)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, OPTIONS)
+        self._stub: Any = ImageGenerationStub(self._channel)
+        self._health_stub: Any = health_pb2_grpc.HealthStub(self._channel)
+        self._closed = False
+
+    def _generate(self, request: pb.GenerateRequest, timeout: float | None) -> GenerationResult:
+        self._check_open()
+        call = self._stub.Generate.future(request, timeout=timeout)
+        try:
+            message = call.result()
+        except grpc.FutureCancelledError as error:
+            raise cancelled_here() from error
+        except grpc.RpcError as error:
+            raise typed_error(error, self.target) from error
+        finally:
+            call.cancel()  # no answer: an interrupt; the server should not go on
+        return decode_response(message)
+
+    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> GenerationStream:
+        self._check_open()
+        return GenerationStream(self._stub.GenerateStream(request, timeout=timeout), self.target)
+
+    def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
+        """What runs there, what it accepts and how busy it is."""
+        self._check_open()
+        try:
+            message = self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=check_timeout(timeout))
+        except grpc.RpcError as error:
+            raise typed_error(error, self.target) from error
+        return decode_server_info(message)
+
+    def health(self, *, timeout: float | None = 10.0) -> str:
+        """The server's health by gRPC's name for it: SERVING when it takes requests."""
+        self._check_open()
+        try:
+            answer = self._health_stub.Check(HEALTH_OF_ALL, timeout=check_timeout(timeout))
+        except grpc.RpcError as error:
+            raise typed_error(error, self.target) from error
+        return health_name(answer)
+
+    def wait_ready(self, timeout: float = 60.0) -> None:
+        """Return as soon as the server takes requests.
+
+        Raises:
+            UnavailableError: it does not within `timeout` seconds.
+        """
+        self._check_open()
+        deadline = time.monotonic() + check_bound(timeout)
+        readiness = Readiness(self.target, timeout)
+        while (left := deadline - time.monotonic()) > 0:
+            watch = self._health_stub.Watch(HEALTH_OF_ALL, timeout=left, wait_for_ready=True)
+            try:
+                if any(readiness.is_ready(answer) for answer in watch):
+                    return
+            except grpc.RpcError as error:
+                readiness.broke(error)
+            finally:
+                watch.cancel()
+            time.sleep(min(RETRY_PAUSE_S, max(0.0, deadline - time.monotonic())))
+        raise readiness.gave_up()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise closed_client(self)
+
+    def close(self) -> None:
+        """Close the connection; what is in flight is cancelled."""
+        self._closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()

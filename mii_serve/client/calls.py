@@ -1,0 +1,190 @@
+"""What the two transports share: arguments, targets, channel options, failures and readiness. No I/O."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar, cast
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from mii_serve import __version__
+from mii_serve.client.messages import OutputFormat, build_request, check_timeout
+from mii_serve.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    MiiServeError,
+    RequestCancelledError,
+    UnavailableError,
+)
+from mii_serve.proto.codec import CHANNEL_OPTIONS
+from mii_serve.proto.status import STATUS_DETAILS_KEY, Metadata, decode_error
+from mii_serve.proto.v1 import image_generation_pb2 as pb
+
+AnswerT = TypeVar("AnswerT")
+StreamT = TypeVar("StreamT")
+
+RETRY_PAUSE_S = 0.2
+"""Between two looks at a server that is not ready yet."""
+
+OPTIONS: tuple[tuple[str, str | int], ...] = (
+    *CHANNEL_OPTIONS,
+    ("grpc.primary_user_agent", f"mii_serve/{__version__}"),
+    # gRPC's own back-off grows to two minutes, far longer than a server takes to come back.
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+
+
+class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
+    """The two ways to ask for pictures, with diffusers' names. What is left out gets the model's own defaults."""
+
+    def __init__(self, target: str) -> None:
+        if not isinstance(target, str) or not target or target.startswith(("http://", "https://", "grpc://")):
+            raise ConfigError("target", f"must be HOST:PORT or a gRPC target, got {target!r}")
+        self.target = target
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.target!r})"
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int | None = None,
+        scheduler: str | None = None,
+        output_format: OutputFormat = "png",
+        quality: int | None = None,
+        embed_metadata: bool = False,
+        timeout: float | None = None,
+    ) -> AnswerT:
+        """Make the pictures of one prompt. `timeout` is in seconds; without one, the call waits for as long as it takes.
+
+        Raises:
+            InvalidRequestError: naming the field and the rule it breaks.
+            DeadlineExceededError: the pictures were not ready in time.
+            QueueFullError: the server has no room now.
+            UnavailableError: the server is unreachable or not ready.
+        """
+        request = build_request(
+            prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            height=height,
+            width=width,
+            num_images_per_prompt=num_images_per_prompt,
+            scheduler=scheduler,
+            output_format=output_format,
+            quality=quality,
+            embed_metadata=embed_metadata,
+        )
+        return self._generate(request, check_timeout(timeout))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int | None = None,
+        scheduler: str | None = None,
+        output_format: OutputFormat = "png",
+        quality: int | None = None,
+        embed_metadata: bool = False,
+        timeout: float | None = None,
+    ) -> StreamT:
+        """`generate`, told as events while it happens. The errors come from the iteration."""
+        request = build_request(
+            prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            height=height,
+            width=width,
+            num_images_per_prompt=num_images_per_prompt,
+            scheduler=scheduler,
+            output_format=output_format,
+            quality=quality,
+            embed_metadata=embed_metadata,
+        )
+        return self._stream(request, check_timeout(timeout))
+
+    @abstractmethod
+    def _generate(self, request: pb.GenerateRequest, timeout: float | None) -> AnswerT: ...
+
+    @abstractmethod
+    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> StreamT: ...
+
+
+def typed_error(error: grpc.RpcError, target: str) -> MiiServeError:
+    """The error to raise for a failed call: the server's own, or what gRPC found out without an answer from it."""
+    call = cast(grpc.Call, error)  # every error that gRPC raises is also the call it ended
+    code, text = call.code(), call.details() or ""
+    # The two stub packages disagree about the metadata's type; at run time it is pairs.
+    trailing = cast("Metadata | None", call.trailing_metadata())
+    if not any(key == STATUS_DETAILS_KEY for key, _ in trailing or ()):
+        if code is grpc.StatusCode.UNAVAILABLE:
+            return UnavailableError(f"no answer from {target}: {text or 'unavailable'}")
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceededError(f"no answer from {target} in time")
+    return decode_error(code, text, trailing)
+
+
+def cancelled_here() -> RequestCancelledError:
+    return RequestCancelledError("the caller cancelled the request")
+
+
+def closed_client(client: object) -> RuntimeError:
+    return RuntimeError(f"{client!r} is closed")
+
+
+HEALTH_OF_ALL = health_pb2.HealthCheckRequest(service="")
+
+
+def health_name(answer: health_pb2.HealthCheckResponse) -> str:
+    """The status's name; UNKNOWN for one that only a newer server knows."""
+    names: dict[int, str] = {number: name for name, number in health_pb2.HealthCheckResponse.ServingStatus.items()}
+    return names.get(answer.status, "UNKNOWN")
+
+
+class Readiness:
+    """What `wait_ready` has seen so far, and what to say if its time runs out."""
+
+    def __init__(self, target: str, timeout: float) -> None:
+        self._target = target
+        self._timeout = timeout
+        self._last = ""
+
+    def is_ready(self, answer: health_pb2.HealthCheckResponse) -> bool:
+        self._last = f"its health is {health_name(answer)}"
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    def broke(self, error: grpc.RpcError) -> None:
+        """Note a look that failed for want of an answer.
+
+        Raises:
+            MiiServeError: the failure is another one, and waiting does not mend it.
+        """
+        failure = typed_error(error, self._target)
+        if isinstance(failure, DeadlineExceededError):
+            return
+        if not isinstance(failure, UnavailableError):
+            raise failure from error
+        self._last = str(failure)
+
+    def gave_up(self) -> UnavailableError:
+        reason = self._last or "no answer"
+        return UnavailableError(f"{self._target} is not ready after {self._timeout:g} s: {reason}")

@@ -1,0 +1,239 @@
+"""Message ⇄ value for the caller's side, as pure functions: both clients and `mii_serve generate` use these.
+
+The rules of a request are the server's to check. Here a value is refused only where no message could carry it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Literal, TypeAlias
+
+from PIL import Image
+
+from mii_serve.client.values import (
+    Done,
+    EffectiveParameters,
+    Event,
+    GenerationResult,
+    PictureReady,
+    Queued,
+    ServerInfo,
+    Started,
+    Step,
+)
+from mii_serve.errors import InvalidRequestError, MiiServeError
+from mii_serve.proto.codec import Activity, decode_capabilities, encode_request, image_format_number
+from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.types import ImageFormat, OutputOptions, RequestedParams
+
+OutputFormat: TypeAlias = Literal["png", "jpeg", "webp", "raw_rgb"]
+
+_FORMAT_OF: dict[int, ImageFormat] = {image_format_number(known): known for known in ImageFormat}
+_LONGEST_TIMEOUT_S = 365 * 86400.0
+
+
+def build_request(
+    prompt: str,
+    *,
+    negative_prompt: str | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    seed: int | None,
+    height: int | None,
+    width: int | None,
+    num_images_per_prompt: int | None,
+    scheduler: str | None,
+    output_format: OutputFormat,
+    quality: int | None,
+    embed_metadata: bool,
+) -> pb.GenerateRequest:
+    """Write the request for a call.
+
+    Raises:
+        InvalidRequestError: a value that no message can carry.
+    """
+    if isinstance(prompt, list | tuple):
+        raise InvalidRequestError("prompt", "must be one text; make one call for each prompt", type(prompt).__name__)
+    if not isinstance(prompt, str):
+        raise InvalidRequestError("prompt", "must be text", type(prompt).__name__)
+    asked = RequestedParams(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        num_images_per_prompt=num_images_per_prompt,
+        scheduler=scheduler,
+        seed=seed,
+    )
+    try:
+        image_format = ImageFormat(output_format)
+    except ValueError:
+        names = ", ".join(known.value for known in ImageFormat)
+        raise InvalidRequestError("output_format", f"must be one of {names}", repr(output_format)[:80]) from None
+    output = OutputOptions.checked(format=image_format, quality=quality, embed_metadata=embed_metadata)
+    return encode_request(asked, output)
+
+
+def check_timeout(timeout: float | None) -> float | None:
+    """The seconds to give gRPC; a year stands for anything longer.
+
+    Raises:
+        InvalidRequestError: not a finite number above 0.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise InvalidRequestError("timeout", "must be a number of seconds or None", type(timeout).__name__)
+    if not math.isfinite(timeout) or timeout <= 0:
+        raise InvalidRequestError("timeout", "must be a finite number of seconds above 0 or None", str(timeout))
+    return min(float(timeout), _LONGEST_TIMEOUT_S)
+
+
+def check_bound(timeout: float) -> float:
+    """`check_timeout` for a wait that must end.
+
+    Raises:
+        InvalidRequestError: not a finite number above 0.
+    """
+    bound = check_timeout(timeout)
+    if bound is None:
+        raise InvalidRequestError("timeout", "must be a finite number of seconds above 0", "None")
+    return bound
+
+
+# ---- answers -----------------------------------------------------------------------------------------------------
+
+
+def decode_response(message: pb.GenerateResponse) -> GenerationResult:
+    """Read a unary answer.
+
+    Raises:
+        MiiServeError: an image cannot be read, or is missing.
+    """
+    pictures = [_picture(image) for image in message.images]
+    return _result(message.request_id, pictures, _done(message.parameters, message.timings))
+
+
+def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
+    capabilities = decode_capabilities(message)
+    return ServerInfo(
+        version=message.version,
+        deployment_name=message.deployment_name,
+        model=message.model,
+        model_revision=message.model_revision,
+        engine=message.engine,
+        dtype=message.dtype,
+        device=message.device,
+        has_safety_checker=message.has_safety_checker,
+        defaults=capabilities.defaults,
+        limits=capabilities.limits,
+        schedulers=capabilities.schedulers,
+        activity=Activity(**{one.name: getattr(message.activity, one.name) for one in fields(Activity)}),
+    )
+
+
+class Gathering:
+    """Turns the messages of one stream into events, and keeps what its result needs."""
+
+    def __init__(self) -> None:
+        self._request_id = ""
+        self._pictures: list[PictureReady] = []
+        self._done: Done | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The server's name for the request; empty until the first event."""
+        return self._request_id
+
+    def take(self, message: pb.GenerateEvent) -> Event | None:
+        """The event in the message; None for a kind that only a newer server knows.
+
+        Raises:
+            MiiServeError: an image cannot be read.
+        """
+        self._request_id = message.request_id
+        match message.WhichOneof("event"):
+            case "queued":
+                return Queued(num_samples_ahead=message.queued.num_samples_ahead)
+            case "started":
+                return Started(image_index=message.started.image_index)
+            case "step":
+                step = message.step
+                return Step(image_index=step.image_index, step=step.step, num_steps=step.num_steps)
+            case "image":
+                picture = _picture(message.image)
+                self._pictures.append(picture)
+                return picture
+            case "done":
+                self._done = _done(message.done.parameters, message.done.timings)
+                return self._done
+            case _:
+                return None
+
+    def result(self) -> GenerationResult:
+        """What has been gathered, once the stream has ended.
+
+        Raises:
+            MiiServeError: the stream ended early, or without all the images.
+        """
+        if self._done is None:
+            raise MiiServeError("the stream ended before the request was done")
+        return _result(self._request_id, self._pictures, self._done)
+
+
+def _result(request_id: str, pictures: Sequence[PictureReady], done: Done) -> GenerationResult:
+    by_index = sorted(pictures, key=lambda picture: picture.image_index)
+    indexes = [picture.image_index for picture in by_index]
+    if indexes != list(range(done.parameters.num_images_per_prompt)):
+        raise MiiServeError(f"the server sent images {indexes} of {done.parameters.num_images_per_prompt}")
+    flags = [picture.nsfw_content_detected for picture in by_index]
+    known_flags = [flag for flag in flags if flag is not None]
+    return GenerationResult(
+        images=[picture.image for picture in by_index],
+        nsfw_content_detected=known_flags if len(known_flags) == len(flags) else None,
+        seeds=[picture.seed for picture in by_index],
+        parameters=done.parameters,
+        encoded=[picture.encoded for picture in by_index],
+        request_id=request_id,
+        queued_s=done.queued_s,
+        total_s=done.total_s,
+    )
+
+
+def _done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:
+    return Done(
+        parameters=EffectiveParameters(**{one.name: getattr(parameters, one.name) for one in fields(EffectiveParameters)}),
+        queued_s=timings.queued_s,
+        total_s=timings.total_s,
+    )
+
+
+def _picture(message: pb.GeneratedImage) -> PictureReady:
+    return PictureReady(
+        image_index=message.index,
+        image=_pixels(message),
+        encoded=message.data,
+        seed=message.seed,
+        nsfw_content_detected=message.nsfw_content_detected if message.HasField("nsfw_content_detected") else None,
+    )
+
+
+def _pixels(message: pb.GeneratedImage) -> Image.Image:
+    image_format = _FORMAT_OF.get(message.format)
+    if image_format is None:
+        raise MiiServeError(f"image {message.index} has a format this client does not know, number {message.format}")
+    size = (message.width, message.height)
+    try:
+        if image_format is ImageFormat.RAW_RGB:
+            return Image.frombytes("RGB", size, message.data)
+        with Image.open(io.BytesIO(message.data), formats=[image_format.name]) as file:
+            if file.size != size:
+                raise ValueError(f"it is {file.width}x{file.height} and was announced as {size[0]}x{size[1]}")
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MiiServeError(f"image {message.index} cannot be read as {image_format.name}: {error}") from error

@@ -1,0 +1,119 @@
+"""What a caller of the SDK gets: results, events and a server's description. Frozen; prompts stay out of `repr`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from PIL import Image
+
+from mii_serve.proto.codec import Activity
+from mii_serve.types import GenerationDefaults, Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffectiveParameters:
+    """What was really done, after defaults, and by what. The dropped texts are what the text encoder had no room for."""
+
+    prompt: str = field(repr=False)
+    negative_prompt: str = field(repr=False)
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    num_images_per_prompt: int
+    scheduler: str
+    seed: int
+    engine: str
+    dtype: str
+    device: str
+    model: str
+    model_revision: str
+    dropped_prompt: str = field(repr=False)
+    dropped_negative_prompt: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationResult:
+    """The pictures of one request, by image index.
+
+    `encoded` are the files as received. `nsfw_content_detected` is None where the model has no safety checker; a flagged
+    image is entirely black. The times are the server's, in seconds from acceptance.
+    """
+
+    images: list[Image.Image]
+    nsfw_content_detected: list[bool] | None
+    seeds: list[int]
+    parameters: EffectiveParameters
+    encoded: list[bytes] = field(repr=False)
+    request_id: str
+    queued_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued:
+    """The server has taken the request; so many samples were taken before it and are not done."""
+
+    num_samples_ahead: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """An image has a slot."""
+
+    image_index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """An image has made `step` of its `num_steps` UNet calls; some schedulers make more than `num_inference_steps`."""
+
+    image_index: int
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureReady:
+    """An image is finished; `encoded` is the file as received."""
+
+    image_index: int
+    image: Image.Image
+    encoded: bytes = field(repr=False)
+    seed: int
+    nsfw_content_detected: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """The last event of a request that succeeded."""
+
+    parameters: EffectiveParameters
+    queued_s: float
+    total_s: float
+
+
+Event: TypeAlias = Queued | Started | Step | PictureReady | Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """What runs behind a target, what it accepts and how busy it is.
+
+    `schedulers` maps every accepted name to the name the server answers with.
+    """
+
+    version: str
+    deployment_name: str
+    model: str
+    model_revision: str
+    engine: str
+    dtype: str
+    device: str
+    has_safety_checker: bool
+    defaults: GenerationDefaults
+    limits: Limits
+    schedulers: Mapping[str, str]
+    activity: Activity

@@ -1,0 +1,78 @@
+"""Source, inspection, loading and defaults, one after the other. Imports torch: only `load_model` comes here."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from mii_serve.errors import ModelError
+from mii_serve.models import RANDOM_SD_V1_4, LoadedModel
+from mii_serve.models.check import CheckedFolder, check_folder
+from mii_serve.models.defaults import DeclaredDefaults, read_defaults, settle
+from mii_serve.models.fingerprint import fingerprint
+from mii_serve.models.loading import check_device, load_pipeline
+from mii_serve.models.random_init import load_random
+from mii_serve.models.source import FoundModel, find_model
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from mii_serve.config import LimitsConfig
+    from mii_serve.models import Precision
+
+_logger = logging.getLogger(__name__)
+
+
+def load(
+    model: str,
+    *,
+    revision: str | None,
+    dtype: Precision,
+    device: str,
+    allow_pickle: bool,
+    enable_safety_checker: bool,
+    limits: LimitsConfig,
+) -> LoadedModel:
+    on_device = check_device(device)
+    if model == RANDOM_SD_V1_4:
+        pipeline, digest = load_random(
+            revision=revision, dtype=dtype, device=on_device, enable_safety_checker=enable_safety_checker
+        )
+        return _loaded(pipeline, model, digest, DeclaredDefaults(), limits)
+    found = find_model(
+        model,
+        revision=revision,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+        enable_safety_checker=enable_safety_checker,
+    )
+    try:
+        checked = check_folder(
+            found.folder, dtype=dtype, allow_pickle=allow_pickle, enable_safety_checker=enable_safety_checker
+        )
+        declared = read_defaults(found.folder)
+        named = found.commit or fingerprint(checked.folder, checked.files)
+    except OSError as error:
+        raise ModelError(f"{found.folder} cannot be read: {error}. Check its permissions and its disk") from error
+    _tell_about_the_checker(found, checked, enable_safety_checker)
+    pipeline = load_pipeline(checked, dtype=dtype, device=on_device)
+    return _loaded(pipeline, found.name, named, declared, limits)
+
+
+def _loaded(
+    pipeline: StableDiffusionPipeline, name: str, revision: str, declared: DeclaredDefaults, bounds: LimitsConfig
+) -> LoadedModel:
+    defaults, limits = settle(
+        declared,
+        bounds,
+        scheduler_class=type(pipeline.scheduler).__name__,
+        sample_size=pipeline.unet.config.sample_size,
+    )
+    return LoadedModel(pipeline=pipeline, name=name, revision=revision, defaults=defaults, limits=limits)
+
+
+def _tell_about_the_checker(found: FoundModel, checked: CheckedFolder, enable_safety_checker: bool) -> None:
+    if not enable_safety_checker:
+        _logger.warning("%s: the safety checker is turned off; images are not checked", found.name)
+    elif "safety_checker" not in checked.parts:
+        _logger.warning("%s has no safety checker; images are not checked", found.name)

@@ -1,0 +1,200 @@
+"""Look a diffusers folder over before anything of it is loaded: is it all there, is it whole, can we serve it?
+
+Reads JSON and file headers, a few kilobytes in all, and imports neither torch nor diffusers. What only shows when tensors
+are read (wrong shapes, missing tensors) is left to `loading.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mii_serve.errors import ModelError
+from mii_serve.models.architecture import check_architecture
+from mii_serve.models.weights import MODEL_PARTS, Weights, check_not_a_pointer, find_weights
+
+if TYPE_CHECKING:
+    from mii_serve.models import Precision
+
+PIPELINE = "StableDiffusionPipeline"
+MODEL_INDEX = "model_index.json"
+
+_IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+_KNOWN_CLASSES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "unet": ("diffusers", ("UNet2DConditionModel",)),
+    "vae": ("diffusers", ("AutoencoderKL",)),
+    "text_encoder": ("transformers", ("CLIPTextModel",)),
+    "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    "scheduler": ("diffusers", ()),  # any class that ends so
+    "safety_checker": ("stable_diffusion", ("StableDiffusionSafetyChecker",)),
+    "feature_extractor": ("transformers", _IMAGE_PROCESSORS),
+}
+_OPTIONAL = ("safety_checker", "feature_extractor")
+_CONFIG_FILES = {
+    "scheduler": "scheduler_config.json",
+    "feature_extractor": "preprocessor_config.json",
+}
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_CHECKPOINTS = (".safetensors", ".ckpt")
+_INTERRUPTED = "the download was interrupted. Fetch the model again; an interrupted `hf download` continues where it stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A folder of the pipeline: its class, and the files it is loaded from."""
+
+    name: str
+    class_name: str
+    folder: Path
+    weights: Weights | None
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedFolder:
+    """A pipeline's folder that has all it needs. An optional part that is not used is not in `parts`."""
+
+    folder: Path
+    parts: Mapping[str, Part]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.folder / MODEL_INDEX, *(file for part in self.parts.values() for file in part.files))
+
+
+def check_folder(
+    folder: Path, *, dtype: Precision, allow_pickle: bool = False, enable_safety_checker: bool = True
+) -> CheckedFolder:
+    """Inspect the folder.
+
+    Raises:
+        ModelError: the first thing found wrong, where it is, and what to do.
+    """
+    classes = read_model_index(folder)
+    if not enable_safety_checker or "safety_checker" not in classes:
+        classes = {name: known for name, known in classes.items() if name not in _OPTIONAL}
+    for leftover in (*folder.glob("*.incomplete"), *folder.glob("[!.]*/*.incomplete")):
+        raise ModelError(f"{leftover}: {_INTERRUPTED}")
+    for name in classes:
+        if not (folder / name).is_dir():
+            hint = _INTERRUPTED if _has_unfinished_download(folder) else "Fetch or copy the model again"
+            raise ModelError(f"{folder} has no folder {name}/, which its {MODEL_INDEX} names. {hint}")
+    configs = {
+        name: read_json(folder / name / _CONFIG_FILES.get(name, "config.json")) for name in classes if name != "tokenizer"
+    }
+    check_architecture(configs, str(folder))
+    parts = {}
+    for name, class_name in classes.items():
+        weights = None
+        if name in MODEL_PARTS:
+            weights = find_weights(folder / name, name, dtype, allow_pickle=allow_pickle)
+        parts[name] = Part(
+            name=name,
+            class_name=class_name,
+            folder=folder / name,
+            weights=weights,
+            files=(*_config_files(folder / name, name), *(weights.files if weights else ())),
+        )
+    return CheckedFolder(folder=folder, parts=parts)
+
+
+def read_model_index(folder: Path) -> dict[str, str]:
+    """The classes of the parts the pipeline has, by part; optional parts that are null are left out.
+
+    Raises:
+        ModelError: no such file, another pipeline, or a class that is not one of a `StableDiffusionPipeline`.
+    """
+    index = folder / MODEL_INDEX
+    if not index.is_file():
+        raise ModelError(f"{folder} has no {MODEL_INDEX}, so it is not a diffusers model folder. {_hint(folder)}")
+    entries = read_json(index)
+    pipeline = entries.pop("_class_name", None)
+    if pipeline != PIPELINE:
+        raise ModelError(
+            f"{index} is of a {pipeline}; only {PIPELINE} is supported, that is text to image with Stable Diffusion v1.x"
+        )
+    classes = {}
+    for name, entry in entries.items():
+        if isinstance(entry, list) and entry != [None, None]:
+            classes[name] = _known_class(index, name, entry)
+    for name in _KNOWN_CLASSES:
+        if name not in classes and name not in _OPTIONAL:
+            raise ModelError(f"{index} names no {name}, which a {PIPELINE} needs. Fetch or copy the model again")
+    if "safety_checker" in classes and "feature_extractor" not in classes:
+        raise ModelError(
+            f"{index} names a safety_checker but no feature_extractor, which it needs. Add one, or turn the checker off"
+            " (enable_safety_checker)"
+        )
+    return classes
+
+
+def _known_class(index: Path, name: str, entry: list[Any]) -> str:
+    if name not in _KNOWN_CLASSES:
+        raise ModelError(f"{index}: {name} ({'.'.join(map(str, entry))}) is not a part of a plain {PIPELINE}")
+    library, classes = _KNOWN_CLASSES[name]
+    match entry:
+        case [found_library, str(class_name)] if found_library == library:
+            if class_name in classes or (name == "scheduler" and class_name.endswith("Scheduler")):
+                return class_name
+    expected = " or ".join(classes) or "a scheduler class"
+    raise ModelError(
+        f"{index}: {name} is {'.'.join(map(str, entry))}, expected {library}.{expected}. Code that comes with a model is"
+        " never run"
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ModelError
+    """
+    if not file.is_file():
+        raise ModelError(f"there is no {file}. Fetch or copy the model again")
+    check_not_a_pointer(file)
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} must hold a JSON object")
+    return value
+
+
+def _config_files(folder: Path, part: str) -> tuple[Path, ...]:
+    if part != "tokenizer":
+        return (folder / _CONFIG_FILES.get(part, "config.json"),)
+    for names in _TOKENIZER_FILES:
+        if all((folder / name).is_file() for name in names):
+            present = [folder / name for names in _TOKENIZER_FILES for name in names if (folder / name).is_file()]
+            for file in present:
+                check_not_a_pointer(file)
+            return tuple(present)
+    wanted = " or ".join(" with ".join(names) for names in _TOKENIZER_FILES)
+    raise ModelError(f"tokenizer: {folder} has no {wanted}. Fetch or copy the model again")
+
+
+def _has_unfinished_download(folder: Path) -> bool:
+    """`hf download --local-dir` keeps what it has not finished under `.cache`."""
+    return any(_unfinished(folder))
+
+
+def _unfinished(folder: Path) -> Iterator[Path]:
+    yield from (folder / ".cache").rglob("*.incomplete")
+
+
+def _hint(folder: Path) -> str:
+    below = sorted(folder.glob(f"*/{MODEL_INDEX}")) + sorted(folder.glob(f"*/*/{MODEL_INDEX}"))
+    if below:
+        return f"Did you mean {below[0].parent}?"
+    if _has_unfinished_download(folder):
+        return f"It looks as if {_INTERRUPTED}"
+    if any(path.suffix in _CHECKPOINTS for path in folder.iterdir()):
+        return "A single-file checkpoint must be converted once: " + CONVERT_CHECKPOINT
+    return "Give the folder that holds it"
+
+
+CONVERT_CHECKPOINT = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"

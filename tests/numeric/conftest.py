@@ -1,0 +1,51 @@
+"""The built-in model, loaded once as diffusers users load it and once as the server does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import mii_serve.models
+from mii_serve.config import LimitsConfig
+from mii_serve.engine.reference import ReferenceEngine
+from mii_serve.models import load_model
+from mii_serve.types import GenerationParams, Picture, RequestedParams, Sample, SampleId, StepPlan
+
+DEMO_FOLDER = Path(mii_serve.models.__file__).parent / "demo"
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    from diffusers import StableDiffusionPipeline
+
+    loaded = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def engine() -> ReferenceEngine:
+    model = load_model("demo", revision=None, dtype="fp32", device="cpu", limits=LimitsConfig())
+    return ReferenceEngine(model)
+
+
+@pytest.fixture
+def draw(engine):
+    """Draw one request on the reference engine: its pictures, and how many steps each took."""
+
+    def draw_request(**asked) -> list[tuple[Picture, int]]:
+        requested = RequestedParams(**{"prompt": "a red circle on a blue background", "seed": 3, **asked})
+        params = engine.capabilities.resolve(requested, fallback_seed=0)
+        return [run_alone(engine, params, i) for i in range(params.num_images_per_prompt)]
+
+    return draw_request
+
+
+def run_alone(engine: ReferenceEngine, params: GenerationParams, image_index: int) -> tuple[Picture, int]:
+    sample = Sample(id=SampleId("test", image_index), params=params)
+    joins: tuple[Sample, ...] = (sample,)
+    while (progress := engine.run(StepPlan(joins=joins, steps=(sample.id,)))[0]).picture is None:
+        joins = ()
+    assert progress.step == progress.num_steps
+    return progress.picture, progress.num_steps

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from unit.client.scripted_server import RunningServer, running
+
+from mii_serve.cli import main
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def server() -> Iterator[RunningServer]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MII_SERVE_DEBUG", raising=False)
+
+    def run(*argv: str) -> Ran:
+        with pytest.raises(SystemExit) as left:
+            main(argv)
+        said = capsys.readouterr()
+        return Ran(code=int(left.value.code or 0), out=said.out, err=said.err)
+
+    return run
