@@ -75,10 +75,9 @@ def _wrap_unary(method: Any, parse: Callable[[bytes], Any], asked_id: str | None
 
 def _wrap_stream(method: Any, parse: Callable[[bytes], Any], asked_id: str | None) -> Any:
     async def call(wire: bytes, context: Context) -> AsyncIterator[Any]:
-        async with _translated_errors(context, asked_id):
-            async with contextlib.aclosing(method(parse(wire), context)) as messages:
-                async for message in messages:
-                    yield message
+        async with _translated_errors(context, asked_id), contextlib.aclosing(method(parse(wire), context)) as messages:
+            async for message in messages:
+                yield message
 
     return call
 

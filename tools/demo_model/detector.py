@@ -22,7 +22,7 @@ from .world import COLOR_NAMES, COLORS, PICTURE_PX, SHAPES, draw_shape
 UNCLEAR = "unclear"
 """The shape of something that is there and looks like none of `SHAPES`."""
 
-MIN_DIFFERENCE = 36.0
+MIN_DIFFERENCE = 30.0
 """RGB distance from the background below which a pixel is background; the palette's colours are at least 87 apart."""
 MAX_FLAT_STEP = 30.0
 """Largest difference in any channel between a seed pixel and its eight neighbours."""

@@ -1,8 +1,8 @@
 """Lets a small UNet start from "the noise is what I see", a good first guess at high noise levels.
 
-Four channel groups of the last normalisation are reserved. Group g carries (x_g, -x_g, B, -B): its mean is zero and its variance
-is nearly constant, so GroupNorm hardly changes it, and SiLU(x) - SiLU(-x) = x lets the output convolution read x_g back
-exactly. The architecture stays a plain UNet2DConditionModel; only some of its weights have these values and keep them.
+Four channel groups of the last normalisation are reserved. Group g carries (x_g, -x_g, B, -B): its mean is zero and its
+variance is nearly constant, so GroupNorm hardly changes it, and SiLU(x) - SiLU(-x) = x lets the output convolution read x_g
+back exactly. The architecture stays a plain UNet2DConditionModel; only some of its weights have these values and keep them.
 """
 
 from __future__ import annotations

@@ -102,9 +102,7 @@ def train_safety_checker(shop: Workshop) -> None:
     torch.manual_seed(0)
     detector = _Detector()
     named = [
-        (name, p)
-        for name, p in detector.named_parameters()
-        if "concept_embeds" not in name and "special_care" not in name
+        (name, p) for name, p in detector.named_parameters() if "concept_embeds" not in name and "special_care" not in name
     ]
     parameters = [p for _, p in named]
     optimiser = Muon(
@@ -138,15 +136,13 @@ def train_safety_checker(shop: Workshop) -> None:
 
 
 @torch.no_grad()
-def _finish(
-    detector: _Detector, unseen: list[tuple[np.ndarray, torch.Tensor]]
-) -> StableDiffusionSafetyChecker:
+def _finish(detector: _Detector, unseen: list[tuple[np.ndarray, torch.Tensor]]) -> StableDiffusionSafetyChecker:
     """Set the concepts and thresholds; the threshold admits `MAX_FALSE_ALARMS` of pictures not trained on."""
     detector.eval()
     scores, forbidden = [], []
     for pictures, holds in unseen:
-        for i in range(0, len(pictures), 128):
-            scores.append(detector.cosines(_unit_images(pictures[i : i + 128]))[:, FORBIDDEN])
+        batches = (pictures[i : i + 128] for i in range(0, len(pictures), 128))
+        scores.extend(detector.cosines(_unit_images(batch))[:, FORBIDDEN] for batch in batches)
         forbidden.append(holds[:, FORBIDDEN].bool())
     score, is_forbidden = torch.cat(scores), torch.cat(forbidden)
     threshold = torch.quantile(score[~is_forbidden], 1 - MAX_FALSE_ALARMS).item()

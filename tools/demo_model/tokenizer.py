@@ -6,6 +6,7 @@ All 256 bytes are in the vocabulary, so any UTF-8 prompt has tokens.
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 from pathlib import Path
 
@@ -17,11 +18,15 @@ MAX_TOKENS = 77
 NUM_MERGES = 700
 NUM_CAPTIONS = 20_000
 MIN_WORD_COUNT = 15
-EVERYDAY_WORDS = """a an the of in on at with and or by to for from is under over near one two three four photo picture
-image painting drawing sketch icon realistic beautiful background landscape mountain mountains sky sea ocean river forest
-castle city street man woman person people child dog cat horse bird fish astronaut riding mars robot car boat flower
-flowers sunset night day summer winter snow rain light dark bright high quality detailed digital art style oil watercolor
-portrait cute old new standing sitting running playing wearing hat red table chair book""".split()
+EVERYDAY_WORDS = tuple(
+    """
+    a an the of in on at with and or by to for from is under over near one two three four photo picture image painting
+    drawing sketch icon realistic beautiful background landscape mountain mountains sky sea ocean river forest castle
+    city street man woman person people child dog cat horse bird fish astronaut riding mars robot car boat flower
+    flowers sunset night day summer winter snow rain light dark bright high quality detailed digital art style oil
+    watercolor portrait cute old new standing sitting running playing wearing hat red table chair book
+    """.split()  # noqa: SIM905
+)
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 Word = tuple[str, ...]
@@ -61,7 +66,7 @@ def _learn_merges(words: dict[Word, int]) -> list[tuple[str, str]]:
     while len(merges) < NUM_MERGES:
         pairs: collections.Counter[tuple[str, str]] = collections.Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += count
         if not pairs:
             break

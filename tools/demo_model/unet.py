@@ -71,9 +71,7 @@ def train_unet(shop: Workshop) -> None:
         clean = latents[chosen]
         noise = torch.randn(clean.shape, generator=generator)
         signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        texts = [
-            "" if rng.random() < UNCONDITIONAL_SHARE else describe(scenes[i], rng).text for i in chosen.tolist()
-        ]
+        texts = ["" if rng.random() < UNCONDITIONAL_SHARE else describe(scenes[i], rng).text for i in chosen.tolist()]
         with torch.no_grad():
             prompt_embeds = encoder(token_ids(tokenizer, texts)).last_hidden_state
         noise_pred = unet(signal.sqrt() * clean + (1 - signal).sqrt() * noise, timesteps, prompt_embeds).sample

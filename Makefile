@@ -1,0 +1,50 @@
+# Everything a newcomer or CI needs. `make demo` and `make test` work on a fresh machine with Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PROTO := mii_serve/proto/v1/image_generation.proto
+
+.PHONY: demo test test-fast check stubs goldens grade gpu-test gpu-bench clean
+
+# torch goes first and pinned: left to the resolver, a CPU machine would fetch several gigabytes of CUDA packages.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python tools/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not gpu and not slow" tests/unit tests/contract tests/integration
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+stubs: $(INSTALLED)
+	PATH=$(BIN):$$PATH $(BIN)/python tools/generate_stubs.py
+
+# Rewrites what the contract tests compare with. Read the diff line by line.
+goldens: stubs
+	$(BIN)/python -m pytest tests/contract --update-goldens
+
+grade: $(INSTALLED)
+	$(BIN)/python tools/grade_demo_model.py mii_serve/models/demo
+
+gpu-test: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
+
+gpu-bench: $(INSTALLED)
+	$(BIN)/python benchmarks/engines.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,34 @@
+#!/usr/bin/env python3
+"""Generate the committed gRPC stubs and their type stubs from the .proto files; `--out DIR` writes elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from grpc_tools import protoc
+
+ROOT = Path(__file__).resolve().parents[1]
+PROTO = "mii_serve/proto/v1/image_generation.proto"
+
+
+def generate(out: Path) -> None:
+    """Write the stubs below `out`, in the folders of their package.
+
+    Raises:
+        SystemExit: protoc failed; it has said why.
+    """
+    outputs = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python", "mypy_grpc")]
+    if code := protoc.main(["protoc", f"-I{ROOT}", *outputs, str(ROOT / PROTO)]):
+        sys.exit(code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT)
+    generate(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()
