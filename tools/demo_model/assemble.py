@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from .unet import BETAS
@@ -51,8 +52,17 @@ def assemble(work: Path, out: Path) -> None:
     for name in ("vocab.json", "merges.txt"):  # older transformers read these and not tokenizer.json
         shutil.copy(work / "tokenizer" / name, out / "tokenizer" / name)
     (out / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    _prefix_tensors(out / "text_encoder" / "model.safetensors", "", "text_model.")
+    _prefix_tensors(out / "safety_checker" / "model.safetensors", "vision_model.", "vision_model.")
     _clean_configs(out)
     (out / "mii_serve_defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
+
+
+def _prefix_tensors(path: Path, start: str, prefix: str) -> None:
+    """Name tensors as the published v1-4 files do: transformers 4 reads only those names, transformers 5 both."""
+    tensors = load_file(path)
+    renamed = {(prefix + name if name.startswith(start) else name): value for name, value in tensors.items()}
+    save_file(renamed, path, metadata={"format": "pt"})
 
 
 def _clean_configs(out: Path) -> None:

@@ -246,7 +246,7 @@ def _grow(pixels: _Floats, part: _Mask, seeds: list[_Mask]) -> list[tuple[_Mask,
 def _coverage(pixels: _Floats, region: _Mask, background: _Floats, color: _Floats) -> _Floats:
     """How much of each pixel of the region is `color` and not `background`, 0 to 1."""
     way = color - background
-    share = (pixels - background) @ way / max(float(way @ way), 1.0)
+    share = ((pixels - background) * way).sum(axis=-1) / max(float(way @ way), 1.0)
     return np.where(region, share.clip(0, 1), 0).astype(np.float32)
 
 
