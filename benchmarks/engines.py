@@ -5,8 +5,8 @@
     python benchmarks/engines.py --model demo --quick   the built-in model, seconds on two CPU cores
 
 For each engine, sampler and number of images at once: the median seconds of a whole burst over the repeats, seconds per image,
-UNet calls per second, and the device's peak memory. The reference engine makes one image at a time, so its time per image does not
-depend on the burst; it is the baseline the batched engines are divided by.
+UNet calls per second, and the peak memory of the device. The reference engine makes one image at a time, so its time per image
+does not depend on the burst; it is the baseline the batched engines are divided by.
 """
 
 from __future__ import annotations

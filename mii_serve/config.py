@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -95,7 +96,7 @@ class DeployConfig(BaseSettings):
             merged = _Layered(**flags)
         except ValidationError as error:
             raise _first_problem(error) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError("config", str(error)) from error
         return cls.model_construct(**{name: getattr(merged, name) for name in cls.model_fields})
 

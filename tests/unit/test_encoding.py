@@ -1,0 +1,53 @@
+"""Pictures as files: pixels unharmed where the format allows it, metadata only where asked for."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+
+import pytest
+from PIL import Image
+
+from mii_serve.engine.fake import FakeEngine
+from mii_serve.replica.encoding import encode_picture
+from mii_serve.types import Effective, ImageFormat, OutputOptions, Picture, RequestedParams
+
+RGB = random.Random(0).randbytes(24 * 16 * 3)
+PICTURE = Picture(width=24, height=16, rgb=RGB, nsfw_content_detected=False)
+ENGINE = FakeEngine()
+PARAMS = ENGINE.capabilities.resolve(
+    RequestedParams(prompt='a "red" circle\nünïcödé', negative_prompt="blurry", seed=5, num_images_per_prompt=3),
+    fallback_seed=0,
+)
+EFFECTIVE = Effective(params=PARAMS, engine=ENGINE.description)
+
+
+def encode(**output) -> bytes:
+    return encode_picture(PICTURE, OutputOptions(**output), EFFECTIVE, seed=7)
+
+
+def test_png_and_raw_keep_every_pixel():
+    assert Image.open(io.BytesIO(encode())).tobytes() == RGB
+    assert encode(format=ImageFormat.RAW_RGB) == RGB
+
+
+@pytest.mark.parametrize("image_format", [ImageFormat.JPEG, ImageFormat.WEBP])
+def test_quality_makes_lossy_files_smaller(image_format):
+    assert len(encode(format=image_format, quality=10)) < len(encode(format=image_format, quality=95))
+    assert Image.open(io.BytesIO(encode(format=image_format))).size == (24, 16)
+
+
+def test_metadata_tells_programs_and_people_how_the_picture_was_made():
+    texts = Image.open(io.BytesIO(encode(embed_metadata=True))).text
+    told = json.loads(texts["mii_serve"])
+    assert (told["prompt"], told["seed"], told["num_images_per_prompt"]) == (PARAMS.prompt, 7, 1)
+    assert (told["engine"], told["model"]) == ("fake", "fake")
+    assert texts["parameters"] == (
+        'a "red" circle\nünïcödé\nNegative prompt: blurry\n'
+        "Steps: 4, Sampler: pndm, CFG scale: 7.5, Seed: 7, Size: 64x64, Model: fake"
+    )
+
+
+def test_without_being_asked_a_file_tells_nothing():
+    assert not Image.open(io.BytesIO(encode())).text
