@@ -38,7 +38,7 @@ goldens: stubs
 	$(BIN)/python -m pytest tests/contract --update-goldens
 
 grade: $(INSTALLED)
-	$(BIN)/python tools/grade_demo_model.py mii_serve/models/demo
+	$(BIN)/python tools/publish_demo_grades.py
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu

@@ -82,7 +82,7 @@ class Sampling:
 def load_model(model: Path | None, work: Path | None, unet: Path | None) -> StableDiffusionPipeline:
     """The pipeline of a finished folder, or of the parts a training has written so far; `unet` overrides either's."""
     if model is not None:
-        pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(model)
     else:
         assert work is not None
         pipeline = StableDiffusionPipeline(
@@ -96,9 +96,14 @@ def load_model(model: Path | None, work: Path | None, unet: Path | None) -> Stab
             requires_safety_checker=False,
         )
     if unet is not None and model is not None:
-        pipeline.unet = UNet2DConditionModel.from_pretrained(unet, torch_dtype=torch.float32)
+        pipeline.unet = UNet2DConditionModel.from_pretrained(unet)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def sampler_of(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Any:
+    """The diffusers scheduler that the sampling names, with the model's own settings."""
+    return SCHEDULERS[sampling.scheduler].from_config(pipeline.scheduler.config)
 
 
 @torch.inference_mode()
@@ -261,7 +266,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.detector:
         folder = arguments.model or arguments.work
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(folder / "vae")
         print_header()
         print_row("drawn", detector_accuracy(arguments.detector, arguments.seed))
         through = detector_accuracy(arguments.detector, arguments.seed, lambda pictures: through_vae(vae, pictures))
@@ -270,7 +275,7 @@ def main(argv: list[str]) -> None:
 
     sampling = sampling_of(arguments)
     pipeline = load_model(arguments.model, arguments.work, arguments.unet)
-    pipeline.scheduler = SCHEDULERS[sampling.scheduler].from_config(pipeline.scheduler.config)
+    pipeline.scheduler = sampler_of(pipeline, sampling)
     print(f"{sampling.scheduler}, {sampling.num_inference_steps} steps, guidance {sampling.guidance_scale}")
     print_header()
     rows: dict[str, list[Drawing]] = {}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mii_serve.server.deploy import Ready
     from mii_serve.server.service import FrontService
 
+EXAMPLE_PROMPT = "a red circle on a blue background"
 HTTP_PACKAGES = ("starlette", "uvicorn")
 
 
@@ -51,6 +52,7 @@ def _tell_ready(ready: Ready) -> None:
     info = ready.info
     checker = "with a safety checker" if info.has_safety_checker else "WITHOUT a safety checker"
     say(f"serving {info.model} {info.model_revision} by {info.engine} {info.dtype} on {info.device}, {checker}")
+    say(f'try: mii_serve generate "{EXAMPLE_PROMPT}" --target {ready.grpc}')
     print(f"ready grpc={ready.grpc} http={ready.http}", flush=True)
 
 

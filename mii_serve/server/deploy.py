@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
+import grpc
+
 from mii_serve.config import DeployConfig
 from mii_serve.errors import ConfigError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
@@ -118,7 +120,11 @@ async def _follow(
             await front.set_serving(False)
             await service.detach()
             continue
-        info = await service.attach(supervisor.socket)
+        try:
+            info = await service.attach(supervisor.socket)
+        except grpc.aio.AioRpcError as error:  # it died just now; the supervisor will say so
+            logger.warning("the replica does not answer: %s", error.code().name)
+            continue
         await front.set_serving(True)
         if is_first:
             on_first_ready(info)

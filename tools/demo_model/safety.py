@@ -117,10 +117,10 @@ def train_safety_checker(shop: Workshop) -> None:
     chooser, generator = np.random.default_rng(2000 + shop.rank), shop.generator(30)
     progress = Progress(shop, "safety", total)
     for step in range(total):
-        i = np.sort(chooser.choice(num_clean, BATCH_SIZE, replace=False))
-        j = np.sort(chooser.choice(num_decoded, BATCH_SIZE, replace=False))
-        images = torch.cat([_unit_images(clean[i]), _unit_images(decoded[j])])
-        labels = torch.cat([holds[i], decoded_holds[j]])
+        of_clean = np.sort(chooser.choice(num_clean, BATCH_SIZE, replace=False))
+        of_decoded = np.sort(chooser.choice(num_decoded, BATCH_SIZE, replace=False))
+        images = torch.cat([_unit_images(clean[of_clean]), _unit_images(decoded[of_decoded])])
+        labels = torch.cat([holds[of_clean], decoded_holds[of_decoded]])
         logits = detector(_disturbed(images, generator))
         losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=torch.tensor(2.0), reduction="none")
         loss = (losses * weights).mean()
@@ -139,7 +139,8 @@ def train_safety_checker(shop: Workshop) -> None:
 def _finish(detector: _Detector, unseen: list[tuple[np.ndarray, torch.Tensor]]) -> StableDiffusionSafetyChecker:
     """Set the concepts and thresholds; the threshold admits `MAX_FALSE_ALARMS` of pictures not trained on."""
     detector.eval()
-    scores, forbidden = [], []
+    scores: list[torch.Tensor] = []
+    forbidden = []
     for pictures, holds in unseen:
         batches = (pictures[i : i + 128] for i in range(0, len(pictures), 128))
         scores.extend(detector.cosines(_unit_images(batch))[:, FORBIDDEN] for batch in batches)

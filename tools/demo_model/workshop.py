@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.multiprocessing.spawn import spawn
 
 from .world import Scene, render_array, sample_scene
 
@@ -131,7 +132,7 @@ def run_ranks(stage: Callable[[Workshop], None], folder: Path, recipe: Recipe, n
     """Run one stage on `num_ranks` single-thread processes joined by gloo, and wait for all of them."""
     rendezvous = folder / f"rendezvous.{os.getpid()}"
     rendezvous.unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_rank_main, (stage, folder, recipe, num_ranks, rendezvous), nprocs=num_ranks)
+    spawn(_rank_main, (stage, folder, recipe, num_ranks, rendezvous), nprocs=num_ranks)
     rendezvous.unlink(missing_ok=True)
 
 

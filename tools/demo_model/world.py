@@ -232,6 +232,7 @@ def _one(rng: random.Random, background: str) -> Scene:
 
 def _several(rng: random.Random, background: str) -> Scene:
     color, shape = _pick(rng, background)
+    centers: tuple[tuple[float, float], ...]
     if rng.random() < 0.6:
         layout, centers, radii = "two", ((17, 32), (47, 32)), (11.0, 14.0)
     elif rng.random() < 0.5:
