@@ -58,8 +58,8 @@ class GenerationDefaults:
 class GenerationParams:
     """A request with nothing left open. A picture is a pure function of these and its index."""
 
-    prompt: str
-    negative_prompt: str
+    prompt: str = field(repr=False)
+    negative_prompt: str = field(repr=False)
     height: int
     width: int
     num_inference_steps: int
@@ -77,8 +77,8 @@ class GenerationParams:
 class RequestedParams:
     """What a caller said, before defaults and rules; None is "not said"."""
 
-    prompt: str
-    negative_prompt: str | None = None
+    prompt: str = field(repr=False)
+    negative_prompt: str | None = field(default=None, repr=False)
     height: int | None = None
     width: int | None = None
     num_inference_steps: int | None = None
@@ -293,17 +293,21 @@ class EngineDescription:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queued:
+    """The request was accepted; so many samples were accepted before it and are not done."""
+
     num_samples_ahead: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
+    """An image has a slot."""
+
     image_index: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stepped:
-    """`step` of `num_steps` UNet calls made; some schedulers make more calls than `num_inference_steps`."""
+class Step:
+    """An image has made `step` of its `num_steps` UNet calls; some schedulers make more than `num_inference_steps`."""
 
     image_index: int
     step: int
@@ -342,4 +346,4 @@ class Done:
     total_s: float
 
 
-Event = Queued | Started | Stepped | ImageReady | Done
+Event = Queued | Started | Step | ImageReady | Done

@@ -18,7 +18,7 @@ from demo_model.assemble import assemble
 from demo_model.safety import train_safety_checker
 from demo_model.text import make_tokenizer, train_text_encoder
 from demo_model.unet import train_unet
-from demo_model.vae import encode_latents, train_vae
+from demo_model.vae import decode_latents, encode_latents, harden_decoder, train_vae
 from demo_model.workshop import Recipe, make_pictures, run_ranks
 
 STAGES = {
@@ -27,6 +27,8 @@ STAGES = {
     "text": train_text_encoder,
     "vae": train_vae,
     "latents": encode_latents,
+    "decoder": harden_decoder,
+    "decoded": decode_latents,
     "unet": train_unet,
     "safety": train_safety_checker,
 }

@@ -18,11 +18,9 @@ from mii_serve.client.values import (
     Event,
     GenerationResult,
     PictureReady,
-    Queued,
     ServerInfo,
-    Started,
-    Step,
 )
+from mii_serve.types import Queued, Started, Step
 
 __all__ = [
     "AsyncClient",

@@ -19,15 +19,12 @@ from mii_serve.client.values import (
     Event,
     GenerationResult,
     PictureReady,
-    Queued,
     ServerInfo,
-    Started,
-    Step,
 )
 from mii_serve.errors import InvalidRequestError, MiiServeError
 from mii_serve.proto.codec import Activity, decode_capabilities, encode_request, image_format_number
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.types import ImageFormat, OutputOptions, RequestedParams
+from mii_serve.types import ImageFormat, OutputOptions, Queued, RequestedParams, Started, Step
 
 OutputFormat: TypeAlias = Literal["png", "jpeg", "webp", "raw_rgb"]
 

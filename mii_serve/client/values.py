@@ -9,7 +9,7 @@ from typing import TypeAlias
 from PIL import Image
 
 from mii_serve.proto.codec import Activity
-from mii_serve.types import GenerationDefaults, Limits
+from mii_serve.types import GenerationDefaults, Limits, Queued, Started, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,29 +50,6 @@ class GenerationResult:
     request_id: str
     queued_s: float
     total_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Queued:
-    """The server has taken the request; so many samples were taken before it and are not done."""
-
-    num_samples_ahead: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
-    """An image has a slot."""
-
-    image_index: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """An image has made `step` of its `num_steps` UNet calls; some schedulers make more than `num_inference_steps`."""
-
-    image_index: int
-    step: int
-    num_steps: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from mii_serve.types import (
     Queued,
     RequestedParams,
     Started,
-    Stepped,
+    Step,
 )
 
 MAX_MESSAGE_BYTES = 128 * 1024 * 1024
@@ -155,7 +155,7 @@ def encode_event(request_id: str, event: Event) -> pb.GenerateEvent:
             message.queued.CopyFrom(pb.GenerateEvent.Queued(num_samples_ahead=event.num_samples_ahead))
         case Started():
             message.started.CopyFrom(pb.GenerateEvent.Started(image_index=event.image_index))
-        case Stepped():
+        case Step():
             step = pb.GenerateEvent.Step(image_index=event.image_index, step=event.step, num_steps=event.num_steps)
             message.step.CopyFrom(step)
         case ImageReady():

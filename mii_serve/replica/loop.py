@@ -33,7 +33,7 @@ from mii_serve.types import (
     SampleId,
     SampleProgress,
     Started,
-    Stepped,
+    Step,
 )
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class _Mailbox:
 
     def put(self, event: Event | MiiServeError) -> None:
         last = self._events[-1] if self._events else None
-        if isinstance(event, Stepped) and isinstance(last, Stepped) and last.image_index == event.image_index:
+        if isinstance(event, Step) and isinstance(last, Step) and last.image_index == event.image_index:
             self._events.pop()
         self._events.append(event)
         self._arrived.set()
@@ -187,7 +187,7 @@ class ReplicaLoop:
         if request is None:
             return
         index = progress.id.image_index
-        request.mailbox.put(Stepped(image_index=index, step=progress.step, num_steps=progress.num_steps))
+        request.mailbox.put(Step(image_index=index, step=progress.step, num_steps=progress.num_steps))
         if progress.picture is not None:
             task = asyncio.create_task(self._hand_over(request, index, progress.picture))
             self._encoding.add(task)

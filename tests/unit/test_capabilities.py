@@ -114,3 +114,9 @@ def test_output_options_that_do_not_go_together_are_refused(field, options):
     with pytest.raises(InvalidRequestError) as caught:
         OutputOptions.checked(**options)
     assert caught.value.field == field
+
+
+def test_prompts_stay_out_of_repr():
+    asked = RequestedParams(prompt="a secret", negative_prompt="another secret")
+    assert "secret" not in repr(asked)
+    assert "secret" not in repr(CAPABILITIES.resolve(asked, fallback_seed=0))

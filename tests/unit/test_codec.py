@@ -19,7 +19,7 @@ from mii_serve.proto.codec import (
 )
 from mii_serve.proto.status import decode_error, encode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.types import Done, Effective, ImageFormat, ImageReady, OutputOptions, Queued, RequestedParams, Started, Stepped
+from mii_serve.types import Done, Effective, ImageFormat, ImageReady, OutputOptions, Queued, RequestedParams, Started, Step
 
 CAPABILITIES = FakeEngine().capabilities
 
@@ -96,7 +96,7 @@ def test_invalid_utf8_is_refused_by_the_message_itself():
 def test_every_event_is_its_own_kind_even_when_all_zero():
     assert encode_event("r", Queued(num_samples_ahead=0)).WhichOneof("event") == "queued"
     assert encode_event("r", Started(image_index=0)).WhichOneof("event") == "started"
-    assert encode_event("r", Stepped(image_index=0, step=1, num_steps=2)).WhichOneof("event") == "step"
+    assert encode_event("r", Step(image_index=0, step=1, num_steps=2)).WhichOneof("event") == "step"
 
 
 def test_a_stream_amounts_to_the_unary_answer():

@@ -37,7 +37,7 @@ DEFAULTS = {
 
 def assemble(work: Path, out: Path) -> None:
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae").half(),
+        vae=AutoencoderKL.from_pretrained(work / "hardened_vae").half(),
         text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder").half(),
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
         unet=UNet2DConditionModel.from_pretrained(work / "unet").half(),

@@ -1,4 +1,4 @@
-"""Stages `vae` and `latents`: an eight-fold autoencoder, and the latents of every training picture.
+"""Stages `vae`, `latents`, `decoder` and `decoded`: an eight-fold autoencoder, and what the other stages need of it.
 
 Its sharpness is the ceiling of everything that follows: a shape the decoder blurs cannot be told from its neighbour.
 """
@@ -87,9 +87,59 @@ def _fold_scale(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     into.bias[4:] += 2 * scale.log()
 
 
+def harden_decoder(shop: Workshop) -> None:
+    """Stage `decoder`: teach the decoder to draw clean pictures from latents like those a UNet hands over.
+
+    They are never quite the latents of a true picture: some noise is left in them, and strong guidance makes them too large.
+    The encoder stays as it is, so the latents mean what they meant.
+    """
+    pictures, latents, total = shop.pictures(), np.load(shop.folder / "latents.npy"), shop.recipe.decoder_steps
+    vae = AutoencoderKL.from_pretrained(shop.folder / "vae")
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    named = [(name, p) for name, p in vae.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    optimiser = Muon(named, lambda name, p: p.ndim >= 2 and "conv_out" not in name, lr=0.005, adam_lr=1e-3)
+    average, progress = GradientAverage(parameters), Progress(shop, "decoder", total)
+    chooser, generator = np.random.default_rng(3000 + shop.rank), shop.generator(13)
+    for step in range(total):
+        chosen = np.sort(chooser.choice(len(latents), 2 * BATCH_SIZE, replace=False))
+        images = as_images(pictures[chosen])
+        disturbed = _disturbed(torch.from_numpy(latents[chosen]).float(), generator)
+        decoded = vae.decode(disturbed / VAE_SCALING_FACTOR).sample
+        l1 = (decoded - images).abs().mean()
+        loss = l1 + (decoded - images).square().mean() + EDGE_WEIGHT * _edge_error(decoded, images)
+        optimiser.zero_grad()
+        loss.backward()
+        reported = average(l1.item())
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step(learning_rate(step, total, warmup=30))
+        progress(step, reported)
+    if shop.is_first():
+        vae.save_pretrained(shop.folder / "hardened_vae")
+
+
+def _disturbed(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Scaled latents with noise of up to a quarter of their deviation, and up to a quarter too large."""
+    noise, size = torch.rand(2, len(latents), 1, 1, 1, generator=generator)
+    return latents * (1 + 0.25 * size) + 0.25 * noise * torch.randn(latents.shape, generator=generator)
+
+
+@torch.no_grad()
+def decode_latents(shop: Workshop) -> None:
+    """Stage `decoded`: write `decoded.npy`, pictures from slightly wrong latents for the safety checker to learn from."""
+    vae = AutoencoderKL.from_pretrained(shop.folder / "hardened_vae").eval()
+    latents, generator, mine = np.load(shop.folder / "latents.npy"), shop.generator(12), shop.share(shop.recipe.num_decoded)
+    decoded = []
+    for i in range(mine.start, mine.stop, 64):
+        part = _disturbed(torch.from_numpy(latents[i : min(i + 64, mine.stop)]).float(), generator)
+        decoded.append(as_pictures(vae.decode(part / VAE_SCALING_FACTOR).sample))
+    shop.gather_arrays("decoded", np.concatenate(decoded))
+
+
 @torch.no_grad()
 def encode_latents(shop: Workshop) -> None:
-    """Write `latents.npy` (float16, N × 4 × 8 × 8, scaled) and, for the safety checker, `decoded.npy`."""
+    """Stage `latents`: write `latents.npy`, float16, N × 4 × 8 × 8, scaled."""
     vae = AutoencoderKL.from_pretrained(shop.folder / "vae").eval()
     pictures, mine = shop.pictures(), shop.share(shop.recipe.num_pictures)
     latents = []
@@ -97,11 +147,3 @@ def encode_latents(shop: Workshop) -> None:
         images = as_images(pictures[i : min(i + 64, mine.stop)])
         latents.append((vae.encode(images).latent_dist.mode() * VAE_SCALING_FACTOR).half().numpy())
     shop.gather_arrays("latents", np.concatenate(latents))
-    stored, decoded = np.load(shop.folder / "latents.npy", mmap_mode="r"), []
-    generator, mine = shop.generator(12), shop.share(shop.recipe.num_decoded)
-    for i in range(mine.start, mine.stop, 64):
-        part = torch.from_numpy(stored[i : min(i + 64, mine.stop)].copy()).float()
-        # What the UNet hands over is never quite a latent of a true picture.
-        part += 0.15 * torch.rand(len(part), 1, 1, 1, generator=generator) * torch.randn(part.shape, generator=generator)
-        decoded.append(as_pictures(vae.decode(part / VAE_SCALING_FACTOR).sample))
-    shop.gather_arrays("decoded", np.concatenate(decoded))

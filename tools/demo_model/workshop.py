@@ -30,6 +30,7 @@ class Recipe:
     num_decoded: int = 8_192
     text_steps: int = 450
     vae_steps: int = 6_500
+    decoder_steps: int = 1_500
     unet_steps: int = 7_000
     safety_steps: int = 4_000
 
