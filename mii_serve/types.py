@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeVar
 
-from mii_serve.errors import InvalidRequestError
+from mii_serve.errors import InvalidRequestError, MiiServeError
 
 LATENT_SCALE = 8
 """Pixels per latent cell; heights and widths are multiples of it."""
@@ -261,12 +261,20 @@ class Picture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleProgress:
-    """A sample has made `step` of its `num_steps` UNet calls; `picture` comes with the last one."""
+    """A sample has made `step` of its `num_steps` UNet calls; `picture` comes with the last one.
+
+    With `error` the sample has failed by itself and is forgotten; the engine and the other samples are unharmed.
+    """
 
     id: SampleId
     step: int
     num_steps: int
     picture: Picture | None = None
+    error: MiiServeError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.picture is not None or self.error is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ class Engine(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     def check(self, params: GenerationParams) -> None:
-        """Refuse, before any work, what this model's schedulers cannot do.
+        """Refuse, before any work, what this model's schedulers cannot do. May be called from any thread, and may take a while.
 
         Raises:
             InvalidRequestError: naming the field and the rule.
@@ -37,6 +37,8 @@ class Engine(Protocol):
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
         """Carry out one turn; the answer has one entry per sample of `plan.steps`, in that order.
+
+        A sample that fails by itself ends with an error in its entry and costs nobody else anything.
 
         Raises:
             EngineError: the engine's state is unknown and everything it held is lost.

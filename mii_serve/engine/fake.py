@@ -41,6 +41,7 @@ class FakeEngine:
         self._max_slots = max_slots
         self._running: dict[SampleId, _Running] = {}
         self._fails_next = False
+        self._fails_sample: str | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.plans: list[StepPlan] = []
@@ -61,6 +62,10 @@ class FakeEngine:
 
     def fail_next(self) -> None:
         self._fails_next = True
+
+    def fail_sample_of(self, request_id: str) -> None:
+        """Let the next step of this request's samples fail by itself."""
+        self._fails_sample = request_id
 
     def check(self, params: GenerationParams) -> None:
         if params.scheduler == "lcm" and params.num_inference_steps > 50:
@@ -84,8 +89,11 @@ class FakeEngine:
         self._running.clear()
 
     def _step(self, running: _Running) -> SampleProgress:
-        running.step += 1
         sample, num_steps = running.sample, running.sample.params.num_inference_steps
+        if sample.id.request_id == self._fails_sample:
+            del self._running[sample.id]
+            return SampleProgress(id=sample.id, step=running.step, num_steps=num_steps, error=EngineError("told to fail"))
+        running.step += 1
         is_last = running.step == num_steps
         if is_last:
             del self._running[sample.id]

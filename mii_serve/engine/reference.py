@@ -6,17 +6,17 @@ the same bits; only the loop is turned inside out, one UNet call per turn. Slow 
 
 from __future__ import annotations
 
-import inspect
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from mii_serve.errors import EngineError, MiiServeError
+from mii_serve.errors import EngineError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import checked_pictures
-from mii_serve.samplers.build import make_scheduler
+from mii_serve.samplers.build import make_scheduler, step_kwargs, try_scheduler
 from mii_serve.samplers.names import ACCEPTED_NAMES, short_name
 from mii_serve.types import (
     LATENT_SCALE,
@@ -31,6 +31,11 @@ from mii_serve.types import (
     SampleProgress,
     StepPlan,
 )
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""Raised by Python code about one sample's values; what a device raises is a RuntimeError."""
 
 
 @dataclass(slots=True)
@@ -58,6 +63,7 @@ class ReferenceEngine:
         self._device = torch.device(model.pipeline.device)
         self._scheduler_config = dict(model.pipeline.scheduler.config)
         self._running: dict[SampleId, _Running] = {}
+        self._tried: set[tuple[str, int]] = set()  # at most 1000 step counts of each sampler
         self._capabilities = Capabilities(
             limits=model.limits,
             defaults=replace(model.defaults, scheduler=short_name(model.defaults.scheduler)),
@@ -81,7 +87,10 @@ class ReferenceEngine:
         return self._capabilities
 
     def check(self, params: GenerationParams) -> None:
-        make_scheduler(self._scheduler_config, params.scheduler, params.num_inference_steps, torch.device("cpu"))
+        tried = (params.scheduler, params.num_inference_steps)
+        if tried not in self._tried:
+            try_scheduler(self._scheduler_config, *tried)
+            self._tried.add(tried)
 
     def warmup(self) -> EngineCapacity:
         asked = RequestedParams(prompt="warm-up", num_inference_steps=2, seed=0)
@@ -101,9 +110,7 @@ class ReferenceEngine:
                     self._running.pop(sample_id, None)
                 for sample in plan.joins:
                     self._running[sample.id] = self._start(sample)
-                return tuple(self._step(self._running[sample_id]) for sample_id in plan.steps)
-        except MiiServeError:
-            raise
+                return tuple(self._step_or_fail(self._running[sample_id]) for sample_id in plan.steps)
         except Exception as error:
             raise EngineError(f"the reference engine failed: {type(error).__name__}: {error}") from error
 
@@ -123,16 +130,23 @@ class ReferenceEngine:
         channels = pipeline.unet.config.in_channels
         shape = (1, channels, params.height // LATENT_SCALE, params.width // LATENT_SCALE)
         latents = randn_tensor(shape, generator=generator, device=self._device, dtype=prompt_embeds.dtype)
-        accepted = inspect.signature(scheduler.step).parameters
-        step_kwargs = {"eta": 0.0, "generator": generator}
         return _Running(
             sample=sample,
             scheduler=scheduler,
-            step_kwargs={name: value for name, value in step_kwargs.items() if name in accepted},
+            step_kwargs=step_kwargs(scheduler, generator),
             generator=generator,
             prompt_embeds=prompt_embeds,
             latents=latents * scheduler.init_noise_sigma,
         )
+
+    def _step_or_fail(self, running: _Running) -> SampleProgress:
+        try:
+            return self._step(running)
+        except _SAMPLE_ERRORS as error:
+            logger.exception("a sample failed, request_id=%s", running.sample.id.request_id)
+            self._running.pop(running.sample.id, None)
+            reason = EngineError(f"this image failed at step {running.step + 1}: {type(error).__name__}: {error}")
+            return SampleProgress(id=running.sample.id, step=running.step, num_steps=running.num_steps, error=reason)
 
     def _step(self, running: _Running) -> SampleProgress:
         scheduler, latents = running.scheduler, running.latents

@@ -117,11 +117,11 @@ class ReplicaLoop:
             UnavailableError: the loop has stopped.
             EngineError: the engine failed while this request was in flight.
         """
-        if self._failure is not None:
-            raise UnavailableError(f"the replica has stopped: {self._failure}")
+        self._refuse_if_stopped()
+        await asyncio.get_running_loop().run_in_executor(self._encoders, self._engine.check, params)
+        self._refuse_if_stopped()
         if request_id in self._requests:
             raise InvalidRequestError("x-request-id", "must not be in use by a running request", repr(request_id))
-        self._engine.check(params)
         request = _Request(request_id, params, output, time.monotonic())
         request.num_images_left = params.num_images_per_prompt
         ahead = self._scheduler.add(request_id, params)
@@ -171,6 +171,10 @@ class ReplicaLoop:
             self._engine_thread.shutdown(wait=True)
             self._encoders.shutdown(wait=True)
 
+    def _refuse_if_stopped(self) -> None:
+        if self._failure is not None:
+            raise UnavailableError(f"the replica has stopped: {self._failure}")
+
     def _fail_all(self, error: MiiServeError) -> None:
         self._failure = self._failure or error
         for request in self._requests.values():
@@ -185,6 +189,9 @@ class ReplicaLoop:
         self._num_steps += 1
         request = self._requests.get(progress.id.request_id)
         if request is None:
+            return
+        if progress.error is not None:
+            request.mailbox.put(progress.error)
             return
         index = progress.id.image_index
         request.mailbox.put(Step(image_index=index, step=progress.step, num_steps=progress.num_steps))

@@ -1,6 +1,6 @@
 """Slots and the line before them: first come, first served, samples joining and leaving between steps.
 
-Promises: every sample that was added either reaches its last step exactly once or leaves because its request was dropped;
+Promises: every sample that was added is either over exactly once or leaves because its request was dropped;
 never more than `max_slots` samples run; a dropped request's slots are free in the very next plan.
 """
 
@@ -66,5 +66,5 @@ class Scheduler:
     def advance(self, progress: Iterable[SampleProgress]) -> None:
         """Take in what the turn achieved; finished samples give their slots back."""
         for sample in progress:
-            if sample.picture is not None:
+            if sample.is_over:
                 self._running.pop(sample.id, None)

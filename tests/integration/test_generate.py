@@ -214,6 +214,20 @@ async def test_an_engine_failure_ends_every_request_with_a_typed_error(server):
     assert error.code() is grpc.StatusCode.UNAVAILABLE
 
 
+async def test_a_sample_that_fails_by_itself_fails_its_request_only(two_slots):
+    two_slots.engine.gate.clear()
+    two_slots.engine.fail_sample_of("unlucky")
+    metadata = (("x-request-id", "unlucky"),)
+    unlucky = asyncio.create_task(refused(two_slots.stub.Generate(request(num_images_per_prompt=3), metadata=metadata)))
+    await two_slots.until(lambda: two_slots.loop.activity().num_running == 2)
+    others = [asyncio.create_task(collect(two_slots, seed=i)) for i in range(2)]
+    two_slots.engine.gate.set()
+    error = await unlucky
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert [response.parameters.seed for response in await asyncio.gather(*others)] == [0, 1]
+    assert two_slots.loop.activity().num_running == two_slots.loop.activity().num_waiting == 0
+
+
 async def test_a_lost_replica_is_unavailable_not_a_riddle(server):
     server.engine.gate.clear()
     call = asyncio.create_task(refused(server.stub.Generate(request())))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings, strategies
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from mii_serve.errors import QueueFullError
+from mii_serve.errors import EngineError, QueueFullError
 from mii_serve.scheduler import Scheduler
 from mii_serve.types import GenerationParams, Picture, SampleId, SampleProgress
 
@@ -106,12 +106,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sample_id in plan.steps:
             self.held[sample_id] += 1
             is_last = self.held[sample_id] == self.wanted[sample_id]
+            has_failed = is_last and self.wanted[sample_id] == 5  # every fifth kind of sample fails instead
             progress.append(
                 SampleProgress(
                     id=sample_id,
                     step=self.held[sample_id],
                     num_steps=self.wanted[sample_id],
-                    picture=PICTURE if is_last else None,
+                    picture=PICTURE if is_last and not has_failed else None,
+                    error=EngineError("told to fail") if has_failed else None,
                 )
             )
             if is_last:
