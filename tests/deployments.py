@@ -17,6 +17,8 @@ import psutil
 import pytest
 
 START_TIMEOUT_S = 180.0
+ENDLESS = {"num_inference_steps": 1000, "scheduler": "euler"}
+"""Longer than any test waits, on a sampler that can make so many steps."""
 
 
 @dataclass

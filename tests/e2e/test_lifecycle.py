@@ -11,7 +11,7 @@ import urllib.request
 
 import psutil
 import pytest
-from deployments import deployed, read_line, start, until
+from deployments import ENDLESS, deployed, read_line, start, until
 
 from mii_serve.client import Client
 from mii_serve.errors import UnavailableError
@@ -52,7 +52,7 @@ def test_running_work_is_finished_before_the_end():
 
 def test_a_second_signal_ends_at_once():
     with deployed("demo") as running, Client(running.grpc) as client:
-        stream = client.stream("a red circle", num_inference_steps=1000)
+        stream = client.stream("a red circle", **ENDLESS)
         next(iter(stream))
         running.process.send_signal(signal.SIGINT)
         running.process.send_signal(signal.SIGTERM)  # two of a kind could arrive as one
@@ -71,7 +71,7 @@ def test_a_killed_front_leaves_no_process_behind():
 def test_a_killed_replica_is_noticed_and_replaced():
     with deployed("demo") as running, Client(running.grpc) as client:
         [first] = running.replica_pids()
-        stream = client.stream("a red circle", num_inference_steps=1000)
+        stream = client.stream("a red circle", **ENDLESS)
         next(iter(stream))
         os.kill(first, signal.SIGKILL)
         with pytest.raises(UnavailableError):

@@ -157,10 +157,10 @@ def checker_that_always_fires(pipeline, engine):
     checkers = [pipeline.safety_checker, engine._pipeline.safety_checker]
     saved = [checker.concept_embeds_weights.clone() for checker in checkers]
     for checker in checkers:
-        checker.concept_embeds_weights.fill_(-2.0)
+        checker.concept_embeds_weights.data.fill_(-2.0)
     yield
     for checker, weights in zip(checkers, saved, strict=True):
-        checker.concept_embeds_weights.copy_(weights)
+        checker.concept_embeds_weights.data.copy_(weights)
 
 
 @pytest.mark.usefixtures("checker_that_always_fires")
