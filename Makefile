@@ -1,6 +1,7 @@
 # Everything a newcomer or CI needs. `make demo` and `make test` work on a fresh machine with Python 3.11 or newer.
 
 PYTHON ?= python3
+TORCH_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -8,10 +9,11 @@ PROTO := mii_serve/proto/v1/image_generation.proto
 
 .PHONY: demo test test-fast check stubs goldens grade gpu-test gpu-bench clean
 
-# torch goes first and pinned: left to the resolver, a CPU machine would fetch several gigabytes of CUDA packages.
+# torch goes first and pinned, so that nothing else decides which build is taken. The registry's own build brings several gigabytes
+# of CUDA packages; on a machine without a GPU, TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu' avoids them.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -c constraints.txt torch==2.13.0
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH_FLAGS) torch==2.13.0
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	touch $@
 

@@ -49,7 +49,7 @@ async def serve_http(config: DeployConfig, service: FrontService) -> AsyncIterat
     """
     listener = bind_tcp("http_port", config.host, config.http_port)
     app = build_app(lambda: service.is_ready)
-    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+    server = _Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, lifespan="off"))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield f"{bracketed(config.host)}:{listener.getsockname()[1]}"
