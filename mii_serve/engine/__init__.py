@@ -15,7 +15,11 @@ from mii_serve.types import (
 
 
 class Engine(Protocol):
-    """A loaded model on a device. Not thread-safe: one thread calls it, a call at a time."""
+    """A loaded model on a device, built, warmed and run by one and the same thread.
+
+    Not only for safety: each thread that computes gets a pool of helpers of its own, and with two pools on the same cores
+    torch's CPU kernels take twice as long.
+    """
 
     @property
     def description(self) -> EngineDescription: ...

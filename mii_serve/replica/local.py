@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
@@ -19,8 +20,8 @@ from mii_serve.types import Capabilities, EngineCapacity, Event, OutputOptions, 
 class LocalGenerator:
     """Makes pictures in this process; not thread-safe."""
 
-    def __init__(self, engine: Engine, capacity: EngineCapacity) -> None:
-        self._engine, self._capacity = engine, capacity
+    def __init__(self, engine: Engine, capacity: EngineCapacity, engine_thread: ThreadPoolExecutor) -> None:
+        self._engine, self._capacity, self._engine_thread = engine, capacity, engine_thread
 
     @property
     def capabilities(self) -> Capabilities:
@@ -36,7 +37,8 @@ class LocalGenerator:
         params = self._engine.capabilities.resolve(asked, fallback_seed=draw_seed())
         request_id = uuid.uuid4().hex
         with asyncio.Runner() as runner:
-            replica = ReplicaLoop(self._engine, self._capacity, max_waiting_samples=params.num_images_per_prompt)
+            room = params.num_images_per_prompt
+            replica = ReplicaLoop(self._engine, self._capacity, self._engine_thread, max_waiting_samples=room)
             events = replica.generate(request_id, params, output)
             turns = runner.get_loop().create_task(replica.run())
             try:
@@ -64,10 +66,21 @@ def open_local(config: DeployConfig) -> Iterator[LocalGenerator]:
     Raises:
         ConfigError, ModelError: as `mii_serve deploy` would.
     """
+    with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
+        engine, capacity = thread.submit(build_warm_engine, config).result()
+        try:
+            yield LocalGenerator(engine, capacity, thread)
+        finally:
+            thread.submit(engine.close).result()
+
+
+def build_warm_engine(config: DeployConfig) -> tuple[Engine, EngineCapacity]:
+    """To be called in the thread that will run the engine.
+
+    Raises:
+        ConfigError, ModelError: as `mii_serve deploy` would.
+    """
     from mii_serve.engine.factory import build_engine
 
     engine = build_engine(config)
-    try:
-        yield LocalGenerator(engine, engine.warmup())
-    finally:
-        engine.close()
+    return engine, engine.warmup()

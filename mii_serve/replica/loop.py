@@ -79,14 +79,17 @@ class _Request:
 class ReplicaLoop:
     """Makes pictures for any number of concurrent callers of `generate`."""
 
-    def __init__(self, engine: Engine, capacity: EngineCapacity, *, max_waiting_samples: int) -> None:
+    def __init__(
+        self, engine: Engine, capacity: EngineCapacity, engine_thread: ThreadPoolExecutor, *, max_waiting_samples: int
+    ) -> None:
+        """`engine_thread` is the one thread that has built and warmed the engine; it stays its caller's to shut down."""
         self._engine = engine
         self._capacity = capacity
         self._scheduler = Scheduler(max_slots=capacity.max_slots, max_waiting_samples=max_waiting_samples)
         self._requests: dict[str, _Request] = {}
         self._wake = asyncio.Event()
         self._failure: MiiServeError | None = None
-        self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._engine_thread = engine_thread
         self._encoders = ThreadPoolExecutor(NUM_ENCODING_THREADS, thread_name_prefix="encode")
         self._encoding: set[asyncio.Task[None]] = set()
         self._born = time.monotonic()
@@ -168,7 +171,6 @@ class ReplicaLoop:
             raise
         finally:
             self._fail_all(UnavailableError("the replica is stopping"))
-            self._engine_thread.shutdown(wait=True)
             self._encoders.shutdown(wait=True)
 
     def _refuse_if_stopped(self) -> None:

@@ -8,25 +8,25 @@ picture has been made and the socket is open, or `{"state": "failed", "error": <
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
 import threading
-from typing import TextIO
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
 from mii_serve.config import DeployConfig
-from mii_serve.engine import Engine
 from mii_serve.errors import MiiServeError
 from mii_serve.proto.codec import CHANNEL_OPTIONS
 from mii_serve.proto.interceptor import CallInterceptor
 from mii_serve.proto.v1.image_generation_pb2_grpc import add_ImageGenerationServicer_to_server
+from mii_serve.replica.local import build_warm_engine
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import ReplicaService
-from mii_serve.types import EngineCapacity
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +38,22 @@ def main() -> int:
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
     logging.basicConfig(level=order["log_level"], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as status:
-        try:
-            config = DeployConfig.from_json(order["config"])
-            engine, capacity = _warm_engine(config)
-            asyncio.run(_serve(engine, capacity, config, order["socket"], status))
-        except MiiServeError as error:
-            status.write(json.dumps({"state": "failed", "error": type(error).__name__, "message": str(error)}) + "\n")
-            return 1
+    status_fd = int(sys.argv[1])
+    try:
+        config = DeployConfig.from_json(order["config"])
+        with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
+            engine, capacity = thread.submit(build_warm_engine, config).result()
+            loop = ReplicaLoop(engine, capacity, thread, max_waiting_samples=config.max_waiting_samples)
+            asyncio.run(_serve(loop, config, order["socket"], status_fd))
+    except MiiServeError as error:
+        _report(status_fd, state="failed", error=type(error).__name__, message=str(error))
+        return 1
     return 0
+
+
+def _report(status_fd: int, **status: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # after "ready" nobody listens any more
+        os.write(status_fd, json.dumps(status).encode() + b"\n")
 
 
 def _die_with_parent() -> None:
@@ -56,25 +63,17 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _warm_engine(config: DeployConfig) -> tuple[Engine, EngineCapacity]:
-    from mii_serve.engine.factory import build_engine
-
-    engine = build_engine(config)
-    return engine, engine.warmup()
-
-
-async def _serve(engine: Engine, capacity: EngineCapacity, config: DeployConfig, socket: str, status: TextIO) -> None:
-    loop = ReplicaLoop(engine, capacity, max_waiting_samples=config.max_waiting_samples)
+async def _serve(loop: ReplicaLoop, config: DeployConfig, socket: str, status_fd: int) -> None:
     server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
     add_ImageGenerationServicer_to_server(ReplicaService(loop, config.deployment_name), server)
     server.add_insecure_port(f"unix:{socket}")
     await server.start()
-    status.write(json.dumps({"state": "ready"}) + "\n")
+    _report(status_fd, state="ready")
     try:
         await loop.run()
     finally:
         await server.stop(grace=1.0)
-        engine.close()
+        loop.engine.close()
 
 
 if __name__ == "__main__":

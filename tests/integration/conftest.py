@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +47,8 @@ class RunningServer:
 
 @contextlib.asynccontextmanager
 async def running_server(folder: Path, engine: FakeEngine, *, max_waiting_samples: int = 8) -> AsyncIterator[RunningServer]:
-    loop = ReplicaLoop(engine, engine.warmup(), max_waiting_samples=max_waiting_samples)
+    engine_thread = ThreadPoolExecutor(1)
+    loop = ReplicaLoop(engine, engine.warmup(), engine_thread, max_waiting_samples=max_waiting_samples)
     turns = asyncio.create_task(loop.run())
     replica_server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
     add_ImageGenerationServicer_to_server(ReplicaService(loop, "test"), replica_server)
@@ -70,6 +72,7 @@ async def running_server(folder: Path, engine: FakeEngine, *, max_waiting_sample
         turns.cancel()
         with contextlib.suppress(asyncio.CancelledError, EngineError):
             await turns
+        engine_thread.shutdown()
 
 
 @pytest.fixture
