@@ -81,17 +81,18 @@ def measure(engine: Engine, max_slots: int, sampler: str, num_steps: int, num_im
     }
 
 
-def circumstances(model: str, engine: Engine) -> dict[str, Any]:
+def circumstances(model: str, model_revision: str, device: str, dtype: str) -> dict[str, Any]:
+    """What a reader needs to repeat a measurement."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    on_gpu = engine.description.device.startswith("cuda")
+    on_gpu = device.startswith("cuda")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit or None,
         "command": shlex.join(sys.argv),
         "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "model": model,
-        "model_revision": engine.description.model_revision,
-        "dtype": engine.description.dtype,
+        "model_revision": model_revision,
+        "dtype": dtype,
         "versions": {
             "mii_serve": mii_serve.__version__,
             "python": platform.python_version(),
@@ -116,7 +117,8 @@ def main() -> None:
     for name in arguments.engines:
         engine = build_engine(DeployConfig.load({"model": arguments.model, "engine": name}))
         max_slots = engine.warmup().max_slots
-        about = circumstances(arguments.model, engine)
+        told = engine.description
+        about = circumstances(arguments.model, told.model_revision, told.device, told.dtype)
         for sampler, num_steps in (("pndm", 5),) if arguments.quick else SAMPLERS:
             for num_images in (1, 2) if arguments.quick else BATCHES:
                 # One image at a time, a longer burst tells nothing that a shorter one does not.
