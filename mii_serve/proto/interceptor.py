@@ -74,10 +74,11 @@ def _wrap_unary(method: Any, parse: Callable[[bytes], Any], asked_id: str | None
 
 
 def _wrap_stream(method: Any, parse: Callable[[bytes], Any], asked_id: str | None) -> Any:
-    async def call(wire: bytes, context: Context) -> AsyncIterator[Any]:
+    # Not a generator: gRPC does not close one whose call is cancelled in the middle of a write, and its slot would stay taken.
+    async def call(wire: bytes, context: Context) -> None:
         async with _translated_errors(context, asked_id), contextlib.aclosing(method(parse(wire), context)) as messages:
             async for message in messages:
-                yield message
+                await context.write(message)
 
     return call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import random
 
@@ -181,6 +182,21 @@ async def test_a_request_that_waits_can_be_given_up_without_a_step(server):
     server.engine.gate.set()
     await running
     assert server.loop.activity().num_steps == 4
+
+
+async def test_no_hang_up_is_lost_at_whatever_moment_it_comes(two_slots):
+    gc.disable()  # a slot that only the garbage collector gives back is a slot lost
+    try:
+        for i in range(60):
+            call = two_slots.stub.GenerateStream(request(num_inference_steps=1000, seed=i))
+            async for event in call:
+                if event.WhichOneof("event") == "step" and event.step.step > i % 7:
+                    break
+            call.cancel()
+        activity = two_slots.loop.activity
+        await two_slots.until(lambda: activity().num_cancelled_requests == 60 and activity().num_running == 0)
+    finally:
+        gc.enable()
 
 
 async def test_others_do_not_notice_a_hang_up(two_slots):
