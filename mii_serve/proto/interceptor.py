@@ -74,7 +74,7 @@ def _wrap_unary(method: Any, parse: Callable[[bytes], Any], asked_id: str | None
 
 
 def _wrap_stream(method: Any, parse: Callable[[bytes], Any], asked_id: str | None) -> Any:
-    # Not a generator: gRPC does not close one whose call is cancelled in the middle of a write, and its slot would stay taken.
+    # Not a generator: a call cancelled in the middle of a write closes the messages here, and not when the collector comes.
     async def call(wire: bytes, context: Context) -> None:
         async with _translated_errors(context, asked_id), contextlib.aclosing(method(parse(wire), context)) as messages:
             async for message in messages:
