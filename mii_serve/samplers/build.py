@@ -11,7 +11,8 @@ import torch
 from mii_serve.errors import InvalidRequestError
 from mii_serve.samplers.names import SAMPLERS
 
-_REFUSALS = (ArithmeticError, LookupError, RuntimeError, ValueError)
+REFUSALS = (ArithmeticError, LookupError, RuntimeError, ValueError)
+"""What diffusers' schedulers raise for a number of steps they cannot make."""
 
 
 def make_scheduler(model_config: dict[str, Any], name: str, num_inference_steps: int, device: torch.device) -> Any:
@@ -26,8 +27,8 @@ def make_scheduler(model_config: dict[str, Any], name: str, num_inference_steps:
     scheduler = getattr(diffusers, spec.class_name).from_config(model_config, **spec.overrides)
     try:
         scheduler.set_timesteps(num_inference_steps, device=device)
-    except _REFUSALS as error:
-        raise _refusal(name, num_inference_steps, str(error).splitlines()[0][:200]) from error
+    except REFUSALS as error:
+        raise refusal(name, num_inference_steps, str(error).splitlines()[0][:200]) from error
     if hasattr(scheduler, "set_begin_index"):
         # With so many steps that timesteps repeat, it would otherwise look its first one up, find the second, and run out.
         scheduler.set_begin_index(0)
@@ -41,8 +42,8 @@ def step_kwargs(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
     return {name: value for name, value in offered.items() if name in accepted}
 
 
-def try_scheduler(model_config: dict[str, Any], name: str, num_inference_steps: int) -> None:
-    """Run the scheduler through all its steps on four numbers: some fail, or divide by zero, only on the way.
+def try_scheduler(model_config: dict[str, Any], name: str, num_inference_steps: int) -> int:
+    """Count the UNet calls by running through them on four numbers: some schedulers fail, or divide by zero, only on the way.
 
     PNDM with v1-4's `steps_offset` asks for a timestep beyond the last one when it makes 1000 steps; DPM-Solver++ gets the same
     timestep twice near there. Takes about 40 microseconds a step.
@@ -59,12 +60,13 @@ def try_scheduler(model_config: dict[str, Any], name: str, num_inference_steps: 
             scheduler.scale_model_input(sample, timestep)
             model_output = torch.randn(sample.shape, generator=generator)
             sample = scheduler.step(model_output, timestep, sample, **kwargs, return_dict=False)[0]
-    except _REFUSALS as error:
-        raise _refusal(name, num_inference_steps, f"{type(error).__name__} on the way") from error
+    except REFUSALS as error:
+        raise refusal(name, num_inference_steps, f"{type(error).__name__} on the way") from error
     if not sample.isfinite().all():
-        raise _refusal(name, num_inference_steps, "its result would not be finite")
+        raise refusal(name, num_inference_steps, "its result would not be finite")
+    return len(scheduler.timesteps)
 
 
-def _refusal(name: str, num_inference_steps: int, reason: str) -> InvalidRequestError:
+def refusal(name: str, num_inference_steps: int, reason: str) -> InvalidRequestError:
     rule = f"must be a number of steps that the scheduler {name} can make with this model ({reason})"
     return InvalidRequestError("num_inference_steps", rule, str(num_inference_steps))

@@ -1,0 +1,211 @@
+"""A compiled table does what the diffusers scheduler object does, for every sampler, and refuses what no table can do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import mii_serve.models
+from mii_serve.errors import InvalidRequestError
+from mii_serve.samplers import names, table
+from mii_serve.samplers.build import make_scheduler, step_kwargs, try_scheduler
+from mii_serve.samplers.names import SAMPLERS, SamplerSpec
+from mii_serve.samplers.table import compile_table
+from mii_serve.samplers.update import estimate_x0, step
+
+CONFIG = json.loads((Path(mii_serve.models.__file__).parent / "demo" / "scheduler" / "scheduler_config.json").read_text())
+CPU = torch.device("cpu")
+TOLERANCE = 2e-6
+"""Relative, after float32 arithmetic in both; the worst sampler was measured at 5e-7."""
+
+STEP_COUNTS = (1, 2, 3, 4, 5, 10, 20, 50)
+
+
+def can_make(config: dict, sampler: str, num_steps: int) -> bool:
+    try:
+        try_scheduler(config, sampler, num_steps)
+    except InvalidRequestError:
+        return False
+    return True
+
+
+def outputs(num_calls: int, seed: int) -> torch.Tensor:
+    return torch.randn(num_calls, 1, 4, 8, 6, generator=torch.Generator().manual_seed(seed + 1000))
+
+
+def diffusers_trajectory(config: dict, sampler: str, num_steps: int, seed: int) -> list[torch.Tensor]:
+    scheduler = make_scheduler(config, sampler, num_steps, CPU)
+    generator = torch.Generator().manual_seed(seed)
+    kwargs = step_kwargs(scheduler, generator)
+    latents = torch.randn(1, 4, 8, 6, generator=generator) * scheduler.init_noise_sigma
+    trajectory = [latents]
+    for timestep, output in zip(scheduler.timesteps, outputs(len(scheduler.timesteps), seed), strict=True):
+        scheduler.scale_model_input(latents, timestep)
+        latents = scheduler.step(output, timestep, latents, **kwargs, return_dict=False)[0]
+        trajectory.append(latents)
+    return trajectory
+
+
+class TableRun:
+    """One sample stepped by its table, as an engine does it."""
+
+    def __init__(self, config: dict, sampler: str, num_steps: int, seed: int) -> None:
+        self.table = compile_table(config, sampler, num_steps)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.outputs = outputs(self.table.num_calls, seed)
+        self.state = torch.zeros(1, 5, 4, 8, 6)
+        self.state[:, 0] = torch.randn(1, 4, 8, 6, generator=self.generator) * self.table.init_noise_sigma
+        self.k = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.k == self.table.num_calls
+
+    def noise(self) -> torch.Tensor:
+        shape = (1, 4, 8, 6)
+        return torch.randn(shape, generator=self.generator) if self.table.draws_noise[self.k] else torch.zeros(shape)
+
+
+def step_together(runs: list[TableRun]) -> None:
+    matrices = torch.from_numpy(np.stack([run.table.matrices[run.k] for run in runs]))
+    state = step(
+        torch.cat([run.state for run in runs]),
+        torch.cat([run.outputs[run.k] for run in runs]),
+        torch.cat([run.noise() for run in runs]),
+        matrices,
+    )
+    for index, run in enumerate(runs):
+        run.state, run.k = state[index : index + 1], run.k + 1
+
+
+def relative_difference(found: torch.Tensor, true: torch.Tensor) -> float:
+    return float((found - true).norm() / true.norm())
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_table_makes_the_steps_that_the_scheduler_makes(sampler, prediction_type):
+    config = {**CONFIG, "prediction_type": prediction_type}
+    counts = STEP_COUNTS if prediction_type == "epsilon" else (1, 4, 10)
+    tried = 0
+    for num_steps in counts:
+        if not can_make(config, sampler, num_steps):
+            continue
+        run = TableRun(config, sampler, num_steps, seed=num_steps)
+        truth = diffusers_trajectory(config, sampler, num_steps, seed=num_steps)
+        assert run.table.num_calls == len(truth) - 1 == try_scheduler(config, sampler, num_steps)
+        while not run.is_over:
+            step_together([run])
+            assert relative_difference(run.state[:, 0], truth[run.k]) < TOLERANCE, (num_steps, run.k)
+        tried += 1
+    if not tried:
+        pytest.skip(f"diffusers has no {sampler} for {prediction_type}")
+
+
+def test_every_sampler_works_with_v1_4s_own_settings():
+    for sampler in SAMPLERS:
+        for num_steps in (4, 10, 20, 50):
+            assert compile_table(CONFIG, sampler, num_steps).num_calls >= num_steps
+
+
+def test_all_samplers_step_in_one_batch_at_different_steps():
+    counts = {sampler: 4 + 3 * index % 17 for index, sampler in enumerate(SAMPLERS)}
+    runs = {sampler: TableRun(CONFIG, sampler, count, seed=count) for sampler, count in counts.items()}
+    late = dict(list(runs.items())[::2])
+    for run in late.values():
+        step_together([run])
+    while going := [run for run in runs.values() if not run.is_over]:
+        step_together(going)
+    for sampler, run in runs.items():
+        truth = diffusers_trajectory(CONFIG, sampler, counts[sampler], counts[sampler])
+        assert relative_difference(run.state[:, 0], truth[-1]) < TOLERANCE, sampler
+
+
+@pytest.mark.parametrize("sampler", ["euler", "lms", "heun", "ddim", "kdpm2"])
+def test_the_unet_gets_the_scaled_latents_and_the_timestep_of_the_scheduler(sampler):
+    compiled = compile_table(CONFIG, sampler, 10)
+    scheduler = make_scheduler(CONFIG, sampler, 10, CPU)
+    latents = torch.randn(1, 4, 8, 8) * 5
+    for k, timestep in enumerate(scheduler.timesteps):
+        assert compiled.timesteps[k] == float(timestep)
+        expected = scheduler.scale_model_input(latents, timestep)
+        assert torch.allclose(latents * float(compiled.input_scale[k]), expected, rtol=1e-6, atol=1e-6)
+        scheduler.step(torch.randn_like(latents), timestep, latents)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_steps", "num_calls"), [("pndm", 50, 51), ("pndm", 1, 1), ("heun", 10, 19), ("ddim", 10, 10)]
+)
+def test_calls_are_counted_as_the_scheduler_makes_them(sampler, num_steps, num_calls):
+    assert compile_table(CONFIG, sampler, num_steps).num_calls == num_calls
+
+
+def test_only_ancestral_samplers_draw_noise():
+    drawing = {sampler for sampler in SAMPLERS if any(compile_table(CONFIG, sampler, 10).draws_noise)}
+    assert drawing >= {"ddpm", "euler_a", "kdpm2_a", "dpm++_2m_sde", "dpm++_2m_sde_karras", "lcm"}
+    assert drawing.isdisjoint({"pndm", "ddim", "euler", "heun", "lms", "dpm++_2m", "unipc", "deis"})
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++_2m"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_perfect_model_answer_gives_the_clean_latents(sampler, prediction_type):
+    compiled = compile_table({**CONFIG, "prediction_type": prediction_type}, sampler, 10)
+    clean, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    alphas_cumprod = diffusers.DDIMScheduler.from_config(CONFIG).alphas_cumprod.double().numpy()
+    for k in range(compiled.num_calls):
+        at = float(np.interp(compiled.timesteps[k], np.arange(1000), alphas_cumprod))
+        model_input = at**0.5 * clean + (1 - at) ** 0.5 * noise
+        velocity = at**0.5 * noise - (1 - at) ** 0.5 * clean
+        answer = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[prediction_type]
+        estimate = estimate_x0(model_input, answer, torch.from_numpy(compiled.x0[k : k + 1]))
+        assert torch.allclose(estimate, clean, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "option"),
+    [("ddim", "clip_sample"), ("ddpm", "clip_sample"), ("lcm", "clip_sample"), ("dpm++_2m", "thresholding")],
+)
+def test_a_sampler_that_clips_is_refused_by_name_and_option(sampler, option):
+    with pytest.raises(InvalidRequestError, match=option) as caught:
+        compile_table({**CONFIG, option: True}, sampler, 10)
+    assert caught.value.field == "scheduler"
+    assert sampler in caught.value.rule
+
+
+class SquashingScheduler(diffusers.DDIMScheduler):
+    """Not linear, and no option says so."""
+
+    def step(self, model_output, *args, **kwargs):
+        return super().step(torch.tanh(model_output), *args, **kwargs)
+
+
+def test_what_no_option_tells_the_replay_finds(monkeypatch):
+    monkeypatch.setattr(diffusers, "SquashingScheduler", SquashingScheduler, raising=False)
+    monkeypatch.setattr(names, "SAMPLERS", {**SAMPLERS})
+    monkeypatch.setattr("mii_serve.samplers.build.SAMPLERS", {**SAMPLERS, "squash": SamplerSpec("SquashingScheduler")})
+    with pytest.raises(InvalidRequestError, match="must be linear"):
+        compile_table(CONFIG, "squash", 10)
+
+
+@pytest.mark.parametrize(("sampler", "num_steps"), [("pndm", 1000), ("dpm++_2m", 1000), ("lcm", 51)])
+def test_steps_that_a_sampler_cannot_make_are_refused(sampler, num_steps):
+    with pytest.raises(InvalidRequestError) as caught:
+        compile_table(CONFIG, sampler, num_steps)
+    assert caught.value.field == "num_inference_steps"
+
+
+def test_a_table_is_compiled_once():
+    assert compile_table(dict(CONFIG), "euler", 7) is compile_table(dict(CONFIG), "euler", 7)
+    assert compile_table({**CONFIG, "beta_end": 0.02}, "euler", 7) is not compile_table(CONFIG, "euler", 7)
+
+
+def test_the_cache_is_bounded(monkeypatch):
+    monkeypatch.setattr(table, "MAX_CACHED_TABLES", 3)
+    for num_steps in range(1, 8):
+        compile_table(CONFIG, "ddim", num_steps)
+    assert len(table._cache) == 3
