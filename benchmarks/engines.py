@@ -6,7 +6,7 @@
 
 For each engine, sampler and number of images at once: the median seconds of a whole burst over the repeats, seconds per image,
 UNet calls per second, and the peak memory of the device. The reference engine makes one image at a time, so its time per image
-does not depend on the burst; it is the baseline the batched engines are divided by.
+does not depend on the burst; it is the baseline the batched engine is divided by.
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ RESULTS = Path(__file__).parent / "results"
 def burst(engine: Engine, params: GenerationParams, num_images: int, max_slots: int) -> int:
     """Make the images, at most `max_slots` at once; answers how many UNet calls that took."""
     waiting = [Sample(id=SampleId("benchmark", i), params=params) for i in range(num_images)]
-    running: list[SampleId] = []
-    num_steps = 0
-    while waiting or running:
-        joins = tuple(waiting.pop(0) for _ in range(min(len(waiting), max_slots - len(running))))
-        running += [sample.id for sample in joins]
-        for progress in engine.run(StepPlan(joins=joins, steps=tuple(running))):
-            num_steps += 1
-            if progress.picture is not None:
-                running.remove(progress.id)
+    calls_left: dict[SampleId, int] = {}
+    num_calls, num_steps = engine.check(params), 0
+    while waiting or calls_left:
+        joins = tuple(waiting.pop(0) for _ in range(min(len(waiting), max_slots - len(calls_left))))
+        calls_left |= {sample.id: num_calls for sample in joins}
+        steps = tuple(sample_id for sample_id, left in calls_left.items() if left)
+        ended = [sample_id for sample_id, left in calls_left.items() if left <= 1]
+        decodes = tuple(ended[: engine.capacity.max_decodes])
+        engine.run(StepPlan(joins=joins, steps=steps, decodes=decodes))
+        num_steps += len(steps)
+        calls_left = {sample_id: max(0, left - 1) for sample_id, left in calls_left.items() if sample_id not in decodes}
     return num_steps
 
 
@@ -106,7 +108,7 @@ def circumstances(model: str, model_revision: str, device: str, dtype: str) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random-sd-v1-4")
-    parser.add_argument("--engines", nargs="+", default=["reference"], choices=["reference"])
+    parser.add_argument("--engines", nargs="+", default=["native", "reference"], choices=["native", "reference"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one small burst, to see that everything runs")
     parser.add_argument("--out", type=Path, help="the JSON file to write; named after device and model when left out")
@@ -116,7 +118,8 @@ def main() -> None:
     about: dict[str, Any] = {}
     for name in arguments.engines:
         engine = build_engine(DeployConfig.load({"model": arguments.model, "engine": name}))
-        max_slots = engine.warmup().max_slots
+        engine.warmup()
+        max_slots = engine.capacity.max_slots
         told = engine.description
         about = circumstances(arguments.model, told.model_revision, told.device, told.dtype)
         for sampler, num_steps in (("pndm", 5),) if arguments.quick else SAMPLERS:

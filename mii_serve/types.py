@@ -2,7 +2,7 @@
 
 `GenerationParams` is what a request means once nothing is left open: building one, through `Capabilities.resolve`, is the
 validation. `Sample` is one image of it. A turn of the replica is a `StepPlan` that the scheduler makes and the engine runs;
-the engine answers with one `SampleProgress` per sample that made a step.
+the engine answers with a `SampleProgress` for every sample that moved.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ LATENT_SCALE = 8
 MAX_SEED = 2**64 - 1
 
 T = TypeVar("T")
+
+
+class Priority(Enum):
+    """How large a share of a busy server a request gets; never whether it is served at all."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
 
 
 class ImageFormat(Enum):
@@ -71,6 +79,27 @@ class GenerationParams:
     def seed_of(self, image_index: int) -> int:
         """Image i of a request is image 0 of the same request with seed + i (modulo 2**64)."""
         return (self.seed + image_index) & MAX_SEED
+
+    @property
+    def is_guided(self) -> bool:
+        """Classifier-free guidance is on, as `StableDiffusionPipeline` decides it."""
+        return self.guidance_scale > 1
+
+    @property
+    def num_rows(self) -> int:
+        """UNet rows of one image: the prompt's, and with guidance the negative prompt's."""
+        return 2 if self.is_guided else 1
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """Height and width of the latents; only samples that agree in it can share a UNet call."""
+        return self.height // LATENT_SCALE, self.width // LATENT_SCALE
+
+    @property
+    def work_per_call(self) -> int:
+        """What one UNet call of one image costs: rows × latent cells."""
+        height, width = self.latent_shape
+        return self.num_rows * height * width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,9 +223,13 @@ class OutputOptions:
     format: ImageFormat = ImageFormat.PNG
     quality: int | None = None
     embed_metadata: bool = False
+    preview_every: int | None = None
+    """UNet calls between two previews of an unfinished image; None for no previews."""
 
     @classmethod
-    def checked(cls, *, format: ImageFormat, quality: int | None, embed_metadata: bool) -> OutputOptions:
+    def checked(
+        cls, *, format: ImageFormat, quality: int | None, embed_metadata: bool, preview_every: int | None = None
+    ) -> OutputOptions:
         """Check the options against each other.
 
         Raises:
@@ -208,7 +241,9 @@ class OutputOptions:
                 raise InvalidRequestError("output.quality", "is for JPEG and WebP only", format.name)
         if embed_metadata and format is not ImageFormat.PNG:
             raise InvalidRequestError("output.embed_metadata", "is for PNG only", format.name)
-        return cls(format=format, quality=quality, embed_metadata=embed_metadata)
+        if preview_every is not None:
+            _count("output.preview_every", preview_every, 1000)
+        return cls(format=format, quality=quality, embed_metadata=embed_metadata, preview_every=preview_every)
 
 
 # ---- a turn ------------------------------------------------------------------------------------------------------
@@ -235,11 +270,34 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the scheduler needs to know of a request; `deadline` is a point on the caller's monotonic clock, in seconds.
+
+    `num_calls` are the UNet calls each image takes, as `Engine.check` counts them. Requests of one `client` share one part.
+    """
+
+    id: str
+    params: GenerationParams
+    num_calls: int
+    client: str = ""
+    priority: Priority = Priority.NORMAL
+    deadline: float | None = None
+    preview_every: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """What one turn does, in this order: forget `leaves`, take in `joins`, make one UNet call for each of `steps`."""
+    """What one turn does, in this order.
+
+    Forget `leaves`; take in `joins`; make one UNet call for all of `steps` together, which agree in their latent shape; show
+    `previews` as they would look if they ended now; make the pictures of `decodes`, which have made all their calls (the last
+    one perhaps in this very turn) and are forgotten afterwards. `previews` are among `steps`.
+    """
 
     joins: tuple[Sample, ...] = ()
     steps: tuple[SampleId, ...] = ()
+    previews: tuple[SampleId, ...] = ()
+    decodes: tuple[SampleId, ...] = ()
     leaves: tuple[SampleId, ...] = ()
 
 
@@ -261,7 +319,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleProgress:
-    """A sample has made `step` of its `num_steps` UNet calls; `picture` comes with the last one.
+    """What a turn did for one sample: it has made `step` of its `num_steps` UNet calls, and perhaps there is something to see.
 
     With `error` the sample has failed by itself and is forgotten; the engine and the other samples are unharmed.
     """
@@ -269,6 +327,7 @@ class SampleProgress:
     id: SampleId
     step: int
     num_steps: int
+    preview: Picture | None = None
     picture: Picture | None = None
     error: MiiServeError | None = None
 
@@ -279,9 +338,15 @@ class SampleProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCapacity:
-    """What warm-up found: how many samples the engine can hold at once."""
+    """How many samples the engine can hold at once, and how many pictures it decodes in one go.
+
+    `max_cells_per_call` is the largest UNet call (rows × latent height × latent width) that the device's memory was found to
+    take; None while it has never been too small. Larger turns are made in several calls.
+    """
 
     max_slots: int
+    max_decodes: int = 1
+    max_cells_per_call: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,9 +366,13 @@ class EngineDescription:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queued:
-    """The request was accepted; so many samples were accepted before it and are not done."""
+    """The request is in line: samples that will start before its first one, and the estimated seconds until that one starts.
+
+    Told on acceptance, and again while it moves forward. No estimate before there is a measurement.
+    """
 
     num_samples_ahead: int
+    estimated_wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,11 +384,27 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """An image has made `step` of its `num_steps` UNet calls; some schedulers make more than `num_inference_steps`."""
+    """An image has made `step` of its `num_steps` UNet calls; some schedulers make more than `num_inference_steps`.
+
+    `estimated_left_s` is the measured pace of its turns times the calls that are left.
+    """
 
     image_index: int
     step: int
     num_steps: int
+    estimated_left_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """What an image would look like if it ended after `step` UNet calls; checked for safety like the finished one."""
+
+    image_index: int
+    step: int
+    encoded: bytes = field(repr=False)
+    format: ImageFormat
+    height: int
+    width: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,4 +439,4 @@ class Done:
     total_s: float
 
 
-Event = Queued | Started | Step | ImageReady | Done
+Event = Queued | Started | Step | Preview | ImageReady | Done

@@ -18,6 +18,7 @@ from mii_serve.client.values import (
     Event,
     GenerationResult,
     PictureReady,
+    PreviewReady,
     ServerInfo,
 )
 from mii_serve.types import Queued, Started, Step
@@ -32,6 +33,7 @@ __all__ = [
     "GenerationResult",
     "GenerationStream",
     "PictureReady",
+    "PreviewReady",
     "Queued",
     "ServerInfo",
     "Started",

@@ -9,7 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from mii_serve import __version__
-from mii_serve.client.messages import OutputFormat, build_request, check_timeout
+from mii_serve.client.messages import OutputFormat, PriorityName, build_request, check_timeout
 from mii_serve.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -30,6 +30,8 @@ RETRY_PAUSE_S = 0.2
 OPTIONS: tuple[tuple[str, str | int], ...] = (
     *CHANNEL_OPTIONS,
     ("grpc.primary_user_agent", f"mii_serve/{__version__}"),
+    # A server shares its time fairly between connections; two clients in one process are two callers.
+    ("grpc.use_local_subchannel_pool", 1),
     # gRPC's own back-off grows to two minutes, far longer than a server takes to come back.
     ("grpc.initial_reconnect_backoff_ms", 250),
     ("grpc.max_reconnect_backoff_ms", 2000),
@@ -62,6 +64,7 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
         output_format: OutputFormat = "png",
         quality: int | None = None,
         embed_metadata: bool = False,
+        priority: PriorityName | None = None,
         timeout: float | None = None,
     ) -> AnswerT:
         """Make the pictures of one prompt. `timeout` is in seconds; without one, the call waits for as long as it takes.
@@ -85,6 +88,7 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
             output_format=output_format,
             quality=quality,
             embed_metadata=embed_metadata,
+            priority=priority,
         )
         return self._generate(request, check_timeout(timeout))
 
@@ -103,9 +107,14 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
         output_format: OutputFormat = "png",
         quality: int | None = None,
         embed_metadata: bool = False,
+        priority: PriorityName | None = None,
+        preview_every: int | None = None,
         timeout: float | None = None,
     ) -> StreamT:
-        """`generate`, told as events while it happens. The errors come from the iteration."""
+        """`generate`, told as events while it happens. The errors come from the iteration.
+
+        With `preview_every`, an unfinished image is shown after every so many UNet calls, less often on a busy server.
+        """
         request = build_request(
             prompt,
             negative_prompt=negative_prompt,
@@ -119,6 +128,8 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
             output_format=output_format,
             quality=quality,
             embed_metadata=embed_metadata,
+            priority=priority,
+            preview_every=preview_every,
         )
         return self._stream(request, check_timeout(timeout))
 

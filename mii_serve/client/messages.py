@@ -19,14 +19,16 @@ from mii_serve.client.values import (
     Event,
     GenerationResult,
     PictureReady,
+    PreviewReady,
     ServerInfo,
 )
 from mii_serve.errors import InvalidRequestError, MiiServeError
 from mii_serve.proto.codec import Activity, decode_capabilities, encode_request, image_format_number
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.types import ImageFormat, OutputOptions, Queued, RequestedParams, Started, Step
+from mii_serve.types import ImageFormat, OutputOptions, Priority, Queued, RequestedParams, Started, Step
 
 OutputFormat: TypeAlias = Literal["png", "jpeg", "webp", "raw_rgb"]
+PriorityName: TypeAlias = Literal["high", "normal", "low"]
 
 _FORMAT_OF: dict[int, ImageFormat] = {image_format_number(known): known for known in ImageFormat}
 _LONGEST_TIMEOUT_S = 365 * 86400.0
@@ -46,6 +48,8 @@ def build_request(
     output_format: OutputFormat,
     quality: int | None,
     embed_metadata: bool,
+    preview_every: int | None = None,
+    priority: PriorityName | None = None,
 ) -> pb.GenerateRequest:
     """Write the request for a call.
 
@@ -72,8 +76,18 @@ def build_request(
     except ValueError:
         names = ", ".join(known.value for known in ImageFormat)
         raise InvalidRequestError("output_format", f"must be one of {names}", repr(output_format)[:80]) from None
-    output = OutputOptions.checked(format=image_format, quality=quality, embed_metadata=embed_metadata)
-    return encode_request(asked, output)
+    output = OutputOptions.checked(
+        format=image_format, quality=quality, embed_metadata=embed_metadata, preview_every=preview_every
+    )
+    return encode_request(asked, output, _priority(priority))
+
+
+def _priority(name: PriorityName | None) -> Priority | None:
+    try:
+        return None if name is None else Priority(name)
+    except ValueError:
+        names = ", ".join(known.value for known in Priority)
+        raise InvalidRequestError("priority", f"must be one of {names}", repr(name)[:80]) from None
 
 
 def check_timeout(timeout: float | None) -> float | None:
@@ -130,8 +144,14 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         defaults=capabilities.defaults,
         limits=capabilities.limits,
         schedulers=capabilities.schedulers,
-        activity=Activity(**{one.name: getattr(message.activity, one.name) for one in fields(Activity)}),
+        activity=_activity(message.activity),
     )
+
+
+def _activity(message: pb.GetServerInfoResponse.Activity) -> Activity:
+    has_bound = message.HasField("max_cells_per_call")
+    counts = {one.name: getattr(message, one.name) for one in fields(Activity)}
+    return Activity(**{**counts, "max_cells_per_call": message.max_cells_per_call if has_bound else None})
 
 
 class Gathering:
@@ -156,12 +176,21 @@ class Gathering:
         self._request_id = message.request_id
         match message.WhichOneof("event"):
             case "queued":
-                return Queued(num_samples_ahead=message.queued.num_samples_ahead)
+                queued = message.queued
+                wait_s = queued.estimated_wait_s if queued.HasField("estimated_wait_s") else None
+                return Queued(num_samples_ahead=queued.num_samples_ahead, estimated_wait_s=wait_s)
             case "started":
                 return Started(image_index=message.started.image_index)
             case "step":
                 step = message.step
-                return Step(image_index=step.image_index, step=step.step, num_steps=step.num_steps)
+                return Step(
+                    image_index=step.image_index,
+                    step=step.step,
+                    num_steps=step.num_steps,
+                    estimated_left_s=step.estimated_left_s if step.HasField("estimated_left_s") else None,
+                )
+            case "preview":
+                return _preview(message.preview)
             case "image":
                 picture = _picture(message.image)
                 self._pictures.append(picture)
@@ -213,17 +242,22 @@ def _done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:
 def _picture(message: pb.GeneratedImage) -> PictureReady:
     return PictureReady(
         image_index=message.index,
-        image=_pixels(message),
+        image=_pixels(message, message.index),
         encoded=message.data,
         seed=message.seed,
         nsfw_content_detected=message.nsfw_content_detected if message.HasField("nsfw_content_detected") else None,
     )
 
 
-def _pixels(message: pb.GeneratedImage) -> Image.Image:
+def _preview(message: pb.GenerateEvent.Preview) -> PreviewReady:
+    image = _pixels(message, message.image_index)
+    return PreviewReady(image_index=message.image_index, step=message.step, image=image, encoded=message.data)
+
+
+def _pixels(message: pb.GeneratedImage | pb.GenerateEvent.Preview, index: int) -> Image.Image:
     image_format = _FORMAT_OF.get(message.format)
     if image_format is None:
-        raise MiiServeError(f"image {message.index} has a format this client does not know, number {message.format}")
+        raise MiiServeError(f"image {index} has a format this client does not know, number {message.format}")
     size = (message.width, message.height)
     try:
         if image_format is ImageFormat.RAW_RGB:
@@ -233,4 +267,4 @@ def _pixels(message: pb.GeneratedImage) -> Image.Image:
                 raise ValueError(f"it is {file.width}x{file.height} and was announced as {size[0]}x{size[1]}")
             return file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MiiServeError(f"image {message.index} cannot be read as {image_format.name}: {error}") from error
+        raise MiiServeError(f"image {index} cannot be read as {image_format.name}: {error}") from error

@@ -53,6 +53,16 @@ class GenerationResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreviewReady:
+    """What an unfinished image would look like if it ended after `step` UNet calls."""
+
+    image_index: int
+    step: int
+    image: Image.Image
+    encoded: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PictureReady:
     """An image is finished; `encoded` is the file as received."""
 
@@ -72,7 +82,7 @@ class Done:
     total_s: float
 
 
-Event: TypeAlias = Queued | Started | Step | PictureReady | Done
+Event: TypeAlias = Queued | Started | Step | PreviewReady | PictureReady | Done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,22 +27,33 @@ class Engine(Protocol):
     @property
     def capabilities(self) -> Capabilities: ...
 
-    def check(self, params: GenerationParams) -> None:
-        """Refuse, before any work, what this model's schedulers cannot do. May be called from any thread, and may take a while.
+    @property
+    def capacity(self) -> EngineCapacity:
+        """What fits at once; may shrink when a device turns out to have less memory than thought."""
+        ...
+
+    @property
+    def num_graph_misses(self) -> int:
+        """Turns that were made without a captured CUDA graph although there are some; 0 where there are none."""
+        ...
+
+    def check(self, params: GenerationParams) -> int:
+        """The number of UNet calls each image takes. May be called from any thread, and may take a while.
 
         Raises:
-            InvalidRequestError: naming the field and the rule.
+            InvalidRequestError: this model's schedulers cannot do it; names the field and the rule.
         """
         ...
 
-    def warmup(self) -> EngineCapacity:
-        """Make one picture, so that "ready" means "has worked", and say how many samples fit at once."""
+    def warmup(self) -> None:
+        """Make a picture, so that "ready" means "has worked"."""
         ...
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
-        """Carry out one turn; the answer has one entry per sample of `plan.steps`, in that order.
+        """Carry out one turn; the answer has one entry for each sample of `plan.steps` and `plan.decodes`, in that order.
 
-        A sample that fails by itself ends with an error in its entry and costs nobody else anything.
+        A sample that is in both has one entry. One that fails by itself ends with an error in its entry and costs nobody else
+        anything.
 
         Raises:
             EngineError: the engine's state is unknown and everything it held is lost.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mii_serve.errors import EngineError, InvalidRequestError
 from mii_serve.types import (
@@ -37,8 +37,10 @@ class FakeEngine:
     `gate` holds every turn back while it is cleared. After `fail_next`, the next turn raises `EngineError`.
     """
 
-    def __init__(self, *, max_slots: int = 1) -> None:
-        self._max_slots = max_slots
+    num_graph_misses = 0
+
+    def __init__(self, *, max_slots: int = 1, max_decodes: int = 4) -> None:
+        self._capacity = EngineCapacity(max_slots=max_slots, max_decodes=max_decodes)
         self._running: dict[SampleId, _Running] = {}
         self._fails_next = False
         self._fails_sample: str | None = None
@@ -60,6 +62,10 @@ class FakeEngine:
             schedulers={"pndm": "pndm", "PNDMScheduler": "pndm", "lcm": "lcm"},
         )
 
+    @property
+    def capacity(self) -> EngineCapacity:
+        return self._capacity
+
     def fail_next(self) -> None:
         self._fails_next = True
 
@@ -67,12 +73,13 @@ class FakeEngine:
         """Let the next step of this request's samples fail by itself."""
         self._fails_sample = request_id
 
-    def check(self, params: GenerationParams) -> None:
+    def check(self, params: GenerationParams) -> int:
         if params.scheduler == "lcm" and params.num_inference_steps > 50:
             raise InvalidRequestError("num_inference_steps", "the scheduler lcm refuses it")
+        return params.num_inference_steps
 
-    def warmup(self) -> EngineCapacity:
-        return EngineCapacity(max_slots=self._max_slots)
+    def warmup(self) -> None:
+        pass
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
         self.gate.wait()
@@ -83,22 +90,26 @@ class FakeEngine:
             self._running.pop(sample_id, None)
         for sample in plan.joins:
             self._running[sample.id] = _Running(sample)
-        return tuple(self._step(self._running[sample_id]) for sample_id in plan.steps)
+        made = {sample_id: self._step(self._running[sample_id], sample_id in plan.previews) for sample_id in plan.steps}
+        for sample_id in plan.decodes:
+            if (running := self._running.pop(sample_id, None)) is not None:
+                made[sample_id] = replace(_progress(running), picture=_flat_picture(running.sample))
+        return tuple(made.values())
 
     def close(self) -> None:
         self._running.clear()
 
-    def _step(self, running: _Running) -> SampleProgress:
-        sample, num_steps = running.sample, running.sample.params.num_inference_steps
+    def _step(self, running: _Running, is_shown: bool) -> SampleProgress:
+        sample = running.sample
         if sample.id.request_id == self._fails_sample:
             del self._running[sample.id]
-            return SampleProgress(id=sample.id, step=running.step, num_steps=num_steps, error=EngineError("told to fail"))
+            return replace(_progress(running), error=EngineError("told to fail"))
         running.step += 1
-        is_last = running.step == num_steps
-        if is_last:
-            del self._running[sample.id]
-        picture = _flat_picture(sample) if is_last else None
-        return SampleProgress(id=sample.id, step=running.step, num_steps=num_steps, picture=picture)
+        return replace(_progress(running), preview=_flat_picture(sample) if is_shown else None)
+
+
+def _progress(running: _Running) -> SampleProgress:
+    return SampleProgress(id=running.sample.id, step=running.step, num_steps=running.sample.params.num_inference_steps)
 
 
 def _flat_picture(sample: Sample) -> Picture:

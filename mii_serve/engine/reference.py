@@ -7,17 +7,22 @@ the same bits; only the loop is turned inside out, one UNet call per turn. Slow 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from mii_serve.engine.text import dropped_text
+from mii_serve.engine.warmup import make_picture
 from mii_serve.errors import EngineError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import checked_pictures
 from mii_serve.samplers.build import make_scheduler, step_kwargs, try_scheduler
 from mii_serve.samplers.names import ACCEPTED_NAMES, short_name
+from mii_serve.samplers.table import x0_coefficients
+from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
     LATENT_SCALE,
     Capabilities,
@@ -51,19 +56,21 @@ class _Running:
     step: int = 0
 
     @property
-    def num_steps(self) -> int:
-        return len(self.scheduler.timesteps)
+    def progress(self) -> SampleProgress:
+        return SampleProgress(id=self.sample.id, step=self.step, num_steps=len(self.scheduler.timesteps))
 
 
 class ReferenceEngine:
     """Implements `mii_serve.engine.Engine`."""
+
+    num_graph_misses = 0
 
     def __init__(self, model: LoadedModel) -> None:
         self._pipeline = model.pipeline
         self._device = torch.device(model.pipeline.device)
         self._scheduler_config = dict(model.pipeline.scheduler.config)
         self._running: dict[SampleId, _Running] = {}
-        self._tried: set[tuple[str, int]] = set()  # at most 1000 step counts of each sampler
+        self._num_calls: dict[tuple[str, int], int] = {}  # at most 1000 step counts of each sampler
         self._capabilities = Capabilities(
             limits=model.limits,
             defaults=replace(model.defaults, scheduler=short_name(model.defaults.scheduler)),
@@ -86,22 +93,18 @@ class ReferenceEngine:
     def capabilities(self) -> Capabilities:
         return self._capabilities
 
-    def check(self, params: GenerationParams) -> None:
-        tried = (params.scheduler, params.num_inference_steps)
-        if tried not in self._tried:
-            try_scheduler(self._scheduler_config, *tried)
-            self._tried.add(tried)
-
-    def warmup(self) -> EngineCapacity:
-        asked = RequestedParams(prompt="warm-up", num_inference_steps=2, seed=0)
-        params = self._capabilities.resolve(asked, fallback_seed=0)
-        sample = Sample(id=SampleId("warm-up", 0), params=params)
-        joins: tuple[Sample, ...] = (sample,)
-        while not (progress := self.run(StepPlan(joins=joins, steps=(sample.id,)))[0]).picture:
-            joins = ()
-        if not progress.picture.rgb:
-            raise EngineError("the warm-up picture is empty")
+    @property
+    def capacity(self) -> EngineCapacity:
         return EngineCapacity(max_slots=1)
+
+    def check(self, params: GenerationParams) -> int:
+        asked = (params.scheduler, params.num_inference_steps)
+        if asked not in self._num_calls:
+            self._num_calls[asked] = try_scheduler(self._scheduler_config, *asked)
+        return self._num_calls[asked]
+
+    def warmup(self) -> None:
+        make_picture(self, RequestedParams(prompt="warm-up", num_inference_steps=2, seed=0))
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
         try:
@@ -110,7 +113,14 @@ class ReferenceEngine:
                     self._running.pop(sample_id, None)
                 for sample in plan.joins:
                     self._running[sample.id] = self._start(sample)
-                return tuple(self._step_or_fail(self._running[sample_id]) for sample_id in plan.steps)
+                made = {
+                    sample_id: self._or_failed(self._step, self._running[sample_id], sample_id in plan.previews)
+                    for sample_id in plan.steps
+                }
+                for sample_id in plan.decodes:
+                    if (running := self._running.get(sample_id)) is not None:
+                        made[sample_id] = self._or_failed(self._finish, running)
+                return tuple(made.values())
         except Exception as error:
             raise EngineError(f"the reference engine failed: {type(error).__name__}: {error}") from error
 
@@ -120,7 +130,7 @@ class ReferenceEngine:
     def _start(self, sample: Sample) -> _Running:
         params, pipeline = sample.params, self._pipeline
         scheduler = make_scheduler(self._scheduler_config, params.scheduler, params.num_inference_steps, self._device)
-        is_guided = params.guidance_scale > 1
+        is_guided = params.is_guided
         prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
             params.prompt, self._device, 1, is_guided, params.negative_prompt
         )
@@ -139,20 +149,20 @@ class ReferenceEngine:
             latents=latents * scheduler.init_noise_sigma,
         )
 
-    def _step_or_fail(self, running: _Running) -> SampleProgress:
+    def _or_failed(self, do: Callable[..., SampleProgress], running: _Running, *arguments: bool) -> SampleProgress:
         try:
-            return self._step(running)
+            return do(running, *arguments)
         except _SAMPLE_ERRORS as error:
             logger.exception("a sample failed, request_id=%s", running.sample.id.request_id)
             self._running.pop(running.sample.id, None)
-            reason = EngineError(f"this image failed at step {running.step + 1}: {type(error).__name__}: {error}")
-            return SampleProgress(id=running.sample.id, step=running.step, num_steps=running.num_steps, error=reason)
+            reason = EngineError(f"this image failed after step {running.step}: {type(error).__name__}: {error}")
+            return replace(running.progress, error=reason)
 
-    def _step(self, running: _Running) -> SampleProgress:
+    def _step(self, running: _Running, is_shown: bool) -> SampleProgress:
         scheduler, latents = running.scheduler, running.latents
         timestep = scheduler.timesteps[running.step]
         guidance_scale = running.sample.params.guidance_scale
-        is_guided = guidance_scale > 1
+        is_guided = running.sample.params.is_guided
         model_input = torch.cat([latents] * 2) if is_guided else latents
         model_input = scheduler.scale_model_input(model_input, timestep)
         noise_pred = self._pipeline.unet(model_input, timestep, encoder_hidden_states=running.prompt_embeds, return_dict=False)[
@@ -163,35 +173,28 @@ class ReferenceEngine:
             noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
         running.latents = scheduler.step(noise_pred, timestep, latents, **running.step_kwargs, return_dict=False)[0]
         running.step += 1
-        is_last = running.step == running.num_steps
-        return SampleProgress(
-            id=running.sample.id,
-            step=running.step,
-            num_steps=running.num_steps,
-            picture=self._finish(running) if is_last else None,
-        )
+        preview = None
+        if is_shown:
+            x0 = x0_coefficients(scheduler, float(timestep)).to(self._device)
+            preview = self._picture(running, estimate_x0(model_input[:1], noise_pred, x0))
+        return replace(running.progress, preview=preview)
 
-    def _finish(self, running: _Running) -> Picture:
-        vae, params = self._pipeline.vae, running.sample.params
-        latents = running.latents / vae.config.scaling_factor
-        images = vae.decode(latents, return_dict=False, generator=running.generator)[0]
-        pictures, flags = checked_pictures(self._pipeline, images)
+    def _finish(self, running: _Running) -> SampleProgress:
+        picture = self._picture(running, running.latents)
         del self._running[running.sample.id]
+        return replace(running.progress, picture=picture)
+
+    def _picture(self, running: _Running, latents: torch.Tensor) -> Picture:
+        vae, params = self._pipeline.vae, running.sample.params
+        images = vae.decode(latents / vae.config.scaling_factor, return_dict=False, generator=running.generator)[0]
+        pictures, flags = checked_pictures(self._pipeline, images)
         picture = pictures[0].convert("RGB")
+        tokenizer = self._pipeline.tokenizer
         return Picture(
             width=picture.width,
             height=picture.height,
             rgb=picture.tobytes(),
             nsfw_content_detected=None if flags is None else flags[0],
-            dropped_prompt=self._dropped(params.prompt),
-            dropped_negative_prompt=self._dropped(params.negative_prompt) if params.guidance_scale > 1 else "",
+            dropped_prompt=dropped_text(tokenizer, params.prompt),
+            dropped_negative_prompt=dropped_text(tokenizer, params.negative_prompt) if params.is_guided else "",
         )
-
-    def _dropped(self, prompt: str) -> str:
-        """The text that does not fit into the text encoder's tokens, found as diffusers finds it."""
-        tokenizer = self._pipeline.tokenizer
-        ids = tokenizer(prompt, padding="longest", return_tensors="pt").input_ids
-        if ids.shape[-1] <= tokenizer.model_max_length:
-            return ""
-        dropped: str = tokenizer.batch_decode(ids[:, tokenizer.model_max_length - 1 : -1])[0]
-        return dropped

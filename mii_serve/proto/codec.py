@@ -19,6 +19,8 @@ from mii_serve.types import (
     ImageReady,
     Limits,
     OutputOptions,
+    Preview,
+    Priority,
     Queued,
     RequestedParams,
     Started,
@@ -43,6 +45,12 @@ _FORMATS: dict[ImageFormat, pb.ImageFormat] = {
     ImageFormat.RAW_RGB: pb.IMAGE_FORMAT_RAW_RGB,
 }
 _FORMAT_OF = {number: image_format for image_format, number in _FORMATS.items()}
+_PRIORITIES: dict[Priority, pb.Priority] = {
+    Priority.HIGH: pb.PRIORITY_HIGH,
+    Priority.NORMAL: pb.PRIORITY_NORMAL,
+    Priority.LOW: pb.PRIORITY_LOW,
+}
+_PRIORITY_OF = {number: priority for priority, number in _PRIORITIES.items()}
 _OPTIONAL_FIELDS = (
     "negative_prompt",
     "height",
@@ -63,17 +71,22 @@ def image_format_number(image_format: ImageFormat) -> pb.ImageFormat:
 # ---- requests ----------------------------------------------------------------------------------------------------
 
 
-def encode_request(asked: RequestedParams | GenerationParams, output: OutputOptions) -> pb.GenerateRequest:
+def encode_request(
+    asked: RequestedParams | GenerationParams, output: OutputOptions, priority: Priority | None = None
+) -> pb.GenerateRequest:
     """Write a request; what is None stays absent.
 
     Raises:
         InvalidRequestError: a value that has no place in its field, such as a number beyond 64 bits or text for a number.
     """
     message = pb.GenerateRequest(output=pb.OutputOptions(format=_FORMATS[output.format]))
+    if priority is not None:
+        message.priority = _PRIORITIES[priority]
     for name in ("prompt", *_OPTIONAL_FIELDS):
         _put(message, name, getattr(asked, name))
     _put(message.output, "quality", output.quality)
     _put(message.output, "embed_metadata", output.embed_metadata)
+    _put(message.output, "preview_every", output.preview_every)
     return message
 
 
@@ -109,7 +122,7 @@ _TYPE_NAMES = {
 
 def decode_request(
     message: pb.GenerateRequest, capabilities: Capabilities, *, fallback_seed: int
-) -> tuple[GenerationParams, OutputOptions]:
+) -> tuple[GenerationParams, OutputOptions, Priority]:
     """The one decode of a request; afterwards nothing is open and nothing needs checking.
 
     Raises:
@@ -121,7 +134,8 @@ def decode_request(
         prompt=message.prompt,
         **{name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)},
     )
-    return capabilities.resolve(asked, fallback_seed=fallback_seed), _decode_output(message.output)
+    params = capabilities.resolve(asked, fallback_seed=fallback_seed)
+    return params, _decode_output(message.output), _decode_priority(message.priority)
 
 
 def _unknown_field_numbers(message: pb.GenerateRequest) -> list[int]:
@@ -142,7 +156,15 @@ def _decode_output(message: pb.OutputOptions) -> OutputOptions:
         format=_FORMAT_OF[number],
         quality=message.quality if message.HasField("quality") else None,
         embed_metadata=message.embed_metadata,
+        preview_every=message.preview_every if message.HasField("preview_every") else None,
     )
+
+
+def _decode_priority(number: pb.Priority) -> Priority:
+    number = number or pb.PRIORITY_NORMAL
+    if number not in _PRIORITY_OF:
+        raise InvalidRequestError("priority", f"must be one of {', '.join(pb.Priority.keys()[1:])}", str(number))
+    return _PRIORITY_OF[number]
 
 
 # ---- answers -----------------------------------------------------------------------------------------------------
@@ -152,12 +174,31 @@ def encode_event(request_id: str, event: Event) -> pb.GenerateEvent:
     message = pb.GenerateEvent(request_id=request_id)
     match event:
         case Queued():
-            message.queued.CopyFrom(pb.GenerateEvent.Queued(num_samples_ahead=event.num_samples_ahead))
+            message.queued.CopyFrom(
+                pb.GenerateEvent.Queued(num_samples_ahead=event.num_samples_ahead, estimated_wait_s=event.estimated_wait_s)
+            )
         case Started():
             message.started.CopyFrom(pb.GenerateEvent.Started(image_index=event.image_index))
         case Step():
-            step = pb.GenerateEvent.Step(image_index=event.image_index, step=event.step, num_steps=event.num_steps)
-            message.step.CopyFrom(step)
+            message.step.CopyFrom(
+                pb.GenerateEvent.Step(
+                    image_index=event.image_index,
+                    step=event.step,
+                    num_steps=event.num_steps,
+                    estimated_left_s=event.estimated_left_s,
+                )
+            )
+        case Preview():
+            message.preview.CopyFrom(
+                pb.GenerateEvent.Preview(
+                    image_index=event.image_index,
+                    step=event.step,
+                    data=event.encoded,
+                    format=_FORMATS[event.format],
+                    height=event.height,
+                    width=event.width,
+                )
+            )
         case ImageReady():
             message.image.CopyFrom(_encode_image(event))
         case Done():
@@ -219,6 +260,9 @@ class Activity:
     num_images: int
     num_requests: int
     num_cancelled_requests: int
+    num_turns: int
+    num_graph_misses: int
+    max_cells_per_call: int | None
 
 
 def encode_server_info(

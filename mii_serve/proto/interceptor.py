@@ -19,6 +19,8 @@ from mii_serve.proto.status import encode_error
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
+CLIENT_ID_KEY = "x-client-id"
+"""On whose behalf a call is made. Callers share a busy server fairly; without it, each connection is a caller."""
 _REQUEST_ID = re.compile(r"[!-~]{1,100}")
 
 current_request_id: ContextVar[str] = ContextVar("current_request_id", default="-")

@@ -14,14 +14,14 @@ from mii_serve.errors import EngineError
 from mii_serve.proto.codec import encode_event
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.types import Capabilities, EngineCapacity, Event, OutputOptions, RequestedParams, draw_seed
+from mii_serve.types import Capabilities, Event, OutputOptions, RequestedParams, draw_seed
 
 
 class LocalGenerator:
     """Makes pictures in this process; not thread-safe."""
 
-    def __init__(self, engine: Engine, capacity: EngineCapacity, engine_thread: ThreadPoolExecutor) -> None:
-        self._engine, self._capacity, self._engine_thread = engine, capacity, engine_thread
+    def __init__(self, engine: Engine, engine_thread: ThreadPoolExecutor) -> None:
+        self._engine, self._engine_thread = engine, engine_thread
 
     @property
     def capabilities(self) -> Capabilities:
@@ -38,7 +38,7 @@ class LocalGenerator:
         request_id = uuid.uuid4().hex
         with asyncio.Runner() as runner:
             room = params.num_images_per_prompt
-            replica = ReplicaLoop(self._engine, self._capacity, self._engine_thread, max_waiting_samples=room)
+            replica = ReplicaLoop(self._engine, self._engine_thread, max_waiting_samples=room)
             events = replica.generate(request_id, params, output)
             turns = runner.get_loop().create_task(replica.run())
             try:
@@ -67,14 +67,14 @@ def open_local(config: DeployConfig) -> Iterator[LocalGenerator]:
         ConfigError, ModelError: as `mii_serve deploy` would.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
-        engine, capacity = thread.submit(build_warm_engine, config).result()
+        engine = thread.submit(build_warm_engine, config).result()
         try:
-            yield LocalGenerator(engine, capacity, thread)
+            yield LocalGenerator(engine, thread)
         finally:
             thread.submit(engine.close).result()
 
 
-def build_warm_engine(config: DeployConfig) -> tuple[Engine, EngineCapacity]:
+def build_warm_engine(config: DeployConfig) -> Engine:
     """To be called in the thread that will run the engine.
 
     Raises:
@@ -83,4 +83,5 @@ def build_warm_engine(config: DeployConfig) -> tuple[Engine, EngineCapacity]:
     from mii_serve.engine.factory import build_engine
 
     engine = build_engine(config)
-    return engine, engine.warmup()
+    engine.warmup()
+    return engine

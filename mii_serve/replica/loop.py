@@ -11,25 +11,27 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from mii_serve.engine import Engine
-from mii_serve.errors import EngineError, InvalidRequestError, MiiServeError, UnavailableError
+from mii_serve.errors import DeadlineExceededError, EngineError, InvalidRequestError, MiiServeError, UnavailableError
 from mii_serve.proto.codec import Activity
 from mii_serve.replica.encoding import encode_picture
-from mii_serve.scheduler import Scheduler
+from mii_serve.scheduler import Position, Scheduler
 from mii_serve.types import (
     Done,
     Effective,
-    EngineCapacity,
     Event,
     GenerationParams,
     ImageReady,
     OutputOptions,
     Picture,
+    Preview,
+    Priority,
     Queued,
+    Request,
     SampleId,
     SampleProgress,
     Started,
@@ -40,18 +42,21 @@ logger = logging.getLogger(__name__)
 
 NUM_ENCODING_THREADS = 2
 
+POSITIONS_EVERY_S = 0.5
+"""Between two looks at where everybody is in line."""
+
 
 class _Mailbox:
-    """Events on their way to one caller. Of the steps a slow caller has not yet read, only the latest is kept."""
+    """Events on their way to one caller. Of the news a slow caller has not yet read, only the latest is kept."""
 
     def __init__(self) -> None:
         self._events: deque[Event | MiiServeError] = deque()
         self._arrived = asyncio.Event()
 
     def put(self, event: Event | MiiServeError) -> None:
-        last = self._events[-1] if self._events else None
-        if isinstance(event, Step) and isinstance(last, Step) and last.image_index == event.image_index:
-            self._events.pop()
+        if isinstance(event, Queued | Step | Preview):
+            for old in [old for old in self._events if _is_news_of_the_same(old, event)]:
+                self._events.remove(old)
         self._events.append(event)
         self._arrived.set()
 
@@ -65,10 +70,13 @@ class _Mailbox:
         return event
 
 
+def _is_news_of_the_same(old: Event | MiiServeError, new: Queued | Step | Preview) -> bool:
+    return type(old) is type(new) and getattr(old, "image_index", None) == getattr(new, "image_index", None)
+
+
 @dataclass(slots=True, eq=False)
-class _Request:
-    request_id: str
-    params: GenerationParams
+class _Caller:
+    request: Request
     output: OutputOptions
     accepted_at: float
     mailbox: _Mailbox = field(default_factory=_Mailbox)
@@ -80,20 +88,20 @@ class ReplicaLoop:
     """Makes pictures for any number of concurrent callers of `generate`."""
 
     def __init__(
-        self, engine: Engine, capacity: EngineCapacity, engine_thread: ThreadPoolExecutor, *, max_waiting_samples: int
+        self, engine: Engine, engine_thread: ThreadPoolExecutor, *, max_waiting_samples: int, max_waiting_s: float = 600.0
     ) -> None:
         """`engine_thread` is the one thread that has built and warmed the engine; it stays its caller's to shut down."""
         self._engine = engine
-        self._capacity = capacity
-        self._scheduler = Scheduler(max_slots=capacity.max_slots, max_waiting_samples=max_waiting_samples)
-        self._requests: dict[str, _Request] = {}
+        self._scheduler = Scheduler(engine.capacity, max_waiting_samples=max_waiting_samples, max_waiting_s=max_waiting_s)
+        self._callers: dict[str, _Caller] = {}
         self._wake = asyncio.Event()
         self._failure: MiiServeError | None = None
         self._engine_thread = engine_thread
         self._encoders = ThreadPoolExecutor(NUM_ENCODING_THREADS, thread_name_prefix="encode")
         self._encoding: set[asyncio.Task[None]] = set()
         self._born = time.monotonic()
-        self._num_steps = self._num_images = self._num_requests = self._num_cancelled = 0
+        self._told_positions_at = self._born
+        self._num_turns = self._num_steps = self._num_images = self._num_requests = self._num_cancelled = 0
 
     @property
     def engine(self) -> Engine:
@@ -102,44 +110,66 @@ class ReplicaLoop:
     def activity(self) -> Activity:
         return Activity(
             uptime_s=time.monotonic() - self._born,
-            max_slots=self._capacity.max_slots,
+            max_slots=self._engine.capacity.max_slots,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             num_steps=self._num_steps,
             num_images=self._num_images,
             num_requests=self._num_requests,
             num_cancelled_requests=self._num_cancelled,
+            num_turns=self._num_turns,
+            num_graph_misses=self._engine.num_graph_misses,
+            max_cells_per_call=self._engine.capacity.max_cells_per_call,
         )
 
-    async def generate(self, request_id: str, params: GenerationParams, output: OutputOptions) -> AsyncGenerator[Event, None]:
+    async def generate(
+        self,
+        request_id: str,
+        params: GenerationParams,
+        output: OutputOptions,
+        *,
+        client: str = "",
+        priority: Priority = Priority.NORMAL,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Event, None]:
         """Make the pictures of one request; leaving the iteration early cancels it.
 
         Raises:
             InvalidRequestError: the id is in use, or the schedulers cannot do what is asked.
             QueueFullError: no room.
+            DeadlineExceededError: it cannot be done in `timeout_s`, or was not.
             UnavailableError: the loop has stopped.
             EngineError: the engine failed while this request was in flight.
         """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._refuse_if_stopped()
-        await asyncio.get_running_loop().run_in_executor(self._encoders, self._engine.check, params)
+        num_calls = await asyncio.get_running_loop().run_in_executor(self._encoders, self._engine.check, params)
         self._refuse_if_stopped()
-        if request_id in self._requests:
+        if request_id in self._callers:
             raise InvalidRequestError("x-request-id", "must not be in use by a running request", repr(request_id))
-        request = _Request(request_id, params, output, time.monotonic())
-        request.num_images_left = params.num_images_per_prompt
-        ahead = self._scheduler.add(request_id, params)
-        self._requests[request_id] = request
+        now = time.monotonic()
+        request = Request(
+            id=request_id,
+            params=params,
+            num_calls=num_calls,
+            client=client,
+            priority=priority,
+            deadline=deadline,
+            preview_every=output.preview_every,
+        )
+        position = self._scheduler.add(request, now)
+        caller = self._callers[request_id] = _Caller(request, output, now, num_images_left=params.num_images_per_prompt)
         self._num_requests += 1
         self._wake.set()
-        request.mailbox.put(Queued(num_samples_ahead=ahead))
+        caller.mailbox.put(_queued(position))
         is_done = False
         try:
             while not is_done:
-                event = await request.mailbox.get()
+                event = await caller.mailbox.get()
                 is_done = isinstance(event, Done)
                 yield event
         finally:
-            del self._requests[request_id]
+            del self._callers[request_id]
             self._scheduler.drop(request_id)
             self._wake.set()
             if not is_done and self._failure is None:
@@ -154,6 +184,7 @@ class ReplicaLoop:
         loop = asyncio.get_running_loop()
         try:
             while True:
+                self._expire()
                 plan = self._scheduler.plan()
                 if plan is None:
                     self._wake.clear()
@@ -161,12 +192,16 @@ class ReplicaLoop:
                     continue
                 for sample in plan.joins:
                     self._tell_started(sample.id)
+                start = time.perf_counter()
                 progress = await loop.run_in_executor(self._engine_thread, self._engine.run, plan)
-                self._scheduler.advance(progress)
+                self._scheduler.advance(progress, time.perf_counter() - start)
+                self._num_turns += bool(plan.steps)
+                self._num_steps += len(plan.steps)
                 for sample_progress in progress:
                     self._tell(sample_progress)
+                self._tell_positions()
         except EngineError as error:
-            logger.exception("the engine failed with %d requests in flight", len(self._requests))
+            logger.exception("the engine failed with %d requests in flight", len(self._callers))
             self._fail_all(error)
             raise
         finally:
@@ -179,58 +214,101 @@ class ReplicaLoop:
 
     def _fail_all(self, error: MiiServeError) -> None:
         self._failure = self._failure or error
-        for request in self._requests.values():
-            request.mailbox.put(error)
+        for caller in self._callers.values():
+            caller.mailbox.put(error)
+
+    def _expire(self) -> None:
+        for request_id in self._scheduler.expire(time.monotonic()):
+            if caller := self._callers.get(request_id):
+                caller.mailbox.put(DeadlineExceededError("the pictures were not ready in time"))
+
+    def _tell_positions(self) -> None:
+        now = time.monotonic()
+        if not self._scheduler.num_waiting or now - self._told_positions_at < POSITIONS_EVERY_S:
+            return
+        self._told_positions_at = now
+        for request_id, position in self._scheduler.positions():
+            if caller := self._callers.get(request_id):
+                caller.mailbox.put(_queued(position))
 
     def _tell_started(self, sample_id: SampleId) -> None:
-        if request := self._requests.get(sample_id.request_id):
-            request.started_at = request.started_at or time.monotonic()
-            request.mailbox.put(Started(image_index=sample_id.image_index))
+        if caller := self._callers.get(sample_id.request_id):
+            caller.started_at = caller.started_at or time.monotonic()
+            caller.mailbox.put(Started(image_index=sample_id.image_index))
 
     def _tell(self, progress: SampleProgress) -> None:
-        self._num_steps += 1
-        request = self._requests.get(progress.id.request_id)
-        if request is None:
+        caller = self._callers.get(progress.id.request_id)
+        if caller is None:
             return
         if progress.error is not None:
-            request.mailbox.put(progress.error)
+            caller.mailbox.put(progress.error)
             return
-        index = progress.id.image_index
-        request.mailbox.put(Step(image_index=index, step=progress.step, num_steps=progress.num_steps))
+        index, left_s = progress.id.image_index, self._scheduler.remaining_s(progress.id)
+        step = Step(image_index=index, step=progress.step, num_steps=progress.num_steps, estimated_left_s=left_s)
+        caller.mailbox.put(step)
+        if progress.preview is not None:
+            self._start(self._show(caller, progress.id, progress.step, progress.preview))
         if progress.picture is not None:
-            task = asyncio.create_task(self._hand_over(request, index, progress.picture))
-            self._encoding.add(task)
-            task.add_done_callback(self._encoding.discard)
+            self._start(self._hand_over(caller, index, progress.picture))
 
-    async def _hand_over(self, request: _Request, index: int, picture: Picture) -> None:
+    def _start(self, encoding: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(encoding)
+        self._encoding.add(task)
+        task.add_done_callback(self._encoding.discard)
+
+    async def _encode(self, caller: _Caller, index: int, picture: Picture) -> tuple[bytes, Effective] | None:
         effective = Effective(
-            params=request.params,
+            params=caller.request.params,
             engine=self._engine.description,
             dropped_prompt=picture.dropped_prompt,
             dropped_negative_prompt=picture.dropped_negative_prompt,
         )
-        seed = request.params.seed_of(index)
+        seed = caller.request.params.seed_of(index)
         loop = asyncio.get_running_loop()
         try:
-            encoded = await loop.run_in_executor(self._encoders, encode_picture, picture, request.output, effective, seed)
+            encoded = await loop.run_in_executor(self._encoders, encode_picture, picture, caller.output, effective, seed)
         except Exception as error:
-            logger.exception("a picture could not be encoded, request_id=%s", request.request_id)
-            request.mailbox.put(EngineError(f"the picture could not be encoded: {type(error).__name__}"))
+            logger.exception("a picture could not be encoded, request_id=%s", caller.request.id)
+            caller.mailbox.put(EngineError(f"the picture could not be encoded: {type(error).__name__}"))
+            return None
+        return encoded, effective
+
+    async def _show(self, caller: _Caller, sample_id: SampleId, step: int, picture: Picture) -> None:
+        if (made := await self._encode(caller, sample_id.image_index, picture)) is None:
             return
+        caller.mailbox.put(
+            Preview(
+                image_index=sample_id.image_index,
+                step=step,
+                encoded=made[0],
+                format=caller.output.format,
+                height=picture.height,
+                width=picture.width,
+            )
+        )
+
+    async def _hand_over(self, caller: _Caller, index: int, picture: Picture) -> None:
+        if (made := await self._encode(caller, index, picture)) is None:
+            return
+        encoded, effective = made
         self._num_images += 1
-        request.mailbox.put(
+        caller.mailbox.put(
             ImageReady(
                 image_index=index,
                 encoded=encoded,
-                format=request.output.format,
+                format=caller.output.format,
                 height=picture.height,
                 width=picture.width,
-                seed=seed,
+                seed=caller.request.params.seed_of(index),
                 nsfw_content_detected=picture.nsfw_content_detected,
             )
         )
-        request.num_images_left -= 1
-        if request.num_images_left == 0:
-            now, started_at = time.monotonic(), request.started_at or request.accepted_at
-            queued_s, total_s = started_at - request.accepted_at, now - request.accepted_at
-            request.mailbox.put(Done(effective=effective, queued_s=queued_s, total_s=total_s))
+        caller.num_images_left -= 1
+        if caller.num_images_left == 0:
+            now, started_at = time.monotonic(), caller.started_at or caller.accepted_at
+            queued_s, total_s = started_at - caller.accepted_at, now - caller.accepted_at
+            caller.mailbox.put(Done(effective=effective, queued_s=queued_s, total_s=total_s))
+
+
+def _queued(position: Position) -> Queued:
+    return Queued(num_samples_ahead=position.num_samples_ahead, estimated_wait_s=position.estimated_wait_s)

@@ -42,8 +42,10 @@ def main() -> int:
     try:
         config = DeployConfig.from_json(order["config"])
         with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
-            engine, capacity = thread.submit(build_warm_engine, config).result()
-            loop = ReplicaLoop(engine, capacity, thread, max_waiting_samples=config.max_waiting_samples)
+            engine = thread.submit(build_warm_engine, config).result()
+            loop = ReplicaLoop(
+                engine, thread, max_waiting_samples=config.max_waiting_samples, max_waiting_s=config.max_waiting_s
+            )
             asyncio.run(_serve(loop, config, order["socket"], status_fd))
     except MiiServeError as error:
         _report(status_fd, state="failed", error=type(error).__name__, message=str(error))

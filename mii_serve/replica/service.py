@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import mii_serve
 from mii_serve.proto.codec import decode_request, encode_event, encode_server_info, gather_response
-from mii_serve.proto.interceptor import Context, current_request_id
+from mii_serve.proto.interceptor import CLIENT_ID_KEY, Context, current_request_id
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer
 from mii_serve.replica.loop import ReplicaLoop
@@ -20,9 +20,18 @@ class ReplicaService(ImageGenerationServicer):
         self._deployment_name = deployment_name
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:  # noqa: N802
-        params, output = decode_request(request, self._loop.engine.capabilities, fallback_seed=draw_seed())
+        params, output, priority = decode_request(request, self._loop.engine.capabilities, fallback_seed=draw_seed())
         request_id = current_request_id.get()
-        async with contextlib.aclosing(self._loop.generate(request_id, params, output)) as events:
+        metadata = dict(context.invocation_metadata() or ())
+        events = self._loop.generate(
+            request_id,
+            params,
+            output,
+            client=str(metadata.get(CLIENT_ID_KEY, "")),
+            priority=priority,
+            timeout_s=context.time_remaining(),
+        )
+        async with contextlib.aclosing(events):
             async for event in events:
                 yield encode_event(request_id, event)
 

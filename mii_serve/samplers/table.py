@@ -232,17 +232,20 @@ def _table(run: _Run, sampler: str, num_inference_steps: int, history: Array, co
         timesteps=timesteps,
         input_scale=np.array(scales, dtype=np.float32),
         matrices=matrices.astype(np.float32),
-        x0=_x0_columns(run.scheduler, timesteps),
+        x0=x0_coefficients(run.scheduler, *timesteps.tolist()).numpy(),
         draws_noise=tuple(noise is not None for noise in run.noise),
     )
 
 
-def _x0_columns(scheduler: Any, timesteps: Array) -> npt.NDArray[np.float32]:
-    """Whatever a sampler's own scaling is, its UNet input has variance-preserving noise of the level of its timestep."""
-    alphas_cumprod = scheduler.alphas_cumprod.double().numpy()
+def x0_coefficients(scheduler: Any, *timesteps: float) -> torch.Tensor:
+    """What `estimate_x0` needs, N × 2 in float32.
+
+    Whatever a sampler's own scaling is, its UNet input has variance-preserving noise of the level of its timestep.
+    """
+    alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
     at = np.interp(timesteps, np.arange(len(alphas_cumprod)), alphas_cumprod)
     kind = scheduler.config.prediction_type
-    return np.array([_clean(kind, np.sqrt(a), np.sqrt(1 - a)) for a in at], dtype=np.float32)
+    return torch.tensor([_clean(kind, a**0.5, (1 - a) ** 0.5) for a in at.tolist()], dtype=torch.float32)
 
 
 def _not_linear(scheduler: Any, sampler: str, residual: float) -> InvalidRequestError:

@@ -1,5 +1,5 @@
-"""Decides which samples make a step next. Pure: no clock, no I/O, no logging, no torch."""
+"""Decides which samples make a step next. Pure: plain values in, plain values out."""
 
-from mii_serve.scheduler.core import Scheduler
+from mii_serve.scheduler.core import Position, Scheduler
 
-__all__ = ["Scheduler"]
+__all__ = ["Position", "Scheduler"]

@@ -1,27 +1,65 @@
-"""Slots and the line before them: first come, first served, samples joining and leaving between steps.
+"""Which samples run next. Pure: no clock, no device; time is an argument and the answer is a value.
 
-Promises: every sample that was added is either over exactly once or leaves because its request was dropped;
-never more than `max_slots` samples run; a dropped request's slots are free in the very next plan.
+The rules:
+  - A slot holds one sample from its first UNet call until its picture is decoded. Never more than `max_slots` are held.
+  - A turn is one UNet call for all running samples of one latent shape; shapes take turns, the longest unserved one first.
+  - Free slots go to the front of the line (`line.py`) between any two turns.
+  - Finished samples are decoded a few at a time, oldest first, so that a burst of endings does not hold up the others.
+  - At most one preview a turn, so that a caller who wants many slows nobody much.
+  - A dropped request's slots are free in the very next plan.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from mii_serve.errors import QueueFullError
-from mii_serve.types import GenerationParams, Sample, SampleId, SampleProgress, StepPlan
+from mii_serve.errors import DeadlineExceededError, EngineError, QueueFullError
+from mii_serve.scheduler.line import Line, Waiting
+from mii_serve.scheduler.pace import Pace, Shape
+from mii_serve.types import EngineCapacity, Request, Sample, SampleId, SampleProgress, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a request is in line; no estimate before anything was measured."""
+
+    num_samples_ahead: int
+    estimated_wait_s: float | None
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    sample: Sample
+    request: Request
+    step: int = 0
+    preview_due_since: int | None = None
+
+    @property
+    def is_stepped_out(self) -> bool:
+        return self.step == self.request.num_calls
+
+    @property
+    def work_left(self) -> int:
+        return (self.request.num_calls - self.step) * self.request.params.work_per_call
 
 
 class Scheduler:
-    """Alternate `plan` and `advance`; call `add` and `drop` at any time in between."""
+    """Alternate `plan` and `advance`; call anything else at any time in between."""
 
-    def __init__(self, *, max_slots: int, max_waiting_samples: int) -> None:
-        self._max_slots = max_slots
-        self._max_waiting = max_waiting_samples
-        self._waiting: deque[Sample] = deque()
-        self._running: dict[SampleId, None] = {}
+    def __init__(self, capacity: EngineCapacity, *, max_waiting_samples: int, max_waiting_s: float) -> None:
+        self._capacity = capacity
+        self._max_waiting_samples, self._max_waiting_s = max_waiting_samples, max_waiting_s
+        self._line = Line()
+        self._running: dict[SampleId, _Running] = {}
+        self._groups: dict[Shape, dict[SampleId, _Running]] = {}  # the next one to have its turn comes first
+        self._finished: dict[SampleId, _Running] = {}
         self._leaving: list[SampleId] = []
+        self._deadlines: dict[str, float] = {}
+        self._pace = Pace()
+        self._turn = 0
+        self._planned_shape: Shape | None = None
+        self._planned_work = 0
 
     @property
     def num_running(self) -> int:
@@ -29,42 +67,154 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._line)
 
-    def add(self, request_id: str, params: GenerationParams) -> int:
-        """Queue every image of a request, or none; answer how many samples are before its first one.
+    def add(self, request: Request, now: float) -> Position:
+        """Queue every image of a request, or none.
 
         Raises:
-            QueueFullError: the line has no room for all of them.
+            QueueFullError: the line is too long, in samples or in seconds.
+            DeadlineExceededError: at the measured pace the deadline cannot be kept.
         """
-        count = params.num_images_per_prompt
-        if len(self._waiting) + count > self._max_waiting + max(0, self._max_slots - len(self._running)):
-            raise QueueFullError(f"{len(self._waiting)} images are waiting already, at most {self._max_waiting} may")
-        ahead = len(self._waiting) + len(self._running)
-        self._waiting.extend(Sample(id=SampleId(request_id, i), params=params) for i in range(count))
-        return ahead
+        count, free = request.params.num_images_per_prompt, self._capacity.max_slots - len(self._running)
+        if len(self._line) + count > self._max_waiting_samples + max(0, free):
+            raise QueueFullError(f"{len(self._line)} images are waiting already, at most {self._max_waiting_samples} may")
+        entries = self._line.entries_for(request)
+        position = self._position(self._line.ahead_of(entries[0]))
+        wait_s = position.estimated_wait_s or 0.0
+        if wait_s > self._max_waiting_s:
+            raise QueueFullError(f"the line is {wait_s:.0f} s long already, at most {self._max_waiting_s:g} s it may be")
+        if request.deadline is not None:
+            self._refuse_if_hopeless(request, wait_s, request.deadline - now)
+            self._deadlines[request.id] = request.deadline
+        self._line.push(request, entries)
+        return position
 
     def drop(self, request_id: str) -> None:
         """Forget a request; its running samples leave in the next plan. Unknown ids are ignored."""
-        self._waiting = deque(sample for sample in self._waiting if sample.id.request_id != request_id)
+        self._deadlines.pop(request_id, None)
+        self._line.remove(request_id)
         for sample_id in [s for s in self._running if s.request_id == request_id]:
-            del self._running[sample_id]
+            self._release(sample_id)
             self._leaving.append(sample_id)
+
+    def expire(self, now: float) -> set[str]:
+        """Drop requests past their deadline, and name them."""
+        late = {request_id for request_id, deadline in self._deadlines.items() if deadline <= now}
+        for request_id in late:
+            self.drop(request_id)
+        return late
 
     def plan(self) -> StepPlan | None:
         """The next turn, or None when there is nothing to do."""
-        joins = []
-        while self._waiting and len(self._running) < self._max_slots:
-            sample = self._waiting.popleft()
-            self._running[sample.id] = None
-            joins.append(sample)
+        joins = self._take_in()
         leaves, self._leaving = tuple(self._leaving), []
-        if not self._running and not leaves:
+        shape = self._planned_shape = next(iter(self._groups), None)
+        group = list(self._groups[shape].values()) if shape is not None else []
+        previews = self._due_previews(group)
+        steps = tuple(running.sample.id for running in group)
+        self._planned_work = sum(running.request.params.work_per_call for running in group)
+        ending = [running for running in group if running.step + 1 == running.request.num_calls]
+        decodes = tuple(running.sample.id for running in [*self._finished.values(), *ending][: self._capacity.max_decodes])
+        if not (steps or decodes or leaves):
             return None
-        return StepPlan(joins=tuple(joins), steps=tuple(self._running), leaves=leaves)
+        return StepPlan(joins=joins, steps=steps, previews=previews, decodes=decodes, leaves=leaves)
 
-    def advance(self, progress: Iterable[SampleProgress]) -> None:
-        """Take in what the turn achieved; finished samples give their slots back."""
-        for sample in progress:
-            if sample.is_over:
-                self._running.pop(sample.id, None)
+    def advance(self, progress: Iterable[SampleProgress], elapsed_s: float) -> None:
+        """Take in what the turn achieved and how long it took.
+
+        Raises:
+            EngineError: a sample's count of UNet calls is not the scheduler's.
+        """
+        self._turn += 1
+        if (shape := self._planned_shape) is not None:
+            self._pace.measured(shape, self._planned_work, elapsed_s)
+            if shape in self._groups:
+                self._groups[shape] = self._groups.pop(shape)
+        for made in progress:
+            if (running := self._running.get(made.id)) is not None:
+                self._take_progress(running, made)
+
+    def positions(self) -> list[tuple[str, Position]]:
+        """Where each request is of which no image has started. One pass over the line; not for every turn."""
+        ahead = self._line.firsts()
+        started = {sample_id.request_id for sample_id in self._running}
+        return [(request_id, self._position(before)) for request_id, before in ahead if request_id not in started]
+
+    def remaining_s(self, sample_id: SampleId) -> float | None:
+        """The measured pace times the calls a running sample has left."""
+        running = self._running.get(sample_id)
+        if running is None:
+            return None
+        interval_s = self._pace.interval_s(self._groups)
+        return None if interval_s is None else interval_s * (running.request.num_calls - running.step)
+
+    def _take_in(self) -> tuple[Sample, ...]:
+        joins = []
+        while len(self._line) and len(self._running) < self._capacity.max_slots:
+            sample, request = self._line.pop()
+            running = self._running[sample.id] = _Running(sample, request)
+            self._groups.setdefault(request.params.latent_shape, {})[sample.id] = running
+            joins.append(sample)
+        return tuple(joins)
+
+    def _due_previews(self, group: list[_Running]) -> tuple[SampleId, ...]:
+        waited_longest: tuple[int, int] | None = None
+        for index, running in enumerate(group):
+            every, step = running.request.preview_every, running.step + 1
+            if every is None or step == running.request.num_calls:
+                continue
+            if running.preview_due_since is None and step % every == 0:
+                running.preview_due_since = self._turn
+            if running.preview_due_since is not None:
+                waited_longest = min(waited_longest or (self._turn + 1, 0), (running.preview_due_since, index))
+        if waited_longest is None:
+            return ()
+        chosen = group[waited_longest[1]]
+        chosen.preview_due_since = None
+        return (chosen.sample.id,)
+
+    def _take_progress(self, running: _Running, made: SampleProgress) -> None:
+        if made.is_over:
+            self._release(made.id)
+            return
+        running.step += 1
+        if (made.step, made.num_steps) != (running.step, running.request.num_calls):
+            planned = f"{running.step} of {running.request.num_calls}"
+            raise EngineError(f"a sample is at step {made.step} of {made.num_steps}, planned was {planned}")
+        if running.is_stepped_out:
+            self._leave_group(running)
+            self._finished[made.id] = running
+
+    def _release(self, sample_id: SampleId) -> None:
+        running = self._running.pop(sample_id)
+        self._finished.pop(sample_id, None)
+        self._leave_group(running)
+        request_id = sample_id.request_id
+        if request_id not in self._line and not any(other.request_id == request_id for other in self._running):
+            self._deadlines.pop(request_id, None)
+
+    def _leave_group(self, running: _Running) -> None:
+        shape = running.request.params.latent_shape
+        if (group := self._groups.get(shape)) is not None:
+            group.pop(running.sample.id, None)
+            if not group:
+                del self._groups[shape]
+
+    def _position(self, ahead: list[Waiting]) -> Position:
+        if len(self._running) + len(ahead) < self._capacity.max_slots:
+            return Position(len(ahead), 0.0)
+        next_end = min((running.work_left for running in self._running.values()), default=0)
+        wait_s = self._pace.seconds_for(sum(waiting.work for waiting in ahead))
+        interval_s = self._pace.interval_s(self._groups)
+        if wait_s is None or interval_s is None:
+            return Position(len(ahead), None)
+        calls = min((r.request.num_calls - r.step for r in self._running.values()), default=0) if next_end else 0
+        return Position(len(ahead), wait_s + calls * interval_s)
+
+    def _refuse_if_hopeless(self, request: Request, wait_s: float, left_s: float) -> None:
+        """An idle engine goes by the fastest turn it has ever made, so that one slow turn cannot lock everybody out."""
+        shape, is_idle = request.params.latent_shape, not self._running and not len(self._line)
+        interval_s = self._pace.fastest_s(shape) if is_idle else self._pace.interval_s({*self._groups, shape})
+        if (needed_s := wait_s + request.num_calls * (interval_s or 0.0)) > left_s:
+            raise DeadlineExceededError(f"this takes about {needed_s:.3g} s here, and {max(0.0, left_s):.3g} s are left")

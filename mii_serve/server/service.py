@@ -18,7 +18,7 @@ from mii_serve.proto.codec import (
     encode_request,
     gather_response,
 )
-from mii_serve.proto.interceptor import REQUEST_ID_KEY, Context, current_request_id
+from mii_serve.proto.interceptor import CLIENT_ID_KEY, REQUEST_ID_KEY, Context, current_request_id
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer, ImageGenerationStub
@@ -69,12 +69,12 @@ class FrontService(ImageGenerationServicer):
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:  # noqa: N802
         stub, capabilities = self._replica()
-        params, output = decode_request(request, capabilities, fallback_seed=draw_seed())
+        params, output, priority = decode_request(request, capabilities, fallback_seed=draw_seed())
         with self._counted(), _replica_errors():
             call = stub.GenerateStream(
-                encode_request(params, output),
+                encode_request(params, output, priority),
                 timeout=context.time_remaining(),
-                metadata=((REQUEST_ID_KEY, current_request_id.get()),),
+                metadata=((REQUEST_ID_KEY, current_request_id.get()), (CLIENT_ID_KEY, _client_id(context))),
             )
             try:
                 async for event in call:
@@ -109,6 +109,12 @@ class FrontService(ImageGenerationServicer):
             self._num_active -= 1
             if self._num_active == 0:
                 self._idle.set()
+
+
+def _client_id(context: Context) -> str:
+    """Whom the caller names, a gateway for example; else the connection."""
+    named = str(dict(context.invocation_metadata() or ()).get(CLIENT_ID_KEY) or "")
+    return f"named {named}" if named else f"peer {context.peer()}"
 
 
 @contextlib.contextmanager

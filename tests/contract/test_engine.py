@@ -10,18 +10,18 @@ from mii_serve.errors import InvalidRequestError
 from mii_serve.types import Picture, RequestedParams, Sample, SampleId, SampleProgress, StepPlan
 
 
-def reference_engine() -> Engine:
+def real_engine(name: str) -> Engine:
     from mii_serve.config import DeployConfig
     from mii_serve.engine.factory import build_engine
 
     # Without the checker, which takes a picture of three steps for what it likes and blackens it.
-    config = {"model": "demo", "engine": "reference", "device": "cpu", "enable_safety_checker": False}
+    config = {"model": "demo", "engine": name, "device": "cpu", "enable_safety_checker": False}
     return build_engine(DeployConfig.load(config))
 
 
-@pytest.fixture(scope="module", params=["fake", "reference"])
+@pytest.fixture(scope="module", params=["fake", "reference", "native"])
 def engine(request: pytest.FixtureRequest):
-    built = FakeEngine(max_slots=3) if request.param == "fake" else reference_engine()
+    built = FakeEngine(max_slots=3) if request.param == "fake" else real_engine(request.param)
     yield built
     built.close()
 
@@ -31,19 +31,29 @@ def sample(engine: Engine, name: str = "r", index: int = 0, **asked) -> Sample:
     return Sample(id=SampleId(name, index), params=engine.capabilities.resolve(requested, fallback_seed=0))
 
 
-def finish(engine: Engine, *samples: Sample) -> dict[SampleId, list[SampleProgress]]:
-    """Run the samples together to their ends."""
+def finish(engine: Engine, *samples: Sample, late: int = 0) -> dict[SampleId, list[SampleProgress]]:
+    """Run the samples together to their ends, shape by shape in turns; sample i arrives `late` × i rounds after the first."""
     seen: dict[SampleId, list[SampleProgress]] = {one.id: [] for one in samples}
-    running, joins = [one.id for one in samples], samples
-    for _ in range(200):
-        if not running:
+    calls_left = {one.id: engine.check(one.params) for one in samples}
+    for round_number in range(2000):
+        arrived = samples[: 1 + round_number // late] if late else samples
+        for shape in dict.fromkeys(one.params.latent_shape for one in arrived):
+            going = [one for one in arrived if one.params.latent_shape == shape and calls_left[one.id]]
+            joins = tuple(one for one in going if not seen[one.id])
+            ending = tuple(one.id for one in going if calls_left[one.id] == 1)
+            for progress in engine.run(StepPlan(joins=joins, steps=tuple(one.id for one in going), decodes=ending)):
+                seen[progress.id].append(progress)
+                calls_left[progress.id] -= 1
+        if not any(calls_left.values()):
             return seen
-        for progress in engine.run(StepPlan(joins=joins, steps=tuple(running))):
-            seen[progress.id].append(progress)
-            if progress.picture is not None:
-                running.remove(progress.id)
-        joins = ()
     pytest.fail("the samples do not end")
+
+
+def most_different(one: Picture, other: Picture) -> int:
+    """The largest difference of any pixel's channel, in levels of 255."""
+    assert (one.width, one.height) == (other.width, other.height)
+    pairs = zip(one.rgb, other.rgb, strict=True)
+    return max(abs(a - b) for a, b in pairs)
 
 
 def picture(engine: Engine, **asked) -> Picture:
@@ -53,8 +63,9 @@ def picture(engine: Engine, **asked) -> Picture:
     return last
 
 
-def test_warm_up_says_how_many_fit_and_leaves_nothing_behind(engine):
-    assert engine.warmup().max_slots >= 1
+def test_warm_up_leaves_nothing_behind(engine):
+    engine.warmup()
+    assert engine.capacity.max_slots >= 1
     assert engine.run(StepPlan()) == ()
 
 
@@ -89,11 +100,43 @@ def test_image_i_of_a_seed_is_image_0_of_seed_plus_i(engine):
 
 
 def test_company_does_not_change_a_picture(engine):
-    """For an engine that batches the bound is one level; these two compute every image by itself."""
     samples = [sample(engine, f"r{i}", seed=i, num_inference_steps=2 + i) for i in range(3)]
     together = finish(engine, *samples)
     for i, one in enumerate(samples):
-        assert together[one.id][-1].picture == picture(engine, seed=i, num_inference_steps=2 + i)
+        made = together[one.id][-1].picture
+        assert most_different(made, picture(engine, seed=i, num_inference_steps=2 + i)) <= 1
+
+
+def test_a_picture_may_be_decoded_in_a_later_turn(engine):
+    one = sample(engine)
+    for call in range(engine.check(one.params)):
+        [progress] = engine.run(StepPlan(joins=() if call else (one,), steps=(one.id,)))
+        assert progress.picture is None
+    [decoded] = engine.run(StepPlan(decodes=(one.id,)))
+    assert (decoded.picture, decoded.step) == (picture(engine), progress.step)
+    assert engine.run(StepPlan(leaves=(one.id,))) == ()
+
+
+def test_a_preview_shows_the_picture_before_it_is_done_and_changes_nothing(engine):
+    one = sample(engine, num_inference_steps=12, scheduler="pndm")
+    alone = picture(engine, num_inference_steps=12, scheduler="pndm")
+    num_calls = engine.check(one.params)
+    previews = []
+    for call in range(1, num_calls + 1):
+        plan = StepPlan(
+            joins=(one,) if call == 1 else (),
+            steps=(one.id,),
+            previews=(one.id,) if call == num_calls - 1 else (),
+            decodes=(one.id,) if call == num_calls else (),
+        )
+        [progress] = engine.run(plan)
+        previews.append(progress.preview)
+    *others, shown, last = previews
+    assert shown is not None
+    assert others == [None] * (num_calls - 2)
+    assert last is None
+    assert progress.picture == alone
+    assert most_different(shown, alone) < 128, "a preview near the end resembles the picture"
 
 
 def test_a_sample_that_leaves_is_forgotten_and_others_go_on(engine):
@@ -118,5 +161,5 @@ def test_what_the_schedulers_cannot_do_is_refused_by_name(engine):
 
 
 def test_the_description_and_capabilities_agree(engine):
-    assert engine.description.engine in ("fake", "reference")
+    assert engine.description.engine in ("fake", "reference", "native")
     assert engine.capabilities.defaults.scheduler in engine.capabilities.schedulers.values()

@@ -48,7 +48,7 @@ class RunningServer:
 @contextlib.asynccontextmanager
 async def running_server(folder: Path, engine: FakeEngine, *, max_waiting_samples: int = 8) -> AsyncIterator[RunningServer]:
     engine_thread = ThreadPoolExecutor(1)
-    loop = ReplicaLoop(engine, engine.warmup(), engine_thread, max_waiting_samples=max_waiting_samples)
+    loop = ReplicaLoop(engine, engine_thread, max_waiting_samples=max_waiting_samples)
     turns = asyncio.create_task(loop.run())
     replica_server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
     add_ImageGenerationServicer_to_server(ReplicaService(loop, "test"), replica_server)

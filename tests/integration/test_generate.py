@@ -176,7 +176,8 @@ async def test_a_request_that_waits_can_be_given_up_without_a_step(server):
     await server.until(lambda: server.loop.activity().num_running == 1)
     waiting = server.stub.GenerateStream(request(num_images_per_prompt=4))
     queued = await waiting.read()
-    assert queued.queued.num_samples_ahead == 1
+    assert queued.queued.num_samples_ahead == 0, "it is the next one"
+    assert server.loop.activity().num_waiting == 4
     waiting.cancel()
     await server.until(lambda: server.loop.activity().num_waiting == 0)
     server.engine.gate.set()

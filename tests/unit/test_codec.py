@@ -19,7 +19,18 @@ from mii_serve.proto.codec import (
 )
 from mii_serve.proto.status import decode_error, encode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.types import Done, Effective, ImageFormat, ImageReady, OutputOptions, Queued, RequestedParams, Started, Step
+from mii_serve.types import (
+    Done,
+    Effective,
+    ImageFormat,
+    ImageReady,
+    OutputOptions,
+    Priority,
+    Queued,
+    RequestedParams,
+    Started,
+    Step,
+)
 
 CAPABILITIES = FakeEngine().capabilities
 
@@ -40,12 +51,14 @@ def test_a_request_survives_the_wire():
         scheduler="pndm",
         seed=2**64 - 1,
     )
-    output = OutputOptions(format=ImageFormat.WEBP, quality=80)
-    wire = encode_request(asked, output).SerializeToString()
-    params, received_output = decode(pb.GenerateRequest.FromString(wire))
-    assert received_output == output
+    output = OutputOptions(format=ImageFormat.WEBP, quality=80, preview_every=5)
+    wire = encode_request(asked, output, Priority.LOW).SerializeToString()
+    params, received_output, priority = decode(pb.GenerateRequest.FromString(wire))
+    assert (received_output, priority) == (output, Priority.LOW)
     assert {name: getattr(params, name) for name in asked.__slots__} == {name: getattr(asked, name) for name in asked.__slots__}
-    assert decode(encode_request(params, output)) == (params, output), "the replica reads what the front has read"
+    assert decode(encode_request(params, output, priority)) == (params, output, priority), (
+        "the replica reads what the front has read"
+    )
 
 
 def test_zero_is_not_the_same_as_absent():
@@ -100,7 +113,7 @@ def test_every_event_is_its_own_kind_even_when_all_zero():
 
 
 def test_a_stream_amounts_to_the_unary_answer():
-    params, _ = decode(pb.GenerateRequest(prompt="p", num_images_per_prompt=2))
+    params, *_ = decode(pb.GenerateRequest(prompt="p", num_images_per_prompt=2))
     images = [
         ImageReady(
             image_index=i,

@@ -14,14 +14,25 @@ class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     IMAGE_FORMAT_JPEG: _ClassVar[ImageFormat]
     IMAGE_FORMAT_WEBP: _ClassVar[ImageFormat]
     IMAGE_FORMAT_RAW_RGB: _ClassVar[ImageFormat]
+
+class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRIORITY_UNSPECIFIED: _ClassVar[Priority]
+    PRIORITY_HIGH: _ClassVar[Priority]
+    PRIORITY_NORMAL: _ClassVar[Priority]
+    PRIORITY_LOW: _ClassVar[Priority]
 IMAGE_FORMAT_UNSPECIFIED: ImageFormat
 IMAGE_FORMAT_PNG: ImageFormat
 IMAGE_FORMAT_JPEG: ImageFormat
 IMAGE_FORMAT_WEBP: ImageFormat
 IMAGE_FORMAT_RAW_RGB: ImageFormat
+PRIORITY_UNSPECIFIED: Priority
+PRIORITY_HIGH: Priority
+PRIORITY_NORMAL: Priority
+PRIORITY_LOW: Priority
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "output")
+    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "output", "priority")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +43,7 @@ class GenerateRequest(_message.Message):
     SCHEDULER_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     height: int
@@ -42,17 +54,20 @@ class GenerateRequest(_message.Message):
     scheduler: str
     seed: int
     output: OutputOptions
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ...) -> None: ...
+    priority: Priority
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
-    __slots__ = ("format", "quality", "embed_metadata")
+    __slots__ = ("format", "quality", "embed_metadata", "preview_every")
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     EMBED_METADATA_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
     format: ImageFormat
     quality: int
     embed_metadata: bool
-    def __init__(self, format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ..., embed_metadata: _Optional[bool] = ...) -> None: ...
+    preview_every: int
+    def __init__(self, format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ..., embed_metadata: _Optional[bool] = ..., preview_every: _Optional[int] = ...) -> None: ...
 
 class GeneratedImage(_message.Message):
     __slots__ = ("index", "data", "format", "height", "width", "seed", "nsfw_content_detected")
@@ -129,26 +144,45 @@ class Timings(_message.Message):
     def __init__(self, queued_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
-    __slots__ = ("request_id", "queued", "started", "step", "image", "done")
+    __slots__ = ("request_id", "queued", "started", "step", "image", "done", "preview")
     class Queued(_message.Message):
-        __slots__ = ("num_samples_ahead",)
+        __slots__ = ("num_samples_ahead", "estimated_wait_s")
         NUM_SAMPLES_AHEAD_FIELD_NUMBER: _ClassVar[int]
+        ESTIMATED_WAIT_S_FIELD_NUMBER: _ClassVar[int]
         num_samples_ahead: int
-        def __init__(self, num_samples_ahead: _Optional[int] = ...) -> None: ...
+        estimated_wait_s: float
+        def __init__(self, num_samples_ahead: _Optional[int] = ..., estimated_wait_s: _Optional[float] = ...) -> None: ...
     class Started(_message.Message):
         __slots__ = ("image_index",)
         IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
         image_index: int
         def __init__(self, image_index: _Optional[int] = ...) -> None: ...
     class Step(_message.Message):
-        __slots__ = ("image_index", "step", "num_steps")
+        __slots__ = ("image_index", "step", "num_steps", "estimated_left_s")
         IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
         STEP_FIELD_NUMBER: _ClassVar[int]
         NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+        ESTIMATED_LEFT_S_FIELD_NUMBER: _ClassVar[int]
         image_index: int
         step: int
         num_steps: int
-        def __init__(self, image_index: _Optional[int] = ..., step: _Optional[int] = ..., num_steps: _Optional[int] = ...) -> None: ...
+        estimated_left_s: float
+        def __init__(self, image_index: _Optional[int] = ..., step: _Optional[int] = ..., num_steps: _Optional[int] = ..., estimated_left_s: _Optional[float] = ...) -> None: ...
+    class Preview(_message.Message):
+        __slots__ = ("image_index", "step", "data", "format", "height", "width")
+        IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
+        STEP_FIELD_NUMBER: _ClassVar[int]
+        DATA_FIELD_NUMBER: _ClassVar[int]
+        FORMAT_FIELD_NUMBER: _ClassVar[int]
+        HEIGHT_FIELD_NUMBER: _ClassVar[int]
+        WIDTH_FIELD_NUMBER: _ClassVar[int]
+        image_index: int
+        step: int
+        data: bytes
+        format: ImageFormat
+        height: int
+        width: int
+        def __init__(self, image_index: _Optional[int] = ..., step: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
     class Done(_message.Message):
         __slots__ = ("parameters", "timings")
         PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -162,13 +196,15 @@ class GenerateEvent(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     queued: GenerateEvent.Queued
     started: GenerateEvent.Started
     step: GenerateEvent.Step
     image: GeneratedImage
     done: GenerateEvent.Done
-    def __init__(self, request_id: _Optional[str] = ..., queued: _Optional[_Union[GenerateEvent.Queued, _Mapping]] = ..., started: _Optional[_Union[GenerateEvent.Started, _Mapping]] = ..., step: _Optional[_Union[GenerateEvent.Step, _Mapping]] = ..., image: _Optional[_Union[GeneratedImage, _Mapping]] = ..., done: _Optional[_Union[GenerateEvent.Done, _Mapping]] = ...) -> None: ...
+    preview: GenerateEvent.Preview
+    def __init__(self, request_id: _Optional[str] = ..., queued: _Optional[_Union[GenerateEvent.Queued, _Mapping]] = ..., started: _Optional[_Union[GenerateEvent.Started, _Mapping]] = ..., step: _Optional[_Union[GenerateEvent.Step, _Mapping]] = ..., image: _Optional[_Union[GeneratedImage, _Mapping]] = ..., done: _Optional[_Union[GenerateEvent.Done, _Mapping]] = ..., preview: _Optional[_Union[GenerateEvent.Preview, _Mapping]] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
@@ -212,7 +248,7 @@ class GetServerInfoResponse(_message.Message):
         max_images_per_prompt: int
         def __init__(self, max_prompt_chars: _Optional[int] = ..., max_num_inference_steps: _Optional[int] = ..., max_guidance_scale: _Optional[float] = ..., min_size_px: _Optional[int] = ..., max_size_px: _Optional[int] = ..., max_images_per_prompt: _Optional[int] = ...) -> None: ...
     class Activity(_message.Message):
-        __slots__ = ("uptime_s", "max_slots", "num_running", "num_waiting", "num_steps", "num_images", "num_requests", "num_cancelled_requests")
+        __slots__ = ("uptime_s", "max_slots", "num_running", "num_waiting", "num_steps", "num_images", "num_requests", "num_cancelled_requests", "num_turns", "num_graph_misses", "max_cells_per_call")
         UPTIME_S_FIELD_NUMBER: _ClassVar[int]
         MAX_SLOTS_FIELD_NUMBER: _ClassVar[int]
         NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +257,9 @@ class GetServerInfoResponse(_message.Message):
         NUM_IMAGES_FIELD_NUMBER: _ClassVar[int]
         NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
         NUM_CANCELLED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+        NUM_TURNS_FIELD_NUMBER: _ClassVar[int]
+        NUM_GRAPH_MISSES_FIELD_NUMBER: _ClassVar[int]
+        MAX_CELLS_PER_CALL_FIELD_NUMBER: _ClassVar[int]
         uptime_s: float
         max_slots: int
         num_running: int
@@ -229,7 +268,10 @@ class GetServerInfoResponse(_message.Message):
         num_images: int
         num_requests: int
         num_cancelled_requests: int
-        def __init__(self, uptime_s: _Optional[float] = ..., max_slots: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_images: _Optional[int] = ..., num_requests: _Optional[int] = ..., num_cancelled_requests: _Optional[int] = ...) -> None: ...
+        num_turns: int
+        num_graph_misses: int
+        max_cells_per_call: int
+        def __init__(self, uptime_s: _Optional[float] = ..., max_slots: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_images: _Optional[int] = ..., num_requests: _Optional[int] = ..., num_cancelled_requests: _Optional[int] = ..., num_turns: _Optional[int] = ..., num_graph_misses: _Optional[int] = ..., max_cells_per_call: _Optional[int] = ...) -> None: ...
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]

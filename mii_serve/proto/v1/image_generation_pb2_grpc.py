@@ -62,7 +62,7 @@ class ImageGenerationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Makes the images and tells how far it is: queued, started, step, image, done.
+        """Makes the images and tells how far it is: queued, started, step, preview, image, done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,7 @@ class ImageGenerationStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_image_generation_pb2.GenerateRequest, _image_generation_pb2.GenerateResponse]
     """Makes the images and answers once, with all of them."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_image_generation_pb2.GenerateRequest, _image_generation_pb2.GenerateEvent]
-    """Makes the images and tells how far it is: queued, started, step, image, done."""
+    """Makes the images and tells how far it is: queued, started, step, preview, image, done."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_image_generation_pb2.GetServerInfoRequest, _image_generation_pb2.GetServerInfoResponse]
     """What runs here, what it accepts and how busy it is."""
 
@@ -44,7 +44,7 @@ class ImageGenerationAsyncStub(ImageGenerationStub):
     Generate: _aio.UnaryUnaryMultiCallable[_image_generation_pb2.GenerateRequest, _image_generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Makes the images and answers once, with all of them."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_image_generation_pb2.GenerateRequest, _image_generation_pb2.GenerateEvent]  # type: ignore[assignment]
-    """Makes the images and tells how far it is: queued, started, step, image, done."""
+    """Makes the images and tells how far it is: queued, started, step, preview, image, done."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_image_generation_pb2.GetServerInfoRequest, _image_generation_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """What runs here, what it accepts and how busy it is."""
 
@@ -63,7 +63,7 @@ class ImageGenerationServicer(metaclass=_abc_1.ABCMeta):
         request: _image_generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_image_generation_pb2.GenerateEvent], _abc.AsyncIterator[_image_generation_pb2.GenerateEvent]]:
-        """Makes the images and tells how far it is: queued, started, step, image, done."""
+        """Makes the images and tells how far it is: queued, started, step, preview, image, done."""
 
     @_abc_1.abstractmethod
     def GetServerInfo(

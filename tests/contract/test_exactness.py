@@ -1,0 +1,79 @@
+"""The promise of in-flight batching: a picture from a crowd is the picture the FP32 reference makes of the request alone."""
+
+from __future__ import annotations
+
+import pytest
+from test_engine import finish, most_different, real_engine, sample
+
+from mii_serve.samplers.names import SAMPLERS
+
+TOLERANCE = 1
+"""Levels of 255, in any pixel, in FP32."""
+
+CROWD = [
+    {
+        "scheduler": scheduler,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "seed": 100 + i,
+        "prompt": prompt,
+        **more,
+    }
+    for i, (scheduler, steps, guidance, prompt, more) in enumerate(
+        [
+            ("pndm", 50, 7.5, "a red circle on a blue background", {}),
+            ("ddim", 4, 1.0, "a green square", {}),
+            ("ddpm", 20, 3.0, "a yellow star on a black background", {"negative_prompt": "circle"}),
+            ("euler", 10, 0.0, "two blue circles", {}),
+            ("euler_karras", 12, 3.0, "a red circle", {}),
+            ("euler_a", 15, 3.0, "a white cross", {}),
+            ("heun", 8, 5.0, "a red circle on a blue background", {"negative_prompt": "blue"}),
+            ("kdpm2", 7, 3.0, "a purple triangle", {}),
+            ("kdpm2_a", 9, 3.0, "an orange ring", {}),
+            ("lms", 20, 2.0, "a red circle", {}),
+            ("dpm++_2m", 20, 3.0, "three green squares", {}),
+            ("dpm++_2m_karras", 25, 7.5, "a blue star", {}),
+            ("dpm++_3m", 17, 3.0, "a red triangle", {}),
+            ("dpm++_2m_sde", 20, 3.0, "a red circle", {}),
+            ("dpm++_2m_sde_karras", 11, 1.0, "a cyan circle on a red background", {}),
+            ("dpm++_2s", 10, 3.0, "a black square on a white background", {}),
+            ("unipc", 10, 3.0, "a green circle", {"negative_prompt": "square, star"}),
+            ("deis", 14, 4.0, "a yellow circle", {}),
+            ("lcm", 4, 1.5, "a blue square", {}),
+            ("tcd", 6, 1.0, "a red star", {}),
+            ("dpm++_2m", 20, 3.0, "a red circle", {"height": 96, "width": 64}),
+            ("euler_a", 12, 3.0, "a red circle", {"height": 96, "width": 64}),
+        ]
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    engine = real_engine("reference")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def crowded():
+    """All of `CROWD` in one engine, each two rounds after the one before."""
+    engine = real_engine("native")
+    samples = [sample(engine, f"r{i}", **asked) for i, asked in enumerate(CROWD)]
+    # More at once than a deployment would hold.
+    engine._capacity = engine._capacity.__class__(max_slots=len(samples), max_decodes=4)
+    together = finish(engine, *samples, late=2)
+    yield [together[one.id][-1].picture for one in samples]
+    engine.close()
+
+
+def test_the_crowd_has_every_sampler():
+    assert {asked["scheduler"] for asked in CROWD} == set(SAMPLERS)
+
+
+@pytest.mark.parametrize("index", range(len(CROWD)), ids=lambda i: f"{CROWD[i]['scheduler']}-{CROWD[i]['num_inference_steps']}")
+def test_a_picture_from_a_crowd_is_the_references_picture(reference, crowded, index):
+    alone = sample(reference, **CROWD[index])
+    true = finish(reference, alone)[alone.id][-1].picture
+    assert len(set(true.rgb)) > 8, "a picture with nothing on it would prove nothing"
+    assert most_different(crowded[index], true) <= TOLERANCE

@@ -1,0 +1,403 @@
+"""The scheduler's promises, held against random arrivals, cancellations, failures and shapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings, strategies
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
+
+from mii_serve.errors import DeadlineExceededError, EngineError, QueueFullError
+from mii_serve.scheduler import Scheduler
+from mii_serve.types import EngineCapacity, GenerationParams, Picture, Priority, Request, SampleId, SampleProgress
+
+PICTURE = Picture(width=1, height=1, rgb=bytes(3), nsfw_content_detected=None)
+
+
+def params(num_images: int = 1, guidance: float = 3.0, size: tuple[int, int] = (64, 64)) -> GenerationParams:
+    return GenerationParams(
+        prompt="p",
+        negative_prompt="",
+        height=size[0],
+        width=size[1],
+        num_inference_steps=1,
+        guidance_scale=guidance,
+        num_images_per_prompt=num_images,
+        scheduler="pndm",
+        seed=0,
+    )
+
+
+def request(name: str, num_images: int = 1, num_calls: int = 2, **more) -> Request:
+    shape = {key: more.pop(key) for key in ("guidance", "size") if key in more}
+    return Request(id=name, params=params(num_images, **shape), num_calls=num_calls, **more)
+
+
+def scheduler_of(max_slots: int = 1, *, max_decodes: int = 4, max_waiting: int = 10_000, max_wait_s: float = 1e9) -> Scheduler:
+    capacity = EngineCapacity(max_slots=max_slots, max_decodes=max_decodes)
+    return Scheduler(capacity, max_waiting_samples=max_waiting, max_waiting_s=max_wait_s)
+
+
+class Player:
+    """Plays the engine: keeps its own record of what it was told to do, and answers truthfully."""
+
+    def __init__(self, scheduler: Scheduler, num_calls: dict[str, int]) -> None:
+        self.scheduler, self.num_calls = scheduler, num_calls
+        self.steps: dict[SampleId, int] = {}
+        self.joined: list[SampleId] = []
+
+    def turn(self, elapsed_s: float = 1.0):
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self.scheduler.advance(self.answer(plan), elapsed_s)
+        return plan
+
+    def answer(self, plan, failing: SampleId | None = None) -> list[SampleProgress]:
+        for sample_id in plan.leaves:
+            self.steps.pop(sample_id, None)  # it may have ended in the turn it was dropped in
+        for sample in plan.joins:
+            assert sample.id not in self.steps
+            self.steps[sample.id] = 0
+            self.joined.append(sample.id)
+        made = {}
+        for sample_id in plan.steps:
+            self.steps[sample_id] += 1
+            error = EngineError("told to") if sample_id == failing else None
+            made[sample_id] = self.progress(sample_id, error=error)
+            if error:
+                del self.steps[sample_id]
+        for sample_id in plan.decodes:
+            if sample_id in self.steps:
+                assert self.steps[sample_id] == self.num_calls[sample_id.request_id]
+                made[sample_id] = self.progress(sample_id, picture=PICTURE)
+                del self.steps[sample_id]
+        return list(made.values())
+
+    def progress(self, sample_id: SampleId, **more) -> SampleProgress:
+        calls = self.num_calls[sample_id.request_id]
+        return SampleProgress(id=sample_id, step=self.steps[sample_id], num_steps=calls, **more)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Arrivals, drops and deadlines at any moment, also while a turn is running."""
+
+    requests = Bundle("requests")
+
+    def __init__(self):
+        super().__init__()
+        self.max_slots, self.max_decodes = 3, 2
+        self.scheduler = scheduler_of(self.max_slots, max_decodes=self.max_decodes, max_waiting=20)
+        self.by_name: dict[str, Request] = {}
+        self.player = Player(self.scheduler, {})
+        self.done: Counter[SampleId] = Counter()
+        self.dropped: set[str] = set()
+        self.failed: set[SampleId] = set()
+        self.plan = None
+        self.now = 0.0
+        self.previewed: Counter[SampleId] = Counter()
+
+    @rule(
+        target=requests,
+        num_images=strategies.integers(1, 4),
+        num_calls=strategies.integers(1, 6),
+        guidance=strategies.sampled_from([1.0, 3.0]),
+        size=strategies.sampled_from([(64, 64), (64, 128), (128, 64)]),
+        client=strategies.sampled_from(["a", "b"]),
+        priority=strategies.sampled_from(Priority),
+        preview_every=strategies.sampled_from([None, 1, 2]),
+        patience=strategies.sampled_from([None, 200.0]),
+    )
+    def add(self, num_images, num_calls, guidance, size, client, priority, preview_every, patience):
+        name = f"r{len(self.by_name)}"
+        asked = request(
+            name,
+            num_images,
+            num_calls,
+            guidance=guidance,
+            size=size,
+            client=client,
+            priority=priority,
+            preview_every=preview_every,
+            deadline=None if patience is None else self.now + patience,
+        )
+        waiting = self.scheduler.num_waiting
+        self.by_name[name] = asked
+        try:
+            position = self.scheduler.add(asked, self.now)
+        except (QueueFullError, DeadlineExceededError):
+            assert self.scheduler.num_waiting == waiting
+            del self.by_name[name]
+            self.by_name[f"refused {name}"] = asked
+            return multiple()
+        assert position.num_samples_ahead >= 0
+        assert position.estimated_wait_s is None or 0 <= position.estimated_wait_s < 1e6
+        self.player.num_calls[name] = num_calls
+        return name
+
+    @rule(name=consumes(requests))
+    def drop(self, name):
+        self.scheduler.drop(name)
+        self.dropped.add(name)
+
+    @rule(seconds=strategies.floats(0, 60))
+    def time_passes(self, seconds):
+        self.now += seconds
+        late = self.scheduler.expire(self.now)
+        for name in late:
+            assert self.by_name[name].deadline <= self.now
+        self.dropped |= late
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def begin_turn(self):
+        plan = self.plan = self.scheduler.plan()
+        if plan is None:
+            return
+        assert len({self.by_name[s.request_id].params.latent_shape for s in plan.steps}) <= 1
+        assert len(plan.decodes) <= self.max_decodes
+        assert len(plan.previews) <= 1
+        assert set(plan.previews) <= set(plan.steps)
+        for sample_id in (*plan.steps, *plan.decodes):
+            assert sample_id.request_id not in self.dropped
+            assert not self.done[sample_id]
+            assert sample_id not in self.failed
+        for name in self.dropped:
+            assert not any(s.request_id == name for s in self.player.steps if s not in plan.leaves)
+
+    @precondition(lambda self: self.plan is not None)
+    @rule(fails=strategies.booleans())
+    def end_turn(self, fails):
+        plan, self.plan = self.plan, None
+        failing = plan.steps[0] if fails and plan.steps else None
+        answers = self.player.answer(plan, failing)
+        for progress in answers:
+            self.done[progress.id] += progress.picture is not None
+        self.scheduler.advance(answers, 1.0)
+        if failing is not None:
+            self.failed.add(failing)
+            self.scheduler.drop(failing.request_id)
+            self.dropped.add(failing.request_id)
+
+    @invariant()
+    def never_more_than_fit(self):
+        assert self.scheduler.num_running <= self.max_slots
+
+    @invariant()
+    def no_picture_twice(self):
+        assert all(count <= 1 for count in self.done.values())
+
+    def teardown(self):
+        if self.plan is not None:
+            self.end_turn(fails=False)
+        for _ in range(2000):
+            plan = self.scheduler.plan()
+            if plan is None:
+                break
+            answers = self.player.answer(plan)
+            for progress in answers:
+                self.done[progress.id] += progress.picture is not None
+            self.scheduler.advance(answers, 1.0)
+        else:
+            pytest.fail("it does not come to rest")
+        for name, asked in self.by_name.items():
+            if name in self.dropped or name.startswith("refused"):
+                continue
+            for index in range(asked.params.num_images_per_prompt):
+                assert self.done[SampleId(name, index)] == 1, "nothing is lost"
+        assert not self.player.steps, "the engine holds nothing"
+        assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
+        leftovers = [self.scheduler._deadlines, self.scheduler._groups, self.scheduler._finished, self.scheduler._leaving]
+        line = self.scheduler._line
+        assert not any([*leftovers, line._heap, line._of_request, line._last_tag])
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+# ---- one promise each --------------------------------------------------------------------------------------------
+
+
+def play(scheduler: Scheduler, *requests: Request) -> Player:
+    for asked in requests:
+        scheduler.add(asked, 0.0)
+    return Player(scheduler, {asked.id: asked.num_calls for asked in requests})
+
+
+def test_nothing_to_do_is_no_plan():
+    assert scheduler_of().plan() is None
+
+
+def test_a_full_queue_refuses_the_whole_request():
+    scheduler = scheduler_of(1, max_waiting=3)
+    scheduler.add(request("first", 2), 0.0)
+    with pytest.raises(QueueFullError):
+        scheduler.add(request("second", 3), 0.0)
+    assert scheduler.num_waiting == 2
+    scheduler.add(request("third", 2), 0.0)
+
+
+def test_a_line_that_is_too_long_in_seconds_refuses():
+    scheduler = scheduler_of(1, max_wait_s=30.0)
+    player = play(scheduler, request("running", num_calls=10))
+    player.turn(1.0)
+    scheduler.add(request("waiting", num_calls=40), 0.0)
+    with pytest.raises(QueueFullError, match="s long"):
+        scheduler.add(request("late", num_calls=1), 0.0)
+
+
+def test_a_dropped_request_is_out_of_the_next_plan_and_its_slot_is_taken():
+    scheduler = scheduler_of(2)
+    player = play(scheduler, request("a", 2, 9), request("b", 1, 9))
+    player.turn()
+    scheduler.drop("a")
+    plan = player.turn()
+    assert set(plan.leaves) == {SampleId("a", 0), SampleId("a", 1)}
+    assert plan.steps == (SampleId("b", 0),)
+
+
+def test_shapes_take_turns():
+    scheduler = scheduler_of(4)
+    player = play(
+        scheduler, *(request(f"r{i}", 1, 9, size=size) for i, size in enumerate([(64, 64), (64, 64), (128, 64), (64, 128)]))
+    )
+    turns = [{s.request_id for s in player.turn().steps} for _ in range(6)]
+    assert turns == [{"r0", "r1"}, {"r2"}, {"r3"}] * 2
+
+
+def test_no_running_sample_waits_longer_than_one_turn_of_each_shape():
+    scheduler = scheduler_of(6)
+    sizes = [(64, 64), (128, 64), (64, 128), (128, 128)]
+    player = play(scheduler, *(request(f"r{i}", 1, 30, size=sizes[i % 4]) for i in range(6)))
+    last_step = dict.fromkeys((f"r{i}" for i in range(6)), 0)
+    for turn in range(1, 60):
+        for sample_id in player.turn().steps:
+            assert turn - last_step[sample_id.request_id] <= len(sizes)
+            last_step[sample_id.request_id] = turn
+
+
+def test_a_burst_of_endings_is_decoded_a_few_at_a_time_while_others_go_on():
+    scheduler = scheduler_of(6, max_decodes=2)
+    player = play(scheduler, request("ends", 5, 1), request("goes on", 1, 9))
+    plans = [player.turn() for _ in range(4)]
+    assert [len(plan.decodes) for plan in plans] == [2, 2, 1, 0]
+    assert all(SampleId("goes on", 0) in plan.steps for plan in plans)
+
+
+def test_a_sample_that_waits_for_the_decoder_keeps_its_slot_and_makes_no_more_steps():
+    scheduler = scheduler_of(2, max_decodes=1)
+    player = play(scheduler, request("a", 2, 1), request("b", 1, 1))
+    first, second = player.turn(), player.turn()
+    assert len(first.steps) == 2
+    assert second.steps == (SampleId("b", 0),), "one slot is free, the other is held until its picture is there"
+
+
+def test_previews_come_one_a_turn_and_none_is_forgotten():
+    scheduler = scheduler_of(3)
+    player = play(scheduler, request("a", 3, 10, preview_every=5))
+    shown = [player.turn().previews for _ in range(10)]
+    assert [len(previews) for previews in shown] == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert {previews[0].image_index for previews in shown if previews} == {0, 1, 2}
+
+
+def test_one_client_with_many_requests_does_not_starve_one_with_one():
+    scheduler = scheduler_of(1)
+    many = [request(f"many{i}", client="greedy") for i in range(500)]
+    player = play(scheduler, *many)
+    player.turn()
+    scheduler.add(request("one", client="modest"), 0.0)
+    player.num_calls["one"] = 2
+    for _ in range(12):
+        player.turn()
+    assert "one" in [sample_id.request_id for sample_id in player.joined[:4]]
+
+
+def test_a_high_priority_goes_before_what_waits_and_a_low_one_is_served_in_the_end():
+    scheduler = scheduler_of(1)
+    player = play(scheduler, request("low", client="l", priority=Priority.LOW))
+    scheduler.drop("low")
+    scheduler.add(request("running", client="n"), 0.0)
+    player.num_calls["running"] = 2
+    player.turn()
+    scheduler.add(request("low", client="l", priority=Priority.LOW), 0.0)
+    for i in range(200):
+        name = f"high{i}"
+        scheduler.add(request(name, client=f"h{i % 3}", priority=Priority.HIGH), 0.0)
+        player.num_calls[name] = 2
+    order = []
+    while "low" not in order:
+        player.turn()
+        order = [sample_id.request_id for sample_id in player.joined]
+    assert order[1].startswith("high")
+    assert 10 < order.index("low") < 100
+
+
+def test_within_one_client_it_is_first_come_first_served():
+    scheduler = scheduler_of(1)
+    player = play(scheduler, *(request(f"r{i}", num_calls=1 + i % 3) for i in range(20)))
+    while player.turn():
+        pass
+    assert [sample_id.request_id for sample_id in player.joined] == [f"r{i}" for i in range(20)]
+
+
+def test_a_client_that_gives_up_a_long_queue_is_not_punished_for_it():
+    scheduler = scheduler_of(1)
+    player = play(scheduler, *(request(f"gone{i}", client="a") for i in range(50)))
+    player.turn()
+    for i in range(49, 0, -1):
+        scheduler.drop(f"gone{i}")
+    for name, client in (("b0", "b"), ("a0", "a"), ("b1", "b")):
+        scheduler.add(request(name, client=client), 0.0)
+        player.num_calls[name] = 2
+    while player.turn():
+        pass
+    assert [sample_id.request_id for sample_id in player.joined] == ["gone0", "b0", "a0", "b1"]
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_at_the_door():
+    scheduler = scheduler_of(1)
+    player = play(scheduler, request("a", num_calls=20))
+    player.turn(1.0)
+    with pytest.raises(DeadlineExceededError, match="s are left"):
+        scheduler.add(request("b", num_calls=5, deadline=10.0), 0.0)
+    scheduler.add(request("c", num_calls=5, deadline=40.0), 0.0)
+
+
+def test_one_slow_turn_does_not_lock_an_idle_server():
+    scheduler = scheduler_of(1)
+    player = play(scheduler, request("a", num_calls=2))
+    player.turn(0.1)
+    player.turn(1000.0)
+    assert scheduler.plan() is None
+    scheduler.add(request("b", num_calls=10, deadline=5.0), 0.0)
+
+
+def test_what_has_missed_its_deadline_is_dropped_between_steps_and_named():
+    scheduler = scheduler_of(1)
+    player = play(scheduler, request("late", num_calls=9, deadline=5.0), request("waits", deadline=6.0), request("stays"))
+    player.turn()
+    assert scheduler.expire(4.9) == set()
+    assert scheduler.expire(6.0) == {"late", "waits"}
+    plan = player.turn()
+    assert plan.leaves == (SampleId("late", 0),)
+    assert plan.steps == (SampleId("stays", 0),)
+
+
+def test_places_in_line_and_the_time_left_are_estimated_from_the_measured_pace():
+    scheduler = scheduler_of(1)
+    player = play(scheduler, request("a", num_calls=4), request("b", num_calls=4), request("c", num_calls=4))
+    assert [name for name, _ in scheduler.positions()] == ["a", "b", "c"]
+    player.turn(2.0)
+    assert scheduler.remaining_s(SampleId("a", 0)) == pytest.approx(6.0)
+    (_, b), (_, c) = scheduler.positions()
+    assert (b.num_samples_ahead, c.num_samples_ahead) == (0, 1)
+    assert (b.estimated_wait_s, c.estimated_wait_s) == (pytest.approx(6.0), pytest.approx(14.0))
+
+
+def test_an_engine_that_counts_differently_is_an_error():
+    scheduler = scheduler_of(1)
+    scheduler.add(request("a", num_calls=4), 0.0)
+    scheduler.plan()
+    with pytest.raises(EngineError, match="step"):
+        scheduler.advance([SampleProgress(id=SampleId("a", 0), step=2, num_steps=4)], 1.0)
