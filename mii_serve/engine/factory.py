@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 import diffusers
 import torch
 import transformers
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
-from mii_serve.errors import ConfigError
-from mii_serve.models import Precision, load_model
+from mii_serve.engine.native import NativeEngine
+from mii_serve.engine.native.unet import why_unsupported
+from mii_serve.engine.reference import ReferenceEngine
+from mii_serve.errors import ConfigError, ModelError
+from mii_serve.models import LoadedModel, Precision, load_model
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(config: DeployConfig) -> Engine:
@@ -21,10 +28,25 @@ def build_engine(config: DeployConfig) -> Engine:
     """
     if config.engine == "deepspeed":
         raise ConfigError("engine", "'deepspeed' is not part of this release; use 'auto', 'native' or 'reference'")
-    device = _device(config.device)
-    dtype = _dtype(config, device)
+    if config.engine == "reference" and config.max_slots not in (None, 1):
+        raise ConfigError("max_slots", f"the reference engine makes one picture at a time, got {config.max_slots}")
     _keep_prompts_out_of_logs()
-    model = load_model(
+    device = _device(config.device)
+    if config.engine == "reference":
+        return ReferenceEngine(_load(config, device, _reference_dtype(config)))
+    model = _load(config, device, _dtype(config, device))
+    reason = why_unsupported(model.pipeline.unet)
+    if reason is None:
+        return NativeEngine(model, max_slots=config.max_slots)
+    if config.engine == "native":
+        raise ModelError(f"the native engine cannot run this UNet: {reason}. Use the engine 'reference'")
+    logger.warning("the reference engine serves this model, one picture at a time: its UNet has %s", reason)
+    del model
+    return ReferenceEngine(_load(config, device, "fp32"))
+
+
+def _load(config: DeployConfig, device: str, dtype: Precision) -> LoadedModel:
+    return load_model(
         config.model,
         revision=config.revision,
         dtype=dtype,
@@ -33,21 +55,21 @@ def build_engine(config: DeployConfig) -> Engine:
         enable_safety_checker=config.enable_safety_checker,
         limits=config.limits,
     )
-    if config.engine == "reference":
-        from mii_serve.engine.reference import ReferenceEngine
 
-        return ReferenceEngine(model)
-    from mii_serve.engine.native import NativeEngine
 
-    return NativeEngine(model, max_slots=config.max_slots)
+def _reference_dtype(config: DeployConfig) -> Precision:
+    if config.dtype not in ("auto", "fp32"):
+        raise ConfigError("dtype", f"the reference engine computes in fp32 only, got {config.dtype!r}")
+    return "fp32"
 
 
 def _dtype(config: DeployConfig, device: str) -> Precision:
-    if config.engine == "reference" and config.dtype not in ("auto", "fp32"):
-        raise ConfigError("dtype", f"the reference engine computes in fp32 only, got {config.dtype!r}")
-    if config.dtype != "auto":
-        return config.dtype
-    return "fp16" if device.startswith("cuda") and config.engine != "reference" else "fp32"
+    is_cuda = device.startswith("cuda")
+    if config.dtype == "auto":
+        return "fp16" if is_cuda else "fp32"
+    if config.dtype == "fp16" and not is_cuda:
+        raise ConfigError("dtype", "fp16 needs a GPU; on a CPU use 'fp32' or 'bf16'")
+    return config.dtype
 
 
 def _device(name: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from mii_serve.engine.text import dropped_text
-from mii_serve.engine.warmup import make_picture
+from mii_serve.engine.warmup import make_pictures
 from mii_serve.errors import EngineError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import checked_pictures
@@ -104,7 +104,7 @@ class ReferenceEngine:
         return self._num_calls[asked]
 
     def warmup(self) -> None:
-        make_picture(self, RequestedParams(prompt="warm-up", num_inference_steps=2, seed=0))
+        make_pictures(self, RequestedParams(prompt="warm-up", num_inference_steps=2, seed=0))
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
         try:

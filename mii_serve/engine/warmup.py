@@ -1,27 +1,27 @@
-"""Makes one picture on an engine, so that "ready" means "has worked"."""
+"""Makes pictures on an engine, so that "ready" means "has worked"."""
 
 from __future__ import annotations
 
 from mii_serve.engine import Engine
 from mii_serve.errors import EngineError
-from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
+from mii_serve.types import RequestedParams, Sample, SampleId, StepPlan
 
 
-def make_picture(engine: Engine, asked: RequestedParams) -> Picture:
-    """Run one sample from its first call to its picture, alone.
+def make_pictures(engine: Engine, asked: RequestedParams, *, count: int = 1) -> None:
+    """Run `count` samples together from their first call to their pictures; they must fit into the engine.
 
     Raises:
-        EngineError: the engine failed, or the picture is empty.
+        EngineError: the engine failed, or a picture is empty.
     """
     params = engine.capabilities.resolve(asked, fallback_seed=0)
-    sample = Sample(id=SampleId("warm-up", 0), params=params)
-    num_calls = engine.check(params)
-    for step in range(num_calls):
-        is_last = step + 1 == num_calls
-        plan = StepPlan(joins=() if step else (sample,), steps=(sample.id,), decodes=(sample.id,) if is_last else ())
-        progress = engine.run(plan)[0]
-        if progress.error is not None:
-            raise progress.error
-    if progress.picture is None or not progress.picture.rgb:
-        raise EngineError("the warm-up picture is empty")
-    return progress.picture
+    samples = tuple(Sample(id=SampleId("warm-up", i), params=params) for i in range(count))
+    ids = tuple(sample.id for sample in samples)
+    for step in range(engine.check(params)):
+        for progress in engine.run(StepPlan(joins=() if step else samples, steps=ids)):
+            if progress.error is not None:
+                raise progress.error
+    decodes = engine.capacity.max_decodes
+    for start in range(0, count, decodes):
+        for progress in engine.run(StepPlan(decodes=ids[start : start + decodes])):
+            if progress.picture is None or not progress.picture.rgb:
+                raise EngineError("a warm-up picture is empty")

@@ -62,7 +62,7 @@ def test_a_forbidden_shape_comes_back_totally_black_with_the_flag_set(client):
 
 def test_the_model_declares_its_defaults_and_a_bare_prompt_gets_them(client):
     info = client.server_info()
-    assert (info.model, info.engine, info.dtype, info.has_safety_checker) == ("demo", "reference", "fp32", True)
+    assert (info.model, info.engine, info.dtype, info.has_safety_checker) == ("demo", "native", "fp32", True)
     result = client.generate("a red circle", timeout=120)
     done = result.parameters
     assert done.scheduler == info.defaults.scheduler

@@ -126,7 +126,7 @@ def test_a_port_in_use_ends_with_an_error_that_names_it():
     ("arguments", "text"),
     [
         (("./no-such-model",), "no-such-model"),
-        (("demo", "--engine", "native"), "engine"),
+        (("demo", "--engine", "reference", "--max-slots", "4"), "max_slots"),
         (("demo", "--engine", "deepspeed"), "engine"),
         (("demo", "--dtype", "fp16"), "dtype"),
         (("demo", "--replicas", "2"), "replicas"),

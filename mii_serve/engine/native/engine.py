@@ -7,24 +7,27 @@ order of float operations: a picture is within one level of 255 of the reference
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from mii_serve.engine.native.prompts import EncodedPrompt, PromptCache
-from mii_serve.engine.native.slots import SlotBank
-from mii_serve.engine.warmup import make_picture
+from mii_serve.engine.native.denoiser import Denoiser
+from mii_serve.engine.native.lattice import TurnSize, declare
+from mii_serve.engine.native.prompts import Prompt, PromptBank
+from mii_serve.engine.native.times import TimeTable
+from mii_serve.engine.native.turn import Move
+from mii_serve.engine.native.unet import RowUNet
+from mii_serve.engine.warmup import make_pictures
 from mii_serve.errors import EngineError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import checked_pictures
 from mii_serve.samplers.names import ACCEPTED_NAMES, short_name
 from mii_serve.samplers.table import SamplerTable, compile_table
-from mii_serve.samplers.update import estimate_x0, step
+from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
+    LATENT_SCALE,
     Capabilities,
     EngineCapacity,
     EngineDescription,
@@ -36,8 +39,6 @@ from mii_serve.types import (
     SampleProgress,
     StepPlan,
 )
-
-logger = logging.getLogger(__name__)
 
 CPU_SLOTS, CUDA_SLOTS = 8, 16
 """Samples at once unless the operator says otherwise: where a larger batch stops to pay."""
@@ -53,8 +54,8 @@ class _Running:
     sample: Sample
     table: SamplerTable
     generator: torch.Generator
-    prompt: EncodedPrompt
-    negative_prompt: EncodedPrompt | None
+    prompt: Prompt
+    negative_prompt: Prompt | None
     slot: int
     step: int = 0
 
@@ -66,31 +67,51 @@ class _Running:
     def shape(self) -> Shape:
         return self.sample.params.latent_shape
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [self.prompt] if self.negative_prompt is None else [self.prompt, self.negative_prompt]
+
 
 class NativeEngine:
     """Implements `mii_serve.engine.Engine`."""
 
-    num_graph_misses = 0
-
-    def __init__(self, model: LoadedModel, *, max_slots: int | None = None) -> None:
+    def __init__(self, model: LoadedModel, *, max_slots: int | None = None, lattice: Sequence[TurnSize] | None = None) -> None:
+        """`model` has a UNet that `unet.why_unsupported` has nothing against. `lattice` are the sizes of turns to prepare:
+        when left out, on CUDA what `lattice.declare` declares for the model's default size, on a CPU none.
+        """
         self._pipeline = pipeline = model.pipeline
         self._device = torch.device(pipeline.device)
-        self._dtype = pipeline.unet.dtype
         self._channels = pipeline.unet.config.in_channels
         self._scheduler_config = dict(pipeline.scheduler.config)
-        slots = max_slots or (CUDA_SLOTS if self._device.type == "cuda" else CPU_SLOTS)
-        self._capacity = EngineCapacity(max_slots=slots, max_decodes=MAX_DECODES)
-        self._prompts = PromptCache(pipeline)
-        self._banks: dict[Shape, SlotBank] = {}
-        self._running: dict[SampleId, _Running] = {}
+        is_cuda = self._device.type == "cuda"
+        slots = max_slots or (CUDA_SLOTS if is_cuda else CPU_SLOTS)
+        self._max_slots = slots
         self._capabilities = Capabilities(
             limits=model.limits,
             defaults=replace(model.defaults, scheduler=short_name(model.defaults.scheduler)),
             schedulers=ACCEPTED_NAMES,
         )
+        if lattice is None:
+            defaults = model.defaults
+            lattice = declare(slots, defaults.height // LATENT_SCALE, defaults.width // LATENT_SCALE) if is_cuda else ()
+        self._lattice = tuple(lattice)
+        dtype = pipeline.unet.dtype
+        row_unet = RowUNet(pipeline.unet.to(memory_format=torch.channels_last))
+        self._prompts = PromptBank(pipeline, row_unet, max_in_use=2 * slots)
+        self._times = TimeTable(row_unet, dtype=dtype, device=self._device)
+        self._denoiser = Denoiser(
+            row_unet,
+            max_slots=slots,
+            num_channels=self._channels,
+            dtype=dtype,
+            key_values=self._prompts.key_values,
+            time_projections=self._times.projections,
+            lattice=self._lattice,
+        )
+        self._running: dict[SampleId, _Running] = {}
         self._description = EngineDescription(
             engine="native",
-            dtype=str(self._dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf"),
+            dtype=str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf"),
             device=str(self._device),
             model=model.name,
             model_revision=model.revision,
@@ -107,13 +128,33 @@ class NativeEngine:
 
     @property
     def capacity(self) -> EngineCapacity:
-        return self._capacity
+        bound = self._denoiser.max_cells_per_call
+        return EngineCapacity(max_slots=self._max_slots, max_decodes=MAX_DECODES, max_cells_per_call=bound)
+
+    @property
+    def num_graph_misses(self) -> int:
+        return self._denoiser.num_graph_misses
 
     def check(self, params: GenerationParams) -> int:
         return compile_table(self._scheduler_config, params.scheduler, params.num_inference_steps).num_calls
 
     def warmup(self) -> None:
-        make_picture(self, RequestedParams(prompt="warm-up", num_inference_steps=2, seed=0))
+        """Capture the lattice, and make pictures through every size of it."""
+        with torch.inference_mode():
+            self._denoiser.prepare()
+        asked = RequestedParams(prompt="warm-up", num_inference_steps=2, seed=0)
+        make_pictures(self, asked)
+        for size in self._lattice:
+            make_pictures(
+                self,
+                replace(
+                    asked,
+                    guidance_scale=7.5 if size.num_rows > size.num_samples else 1.0,
+                    height=size.height * LATENT_SCALE,
+                    width=size.width * LATENT_SCALE,
+                ),
+                count=size.num_samples,
+            )
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
         try:
@@ -129,114 +170,65 @@ class NativeEngine:
 
     def close(self) -> None:
         self._running.clear()
-        self._banks.clear()
 
     def _forget(self, sample_id: SampleId) -> None:
         if (running := self._running.pop(sample_id, None)) is not None:
-            bank = self._banks[running.shape]
-            bank.give_back(running.slot)
-            if bank.is_empty:
-                del self._banks[running.shape]
+            self._prompts.release(running.prompts)
+            self._denoiser.bank(running.shape).give_back(running.slot)
+            self._denoiser.tidy(running.shape)
 
     def _take_in(self, joins: Sequence[Sample]) -> None:
-        if not joins:
-            return
         texts = [sample.params.prompt for sample in joins]
-        encoded = self._prompts.encode([*texts, *(s.params.negative_prompt for s in joins if s.params.is_guided)])
-        for sample in joins:
+        texts += [sample.params.negative_prompt for sample in joins if sample.params.is_guided]
+        prompts = self._prompts.acquire(texts)
+        negatives = iter(prompts[len(joins) :])
+        for sample, prompt in zip(joins, prompts, strict=False):  # the negative ones follow
             params = sample.params
             table = compile_table(self._scheduler_config, params.scheduler, params.num_inference_steps)
             generator = torch.Generator("cpu").manual_seed(sample.seed)
-            size = (self._channels, *params.latent_shape)
             # In float32 whatever the UNet computes in, so that every engine starts from the same noise.
-            latents = randn_tensor((1, *size), generator=generator, dtype=torch.float32)[0] * table.init_noise_sigma
-            if (bank := self._banks.get(params.latent_shape)) is None:
-                bank = self._banks[params.latent_shape] = SlotBank(self._capacity.max_slots, size, self._device)
+            size = (1, self._channels, *params.latent_shape)
+            latents = randn_tensor(size, generator=generator, dtype=torch.float32)[0] * table.init_noise_sigma
             self._running[sample.id] = _Running(
                 sample=sample,
                 table=table,
                 generator=generator,
-                prompt=encoded[params.prompt],
-                negative_prompt=encoded[params.negative_prompt] if params.is_guided else None,
-                slot=bank.take(latents.to(self._device)),
+                prompt=prompt,
+                negative_prompt=next(negatives) if params.is_guided else None,
+                slot=self._denoiser.bank(params.latent_shape).take(latents.to(self._device)),
             )
 
     def _step(self, ids: Sequence[SampleId], shown: Sequence[SampleId]) -> dict[SampleId, SampleProgress]:
         if not ids:
             return {}
         group = [self._running[sample_id] for sample_id in ids]
-        bank = self._banks[group[0].shape]
-        slots = torch.tensor([running.slot for running in group], device=self._device)
-        state = bank.state[slots]
-        scale = self._rows([running.table.input_scale[running.step] for running in group])
-        model_input = state[:, 0] * scale[:, None, None, None]
-        noise_pred = self._predict(group, model_input)
-        matrices = self._rows([running.table.matrices[running.step] for running in group])
-        bank.state[slots] = step(state, noise_pred, self._noise(group, noise_pred), matrices)
-        previews = self._previews([group[ids.index(i)] for i in shown], ids, model_input, noise_pred)
+        times = self._times.rows([float(running.table.timesteps[running.step]) for running in group])
+        moves = [self._move(running, time) for running, time in zip(group, times, strict=True)]
+        model_input, prediction = self._denoiser.step(moves, group[0].shape)
+        previews: dict[SampleId, Picture] = {}
+        if shown:
+            rows = [ids.index(sample_id) for sample_id in shown]
+            seen = [group[row] for row in rows]
+            x0 = torch.tensor([running.table.x0[running.step].tolist() for running in seen], device=self._device)
+            previews = self._pictures(seen, estimate_x0(model_input[rows], prediction[rows], x0))
         for running in group:
             running.step += 1
-        return {r.sample.id: replace(r.progress, preview=previews.get(r.sample.id)) for r in group}
+        return {running.sample.id: replace(running.progress, preview=previews.get(running.sample.id)) for running in group}
 
-    def _rows(self, rows: Sequence[np.ndarray | np.float32]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(rows)).to(self._device, non_blocking=True)
-
-    def _noise(self, group: Sequence[_Running], like: torch.Tensor) -> torch.Tensor:
-        """Each sample's own draw, from its own generator, when its sampler draws; in the order diffusers draws alone."""
-        noise = torch.zeros(like.shape, dtype=torch.float32)
-        for row, running in enumerate(group):
-            if running.table.draws_noise[running.step]:
-                noise[row] = torch.randn((1, *like.shape[1:]), generator=running.generator)[0]
-        return noise.to(self._device, non_blocking=True)
-
-    def _predict(self, group: Sequence[_Running], model_input: torch.Tensor) -> torch.Tensor:
-        """The guided noise prediction of every sample, N × 4 × H × W in float32, in as few UNet calls as memory allows."""
-        rows_per_sample = 2 if any(running.negative_prompt is not None for running in group) else 1
-        cells = model_input.shape[-1] * model_input.shape[-2] * rows_per_sample
-        bound = self._capacity.max_cells_per_call
-        at_once = len(group) if bound is None else max(1, bound // cells)
-        try:
-            parts = [
-                self._predict_at_once(group[i : i + at_once], model_input[i : i + at_once])
-                for i in range(0, len(group), at_once)
-            ]
-        except torch.OutOfMemoryError:
-            if at_once == 1:
-                raise
-            self._capacity = replace(self._capacity, max_cells_per_call=max(1, min(at_once, len(group)) // 2) * cells)
-            logger.warning("out of memory; UNet calls are now at most %d rows × cells", self._capacity.max_cells_per_call)
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-            return self._predict(group, model_input)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _predict_at_once(self, group: Sequence[_Running], model_input: torch.Tensor) -> torch.Tensor:
-        guided = [row for row, running in enumerate(group) if running.negative_prompt is not None]
-        sample_of_row = [*range(len(group)), *guided]
-        timesteps = torch.tensor([group[row].table.timesteps[group[row].step] for row in sample_of_row], dtype=torch.float32)
-        negatives = [running.negative_prompt.embeds for running in group if running.negative_prompt is not None]
-        noise_pred = self._pipeline.unet(
-            model_input[sample_of_row].to(self._dtype),
-            timesteps.to(self._device),
-            encoder_hidden_states=torch.stack([*(running.prompt.embeds for running in group), *negatives]),
-            return_dict=False,
-        )[0].float()
-        prediction: torch.Tensor = noise_pred[: len(group)]
-        if guided:
-            scale = torch.tensor([group[row].sample.params.guidance_scale for row in guided], device=self._device)
-            text, uncond = prediction[guided], noise_pred[len(group) :]
-            prediction = prediction.clone()
-            prediction[guided] = uncond + scale[:, None, None, None] * (text - uncond)
-        return prediction
-
-    def _previews(
-        self, shown: Sequence[_Running], ids: Sequence[SampleId], model_input: torch.Tensor, noise_pred: torch.Tensor
-    ) -> dict[SampleId, Picture]:
-        if not shown:
-            return {}
-        rows = [ids.index(running.sample.id) for running in shown]
-        x0 = self._rows([running.table.x0[running.step] for running in shown])
-        return self._pictures(shown, estimate_x0(model_input[rows], noise_pred[rows], x0))
+    def _move(self, running: _Running, time: int) -> Move:
+        """The sample's next step. Noise comes from its own generator when its sampler draws, as diffusers draws it."""
+        params, table, step = running.sample.params, running.table, running.step
+        size = (1, self._channels, *running.shape)
+        return Move(
+            slot=running.slot,
+            time=time,
+            prompt=running.prompt.row,
+            negative_prompt=None if running.negative_prompt is None else running.negative_prompt.row,
+            guidance_scale=params.guidance_scale,
+            input_scale=float(table.input_scale[step]),
+            matrix=table.matrices[step],
+            noise=torch.randn(size, generator=running.generator)[0] if table.draws_noise[step] else None,
+        )
 
     def _finish(self, ids: Sequence[SampleId]) -> dict[SampleId, SampleProgress]:
         """Decode samples that have made all their calls, those of one shape together."""
@@ -247,7 +239,7 @@ class NativeEngine:
         pictures: dict[SampleId, Picture] = {}
         for shape, group in by_shape.items():
             slots = torch.tensor([running.slot for running in group], device=self._device)
-            pictures |= self._pictures(group, self._banks[shape].state[slots, 0])
+            pictures |= self._pictures(group, self._denoiser.bank(shape).state[slots, 0])
         made = {sample_id: replace(self._running[sample_id].progress, picture=pictures[sample_id]) for sample_id in pictures}
         for sample_id in made:
             self._forget(sample_id)

@@ -1,52 +1,84 @@
-"""Prompts as the UNet sees them, encoded together and kept for the next request that says the same."""
+"""Prompts as the UNet's cross-attentions see them, made once and kept for whoever says the same.
+
+Texts are encoded in batches of always the same size: kernels may round differently with the batch, and what a prompt becomes
+must not depend on who came with it.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from mii_serve.engine.native.unet import RowUNet
 from mii_serve.engine.text import dropped_text
 
-MAX_PROMPTS = 256
-"""At v1-4's 77 × 768 in half precision, 30 MB."""
+TEXTS_PER_BATCH = 4
+
+NUM_SPARE_ROWS = 32
+"""Prompts remembered beyond those in use; 4 MB each for v1-4 in half precision."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodedPrompt:
-    """`embeds` is tokens × width; `dropped` is the text that did not fit."""
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """`row` of `PromptBank.key_values` is this text's while somebody uses it; `dropped` is the part of it that did not fit."""
 
-    embeds: torch.Tensor = field(repr=False)
+    text: str = field(repr=False)
+    row: int
     dropped: str = field(repr=False)
+    num_users: int = 0
 
 
-class PromptCache:
-    """Least recently used prompts go first; those a running sample holds live on in it."""
+class PromptBank:
+    """`key_values` is rows × tokens × `RowUNet.prompt_width`.
 
-    def __init__(self, pipeline: Any, *, max_prompts: int = MAX_PROMPTS) -> None:
+    Of the prompts nobody uses the least recently used makes room; the empty one, most people's negative prompt, stays.
+    """
+
+    def __init__(self, pipeline: Any, unet: RowUNet, *, max_in_use: int, num_spare_rows: int = NUM_SPARE_ROWS) -> None:
+        num_rows = max_in_use + num_spare_rows
         self._pipeline = pipeline
-        self._max_prompts = max_prompts
-        self._encoded: OrderedDict[str, EncodedPrompt] = OrderedDict()
+        self._unet = unet
+        self._known: OrderedDict[str, Prompt] = OrderedDict()
+        self._free = list(reversed(range(num_rows)))
         self.num_encoded = 0
+        size = num_rows, pipeline.tokenizer.model_max_length, unet.prompt_width
+        self.key_values = torch.zeros(size, dtype=pipeline.unet.dtype, device=pipeline.device)
 
-    def encode(self, prompts: Iterable[str]) -> dict[str, EncodedPrompt]:
-        """All of these, the ones not known yet in one batch."""
-        wanted = dict.fromkeys(prompts)
-        missing = [prompt for prompt in wanted if prompt not in self._encoded]
-        if missing:
-            self._encode_missing(missing)
-        found = {prompt: self._encoded[prompt] for prompt in wanted}
-        for prompt in wanted:
-            self._encoded.move_to_end(prompt)
-        while len(self._encoded) > self._max_prompts:
-            self._encoded.popitem(last=False)
-        return found
+    def acquire(self, texts: Sequence[str]) -> list[Prompt]:
+        """One prompt for each text, in use until released as often as acquired."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        for text in texts:
+            if (known := self._known.get(text)) is not None:
+                known.num_users += 1  # before anybody is forgotten for the missing ones
+        for i in range(0, len(missing), TEXTS_PER_BATCH):
+            self._encode(missing[i : i + TEXTS_PER_BATCH])
+        is_new = set(missing)
+        for text in texts:
+            self._known[text].num_users += text in is_new
+            self._known.move_to_end(text)
+        return [self._known[text] for text in texts]
 
-    def _encode_missing(self, prompts: list[str]) -> None:
-        embeds, _ = self._pipeline.encode_prompt(prompts, self._pipeline.device, 1, False)
-        for prompt, row in zip(prompts, embeds, strict=True):
-            self._encoded[prompt] = EncodedPrompt(row.clone(), dropped_text(self._pipeline.tokenizer, prompt))
-        self.num_encoded += len(prompts)
+    def release(self, prompts: Iterable[Prompt]) -> None:
+        for prompt in prompts:
+            prompt.num_users -= 1
+
+    def _encode(self, texts: list[str]) -> None:
+        padded = [*texts, *[""] * (TEXTS_PER_BATCH - len(texts))]
+        embeds, _ = self._pipeline.encode_prompt(padded, self._pipeline.device, 1, False)
+        key_values = self._unet.project_prompts(embeds.to(self.key_values.dtype))
+        for text, projected in zip(texts, key_values, strict=False):  # what is longer is padding
+            row = self._free_row()
+            self.key_values[row] = projected
+            self._known[text] = Prompt(text, row, dropped_text(self._pipeline.tokenizer, text))
+        self.num_encoded += len(texts)
+
+    def _free_row(self) -> int:
+        if not self._free:
+            idle = next(prompt for prompt in self._known.values() if not prompt.num_users and prompt.text)
+            del self._known[idle.text]
+            self._free.append(idle.row)
+        return self._free.pop()

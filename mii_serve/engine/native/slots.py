@@ -8,16 +8,16 @@ from mii_serve.samplers.table import STATE_PLANES
 
 
 class SlotBank:
-    """`state` is slots × 5 × channels × height × width; a sample holds one slot and a freed one starts from zeros again."""
+    """`state` is (slots + 1) × 5 × channels × height × width. A sample holds one slot; the last is for padding to write to."""
 
     def __init__(self, num_slots: int, latent_size: tuple[int, int, int], device: torch.device) -> None:
-        self.state = torch.zeros(num_slots, STATE_PLANES, *latent_size, device=device)
+        self.state = torch.zeros(num_slots + 1, STATE_PLANES, *latent_size, device=device)
+        self.padding_slot = num_slots
         self._free = list(reversed(range(num_slots)))
-        self._num_slots = num_slots
 
     @property
     def is_empty(self) -> bool:
-        return len(self._free) == self._num_slots
+        return len(self._free) == self.padding_slot
 
     def take(self, latents: torch.Tensor) -> int:
         """Give a new sample's first latents a slot."""
