@@ -243,7 +243,7 @@ class ReplicaLoop:
         if progress.error is not None:
             caller.mailbox.put(progress.error)
             return
-        index, left_s = progress.id.image_index, self._scheduler.remaining_s(progress.id)
+        index, left_s = progress.id.image_index, 0.0 if progress.is_over else self._scheduler.remaining_s(progress.id)
         step = Step(image_index=index, step=progress.step, num_steps=progress.num_steps, estimated_left_s=left_s)
         caller.mailbox.put(step)
         if progress.preview is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from mii_serve.errors import UnavailableError
+from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.proto.codec import (
     CHANNEL_OPTIONS,
     decode_capabilities,
@@ -83,6 +83,8 @@ class FrontService(ImageGenerationServicer):
                 call.cancel()  # the caller may have gone away in the middle
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
+        if request.output.HasField("preview_every"):
+            raise InvalidRequestError("output.preview_every", "needs GenerateStream, which can show previews")
         async with contextlib.aclosing(self.GenerateStream(request, context)) as events:
             return gather_response([event async for event in events])
 

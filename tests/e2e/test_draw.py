@@ -10,7 +10,7 @@ import sys
 import pytest
 from demo_model.detector import detect
 from deployments import ENDLESS, until
-from PIL import Image
+from PIL import Image, ImageChops
 
 from mii_serve.client import AsyncClient, Client, Step
 from mii_serve.errors import DeadlineExceededError, InvalidRequestError, RequestCancelledError
@@ -83,7 +83,8 @@ def test_image_i_is_the_picture_of_seed_plus_i(client):
     together = client.generate("a green star", seed=5, num_images_per_prompt=2, timeout=120)
     alone = client.generate("a green star", seed=6, timeout=120)
     assert together.seeds == [5, 6]
-    assert together.images[1].tobytes() == alone.images[0].tobytes()
+    differences = ImageChops.difference(together.images[1], alone.images[0]).getextrema()
+    assert max(most for _, most in differences) <= 1, "kernels may round differently with the batch"
 
 
 @pytest.mark.parametrize(
@@ -146,14 +147,13 @@ def test_a_hang_up_frees_the_engine_within_one_step(client):
     assert client.generate("a red circle", num_inference_steps=1, timeout=120).images
 
 
-def test_a_deadline_frees_the_engine(client):
+def test_what_cannot_be_done_in_time_is_refused_at_the_door(client):
+    client.generate("a red circle", num_inference_steps=4, timeout=120)  # so that the server knows its pace
     before = client.server_info().activity
-    with pytest.raises(DeadlineExceededError):
+    with pytest.raises(DeadlineExceededError, match="are left"):
         client.generate("a red circle", **ENDLESS, timeout=0.5)
-    after = settled_activity(client)
-    assert after.num_cancelled_requests == before.num_cancelled_requests + 1
-    assert after.num_steps - before.num_steps < 500
-    assert_idle_since(client, after)
+    after = client.server_info().activity
+    assert (after.num_requests, after.num_steps) == (before.num_requests, before.num_steps)
 
 
 def test_a_client_killed_with_sigkill_frees_the_engine(client, deployment):
