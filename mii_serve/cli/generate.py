@@ -134,25 +134,34 @@ def _show(events: Iterable[Event], *, is_quiet: bool) -> None:
 
     with _bars() as bars:
         tasks: dict[int, Any] = {}
-        waiting = bars.add_task("waiting", total=None)
+        waiting = bars.add_task("waiting", total=None, left="")
         for event in events:
             match event:
                 case Queued(num_samples_ahead=ahead):
-                    bars.update(waiting, description=f"waiting, {ahead} ahead" if ahead else "waiting")
+                    words = f"waiting, {ahead} ahead" if ahead else "waiting"
+                    bars.update(waiting, description=words, left=_duration(event.estimated_wait_s))
                 case Started(image_index=index) | Step(image_index=index):
                     bars.update(waiting, visible=False)
                     if index not in tasks:
-                        tasks[index] = bars.add_task(f"image {index}", total=None)
+                        tasks[index] = bars.add_task(f"image {index}", total=None, left="")
                     if isinstance(event, Step):
-                        bars.update(tasks[index], completed=event.step, total=event.num_steps)
+                        left = _duration(event.estimated_left_s)
+                        bars.update(tasks[index], completed=event.step, total=event.num_steps, left=left)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"about {seconds:.0f} s" if seconds >= 1 else "under 1 s"
 
 
 @contextmanager
 def _bars() -> Iterator[Any]:
+    """A bar for each task, with the server's own estimate of what is left."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         yield bars
 

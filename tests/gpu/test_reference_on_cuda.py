@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from drawing import draw
 
 from mii_serve.config import LimitsConfig
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.models import load_model
-from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -20,15 +20,6 @@ MAX_LEVELS_OFF = 2
 def engine_on(device: str, model: str = "demo") -> ReferenceEngine:
     loaded = load_model(model, revision=None, dtype="fp32", device=device, limits=LimitsConfig())
     return ReferenceEngine(loaded)
-
-
-def draw(engine: ReferenceEngine, **asked: object) -> Picture:
-    requested = RequestedParams(**{"prompt": "a red circle on a blue background", "seed": 3, **asked})
-    sample = Sample(id=SampleId("test", 0), params=engine.capabilities.resolve(requested, fallback_seed=0))
-    joins: tuple[Sample, ...] = (sample,)
-    while (progress := engine.run(StepPlan(joins=joins, steps=(sample.id,)))[0]).picture is None:
-        joins = ()
-    return progress.picture
 
 
 @pytest.fixture(scope="module")

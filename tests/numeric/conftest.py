@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from drawing import run_alone
 
 import mii_serve.models
 from mii_serve.config import LimitsConfig
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.models import load_model
-from mii_serve.types import GenerationParams, Picture, RequestedParams, Sample, SampleId, StepPlan
+from mii_serve.types import Picture, RequestedParams
 
 DEMO_FOLDER = Path(mii_serve.models.__file__).parent / "demo"
 
@@ -47,12 +48,3 @@ def draw(engine):
         return [run_alone(engine, params, i) for i in range(params.num_images_per_prompt)]
 
     return draw_request
-
-
-def run_alone(engine: ReferenceEngine, params: GenerationParams, image_index: int) -> tuple[Picture, int]:
-    sample = Sample(id=SampleId("test", image_index), params=params)
-    joins: tuple[Sample, ...] = (sample,)
-    while (progress := engine.run(StepPlan(joins=joins, steps=(sample.id,)))[0]).picture is None:
-        joins = ()
-    assert progress.step == progress.num_steps
-    return progress.picture, progress.num_steps

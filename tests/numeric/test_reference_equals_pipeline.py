@@ -103,10 +103,13 @@ def test_samples_side_by_side_do_not_touch_each_other(engine, draw):
     finished: dict[str, Picture] = {}
     running, joins = [sample.id for sample in samples], tuple(samples)
     while running:
+        ended = []
         for progress in engine.run(StepPlan(joins=joins, steps=tuple(running))):
-            if progress.picture:
-                finished[progress.id.request_id] = progress.picture
+            if progress.step == progress.num_steps:
                 running.remove(progress.id)
+                ended.append(progress.id)
+        for progress in engine.run(StepPlan(decodes=tuple(ended))):
+            finished[progress.id.request_id] = progress.picture
         joins = ()
     assert [finished[sample.id.request_id] for sample in samples] == alone
 

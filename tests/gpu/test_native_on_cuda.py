@@ -1,0 +1,126 @@
+"""The native engine on CUDA: FP32 draws the reference's pictures, graphs change nothing, half precision stays close."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from drawing import draw, run_alone
+
+from mii_serve.config import LimitsConfig
+from mii_serve.engine.native import NativeEngine
+from mii_serve.engine.reference import ReferenceEngine
+from mii_serve.models import load_model
+from mii_serve.samplers.names import SAMPLERS
+from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+MAX_LEVELS_OFF_FP32 = 1
+MIN_PSNR_FP16_DB = 30.0
+"""Against FP32 on the same device, for the built-in model; half precision has 11 bits."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def load(dtype: str, model: str = "demo"):
+    return load_model(model, revision=None, dtype=dtype, device="cuda", limits=LimitsConfig(), enable_safety_checker=False)
+
+
+@pytest.fixture(scope="module")
+def reference() -> ReferenceEngine:
+    return ReferenceEngine(load("fp32"))
+
+
+@pytest.fixture(scope="module")
+def fp32() -> NativeEngine:
+    engine = NativeEngine(load("fp32"), max_slots=8)
+    engine.warmup()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def fp16() -> NativeEngine:
+    engine = NativeEngine(load("fp16"), max_slots=8)
+    engine.warmup()
+    return engine
+
+
+def levels(picture: Picture) -> np.ndarray:
+    return np.frombuffer(picture.rgb, np.uint8).astype(int)
+
+
+def crowd(engine: NativeEngine, asked: list[dict[str, object]]) -> list[Picture]:
+    """All of these together, as the scheduler would plan it: who has ended leaves, the others go on."""
+    samples = [
+        Sample(id=SampleId(f"r{i}", 0), params=engine.capabilities.resolve(RequestedParams(**one), fallback_seed=0))
+        for i, one in enumerate(asked)
+    ]
+    left = {sample.id: engine.check(sample.params) for sample in samples}
+    pictures: dict[SampleId, Picture] = {}
+    joins = tuple(samples)
+    while left:
+        ending = tuple(sample_id for sample_id, calls in left.items() if calls == 1)
+        for progress in engine.run(StepPlan(joins=joins, steps=tuple(left), decodes=ending)):
+            if progress.picture is not None:
+                pictures[progress.id] = progress.picture
+        left = {sample_id: calls - 1 for sample_id, calls in left.items() if calls > 1}
+        joins = ()
+    return [pictures[sample.id] for sample in samples]
+
+
+@pytest.mark.parametrize("scheduler", SAMPLERS)
+def test_fp32_through_graphs_draws_what_the_reference_draws(reference, fp32, scheduler):
+    made, true = (draw(engine, scheduler=scheduler, num_inference_steps=10) for engine in (fp32, reference))
+    assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32
+    assert fp32.num_graph_misses == 0
+
+
+def test_a_mixed_crowd_draws_what_each_draws_alone_on_the_reference(reference, fp32):
+    asked = [
+        {"prompt": "a red circle", "seed": 1, "scheduler": "euler_a", "num_inference_steps": 12, "guidance_scale": 3.0},
+        {"prompt": "a green star", "seed": 2, "scheduler": "pndm", "num_inference_steps": 20, "guidance_scale": 1.0},
+        {"prompt": "a blue ring", "seed": 3, "scheduler": "dpm++_2m", "num_inference_steps": 7, "negative_prompt": "star"},
+        {"prompt": "a red circle", "seed": 4, "scheduler": "unipc", "num_inference_steps": 9, "guidance_scale": 5.0},
+        {"prompt": "a blue ring", "seed": 5, "scheduler": "dpm++_2m_sde", "num_inference_steps": 15},
+    ]
+    for one, made in zip(asked, crowd(fp32, asked), strict=True):
+        params = reference.capabilities.resolve(RequestedParams(**one), fallback_seed=0)
+        true = run_alone(reference, params, 0)[0]
+        assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32
+    assert fp32.num_graph_misses == 0
+
+
+def test_what_the_lattice_lacks_is_counted_and_drawn_all_the_same(reference, fp32):
+    before = fp32.num_graph_misses
+    made, true = (draw(engine, height=96, num_inference_steps=5) for engine in (fp32, reference))
+    assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32
+    assert fp32.num_graph_misses == before + engine_calls(fp32, 5)
+
+
+def engine_calls(engine: NativeEngine, steps: int) -> int:
+    return engine.check(engine.capabilities.resolve(RequestedParams(prompt="a", num_inference_steps=steps), fallback_seed=0))
+
+
+def test_the_same_request_twice_is_the_same_bits(fp16):
+    assert draw(fp16, num_inference_steps=10) == draw(fp16, num_inference_steps=10)
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "euler_a", "dpm++_2m", "unipc"])
+def test_half_precision_stays_close_to_the_reference(reference, fp16, scheduler):
+    made, true = (draw(engine, scheduler=scheduler, num_inference_steps=20) for engine in (fp16, reference))
+    error = np.mean((levels(made) - levels(true)) ** 2.0)
+    assert 10 * np.log10(255**2 / max(error, 1e-9)) >= MIN_PSNR_FP16_DB
+
+
+def test_full_size_random_weights_make_a_batch_in_half_precision():
+    engine = NativeEngine(load("fp16", "random-sd-v1-4"), max_slots=4)
+    engine.warmup()
+    asked = [{"prompt": f"number {i}", "seed": i, "num_inference_steps": 3 + i} for i in range(4)]
+    pictures = crowd(engine, asked)
+    assert all((picture.width, picture.height) == (512, 512) and len(set(picture.rgb)) > 8 for picture in pictures)
+    assert engine.num_graph_misses == 0
