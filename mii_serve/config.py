@@ -63,6 +63,8 @@ class DeployConfig(BaseSettings):
     deployment_name: str = Field("mii-serve", min_length=1, max_length=64)
     max_waiting_samples: int = Field(4096, ge=1)
     max_waiting_s: float = Field(600.0, gt=0)
+    replica_wait_s: float = Field(120.0, gt=0)
+    hang_timeout_s: float = Field(300.0, gt=0)
     startup_timeout_s: float = Field(900.0, gt=0)
     drain_timeout_s: float = Field(30.0, ge=0)
     limits: LimitsConfig = LimitsConfig()

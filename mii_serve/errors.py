@@ -8,6 +8,8 @@
     ├── UnsupportedError         this server cannot do that                      UNIMPLEMENTED        501
     ├── UnavailableError         not ready, draining, or unreachable             UNAVAILABLE          503
     ├── EngineError              the device or the model failed                  INTERNAL             500
+    │   ├── EngineLostError      and the replica has to be started again
+    │   └── PoisonedRequestError this request took two replicas down
     ├── ConfigError              a setting breaks a rule; the server will not start
     └── ModelError               the model cannot be found, read or used; the server will not start
 
@@ -65,7 +67,15 @@ class UnavailableError(MiiServeError):
 
 
 class EngineError(MiiServeError):
-    """The device's state is unknown after this one; what was in flight has failed."""
+    """The device or the model failed at this."""
+
+
+class EngineLostError(EngineError):
+    """The replica is finished. Nothing is known against the request, so it can be made again elsewhere."""
+
+
+class PoisonedRequestError(EngineError):
+    """Replicas crashed while they worked on this request; it is not tried again."""
 
 
 class ConfigError(MiiServeError):
@@ -81,9 +91,17 @@ class ModelError(MiiServeError):
     grpc_code = "FAILED_PRECONDITION"
 
 
-def error_for_grpc_code(code: str) -> type[MiiServeError]:
-    """The class a client raises for a status of this name; the root for codes that have no class."""
-    return _BY_GRPC_CODE.get(code, MiiServeError)
+def error_for_grpc_code(code: str, reason: str = "") -> type[MiiServeError]:
+    """The class a client raises for a status of this name; the root for codes that have no class.
+
+    `reason` is the name of the class that was raised, where the server told it.
+    """
+    return _BY_REASON.get((code, reason)) or _BY_GRPC_CODE.get(code, MiiServeError)
+
+
+_BY_REASON: dict[tuple[str, str], type[MiiServeError]] = {
+    (error.grpc_code, error.__name__): error for error in (EngineLostError, PoisonedRequestError)
+}
 
 
 _BY_GRPC_CODE: dict[str, type[MiiServeError]] = {

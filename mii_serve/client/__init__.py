@@ -19,6 +19,8 @@ from mii_serve.client.values import (
     GenerationResult,
     PictureReady,
     PreviewReady,
+    ReplicaInfo,
+    Restarted,
     ServerInfo,
 )
 from mii_serve.types import Queued, Started, Step
@@ -35,6 +37,8 @@ __all__ = [
     "PictureReady",
     "PreviewReady",
     "Queued",
+    "ReplicaInfo",
+    "Restarted",
     "ServerInfo",
     "Started",
     "Step",

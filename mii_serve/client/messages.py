@@ -20,6 +20,8 @@ from mii_serve.client.values import (
     GenerationResult,
     PictureReady,
     PreviewReady,
+    ReplicaInfo,
+    Restarted,
     ServerInfo,
 )
 from mii_serve.errors import InvalidRequestError, MiiServeError
@@ -145,6 +147,15 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         limits=capabilities.limits,
         schedulers=capabilities.schedulers,
         activity=_activity(message.activity),
+        replicas=tuple(
+            ReplicaInfo(
+                index=replica.index,
+                is_ready=replica.is_ready,
+                num_restarts=replica.num_restarts,
+                activity=_activity(replica.activity) if replica.HasField("activity") else None,
+            )
+            for replica in message.replicas
+        ),
     )
 
 
@@ -189,6 +200,8 @@ class Gathering:
                     num_steps=step.num_steps,
                     estimated_left_s=step.estimated_left_s if step.HasField("estimated_left_s") else None,
                 )
+            case "restarted":
+                return Restarted(image_indexes=tuple(message.restarted.image_indexes))
             case "preview":
                 return _preview(message.preview)
             case "image":

@@ -74,6 +74,13 @@ class PictureReady:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Restarted:
+    """The replica that worked on these images was lost; they are being made again from the start."""
+
+    image_indexes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
     """The last event of a request that succeeded."""
 
@@ -82,14 +89,24 @@ class Done:
     total_s: float
 
 
-Event: TypeAlias = Queued | Started | Step | PreviewReady | PictureReady | Done
+Event: TypeAlias = Queued | Started | Step | PreviewReady | Restarted | PictureReady | Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaInfo:
+    """One copy of the model; no activity while it is not ready."""
+
+    index: int
+    is_ready: bool
+    num_restarts: int
+    activity: Activity | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
     """What runs behind a target, what it accepts and how busy it is.
 
-    `schedulers` maps every accepted name to the name the server answers with.
+    `schedulers` maps every accepted name to the name the server answers with. `activity` is that of all replicas together.
     """
 
     version: str
@@ -104,3 +121,4 @@ class ServerInfo:
     limits: Limits
     schedulers: Mapping[str, str]
     activity: Activity
+    replicas: tuple[ReplicaInfo, ...] = ()

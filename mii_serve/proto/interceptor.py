@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 REQUEST_ID_KEY = "x-request-id"
 CLIENT_ID_KEY = "x-client-id"
 """On whose behalf a call is made. Callers share a busy server fairly; without it, each connection is a caller."""
-_REQUEST_ID = re.compile(r"[!-~]{1,100}")
+_REQUEST_ID = re.compile(r"[!-~]{1,100}( [0-9]+)?")
+"""The number is not for callers: the front writes it where it parts a request between replicas."""
 
 current_request_id: ContextVar[str] = ContextVar("current_request_id", default="-")
 

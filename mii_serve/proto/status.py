@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from mii_serve.errors import InvalidRequestError, MiiServeError, error_for_grpc_code
@@ -34,26 +35,37 @@ def encode_error(error: MiiServeError) -> tuple[grpc.StatusCode, str, tuple[tupl
 
 def decode_error(code: grpc.StatusCode, text: str, trailing: Metadata | None) -> MiiServeError:
     """The error a client raises for a failed call; typed as it was when the server raised it."""
+    details = _details(trailing)
     if code is grpc.StatusCode.INVALID_ARGUMENT:
-        for violation in _violations(trailing):
+        for violation in _unpacked(details, error_details_pb2.BadRequest()).field_violations:
             rule = violation.description.removeprefix(f"{violation.field}: ")
             return InvalidRequestError(violation.field, rule)
         return InvalidRequestError("request", text)
-    return error_for_grpc_code(code.name)(text or code.name)
+    reason = _unpacked(details, error_details_pb2.ErrorInfo()).reason
+    return error_for_grpc_code(code.name, reason)(text or code.name)
 
 
-def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> any_pb2.Any:
+def _packed(message: Message) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed
 
 
-def _violations(trailing: Metadata | None) -> Sequence[error_details_pb2.BadRequest.FieldViolation]:
+def _details(trailing: Metadata | None) -> Sequence[any_pb2.Any]:
     for key, value in trailing or ():
         if key == STATUS_DETAILS_KEY and isinstance(value, bytes):
             with contextlib.suppress(DecodeError):  # details another party damaged tell nothing
-                for detail in status_pb2.Status.FromString(value).details:
-                    bad_request = error_details_pb2.BadRequest()
-                    if detail.Unpack(bad_request):
-                        return list(bad_request.field_violations)
+                return list(status_pb2.Status.FromString(value).details)
     return ()
+
+
+M = TypeVar("M", bound=Message)
+
+
+def _unpacked(details: Iterable[any_pb2.Any], into: M) -> M:
+    """The first detail of this kind; the empty message where there is none."""
+    for detail in details:
+        with contextlib.suppress(DecodeError):
+            if detail.Unpack(into):
+                break
+    return into

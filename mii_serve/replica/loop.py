@@ -16,7 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from mii_serve.engine import Engine
-from mii_serve.errors import DeadlineExceededError, EngineError, InvalidRequestError, MiiServeError, UnavailableError
+from mii_serve.errors import (
+    DeadlineExceededError,
+    EngineError,
+    EngineLostError,
+    InvalidRequestError,
+    MiiServeError,
+    UnavailableError,
+)
 from mii_serve.proto.codec import Activity
 from mii_serve.replica.encoding import encode_picture
 from mii_serve.scheduler import Position, Scheduler
@@ -202,7 +209,7 @@ class ReplicaLoop:
                 self._tell_positions()
         except EngineError as error:
             logger.exception("the engine failed with %d requests in flight", len(self._callers))
-            self._fail_all(error)
+            self._fail_all(EngineLostError(str(error)))
             raise
         finally:
             self._fail_all(UnavailableError("the replica is stopping"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
@@ -15,6 +15,8 @@ from mii_serve.config import DeployConfig
 from mii_serve.errors import ConfigError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server.front import GrpcFront, bracketed
+from mii_serve.server.placement import place
+from mii_serve.server.router import Router
 from mii_serve.server.service import FrontService
 from mii_serve.server.supervisor import ReplicaSupervisor
 
@@ -67,15 +69,14 @@ def run_deployment(config: DeployConfig, listener: Listener) -> int:
 
 
 def _refuse_what_this_release_lacks(config: DeployConfig) -> None:
-    if config.replicas != 1:
-        raise ConfigError("replicas", f"this release runs one replica, got {config.replicas}")
     if config.tensor_parallel != 1:
         raise ConfigError("tensor_parallel", f"this release has no tensor parallelism, got {config.tensor_parallel}")
 
 
 async def _deploy(config: DeployConfig, listener: Listener) -> int:
+    environments = place(config)
     stop = _StopRequests()
-    service = FrontService()
+    service = FrontService(Router(config.replicas, patience_s=config.replica_wait_s))
     front = GrpcFront(service)
     async with listener.open_http(config, service) as http:
         address = f"{bracketed(config.host)}:{await front.listen(config.host, config.grpc_port)}"
@@ -85,50 +86,59 @@ async def _deploy(config: DeployConfig, listener: Listener) -> int:
             listener.on_ready(Ready(grpc=address, http=http or "off", info=info))
 
         changed = asyncio.Event()
-        supervisor = ReplicaSupervisor(config)
-        running = asyncio.create_task(supervisor.run(changed))
-        following = asyncio.create_task(_follow(supervisor, changed, service, front, on_first_ready))
+        supervisors = [
+            ReplicaSupervisor(config, index=index, environment=environment) for index, environment in enumerate(environments)
+        ]
+        running = [asyncio.create_task(supervisor.run(changed)) for supervisor in supervisors]
+        following = asyncio.create_task(_follow(supervisors, changed, service, front, on_first_ready))
         draining = asyncio.create_task(stop.drain.wait())
+        tasks = (*running, following, draining)
         try:
-            await asyncio.wait((running, following, draining), return_when=asyncio.FIRST_COMPLETED)
-            for ended in (running, following):
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for ended in (*running, following):
                 if ended.done():
                     ended.result()  # raises why the deployment cannot go on
             await _drain(config, service, front, stop)
         finally:
-            for task in (following, running, draining):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(following, running, draining, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await front.stop(0)
-            await service.detach()
+            for supervisor in supervisors:
+                await service.detach(supervisor.index)
     return 0
 
 
 async def _follow(
-    supervisor: ReplicaSupervisor,
+    supervisors: Sequence[ReplicaSupervisor],
     changed: asyncio.Event,
     service: FrontService,
     front: GrpcFront,
     on_first_ready: Callable[[pb.GetServerInfoResponse], None],
 ) -> None:
-    """Attach to the replica whenever it is ready, and let health say so."""
-    is_first = True
+    """Attach to each replica whenever it is ready, and let health say whether there is one. Ready means all of them once."""
+    attached: dict[int, int] = {}  # index → which life of the replica
+    info: pb.GetServerInfoResponse | None = None
+    has_been_ready = False
     while True:
         await changed.wait()
         changed.clear()
-        if not supervisor.is_ready:
-            await front.set_serving(False)
-            await service.detach()
-            continue
-        try:
-            info = await service.attach(supervisor.socket)
-        except grpc.aio.AioRpcError as error:  # it died just now; the supervisor will say so
-            logger.warning("the replica does not answer: %s", error.code().name)
-            continue
-        await front.set_serving(True)
-        if is_first:
+        for supervisor in supervisors:
+            index, life = supervisor.index, supervisor.num_restarts
+            if attached.get(index) is not None and (not supervisor.is_ready or attached[index] != life):
+                del attached[index]
+                await service.detach(index, supervisor.loss)
+            if supervisor.is_ready and index not in attached:
+                try:
+                    info = await service.attach(supervisor.socket, index, num_restarts=life)
+                    attached[index] = life
+                except grpc.aio.AioRpcError as error:  # it died just now; the supervisor will say so
+                    logger.warning("replica %d does not answer: %s", index, error.code().name)
+        has_all = len(attached) == len(supervisors)
+        await front.set_serving(bool(attached) and (has_been_ready or has_all))
+        if has_all and info is not None and not has_been_ready:
+            has_been_ready = True
             on_first_ready(info)
-        is_first = False
 
 
 async def _drain(config: DeployConfig, service: FrontService, front: GrpcFront, stop: _StopRequests) -> None:

@@ -1,63 +1,53 @@
-"""The public v1 service: checks a request at the door, passes it to the replica, and passes back what the replica says."""
+"""The public v1 service: checks a request at the door, has it made by the replicas, and passes back what they say."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc
 
 from mii_serve.errors import InvalidRequestError, UnavailableError
-from mii_serve.proto.codec import (
-    CHANNEL_OPTIONS,
-    decode_capabilities,
-    decode_request,
-    encode_request,
-    gather_response,
-)
+from mii_serve.proto.codec import decode_request, gather_response
 from mii_serve.proto.interceptor import CLIENT_ID_KEY, REQUEST_ID_KEY, Context, current_request_id
-from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer, ImageGenerationStub
+from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer
+from mii_serve.server.link import Loss, ReplicaLink
+from mii_serve.server.router import Call, Router
 from mii_serve.types import Capabilities, draw_seed
 
-if TYPE_CHECKING:
-    from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationAsyncStub
+INFO_TIMEOUT_S = 10.0
 
 
 class FrontService(ImageGenerationServicer):
-    """Refuses everything until `attach`, and again after `detach` or `drain`."""
+    """Refuses everything until a replica is attached, and new work again after `drain`."""
 
-    def __init__(self) -> None:
-        self._channel: grpc.aio.Channel | None = None
+    def __init__(self, router: Router | None = None) -> None:
+        self._router = router or Router()
         self._capabilities: Capabilities | None = None
         self._is_draining = False
-        self._num_active = 0
+        self._active: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def is_ready(self) -> bool:
         """Whether a request that arrives now would be worked on."""
-        return self._channel is not None and not self._is_draining
+        return self._router.is_up and not self._is_draining
 
-    async def attach(self, socket: Path) -> pb.GetServerInfoResponse:
-        """Talk to the replica behind this socket from now on; answer what it says of itself."""
-        await self.detach()
-        channel = grpc.aio.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS)
-        info: pb.GetServerInfoResponse = await ImageGenerationStub(channel).GetServerInfo(
-            pb.GetServerInfoRequest(), timeout=30.0, wait_for_ready=True
-        )
-        self._channel, self._capabilities = channel, decode_capabilities(info)
+    async def attach(self, socket: Path, index: int = 0, *, num_restarts: int = 0) -> pb.GetServerInfoResponse:
+        """Give work to the replica behind this socket from now on; answer what it says of itself."""
+        link = self._router.links[index]
+        info, self._capabilities = await link.attach(socket)
+        link.num_restarts = num_restarts
+        await self._router.announce_change()
         return info
 
-    async def detach(self) -> None:
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await channel.close()
+    async def detach(self, index: int = 0, loss: Loss | None = None) -> None:
+        await self._router.links[index].detach(loss or Loss(reason="the server is stopping", is_crash=False))
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False when some were left at the end."""
@@ -65,22 +55,26 @@ class FrontService(ImageGenerationServicer):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-        return self._num_active == 0
+        return not self._active
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:  # noqa: N802
-        stub, capabilities = self._replica()
+        capabilities = self._known()
+        if self._is_draining:
+            raise UnavailableError("the server is draining")
         params, output, priority = decode_request(request, capabilities, fallback_seed=draw_seed())
-        with self._counted(), _replica_errors():
-            call = stub.GenerateStream(
-                encode_request(params, output, priority),
-                timeout=context.time_remaining(),
-                metadata=((REQUEST_ID_KEY, current_request_id.get()), (CLIENT_ID_KEY, _client_id(context))),
-            )
-            try:
-                async for event in call:
+        left_s = context.time_remaining()
+        call = Call(
+            request_id=current_request_id.get(),
+            client=_client_id(context),
+            params=params,
+            output=output,
+            priority=priority,
+            deadline=None if left_s is None else time.monotonic() + left_s,
+        )
+        with self._counted(call.request_id):
+            async with contextlib.aclosing(self._router.events(call)) as events:
+                async for event in events:
                     yield event
-            finally:
-                call.cancel()  # the caller may have gone away in the middle
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         if request.output.HasField("preview_every"):
@@ -89,27 +83,36 @@ class FrontService(ImageGenerationServicer):
             return gather_response([event async for event in events])
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
-        stub, _ = self._replica(for_new_work=False)
-        with _replica_errors():
-            info: pb.GetServerInfoResponse = await stub.GetServerInfo(request, timeout=context.time_remaining())
-            return info
+        self._known()
+        links = self._router.links
+        answers = await asyncio.gather(*(_info(link) for link in links))
+        known = [info for info in answers if info is not None]
+        if not known:
+            raise UnavailableError("no replica answers; they are being restarted")
+        merged = pb.GetServerInfoResponse()
+        merged.CopyFrom(known[0])
+        merged.activity.CopyFrom(_together([info.activity for info in known]))
+        for link, info in zip(links, answers, strict=True):
+            activity = None if info is None else info.activity
+            merged.replicas.add(index=link.index, is_ready=info is not None, num_restarts=link.num_restarts, activity=activity)
+        return merged
 
-    def _replica(self, *, for_new_work: bool = True) -> tuple[ImageGenerationAsyncStub, Capabilities]:
-        if self._is_draining and for_new_work:
-            raise UnavailableError("the server is draining")
-        if self._channel is None or self._capabilities is None:
+    def _known(self) -> Capabilities:
+        if self._capabilities is None:
             raise UnavailableError("the server is not ready: no replica has made its warm-up picture yet")
-        return ImageGenerationStub(self._channel), self._capabilities
+        return self._capabilities
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._num_active += 1
+    def _counted(self, request_id: str) -> Iterator[None]:
+        if request_id in self._active:
+            raise InvalidRequestError(REQUEST_ID_KEY, "must not be in use by a running request", repr(request_id))
+        self._active.add(request_id)
         self._idle.clear()
         try:
             yield
         finally:
-            self._num_active -= 1
-            if self._num_active == 0:
+            self._active.remove(request_id)
+            if not self._active:
                 self._idle.set()
 
 
@@ -119,12 +122,24 @@ def _client_id(context: Context) -> str:
     return f"named {named}" if named else f"peer {context.peer()}"
 
 
-@contextlib.contextmanager
-def _replica_errors() -> Iterator[None]:
-    """What the replica refused is refused in the same words; a lost replica is UNAVAILABLE."""
-    try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.UNAVAILABLE and not error.trailing_metadata():
-            raise UnavailableError("the replica was lost while it worked on this; it is being restarted") from error
-        raise decode_error(error.code(), error.details() or "", error.trailing_metadata()) from error
+async def _info(link: ReplicaLink) -> pb.GetServerInfoResponse | None:
+    """What a replica says of itself; None when it is not there."""
+    if not link.is_up:
+        return None
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        info: pb.GetServerInfoResponse = await link.stub().GetServerInfo(pb.GetServerInfoRequest(), timeout=INFO_TIMEOUT_S)
+        return info
+    return None
+
+
+def _together(parts: list[pb.GetServerInfoResponse.Activity]) -> pb.GetServerInfoResponse.Activity:
+    """Counts add up; the oldest replica's age and the tightest bound of memory stand for all."""
+    total = pb.GetServerInfoResponse.Activity()
+    for name in (field.name for field in total.DESCRIPTOR.fields):
+        setattr(total, name, sum(getattr(part, name) for part in parts))
+    total.uptime_s = max(part.uptime_s for part in parts)
+    total.ClearField("max_cells_per_call")
+    bounds = [part.max_cells_per_call for part in parts if part.HasField("max_cells_per_call")]
+    if bounds:
+        total.max_cells_per_call = min(bounds)
+    return total

@@ -1,4 +1,4 @@
-"""Keeps one replica process alive: starts it, learns when it is ready, notices its end, starts it again.
+"""Keeps one replica process alive: starts it, learns when it is ready, notices its end or its hanging, starts it again.
 
 The replica dies with its parent: its stdin is a pipe that only this process holds, and that closes with it, however it ends.
 """
@@ -10,14 +10,18 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from mii_serve import errors
 from mii_serve.config import DeployConfig
-from mii_serve.errors import EngineError, MiiServeError, UnavailableError
+from mii_serve.errors import EngineError, MiiServeError
+from mii_serve.server.link import Loss
+from mii_serve.server.watch import until_hung
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +33,25 @@ STEADY_S = 60.0
 class ReplicaSupervisor:
     """Owns the replica's process and socket. One task runs `run`; others read `is_ready` and `socket`."""
 
-    def __init__(self, config: DeployConfig) -> None:
+    def __init__(self, config: DeployConfig, *, index: int = 0, environment: Mapping[str, str] | None = None) -> None:
+        """`environment` is added to this process's own for the replica: which devices are its."""
+        self.index = index
         self._config = config
+        self._environment = {**os.environ, **(environment or {})}
         self._folder = tempfile.TemporaryDirectory(prefix="mii_serve-")  # mode 0700: the socket is private
+        self._loss = Loss(reason="it has not started", is_crash=False)
         self._ready = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
         self.num_restarts = 0
 
     @property
     def socket(self) -> Path:
-        return Path(self._folder.name) / "replica-0.sock"
+        return Path(self._folder.name) / f"replica-{self.index}.sock"
+
+    @property
+    def loss(self) -> Loss:
+        """How the replica ended last."""
+        return self._loss
 
     @property
     def is_ready(self) -> bool:
@@ -63,18 +76,20 @@ class ReplicaSupervisor:
                     was_ready = True
                     self._ready.set()
                     on_change.set()
-                    await self._ended()
+                    self._loss = await self._ended()
+                    logger.error("replica %d is gone: %s", self.index, self._loss.reason)
                 except MiiServeError as error:
-                    if not was_ready and self.num_restarts == 0:
+                    if self.num_restarts == 0:
                         raise
-                    logger.error("the replica is gone: %s", error)
+                    self._loss = Loss(reason=str(error), is_crash=True)
+                    logger.error("replica %d did not start: %s", self.index, error)
                 finally:
                     self._ready.clear()
                     on_change.set()
                 failures = 0 if was_ready and time.monotonic() - born > STEADY_S else failures + 1
                 delay = BACKOFF_S[min(failures, len(BACKOFF_S)) - 1] if failures else 0.0
                 self.num_restarts += 1
-                logger.warning("restarting the replica in %.1f s", delay)
+                logger.warning("restarting replica %d in %.1f s", self.index, delay)
                 await asyncio.sleep(delay)
         finally:
             await self._stop()
@@ -92,6 +107,7 @@ class ReplicaSupervisor:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=sys.stderr,  # our stdout belongs to the ready line
                 pass_fds=(write_fd,),
+                env=self._environment,
             )
         except BaseException:
             os.close(read_fd)
@@ -127,8 +143,24 @@ class ReplicaSupervisor:
             await self._stop()
             raise _rebuilt(status["error"], status["message"])
 
-    async def _ended(self) -> None:
-        raise UnavailableError(f"the replica ended, {await self._exit_reason()}")
+    async def _ended(self) -> Loss:
+        """Wait for the end of the process, and bring it about when it hangs."""
+        assert self._process is not None
+        ending = asyncio.create_task(self._process.wait())
+        hanging = asyncio.create_task(until_hung(self.socket, self._config.hang_timeout_s))
+        try:
+            await asyncio.wait((ending, hanging), return_when=asyncio.FIRST_COMPLETED)
+            if hanging.done() and not ending.done():
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+                await ending
+                return Loss(reason=f"it hung: {hanging.result()}", is_crash=True)
+        finally:
+            ending.cancel()
+            hanging.cancel()
+            await asyncio.gather(ending, hanging, return_exceptions=True)
+        was_killed = self._process.returncode in (-signal.SIGKILL, -signal.SIGTERM, 0)
+        return Loss(reason=f"it ended, {await self._exit_reason()}", is_crash=not was_killed)
 
     async def _exit_reason(self) -> str:
         assert self._process is not None

@@ -20,6 +20,7 @@ from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub, ad
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import ReplicaService
 from mii_serve.server.front import GrpcFront
+from mii_serve.server.router import Router
 from mii_serve.server.service import FrontService
 
 
@@ -55,7 +56,7 @@ async def running_server(folder: Path, engine: FakeEngine, *, max_waiting_sample
     socket = folder / "replica.sock"
     replica_server.add_insecure_port(f"unix:{socket}")
     await replica_server.start()
-    service = FrontService()
+    service = FrontService(Router(patience_s=1.0))
     front = GrpcFront(service)
     target = f"127.0.0.1:{await front.listen('127.0.0.1', 0)}"
     await service.attach(socket)

@@ -144,7 +144,7 @@ class Timings(_message.Message):
     def __init__(self, queued_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
-    __slots__ = ("request_id", "queued", "started", "step", "image", "done", "preview")
+    __slots__ = ("request_id", "queued", "started", "step", "image", "done", "preview", "restarted")
     class Queued(_message.Message):
         __slots__ = ("num_samples_ahead", "estimated_wait_s")
         NUM_SAMPLES_AHEAD_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +183,11 @@ class GenerateEvent(_message.Message):
         height: int
         width: int
         def __init__(self, image_index: _Optional[int] = ..., step: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+    class Restarted(_message.Message):
+        __slots__ = ("image_indexes",)
+        IMAGE_INDEXES_FIELD_NUMBER: _ClassVar[int]
+        image_indexes: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, image_indexes: _Optional[_Iterable[int]] = ...) -> None: ...
     class Done(_message.Message):
         __slots__ = ("parameters", "timings")
         PARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +202,7 @@ class GenerateEvent(_message.Message):
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_FIELD_NUMBER: _ClassVar[int]
+    RESTARTED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     queued: GenerateEvent.Queued
     started: GenerateEvent.Started
@@ -204,14 +210,15 @@ class GenerateEvent(_message.Message):
     image: GeneratedImage
     done: GenerateEvent.Done
     preview: GenerateEvent.Preview
-    def __init__(self, request_id: _Optional[str] = ..., queued: _Optional[_Union[GenerateEvent.Queued, _Mapping]] = ..., started: _Optional[_Union[GenerateEvent.Started, _Mapping]] = ..., step: _Optional[_Union[GenerateEvent.Step, _Mapping]] = ..., image: _Optional[_Union[GeneratedImage, _Mapping]] = ..., done: _Optional[_Union[GenerateEvent.Done, _Mapping]] = ..., preview: _Optional[_Union[GenerateEvent.Preview, _Mapping]] = ...) -> None: ...
+    restarted: GenerateEvent.Restarted
+    def __init__(self, request_id: _Optional[str] = ..., queued: _Optional[_Union[GenerateEvent.Queued, _Mapping]] = ..., started: _Optional[_Union[GenerateEvent.Started, _Mapping]] = ..., step: _Optional[_Union[GenerateEvent.Step, _Mapping]] = ..., image: _Optional[_Union[GeneratedImage, _Mapping]] = ..., done: _Optional[_Union[GenerateEvent.Done, _Mapping]] = ..., preview: _Optional[_Union[GenerateEvent.Preview, _Mapping]] = ..., restarted: _Optional[_Union[GenerateEvent.Restarted, _Mapping]] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity")
+    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity", "replicas")
     class SchedulersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -247,6 +254,17 @@ class GetServerInfoResponse(_message.Message):
         max_size_px: int
         max_images_per_prompt: int
         def __init__(self, max_prompt_chars: _Optional[int] = ..., max_num_inference_steps: _Optional[int] = ..., max_guidance_scale: _Optional[float] = ..., min_size_px: _Optional[int] = ..., max_size_px: _Optional[int] = ..., max_images_per_prompt: _Optional[int] = ...) -> None: ...
+    class Replica(_message.Message):
+        __slots__ = ("index", "is_ready", "num_restarts", "activity")
+        INDEX_FIELD_NUMBER: _ClassVar[int]
+        IS_READY_FIELD_NUMBER: _ClassVar[int]
+        NUM_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+        ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+        index: int
+        is_ready: bool
+        num_restarts: int
+        activity: GetServerInfoResponse.Activity
+        def __init__(self, index: _Optional[int] = ..., is_ready: _Optional[bool] = ..., num_restarts: _Optional[int] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ...) -> None: ...
     class Activity(_message.Message):
         __slots__ = ("uptime_s", "max_slots", "num_running", "num_waiting", "num_steps", "num_images", "num_requests", "num_cancelled_requests", "num_turns", "num_graph_misses", "max_cells_per_call")
         UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +302,7 @@ class GetServerInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SCHEDULERS_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     version: str
     deployment_name: str
     model: str
@@ -296,4 +315,5 @@ class GetServerInfoResponse(_message.Message):
     limits: GetServerInfoResponse.Limits
     schedulers: _containers.ScalarMap[str, str]
     activity: GetServerInfoResponse.Activity
-    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ...) -> None: ...
+    replicas: _containers.RepeatedCompositeFieldContainer[GetServerInfoResponse.Replica]
+    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[GetServerInfoResponse.Replica, _Mapping]]] = ...) -> None: ...
