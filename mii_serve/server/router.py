@@ -222,6 +222,12 @@ class Router:
             refusal = decode_error(error.code(), error.details() or "", error.trailing_metadata())
             is_lost = error.code() is grpc.StatusCode.UNAVAILABLE or isinstance(refusal, EngineLostError)
             raise (_ReplicaLostError(was_alone=link.num_running == 1) if is_lost else refusal) from error
+        except asyncio.CancelledError:
+            # Closing the channel of a lost replica cancels its calls, which looks as if somebody had cancelled us.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise _ReplicaLostError(was_alone=link.num_running == 1) from None
         finally:
             call.cancel()  # the caller may have gone away in the middle
             account.close()

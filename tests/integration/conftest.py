@@ -32,12 +32,18 @@ class RunningServer:
     front: GrpcFront
     target: str
     channel: grpc.aio.Channel
+    replica_channel: grpc.aio.Channel
     replica_server: grpc.aio.Server
     turns: asyncio.Task[None] = field(repr=False)
 
     @property
     def stub(self):
         return ImageGenerationStub(self.channel)
+
+    @property
+    def replica_stub(self):
+        """The replica itself, without the front."""
+        return ImageGenerationStub(self.replica_channel)
 
     async def until(self, condition) -> None:
         """Wait, within a bound, for something the loop is about to do."""
@@ -62,11 +68,13 @@ async def running_server(folder: Path, engine: FakeEngine, *, max_waiting_sample
     await service.attach(socket)
     await front.set_serving(True)
     channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    replica_channel = grpc.aio.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS)
     try:
-        yield RunningServer(engine, loop, service, front, target, channel, replica_server, turns)
+        yield RunningServer(engine, loop, service, front, target, channel, replica_channel, replica_server, turns)
     finally:
         engine.gate.set()
         await channel.close()
+        await replica_channel.close()
         await front.stop(0)
         await service.detach()
         await replica_server.stop(0)

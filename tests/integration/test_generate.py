@@ -12,6 +12,8 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
 
+from mii_serve.errors import EngineLostError
+from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 
 
@@ -218,16 +220,18 @@ async def test_a_slow_reader_gets_the_latest_step_and_all_pictures(server):
 # ---- failure -----------------------------------------------------------------------------------------------------
 
 
-async def test_an_engine_failure_ends_every_request_with_a_typed_error(server):
+async def test_an_engine_failure_is_told_as_the_end_of_the_replica(server):
+    """To the front, which makes the requests again elsewhere; there is no elsewhere here."""
     server.engine.gate.clear()
-    calls = [asyncio.create_task(refused(server.stub.Generate(request()))) for _ in range(3)]
+    calls = [asyncio.create_task(refused(server.replica_stub.Generate(request()))) for _ in range(3)]
     await server.until(lambda: server.loop.activity().num_waiting == 2)
     server.engine.fail_next()
     server.engine.gate.set()
     for error in await asyncio.gather(*calls):
-        assert error.code() is grpc.StatusCode.INTERNAL
-        assert "told to fail" in error.details()
-    error = await refused(server.stub.Generate(request()))
+        lost = decode_error(error.code(), error.details(), error.trailing_metadata())
+        assert isinstance(lost, EngineLostError)
+        assert "told to fail" in str(lost)
+    error = await refused(server.replica_stub.Generate(request()))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
 
 

@@ -1,0 +1,324 @@
+"""Several replicas behind one front: who gets what, and what becomes of a lost replica's requests. Engines are fakes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import random
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from PIL import Image
+
+from mii_serve.engine.fake import FakeEngine
+from mii_serve.errors import EngineError, PoisonedRequestError
+from mii_serve.proto.codec import CHANNEL_OPTIONS
+from mii_serve.proto.interceptor import CallInterceptor
+from mii_serve.proto.status import decode_error
+from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub, add_ImageGenerationServicer_to_server
+from mii_serve.replica.loop import ReplicaLoop
+from mii_serve.replica.service import ReplicaService
+from mii_serve.server.front import GrpcFront
+from mii_serve.server.link import Loss
+from mii_serve.server.router import Router
+from mii_serve.server.service import FrontService
+
+KILLED = Loss(reason="killed by signal 9", is_crash=False)
+CRASHED = Loss(reason="killed by signal 11", is_crash=True)
+
+
+class Replica:
+    """A replica in this process, which can die like one in its own."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+        self.engine = FakeEngine(max_slots=4)
+        self._thread = ThreadPoolExecutor(1)
+        self.loop = ReplicaLoop(self.engine, self._thread, max_waiting_samples=4096)
+        self._turns = asyncio.create_task(self.loop.run())
+        self._server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
+        add_ImageGenerationServicer_to_server(ReplicaService(self.loop, "test"), self._server)
+        self._server.add_insecure_port(f"unix:{socket}")
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def die(self) -> None:
+        await self._server.stop(0)
+        self._turns.cancel()
+        self.engine.gate.set()
+        with contextlib.suppress(asyncio.CancelledError, EngineError):
+            await self._turns
+        self._thread.shutdown()
+        self.socket.unlink(missing_ok=True)
+
+
+class Deployment:
+    """A front with replicas that a test may kill and start again, as the supervisor would tell of it."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder = folder
+        self._lives = 0
+        self.router = Router(count, patience_s=1.0)
+        self.service = FrontService(self.router)
+        self.front = GrpcFront(self.service)
+        self.replicas: dict[int, Replica] = {}
+
+    async def start(self, index: int) -> None:
+        self._lives += 1
+        self.replicas[index] = Replica(self._folder / f"{self._lives}.sock")
+        await self.replicas[index].start()
+        await self.service.attach(self.replicas[index].socket, index)
+
+    async def lose(self, index: int, loss: Loss) -> None:
+        await self.replicas.pop(index).die()
+        await self.service.detach(index, loss)
+
+    async def until(self, condition) -> None:
+        async with asyncio.timeout(20):
+            while not condition():  # noqa: ASYNC110 - there is no event for every condition a test may have
+                await asyncio.sleep(0.005)
+
+    def images_on(self) -> dict[int, int]:
+        """In work or in line."""
+        activities = {index: replica.loop.activity() for index, replica in self.replicas.items()}
+        return {index: activity.num_running + activity.num_waiting for index, activity in activities.items()}
+
+    def hold(self) -> None:
+        for replica in self.replicas.values():
+            replica.engine.gate.clear()
+
+    def release(self) -> None:
+        for replica in self.replicas.values():
+            replica.engine.gate.set()
+
+
+@contextlib.asynccontextmanager
+async def deployment_of(folder: Path, count: int) -> AsyncIterator[Deployment]:
+    deployment = Deployment(folder, count)
+    for index in range(count):
+        await deployment.start(index)
+    target = f"127.0.0.1:{await deployment.front.listen('127.0.0.1', 0)}"
+    async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
+        deployment.stub = ImageGenerationStub(channel)
+        yield deployment
+    await deployment.front.stop(0)
+    for index in list(deployment.replicas):
+        await deployment.lose(index, KILLED)
+
+
+@pytest.fixture
+async def three(tmp_path: Path) -> AsyncIterator[Deployment]:
+    async with deployment_of(tmp_path, 3) as deployment:
+        yield deployment
+
+
+def request(**fields) -> pb.GenerateRequest:
+    return pb.GenerateRequest(**{"prompt": "a red circle", "seed": 5, **fields})
+
+
+async def events_of(call) -> list[pb.GenerateEvent]:
+    return [event async for event in call]
+
+
+def kinds(events: list[pb.GenerateEvent]) -> list[str]:
+    return [event.WhichOneof("event") for event in events]
+
+
+def color(image: pb.GeneratedImage) -> tuple[int, ...]:
+    return Image.open(io.BytesIO(image.data)).getpixel((0, 0))
+
+
+def expected_color(seed: int) -> tuple[int, ...]:
+    return tuple(random.Random(seed).randbytes(3))
+
+
+class TestWhoGetsWhat:
+    async def test_work_goes_where_least_is_left(self, three):
+        three.hold()
+        long = asyncio.create_task(events_of(three.stub.GenerateStream(request(num_inference_steps=100))))
+        await three.until(lambda: sum(three.images_on().values()) == 1)
+        short = [asyncio.create_task(events_of(three.stub.GenerateStream(request(num_inference_steps=10)))) for _ in range(6)]
+        await three.until(lambda: sum(three.images_on().values()) == 7)
+        assert sorted(three.images_on().values()) == [1, 3, 3]
+        three.release()
+        await asyncio.gather(long, *short)
+        assert [link.work for link in three.router.links] == [0, 0, 0]
+        assert [link.num_running for link in three.router.links] == [0, 0, 0]
+
+    async def test_the_images_of_one_request_are_parted_and_put_together(self, three):
+        three.hold()
+        call = asyncio.create_task(events_of(three.stub.GenerateStream(request(num_images_per_prompt=5))))
+        await three.until(lambda: sum(three.images_on().values()) == 5)
+        assert sorted(three.images_on().values()) == [1, 2, 2]
+        three.release()
+        events = await call
+        images = sorted((event.image for event in events if event.HasField("image")), key=lambda image: image.index)
+        assert [image.index for image in images] == [0, 1, 2, 3, 4]
+        assert [image.seed for image in images] == [5, 6, 7, 8, 9]
+        assert [color(image) for image in images] == [expected_color(seed) for seed in range(5, 10)]
+        done = events[-1].done
+        assert (done.parameters.num_images_per_prompt, done.parameters.seed) == (5, 5)
+        assert kinds(events).count("done") == 1 and kinds(events)[0] == "queued"
+        for index in range(5):
+            steps = [event.step.step for event in events if event.HasField("step") and event.step.image_index == index]
+            assert steps and steps == sorted(steps) and steps[-1] == 4
+
+    async def test_one_part_refused_is_the_whole_request_refused_and_the_others_stop(self, three):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await three.stub.Generate(request(num_images_per_prompt=3, scheduler="lcm", num_inference_steps=60))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await three.until(lambda: not sum(three.images_on().values()))
+
+    async def test_a_hang_up_frees_every_replica(self, three):
+        call = three.stub.GenerateStream(request(num_images_per_prompt=6, num_inference_steps=1000))
+        async for event in call:
+            if event.HasField("step") and event.step.step > 3:
+                break
+        call.cancel()
+        await three.until(lambda: not sum(three.images_on().values()))
+        assert [link.work for link in three.router.links] == [0, 0, 0]
+
+    async def test_an_id_in_use_is_refused_wherever_it_runs(self, three):
+        three.hold()
+        metadata = (("x-request-id", "mine"),)
+        first = asyncio.create_task(events_of(three.stub.GenerateStream(request(), metadata=metadata)))
+        await three.until(lambda: sum(three.images_on().values()) == 1)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await three.stub.Generate(request(), metadata=metadata)
+        three.release()
+        await first
+        assert caught.value.details().startswith("x-request-id: ")
+
+    async def test_the_servers_description_counts_all_and_shows_each(self, three):
+        await three.stub.Generate(request(num_images_per_prompt=6))
+        await three.lose(1, KILLED)
+        info = await three.stub.GetServerInfo(pb.GetServerInfoRequest())
+        assert [(replica.index, replica.is_ready) for replica in info.replicas] == [(0, True), (1, False), (2, True)]
+        assert info.activity.num_images == sum(r.activity.num_images for r in info.replicas if r.is_ready) == 4
+        assert info.activity.max_slots == 8
+
+
+class TestALostReplica:
+    async def held_on_one(self, deployment: Deployment, **fields) -> tuple[int, asyncio.Task]:
+        """A request that runs on a replica that makes no step; which one, and its events to come."""
+        deployment.hold()
+        call = asyncio.create_task(events_of(deployment.stub.GenerateStream(request(**fields))))
+        await deployment.until(lambda: sum(deployment.images_on().values()) == 1)
+        [index] = [index for index, running in deployment.images_on().items() if running]
+        return index, call
+
+    async def test_its_requests_are_made_again_elsewhere(self, three):
+        index, call = await self.held_on_one(three)
+        await three.lose(index, KILLED)
+        three.release()
+        events = await call
+        assert kinds(events).count("restarted") == 1
+        [restarted] = [event.restarted for event in events if event.HasField("restarted")]
+        assert list(restarted.image_indexes) == [0]
+        [image] = [event.image for event in events if event.HasField("image")]
+        assert color(image) == expected_color(5)
+        assert kinds(events)[-1] == "done"
+
+    async def test_a_unary_caller_only_sees_a_later_answer(self, three):
+        three.hold()
+        call = asyncio.create_task(anext_response(three))
+        await three.until(lambda: sum(three.images_on().values()) == 1)
+        [index] = [index for index, running in three.images_on().items() if running]
+        await three.lose(index, KILLED)
+        three.release()
+        response = await call
+        assert [color(image) for image in response.images] == [expected_color(5)]
+
+    async def test_only_the_images_of_the_lost_one_are_made_again(self, three):
+        three.hold()
+        call = asyncio.create_task(events_of(three.stub.GenerateStream(request(num_images_per_prompt=3))))
+        await three.until(lambda: sum(three.images_on().values()) == 3)
+        await three.lose(2, KILLED)
+        three.release()
+        events = await call
+        [restarted] = [event.restarted for event in events if event.HasField("restarted")]
+        assert len(restarted.image_indexes) == 1
+        images = sorted((event.image for event in events if event.HasField("image")), key=lambda image: image.index)
+        assert [color(image) for image in images] == [expected_color(seed) for seed in (5, 6, 7)]
+
+    async def test_without_another_one_it_waits_for_the_restart(self, tmp_path):
+        async with deployment_of(tmp_path, 1) as single:
+            _, call = await self.held_on_one(single)
+            await single.lose(0, KILLED)
+            await asyncio.sleep(0.1)
+            await single.start(0)
+            assert kinds(await call)[-1] == "done"
+
+    async def test_that_wait_has_a_bound(self, tmp_path):
+        async with deployment_of(tmp_path, 1) as single:
+            _, call = await self.held_on_one(single)
+            await single.lose(0, KILLED)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "no replica came back within 1 s" in caught.value.details()
+
+    async def test_a_deadline_ends_that_wait(self, tmp_path):
+        async with deployment_of(tmp_path, 1) as single:
+            single.hold()
+            call = asyncio.create_task(events_of(single.stub.GenerateStream(request(), timeout=0.4)))
+            await single.until(lambda: sum(single.images_on().values()) == 1)
+            await single.lose(0, KILLED)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+    async def test_a_request_under_which_two_crash_is_refused_and_the_third_lives(self, three):
+        index, call = await self.held_on_one(three)
+        await three.lose(index, CRASHED)
+        await three.until(lambda: sum(three.images_on().values()) == 1)
+        [second] = [index for index, running in three.images_on().items() if running]
+        await three.lose(second, CRASHED)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        error = caught.value
+        assert isinstance(decode_error(error.code(), error.details(), error.trailing_metadata()), PoisonedRequestError)
+        three.release()
+        assert (await three.stub.Generate(request(seed=9))).images
+
+    async def test_who_only_waited_is_not_to_blame(self, tmp_path):
+        async with deployment_of(tmp_path, 1) as single:
+            single.hold()
+            running = asyncio.create_task(events_of(single.stub.GenerateStream(request(seed=1))))
+            await single.until(lambda: single.replicas[0].loop.activity().num_running == 1)
+            waiting = asyncio.create_task(events_of(single.stub.GenerateStream(request(seed=2))))
+            await single.until(lambda: single.replicas[0].loop.activity().num_waiting == 1)
+            for _ in range(2):
+                await single.lose(0, CRASHED)
+                await single.start(0)
+                single.hold()
+                await single.until(lambda: sum(single.images_on().values()) == 2)
+            await single.lose(0, CRASHED)
+            await single.start(0)
+            outcomes = await asyncio.gather(running, waiting, return_exceptions=True)
+            refused = [outcome for outcome in outcomes if isinstance(outcome, grpc.aio.AioRpcError)]
+            assert len(refused) == 1, outcomes  # three crashes, two images, one of them running each time
+
+    async def test_in_a_crowd_a_kill_from_outside_is_nobodys_fault(self, three):
+        three.hold()
+        calls = [asyncio.create_task(events_of(three.stub.GenerateStream(request(seed=i)))) for i in range(12)]
+        await three.until(lambda: sum(three.images_on().values()) == 12)
+        for index in (0, 1):
+            await three.lose(index, KILLED)
+            await three.start(index)
+            three.replicas[index].engine.gate.clear()
+        await three.until(lambda: sum(three.images_on().values()) >= 8)
+        three.release()
+        for seed, events in enumerate(await asyncio.gather(*calls)):
+            [image] = [event.image for event in events if event.HasField("image")]
+            assert color(image) == expected_color(seed)
+
+
+async def anext_response(deployment: Deployment) -> pb.GenerateResponse:
+    return await deployment.stub.Generate(request())
