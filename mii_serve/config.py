@@ -60,6 +60,10 @@ class DeployConfig(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1)
     grpc_port: Port = 50050
     http_port: Port = 5001
+    api_key_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     deployment_name: str = Field("mii-serve", min_length=1, max_length=64)
     max_waiting_samples: int = Field(4096, ge=1)
     max_waiting_s: float = Field(600.0, gt=0)

@@ -11,7 +11,10 @@ from mii_serve.cli.exits import ExitCode, exit_code_of, say
 from mii_serve.errors import DeadlineExceededError, MiiServeError, UnavailableError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mii_serve.client import ServerInfo
+    from mii_serve.proto.codec import Activity
 
 SERVING = "SERVING"
 UNREACHABLE = "UNREACHABLE"
@@ -56,7 +59,30 @@ def _show(target: str, health: str, info: ServerInfo | None) -> None:
     table.add_row("target", Text(target))
     for name, value in _rows(info) if info is not None else ():
         table.add_row(name, Text(value))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if info is not None and info.replicas:
+        console.print(_replica_table(info))
+
+
+def _replica_table(info: ServerInfo) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("replica", "state", "restarts", "slots", "waiting", "images", "images per call", "up for"):
+        table.add_column(name, justify="left" if name in ("replica", "state") else "right", no_wrap=True)
+    for replica in info.replicas:
+        state, activity = "ready" if replica.is_ready else "not ready", replica.activity
+        row = [str(replica.index), state, str(replica.num_restarts)]
+        if activity is not None:
+            row += [f"{activity.num_running} of {activity.max_slots}", str(activity.num_waiting), str(activity.num_images)]
+            row += [_occupancy(activity), str(timedelta(seconds=round(activity.uptime_s)))]
+        table.add_row(*row)
+    return table
+
+
+def _occupancy(activity: Activity) -> str:
+    return f"{activity.num_steps / activity.num_turns:.1f}" if activity.num_turns else "-"
 
 
 def _rows(info: ServerInfo) -> list[tuple[str, str]]:

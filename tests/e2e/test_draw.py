@@ -200,3 +200,6 @@ def test_status_shows_a_serving_deployment(deployment):
     result = run_command("status", "--target", deployment.grpc, "--json")
     assert result.returncode == 0, result.stderr
     assert "demo" in result.stdout
+    table = run_command("status", "--target", deployment.grpc).stdout
+    [row] = [line.split() for line in table.splitlines() if line.startswith("0 ")]
+    assert row[1:3] == ["ready", "0"]

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from deployments import ENDLESS, deployed, read_line, start, until
 
-from mii_serve.client import Client
+from mii_serve.client import Client, Restarted
 from mii_serve.errors import UnavailableError
 
 
@@ -65,20 +65,32 @@ def test_a_killed_front_leaves_no_process_behind():
     with deployed("demo") as running:
         replicas = running.replica_pids()
         running.process.kill()
-        until(lambda: not any(psutil.pid_exists(pid) for pid in replicas), "no orphan is left", 15)
+        until(lambda: not any(psutil.pid_exists(pid) for pid in replicas), "no orphan is left", 5)
 
 
-def test_a_killed_replica_is_noticed_and_replaced():
+def test_a_killed_replica_is_replaced_and_its_request_made_again():
     with deployed("demo") as running, Client(running.grpc) as client:
         [first] = running.replica_pids()
-        stream = client.stream("a red circle", **ENDLESS)
-        next(iter(stream))
+        stream = client.stream("a red circle", num_inference_steps=60, seed=4)
+        events = [next(stream) for _ in range(3)]
         os.kill(first, signal.SIGKILL)
-        with pytest.raises(UnavailableError):
-            stream.result()
-        until(lambda: any(pid != first for pid in running.replica_pids()), "another replica starts")
-        client.wait_ready(timeout=120)
-        assert client.generate("a red circle", num_inference_steps=1, timeout=60).images
+        events += list(stream)
+        assert [event.image_indexes for event in events if isinstance(event, Restarted)] == [(0,)]
+        assert first not in running.replica_pids()
+        again = client.generate("a red circle", num_inference_steps=60, seed=4)
+        assert stream.result().images[0].tobytes() == again.images[0].tobytes()
+        [replica] = client.server_info().replicas
+        assert (replica.is_ready, replica.num_restarts) == (True, 1)
+
+
+def test_a_replica_that_hangs_is_killed_and_replaced():
+    with deployed("demo", env={"MII_SERVE_HANG_TIMEOUT_S": "3"}) as running, Client(running.grpc) as client:
+        [first] = running.replica_pids()
+        stream = client.stream("a red circle", num_inference_steps=200, scheduler="euler")
+        next(stream)
+        os.kill(first, signal.SIGSTOP)
+        assert stream.result().images
+        assert first not in running.replica_pids()
 
 
 def test_the_address_is_open_while_the_model_loads_and_says_not_ready():
@@ -129,7 +141,7 @@ def test_a_port_in_use_ends_with_an_error_that_names_it():
         (("demo", "--engine", "reference", "--max-slots", "4"), "max_slots"),
         (("demo", "--engine", "deepspeed"), "engine"),
         (("demo", "--dtype", "fp16"), "dtype"),
-        (("demo", "--replicas", "2"), "replicas"),
+        (("demo", "--replicas", "0"), "replicas"),
         (("demo", "--tensor-parallel", "2"), "tensor_parallel"),
         (("demo", "--grpc-port", "70000"), "grpc_port"),
         (("demo", "--device", "cuda"), "device"),
