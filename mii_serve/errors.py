@@ -3,6 +3,8 @@
     MiiServeError
     ├── InvalidRequestError      the caller's parameters break a rule            INVALID_ARGUMENT     400
     ├── QueueFullError           no room now, try again later                    RESOURCE_EXHAUSTED   429
+    │   └── RateLimitedError     this API key has had its share
+    ├── UnauthenticatedError     no API key, or an unknown one                   UNAUTHENTICATED      401
     ├── DeadlineExceededError    the caller's time ran out                       DEADLINE_EXCEEDED    424
     ├── RequestCancelledError    the caller hung up                              CANCELLED            499
     ├── UnsupportedError         this server cannot do that                      UNIMPLEMENTED        501
@@ -42,8 +44,23 @@ class InvalidRequestError(MiiServeError):
 
 
 class QueueFullError(MiiServeError):
+    """`retry_after_s` is when it is worth another try, where that is known."""
+
     grpc_code = "RESOURCE_EXHAUSTED"
     http_status = 429
+
+    def __init__(self, text: str, retry_after_s: float | None = None) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimitedError(QueueFullError):
+    """The caller's API key has reached a limit of its own; other callers are not concerned."""
+
+
+class UnauthenticatedError(MiiServeError):
+    grpc_code = "UNAUTHENTICATED"
+    http_status = 401
 
 
 class DeadlineExceededError(MiiServeError):
@@ -100,7 +117,7 @@ def error_for_grpc_code(code: str, reason: str = "") -> type[MiiServeError]:
 
 
 _BY_REASON: dict[tuple[str, str], type[MiiServeError]] = {
-    (error.grpc_code, error.__name__): error for error in (EngineLostError, PoisonedRequestError)
+    (error.grpc_code, error.__name__): error for error in (EngineLostError, PoisonedRequestError, RateLimitedError)
 }
 
 
@@ -108,6 +125,7 @@ _BY_GRPC_CODE: dict[str, type[MiiServeError]] = {
     error.grpc_code: error
     for error in (
         QueueFullError,
+        UnauthenticatedError,
         DeadlineExceededError,
         RequestCancelledError,
         UnsupportedError,

@@ -15,9 +15,12 @@ from grpc_health.v1 import health_pb2_grpc
 
 from mii_serve.client.calls import (
     HEALTH_OF_ALL,
+    MAX_RETRIES,
     OPTIONS,
     RETRY_PAUSE_S,
+    Attempts,
     GenerationCalls,
+    Pairs,
     Readiness,
     cancelled_here,
     closed_client,
@@ -93,11 +96,18 @@ class AsyncClient(GenerationCalls[Coroutine[Any, Any, GenerationResult], AsyncGe
     """A connection to one server, opened by the first call and belonging to the event loop that made it.
 
     Cancelling a task that waits for `generate` cancels the request on the server. Make the client after a fork, not before.
-    Without `credentials` the connection is plain text.
+    Without `credentials` the connection is plain text; `grpc.ssl_channel_credentials` makes some.
     """
 
-    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        super().__init__(target)
+    def __init__(
+        self,
+        target: str,
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        max_retries: int = MAX_RETRIES,
+    ) -> None:
+        super().__init__(target, api_key, max_retries)
         self._credentials = credentials
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
@@ -129,16 +139,23 @@ class AsyncClient(GenerationCalls[Coroutine[Any, Any, GenerationResult], AsyncGe
                 raise
             raise cancelled_here() from error  # the client was closed under the call
 
-    async def _generate(self, request: pb.GenerateRequest, timeout: float | None) -> GenerationResult:
-        message = await self._answer(self._stub().Generate(request, timeout=timeout))
-        return await asyncio.to_thread(decode_response, message)
+    async def _generate(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> GenerationResult:
+        attempts = Attempts(self._max_retries, timeout)
+        while True:
+            try:
+                call = self._stub().Generate(request, timeout=attempts.left_s, metadata=metadata)
+                message = await self._answer(call)
+                return await asyncio.to_thread(decode_response, message)
+            except MiiServeError as error:
+                await asyncio.sleep(attempts.pause_s(error))
 
-    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerationStream:
-        return AsyncGenerationStream(self._stub().GenerateStream(request, timeout=timeout), self.target)
+    def _stream(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> AsyncGenerationStream:
+        return AsyncGenerationStream(self._stub().GenerateStream(request, timeout=timeout, metadata=metadata), self.target)
 
     async def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
         """What runs there, what it accepts and how busy it is."""
-        call = self._stub().GetServerInfo(pb.GetServerInfoRequest(), timeout=check_timeout(timeout))
+        request, bound = pb.GetServerInfoRequest(), check_timeout(timeout)
+        call = self._stub().GetServerInfo(request, timeout=bound, metadata=self._metadata)
         return decode_server_info(await self._answer(call))
 
     async def health(self, *, timeout: float | None = 10.0) -> str:

@@ -10,9 +10,12 @@ from grpc_health.v1 import health_pb2_grpc
 
 from mii_serve.client.calls import (
     HEALTH_OF_ALL,
+    MAX_RETRIES,
     OPTIONS,
     RETRY_PAUSE_S,
+    Attempts,
     GenerationCalls,
+    Pairs,
     Readiness,
     cancelled_here,
     closed_client,
@@ -84,11 +87,18 @@ class Client(GenerationCalls[GenerationResult, GenerationStream]):
     """A connection to one server, opened by the first call and shared by any number of threads.
 
     Make it after a fork, not before: a child cannot use its parent's channel, so with `multiprocessing` prefer "spawn".
-    Without `credentials` the connection is plain text.
+    Without `credentials` the connection is plain text; `grpc.ssl_channel_credentials` makes some.
     """
 
-    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        super().__init__(target)
+    def __init__(
+        self,
+        target: str,
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        max_retries: int = MAX_RETRIES,
+    ) -> None:
+        super().__init__(target, api_key, max_retries)
         if credentials is None:
             self._channel = grpc.insecure_channel(target, OPTIONS)
         else:
@@ -97,9 +107,17 @@ class Client(GenerationCalls[GenerationResult, GenerationStream]):
         self._health_stub: Any = health_pb2_grpc.HealthStub(self._channel)
         self._closed = False
 
-    def _generate(self, request: pb.GenerateRequest, timeout: float | None) -> GenerationResult:
+    def _generate(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> GenerationResult:
+        attempts = Attempts(self._max_retries, timeout)
+        while True:
+            try:
+                return self._generate_once(request, attempts.left_s, metadata)
+            except MiiServeError as error:
+                time.sleep(attempts.pause_s(error))
+
+    def _generate_once(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> GenerationResult:
         self._check_open()
-        call = self._stub.Generate.future(request, timeout=timeout)
+        call = self._stub.Generate.future(request, timeout=timeout, metadata=metadata)
         try:
             message = call.result()
         except grpc.FutureCancelledError as error:
@@ -110,15 +128,16 @@ class Client(GenerationCalls[GenerationResult, GenerationStream]):
             call.cancel()  # no answer: an interrupt; the server should not go on
         return decode_response(message)
 
-    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> GenerationStream:
+    def _stream(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> GenerationStream:
         self._check_open()
-        return GenerationStream(self._stub.GenerateStream(request, timeout=timeout), self.target)
+        return GenerationStream(self._stub.GenerateStream(request, timeout=timeout, metadata=metadata), self.target)
 
     def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
         """What runs there, what it accepts and how busy it is."""
         self._check_open()
         try:
-            message = self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=check_timeout(timeout))
+            request, bound = pb.GetServerInfoRequest(), check_timeout(timeout)
+            message = self._stub.GetServerInfo(request, timeout=bound, metadata=self._metadata)
         except grpc.RpcError as error:
             raise typed_error(error, self.target) from error
         return decode_server_info(message)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from abc import ABC, abstractmethod
 from typing import Generic, TypeVar, cast
 
@@ -14,10 +16,12 @@ from mii_serve.errors import (
     ConfigError,
     DeadlineExceededError,
     MiiServeError,
+    QueueFullError,
     RequestCancelledError,
     UnavailableError,
 )
 from mii_serve.proto.codec import CHANNEL_OPTIONS
+from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, check_idempotency_key
 from mii_serve.proto.status import STATUS_DETAILS_KEY, Metadata, decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 
@@ -27,6 +31,13 @@ StreamT = TypeVar("StreamT")
 RETRY_PAUSE_S = 0.2
 """Between two looks at a server that is not ready yet."""
 
+MAX_RETRIES = 2
+FIRST_BACKOFF_S = 0.2
+LONGEST_PAUSE_S = 60.0
+"""A server that wants a longer pause than this is full, which the caller should know."""
+
+Pairs = tuple[tuple[str, str], ...]
+
 OPTIONS: tuple[tuple[str, str | int], ...] = (
     *CHANNEL_OPTIONS,
     ("grpc.primary_user_agent", f"mii_serve/{__version__}"),
@@ -35,16 +46,25 @@ OPTIONS: tuple[tuple[str, str | int], ...] = (
     # gRPC's own back-off grows to two minutes, far longer than a server takes to come back.
     ("grpc.initial_reconnect_backoff_ms", 250),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    # A server whose machine is gone without a word is noticed while a call waits for it.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
 )
 
 
 class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
     """The two ways to ask for pictures, with diffusers' names. What is left out gets the model's own defaults."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, api_key: str | None = None, max_retries: int = 0) -> None:
         if not isinstance(target, str) or not target or target.startswith(("http://", "https://", "grpc://")):
             raise ConfigError("target", f"must be HOST:PORT or a gRPC target, got {target!r}")
         self.target = target
+        self._max_retries = _checked_retries(max_retries)
+        self._metadata: Pairs = ()
+        if api_key is not None:
+            if not api_key or not api_key.isascii() or not api_key.isprintable():
+                raise ConfigError("api_key", "must be printable ASCII text")
+            self._metadata = (("authorization", f"Bearer {api_key}"),)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.target!r})"
@@ -65,9 +85,14 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
         quality: int | None = None,
         embed_metadata: bool = False,
         priority: PriorityName | None = None,
+        idempotency_key: str | None = None,
         timeout: float | None = None,
     ) -> AnswerT:
         """Make the pictures of one prompt. `timeout` is in seconds; without one, the call waits for as long as it takes.
+
+        It is made again, as often as the client's `max_retries` and within `timeout`, where the server was not reached, was
+        lost, or had no room and said when it will. For ten minutes the same request with the same `idempotency_key` has the
+        same answer and is worked on once.
 
         Raises:
             InvalidRequestError: naming the field and the rule it breaks.
@@ -90,7 +115,7 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
             embed_metadata=embed_metadata,
             priority=priority,
         )
-        return self._generate(request, check_timeout(timeout))
+        return self._generate(request, check_timeout(timeout), self._metadata_for(idempotency_key))
 
     def stream(
         self,
@@ -109,9 +134,10 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
         embed_metadata: bool = False,
         priority: PriorityName | None = None,
         preview_every: int | None = None,
+        idempotency_key: str | None = None,
         timeout: float | None = None,
     ) -> StreamT:
-        """`generate`, told as events while it happens. The errors come from the iteration.
+        """`generate`, told as events while it happens. The errors come from the iteration; nothing is made again by itself.
 
         With `preview_every`, an unfinished image is shown after every so many UNet calls, less often on a busy server.
         """
@@ -131,13 +157,62 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
             priority=priority,
             preview_every=preview_every,
         )
-        return self._stream(request, check_timeout(timeout))
+        return self._stream(request, check_timeout(timeout), self._metadata_for(idempotency_key))
 
     @abstractmethod
-    def _generate(self, request: pb.GenerateRequest, timeout: float | None) -> AnswerT: ...
+    def _generate(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> AnswerT: ...
 
     @abstractmethod
-    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> StreamT: ...
+    def _stream(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> StreamT: ...
+
+    def _metadata_for(self, idempotency_key: str | None) -> Pairs:
+        if idempotency_key is None:
+            return self._metadata
+        return (*self._metadata, (IDEMPOTENCY_KEY, check_idempotency_key(idempotency_key)))
+
+
+def _checked_retries(max_retries: int) -> int:
+    if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
+        raise ConfigError("max_retries", f"must be a whole number, 0 or more, got {max_retries!r}")
+    return max_retries
+
+
+class Attempts:
+    """How often one call is made, and with how much time.
+
+    Only what did no harm is tried again: a picture is a function of its parameters, so a call whose answer was lost may be
+    repeated, and a server without room may be asked when it said it will have some.
+    """
+
+    def __init__(self, max_retries: int, timeout: float | None) -> None:
+        self._num_left = max_retries
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._backoff_s = FIRST_BACKOFF_S
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds for the next attempt."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def pause_s(self, error: MiiServeError) -> float:
+        """How long to wait before the next attempt.
+
+        Raises:
+            MiiServeError: the same error, where there is to be none.
+        """
+        if isinstance(error, QueueFullError) and error.retry_after_s is not None:
+            pause_s = error.retry_after_s
+        elif isinstance(error, UnavailableError):
+            pause_s = self._backoff_s
+            self._backoff_s *= 2
+        else:
+            raise error
+        pause_s *= random.uniform(1.0, 1.25)  # those who were refused together do not come back together
+        left_s = self.left_s
+        if self._num_left == 0 or pause_s > (LONGEST_PAUSE_S if left_s is None else min(left_s, LONGEST_PAUSE_S)):
+            raise error
+        self._num_left -= 1
+        return pause_s
 
 
 def typed_error(error: grpc.RpcError, target: str) -> MiiServeError:

@@ -1,4 +1,4 @@
-"""Server side of every gRPC call: a request id for each, and the one place where errors become statuses."""
+"""Server side of every gRPC call: a request id for each, the gate, and the one place where errors become statuses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +22,43 @@ logger = logging.getLogger(__name__)
 REQUEST_ID_KEY = "x-request-id"
 CLIENT_ID_KEY = "x-client-id"
 """On whose behalf a call is made. Callers share a busy server fairly; without it, each connection is a caller."""
+IDEMPOTENCY_KEY = "x-idempotency-key"
+"""A caller's own name for a piece of work: the same name is worked on once and answered alike."""
 _REQUEST_ID = re.compile(r"[!-~]{1,100}( [0-9]+)?")
 """The number is not for callers: the front writes it where it parts a request between replicas."""
 
+
+def check_idempotency_key(key: str) -> str:
+    """The key, if it is one.
+
+    Raises:
+        InvalidRequestError: it breaks the rule.
+    """
+    if not isinstance(key, str) or not re.fullmatch(r"[!-~]{1,100}", key):
+        raise InvalidRequestError(IDEMPOTENCY_KEY, "must be 1 to 100 printable ASCII characters without spaces")
+    return key
+
+
 current_request_id: ContextVar[str] = ContextVar("current_request_id", default="-")
+current_key_name: ContextVar[str | None] = ContextVar("current_key_name", default=None)
+"""Which API key the call came with; None where the server wants none."""
+
+Gate = Callable[[str, Mapping[str, str]], AbstractContextManager[str | None]]
+"""Given a call's method and metadata, lets it in while the block runs, and names its API key; or raises a `MiiServeError`."""
+
+
+def open_gate(method: str, metadata: Mapping[str, str]) -> AbstractContextManager[str | None]:
+    return contextlib.nullcontext()
+
 
 if TYPE_CHECKING:  # grpc's classes are generic in their type stubs only
     Handler = grpc.RpcMethodHandler[Any, Any] | None
     Context = grpc.aio.ServicerContext[Any, Any]
 else:
     Handler, Context = grpc.RpcMethodHandler, grpc.aio.ServicerContext
+
+
+Entrance = Callable[[Context], AbstractAsyncContextManager[None]]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -40,6 +68,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     the caller, the traceback for the log.
     """
 
+    def __init__(self, gate: Gate = open_gate) -> None:
+        self._gate = gate
+
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
     ) -> Handler:
@@ -47,12 +78,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not details.method.startswith("/mii_serve."):
             return handler
         metadata = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
-        asked_id = metadata.get(REQUEST_ID_KEY)
+
+        def entered(context: Context) -> AbstractAsyncContextManager[None]:
+            return _entered(context, metadata.get(REQUEST_ID_KEY), self._gate(details.method, metadata))
+
         parse = _checked_parser(handler.request_deserializer)
         if handler.response_streaming:
-            call = _wrap_stream(handler.unary_stream, parse, asked_id)
+            call = _wrap_stream(handler.unary_stream, parse, entered)
             return grpc.unary_stream_rpc_method_handler(call, None, handler.response_serializer)
-        call = _wrap_unary(handler.unary_unary, parse, asked_id)
+        call = _wrap_unary(handler.unary_unary, parse, entered)
         return grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
 
 
@@ -68,18 +102,18 @@ def _checked_parser(parse: Any) -> Callable[[bytes], Any]:
     return checked
 
 
-def _wrap_unary(method: Any, parse: Callable[[bytes], Any], asked_id: str | None) -> Any:
+def _wrap_unary(method: Any, parse: Callable[[bytes], Any], entered: Entrance) -> Any:
     async def call(wire: bytes, context: Context) -> Any:
-        async with _translated_errors(context, asked_id):
+        async with entered(context):
             return await method(parse(wire), context)
 
     return call
 
 
-def _wrap_stream(method: Any, parse: Callable[[bytes], Any], asked_id: str | None) -> Any:
+def _wrap_stream(method: Any, parse: Callable[[bytes], Any], entered: Entrance) -> Any:
     # Not a generator: a call cancelled in the middle of a write closes the messages here, and not when the collector comes.
     async def call(wire: bytes, context: Context) -> None:
-        async with _translated_errors(context, asked_id), contextlib.aclosing(method(parse(wire), context)) as messages:
+        async with entered(context), contextlib.aclosing(method(parse(wire), context)) as messages:
             async for message in messages:
                 await context.write(message)
 
@@ -87,14 +121,16 @@ def _wrap_stream(method: Any, parse: Callable[[bytes], Any], asked_id: str | Non
 
 
 @contextlib.asynccontextmanager
-async def _translated_errors(context: Context, asked_id: str | None) -> AsyncIterator[None]:
+async def _entered(context: Context, asked_id: str | None, gate: AbstractContextManager[str | None]) -> AsyncIterator[None]:
     request_id = asked_id if asked_id is not None and _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex
     current_request_id.set(request_id)
     try:
         if asked_id not in (None, request_id):
             raise InvalidRequestError(REQUEST_ID_KEY, "must be 1 to 100 printable ASCII characters without spaces")
         await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
-        yield
+        with gate as key_name:
+            current_key_name.set(key_name)
+            yield
     except MiiServeError as error:
         code, text, trailing = encode_error(error)
         await context.abort(code, text, trailing)

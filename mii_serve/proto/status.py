@@ -1,6 +1,7 @@
 """Errors on the wire: a `google.rpc.Status` whose details name the field and the rule.
 
-The rich error model is https://google.aip.dev/193: BadRequest carries the violated rule, ErrorInfo the error's class name.
+The rich error model is https://google.aip.dev/193: BadRequest carries the violated rule, ErrorInfo the error's class name,
+RetryInfo when to try again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from mii_serve.errors import InvalidRequestError, MiiServeError, error_for_grpc_code
+from mii_serve.errors import InvalidRequestError, MiiServeError, QueueFullError, error_for_grpc_code
 
 ERROR_DOMAIN = "mii_serve"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
@@ -28,6 +29,10 @@ def encode_error(error: MiiServeError) -> tuple[grpc.StatusCode, str, tuple[tupl
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
         details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
+    if isinstance(error, QueueFullError) and error.retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(_packed(retry))
     number = code_pb2.Code.Value(error.grpc_code)
     status = status_pb2.Status(code=number, message=str(error), details=details)
     return grpc.StatusCode[error.grpc_code], str(error), ((STATUS_DETAILS_KEY, status.SerializeToString()),)
@@ -42,7 +47,11 @@ def decode_error(code: grpc.StatusCode, text: str, trailing: Metadata | None) ->
             return InvalidRequestError(violation.field, rule)
         return InvalidRequestError("request", text)
     reason = _unpacked(details, error_details_pb2.ErrorInfo()).reason
-    return error_for_grpc_code(code.name, reason)(text or code.name)
+    error = error_for_grpc_code(code.name, reason)(text or code.name)
+    if isinstance(error, QueueFullError):
+        retry = _unpacked(details, error_details_pb2.RetryInfo())
+        error.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
+    return error
 
 
 def _packed(message: Message) -> any_pb2.Any:

@@ -19,6 +19,9 @@ from mii_serve.scheduler.line import Line, Waiting
 from mii_serve.scheduler.pace import Pace, Shape
 from mii_serve.types import EngineCapacity, Request, Sample, SampleId, SampleProgress, StepPlan
 
+SHORTEST_RETRY_S = 0.1
+"""Where nothing was measured yet, too: soon enough not to lose a turn, late enough not to hammer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -78,12 +81,18 @@ class Scheduler:
         """
         count, free = request.params.num_images_per_prompt, self._capacity.max_slots - len(self._running)
         if len(self._line) + count > self._max_waiting_samples + max(0, free):
-            raise QueueFullError(f"{len(self._line)} images are waiting already, at most {self._max_waiting_samples} may")
+            raise QueueFullError(
+                f"{len(self._line)} images are waiting already, at most {self._max_waiting_samples} may",
+                self._until_fewer(len(self._line) + count - self._max_waiting_samples),
+            )
         entries = self._line.entries_for(request)
         position = self._position(self._line.ahead_of(entries[0]))
         wait_s = position.estimated_wait_s or 0.0
         if wait_s > self._max_waiting_s:
-            raise QueueFullError(f"the line is {wait_s:.0f} s long already, at most {self._max_waiting_s:g} s it may be")
+            raise QueueFullError(
+                f"the line is {wait_s:.0f} s long already, at most {self._max_waiting_s:g} s it may be",
+                max(SHORTEST_RETRY_S, wait_s - self._max_waiting_s),
+            )
         if request.deadline is not None:
             self._refuse_if_hopeless(request, wait_s, request.deadline - now)
             self._deadlines[request.id] = request.deadline
@@ -211,6 +220,11 @@ class Scheduler:
             return Position(len(ahead), None)
         calls = min((r.request.num_calls - r.step for r in self._running.values()), default=0) if next_end else 0
         return Position(len(ahead), wait_s + calls * interval_s)
+
+    def _until_fewer(self, count: int) -> float:
+        """When about so many of those who wait will have started, for the caller who is refused to come again."""
+        whole_s = self._pace.seconds_for(sum(waiting.work for waiting in self._line.all())) or 0.0
+        return max(SHORTEST_RETRY_S, whole_s * min(1.0, count / max(1, len(self._line))))
 
     def _refuse_if_hopeless(self, request: Request, wait_s: float, left_s: float) -> None:
         """An idle engine goes by the fastest turn it has ever made, so that one slow turn cannot lock everybody out."""

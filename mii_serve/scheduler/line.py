@@ -94,16 +94,20 @@ class Line:
             self._last_tag[flow] = entries[0].tag - entries[0].work / WEIGHTS[flow[1]]
         self._forget_past(flow)
         if len(self._heap) > 2 * self._count + 64:
-            self._heap = [entry for entry in self._heap if not entry.is_gone]
+            self._heap = self.all()
             heapq.heapify(self._heap)
         self._reset_if_empty()
 
+    def all(self) -> list[Waiting]:
+        """In no order."""
+        return [entry for entry in self._heap if not entry.is_gone]
+
     def ahead_of(self, newcomer: Waiting) -> list[Waiting]:
-        return [entry for entry in self._heap if not entry.is_gone and entry < newcomer]
+        return [entry for entry in self.all() if entry < newcomer]
 
     def firsts(self) -> list[tuple[str, list[Waiting]]]:
         """Each waiting request, and who is before its first image."""
-        order = sorted(entry for entry in self._heap if not entry.is_gone)
+        order = sorted(self.all())
         seen: dict[str, list[Waiting]] = {}
         for index, entry in enumerate(order):
             if entry.sample.id.request_id not in seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import signal
 from collections.abc import Callable, Sequence
@@ -15,10 +16,12 @@ from mii_serve.config import DeployConfig
 from mii_serve.errors import ConfigError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server.front import GrpcFront, bracketed
+from mii_serve.server.keys import KeyRing
 from mii_serve.server.placement import place
 from mii_serve.server.router import Router
 from mii_serve.server.service import FrontService
 from mii_serve.server.supervisor import ReplicaSupervisor
+from mii_serve.server.tls import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +42,9 @@ class _StopRequests:
         self.drain, self.at_once = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_stop)
 
-    def _on_signal(self) -> None:
+    def _on_stop(self) -> None:
         (self.at_once if self.drain.is_set() else self.drain).set()
 
 
@@ -77,7 +80,12 @@ async def _deploy(config: DeployConfig, listener: Listener) -> int:
     environments = place(config)
     stop = _StopRequests()
     service = FrontService(Router(config.replicas, patience_s=config.replica_wait_s))
-    front = GrpcFront(service)
+    tls, keys = Tls.of(config), KeyRing(config.api_key_file)
+    front = GrpcFront(service, gate=keys.gate, tls=tls)
+    if config.api_key_file is not None or tls is not None:
+        _reload_on_sighup(keys, tls)
+    if not _is_loopback(config.host):
+        _warn_of_what_is_open(config)
     async with listener.open_http(config, service) as http:
         address = f"{bracketed(config.host)}:{await front.listen(config.host, config.grpc_port)}"
         listener.on_listening(address)
@@ -107,6 +115,31 @@ async def _deploy(config: DeployConfig, listener: Listener) -> int:
             for supervisor in supervisors:
                 await service.detach(supervisor.index)
     return 0
+
+
+def _reload_on_sighup(keys: KeyRing, tls: Tls | None) -> None:
+    def reload() -> None:
+        keys.reload()
+        if tls is not None:
+            tls.reload()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+
+
+def _warn_of_what_is_open(config: DeployConfig) -> None:
+    if config.api_key_file is None and config.tls_client_ca is None:
+        logger.warning("whoever reaches %s may make pictures; see --api-key-file and --tls-client-ca", config.host)
+    if config.tls_cert is None:
+        logger.warning("prompts, pictures and API keys reach %s in plain text; see --tls-cert", config.host)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 async def _follow(

@@ -10,24 +10,33 @@ from grpc_reflection.v1alpha import reflection
 
 from mii_serve.errors import ConfigError
 from mii_serve.proto.codec import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
-from mii_serve.proto.interceptor import CallInterceptor
+from mii_serve.proto.interceptor import CallInterceptor, Gate, open_gate
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import add_ImageGenerationServicer_to_server
 from mii_serve.server.service import FrontService
+from mii_serve.server.tls import Tls
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name
 _SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server behind the same door
+    # A client whose machine is gone without a word is noticed within a minute, and its slots are freed.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients may ping as often as every ten seconds; gRPC's own bound, five minutes, hangs up on those behind a strict proxy.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 
 
 class GrpcFront:
     """The public gRPC server. Listens at once; SERVING only while `set_serving` says so."""
 
-    def __init__(self, service: FrontService) -> None:
-        self._server = grpc.aio.server(interceptors=(CallInterceptor(),), options=_SERVER_OPTIONS)
+    def __init__(self, service: FrontService, *, gate: Gate = open_gate, tls: Tls | None = None) -> None:
+        """Health and reflection are open to all; the gate is for what costs something. Without `tls` it is plain text."""
+        self._tls = tls
+        self._server = grpc.aio.server(interceptors=(CallInterceptor(gate),), options=_SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         add_ImageGenerationServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -41,7 +50,11 @@ class GrpcFront:
         """
         await self.set_serving(False)
         try:
-            bound = self._server.add_insecure_port(f"{bracketed(host)}:{port}")
+            address = f"{bracketed(host)}:{port}"
+            if self._tls is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, self._tls.grpc_credentials())
         except RuntimeError as error:
             raise ConfigError("grpc_port", f"cannot listen on {bracketed(host)}:{port}; is it in use?") from error
         await self._server.start()

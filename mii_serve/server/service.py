@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
@@ -12,9 +13,18 @@ import grpc
 
 from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.proto.codec import decode_request, gather_response
-from mii_serve.proto.interceptor import CLIENT_ID_KEY, REQUEST_ID_KEY, Context, current_request_id
+from mii_serve.proto.interceptor import (
+    CLIENT_ID_KEY,
+    IDEMPOTENCY_KEY,
+    REQUEST_ID_KEY,
+    Context,
+    check_idempotency_key,
+    current_key_name,
+    current_request_id,
+)
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer
+from mii_serve.server.answers import Answers
 from mii_serve.server.link import Loss, ReplicaLink
 from mii_serve.server.router import Call, Router
 from mii_serve.types import Capabilities, draw_seed
@@ -28,6 +38,7 @@ class FrontService(ImageGenerationServicer):
     def __init__(self, router: Router | None = None) -> None:
         self._router = router or Router()
         self._capabilities: Capabilities | None = None
+        self._answers = Answers()
         self._is_draining = False
         self._active: set[str] = set()
         self._idle = asyncio.Event()
@@ -72,9 +83,20 @@ class FrontService(ImageGenerationServicer):
             deadline=None if left_s is None else time.monotonic() + left_s,
         )
         with self._counted(call.request_id):
-            async with contextlib.aclosing(self._router.events(call)) as events:
+            async with contextlib.aclosing(self._made(call, request, context)) as events:
                 async for event in events:
                     yield event
+
+    def _made(self, call: Call, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:
+        """The call's events; of the first call, where its idempotency key has been seen."""
+        key = dict(context.invocation_metadata() or ()).get(IDEMPOTENCY_KEY)
+        if key is None:
+            return self._router.events(call)
+        if call.output.preview_every is not None:
+            raise InvalidRequestError("output.preview_every", f"cannot go with {IDEMPOTENCY_KEY}: previews are not kept")
+        name = call.client if current_key_name.get() is not None else ""
+        fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        return self._answers.events((name, check_idempotency_key(str(key))), fingerprint, lambda: self._router.events(call))
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         if request.output.HasField("preview_every"):
@@ -117,7 +139,9 @@ class FrontService(ImageGenerationServicer):
 
 
 def _client_id(context: Context) -> str:
-    """Whom the caller names, a gateway for example; else the connection."""
+    """The API key; where the server wants none, whom the caller names, a gateway for example; else the connection."""
+    if (key_name := current_key_name.get()) is not None:
+        return f"key {key_name}"
     named = str(dict(context.invocation_metadata() or ()).get(CLIENT_ID_KEY) or "")
     return f"named {named}" if named else f"peer {context.peer()}"
 

@@ -15,13 +15,14 @@ import pytest
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import EngineError
 from mii_serve.proto.codec import CHANNEL_OPTIONS
-from mii_serve.proto.interceptor import CallInterceptor
+from mii_serve.proto.interceptor import CallInterceptor, Gate, open_gate
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub, add_ImageGenerationServicer_to_server
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import ReplicaService
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.router import Router
 from mii_serve.server.service import FrontService
+from mii_serve.server.tls import Tls
 
 
 @dataclass
@@ -53,7 +54,9 @@ class RunningServer:
 
 
 @contextlib.asynccontextmanager
-async def running_server(folder: Path, engine: FakeEngine, *, max_waiting_samples: int = 8) -> AsyncIterator[RunningServer]:
+async def running_server(
+    folder: Path, engine: FakeEngine, *, max_waiting_samples: int = 8, gate: Gate = open_gate, tls: Tls | None = None
+) -> AsyncIterator[RunningServer]:
     engine_thread = ThreadPoolExecutor(1)
     loop = ReplicaLoop(engine, engine_thread, max_waiting_samples=max_waiting_samples)
     turns = asyncio.create_task(loop.run())
@@ -63,7 +66,7 @@ async def running_server(folder: Path, engine: FakeEngine, *, max_waiting_sample
     replica_server.add_insecure_port(f"unix:{socket}")
     await replica_server.start()
     service = FrontService(Router(patience_s=1.0))
-    front = GrpcFront(service)
+    front = GrpcFront(service, gate=gate, tls=tls)
     target = f"127.0.0.1:{await front.listen('127.0.0.1', 0)}"
     await service.attach(socket)
     await front.set_serving(True)
