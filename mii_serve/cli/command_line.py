@@ -9,10 +9,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_serve import __version__
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, say
+
+if TYPE_CHECKING:
+    from mii_serve.cli.connection import Connection
 
 DEFAULT_TARGET = "127.0.0.1:50050"
 ENGINES = "{auto,reference,native,deepspeed}"
@@ -135,6 +138,7 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
         help="write the parameters into the file; PNG only, where it is the default",
     )
     add("--json", action="store_true", help="print one JSON object instead of paths")
+    _add_tls_flags(parser)
 
 
 def _add_status_flags(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +146,20 @@ def _add_status_flags(parser: argparse.ArgumentParser) -> None:
     add("--target", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"the server to look at, default {DEFAULT_TARGET}")
     add("--timeout", type=float, default=5.0, metavar="SECONDS", help="give up after this long, default 5")
     add("--json", action="store_true", help="print one JSON object instead of a table")
+    _add_tls_flags(parser)
+
+
+def _add_tls_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a server that wants more", "An API key is taken from MII_SERVE_API_KEY.")
+    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="speak TLS, and trust certificates signed by these")
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate to show to the server")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
+
+
+def _connection(values: dict[str, Any]) -> Connection:
+    from mii_serve.cli.connection import Connection
+
+    return Connection(**{name: values[name] for name in ("target", "tls_ca", "tls_cert", "tls_key")})
 
 
 def _deploy(values: dict[str, Any]) -> int:
@@ -159,7 +177,7 @@ def _generate(values: dict[str, Any]) -> int:
         RequestedParams(**{name: values[name] for name in RequestedParams.__dataclass_fields__}),
         output=values["output"],
         embed_metadata=values["embed_metadata"],
-        target=values["target"],
+        connection=None if values["target"] is None else _connection(values),
         flags={name: values[name] for name in ("model", "engine", "dtype") if name in values},
         timeout=values["timeout"],
         is_json=values["json"],
@@ -169,7 +187,7 @@ def _generate(values: dict[str, Any]) -> int:
 def _status(values: dict[str, Any]) -> int:
     from mii_serve.cli.status import run
 
-    return run(values["target"], timeout=values["timeout"], is_json=values["json"])
+    return run(_connection(values), timeout=values["timeout"], is_json=values["json"])
 
 
 _COMMANDS = {"deploy": _deploy, "generate": _generate, "status": _status}

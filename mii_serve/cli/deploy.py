@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mii_serve.config import DeployConfig
     from mii_serve.server.deploy import Ready
     from mii_serve.server.service import FrontService
+    from mii_serve.server.tls import Tls
 
 EXAMPLE_PROMPT = "a red circle on a blue background"
 HTTP_PACKAGES = ("starlette", "uvicorn")
@@ -56,7 +57,7 @@ def _tell_ready(ready: Ready) -> None:
     print(f"ready grpc={ready.grpc} http={ready.http}", flush=True)
 
 
-def _open_http(config: DeployConfig, service: FrontService) -> AbstractAsyncContextManager[str | None]:
+def _open_http(config: DeployConfig, service: FrontService, tls: Tls | None) -> AbstractAsyncContextManager[str | None]:
     try:
         from mii_serve.gateway.app import serve_http
     except ModuleNotFoundError as error:
@@ -64,7 +65,7 @@ def _open_http(config: DeployConfig, service: FrontService) -> AbstractAsyncCont
             raise
         say("HTTP is off: it needs the extra mii-serve[http]")
         return _no_http()
-    return serve_http(config, service)
+    return serve_http(config, service, tls)
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii_serve import __version__
+from mii_serve.cli.connection import Connection
 from mii_serve.cli.exits import ExitCode, say
 from mii_serve.cli.files import check_output, output_paths, write_all
 from mii_serve.errors import DeadlineExceededError, InvalidRequestError
@@ -27,7 +28,7 @@ def run(
     *,
     output: Path,
     embed_metadata: bool | None,
-    target: str | None,
+    connection: Connection | None,
     flags: dict[str, Any],
     timeout: float | None,
     is_json: bool,
@@ -40,15 +41,15 @@ def run(
     image_format = check_output(output)
     embed = image_format is ImageFormat.PNG if embed_metadata is None else embed_metadata
     options = OutputOptions.checked(format=image_format, quality=None, embed_metadata=embed)
-    if target is not None and flags:
+    if connection is not None and flags:
         name = next(iter(flags))
         raise InvalidRequestError(f"--{name}", "is the server's choice and cannot be combined with --target")
 
     is_quiet = is_json or not sys.stderr.isatty()
-    if target is None:
+    if connection is None:
         result = _make_here(asked, options, flags, timeout, is_quiet=is_quiet, is_json=is_json)
     else:
-        result = _ask(target, asked, options, timeout, is_quiet=is_quiet)
+        result = _ask(connection, asked, options, timeout, is_quiet=is_quiet)
 
     paths = output_paths(output, len(result.encoded))
     write_all(paths, result.encoded)
@@ -57,12 +58,10 @@ def run(
 
 
 def _ask(
-    target: str, asked: RequestedParams, options: OutputOptions, timeout: float | None, *, is_quiet: bool
+    connection: Connection, asked: RequestedParams, options: OutputOptions, timeout: float | None, *, is_quiet: bool
 ) -> GenerationResult:
-    from mii_serve.client import Client
-
     with (
-        Client(target) as client,
+        connection.open() as client,
         client.stream(
             asked.prompt,
             negative_prompt=asked.negative_prompt,

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from mii_serve.cli.connection import Connection
 from mii_serve.cli.exits import ExitCode, exit_code_of, say
 from mii_serve.errors import DeadlineExceededError, MiiServeError, UnavailableError
 
@@ -20,12 +21,11 @@ SERVING = "SERVING"
 UNREACHABLE = "UNREACHABLE"
 
 
-def run(target: str, *, timeout: float, is_json: bool) -> int:
+def run(connection: Connection, *, timeout: float, is_json: bool) -> int:
     """Show the server and return the exit code."""
-    from mii_serve.client import Client
-
+    target = connection.target
     health, info, failure = UNREACHABLE, None, None
-    with Client(target) as client:
+    with connection.open() as client:
         try:
             health = client.health(timeout=timeout)
             info = client.server_info(timeout=timeout)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -15,6 +17,7 @@ from starlette.routing import Route
 from mii_serve.config import DeployConfig
 from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.service import FrontService
+from mii_serve.server.tls import Tls
 
 
 def build_app(is_ready: Callable[[], bool]) -> Starlette:
@@ -40,16 +43,32 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _encrypted(tls: Tls) -> dict[str, Any]:
+    needs_client = ssl.CERT_NONE if tls.client_ca is None else ssl.CERT_REQUIRED
+    return {
+        "ssl_certfile": tls.cert,
+        "ssl_keyfile": tls.key,
+        "ssl_ca_certs": None if tls.client_ca is None else str(tls.client_ca),
+        "ssl_cert_reqs": needs_client,
+    }
+
+
 @contextlib.asynccontextmanager
-async def serve_http(config: DeployConfig, service: FrontService) -> AsyncIterator[str]:
-    """Serve while the block runs; gives HOST:PORT.
+async def serve_http(config: DeployConfig, service: FrontService, tls: Tls | None = None) -> AsyncIterator[str]:
+    """Serve while the block runs; gives HOST:PORT. Without `tls` it is plain text.
 
     Raises:
         ConfigError: the address cannot be bound.
     """
     listener = bind_tcp("http_port", config.host, config.http_port)
     app = build_app(lambda: service.is_ready)
-    server = _Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, lifespan="off"))
+    settings = uvicorn.Config(
+        app, log_config=None, log_level="warning", access_log=False, lifespan="off", **({} if tls is None else _encrypted(tls))
+    )
+    settings.load()
+    if tls is not None and settings.ssl is not None:
+        tls.keep_fresh(settings.ssl)
+    server = _Server(settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield f"{bracketed(config.host)}:{listener.getsockname()[1]}"

@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 def main() -> int:
     # Ctrl-C in a terminal reaches the whole process group; only the parent acts on it, and then tells us by SIGTERM.
+    # SIGHUP tells the parent to read its keys again; a terminal that goes away ends the parent, and so us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()

@@ -58,7 +58,7 @@ class Listener:
 
     on_listening: Callable[[str], None]
     on_ready: Callable[[Ready], None]
-    open_http: Callable[[DeployConfig, FrontService], AbstractAsyncContextManager[str | None]]
+    open_http: Callable[[DeployConfig, FrontService, Tls | None], AbstractAsyncContextManager[str | None]]
 
 
 def run_deployment(config: DeployConfig, listener: Listener) -> int:
@@ -86,7 +86,7 @@ async def _deploy(config: DeployConfig, listener: Listener) -> int:
         _reload_on_sighup(keys, tls)
     if not _is_loopback(config.host):
         _warn_of_what_is_open(config)
-    async with listener.open_http(config, service) as http:
+    async with listener.open_http(config, service, tls) as http:
         address = f"{bracketed(config.host)}:{await front.listen(config.host, config.grpc_port)}"
         listener.on_listening(address)
 

@@ -36,6 +36,7 @@ class Tls:
         self.cert, self.key, self.client_ca = cert, key, client_ca
         self._material = self._read()
         self._is_new = False
+        self._contexts: list[ssl.SSLContext] = []
 
     @classmethod
     def of(cls, config: DeployConfig) -> Tls | None:
@@ -62,7 +63,13 @@ class Tls:
             logger.error("the certificate stays as it was: %s", error)
         else:
             self._is_new = True
+            for context in self._contexts:
+                context.load_cert_chain(self.cert, self.key)
             logger.info("the certificate was read again")
+
+    def keep_fresh(self, context: ssl.SSLContext) -> None:
+        """Let `reload` renew this context's certificate too."""
+        self._contexts.append(context)
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """For one gRPC server, which asks at each handshake whether there is something new."""

@@ -1,0 +1,58 @@
+"""How the commands reach a server that wants an API key or speaks TLS."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mii_serve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mii_serve.client import Client
+
+API_KEY_VARIABLE = "MII_SERVE_API_KEY"
+"""Not a flag: every user of a machine can read its command lines."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """A target, and the files for TLS to it: whom to trust, and who we are where the server asks."""
+
+    target: str
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    def open(self) -> Client:
+        """A client for this server, with the API key of the environment.
+
+        Raises:
+            ConfigError: naming the flag whose file cannot be used.
+        """
+        import grpc
+
+        from mii_serve.client import Client
+
+        credentials = None
+        if (self.tls_cert is None) is not (self.tls_key is None):
+            raise ConfigError("--tls-cert", "and --tls-key go together")
+        if self.tls_cert is not None and self.tls_ca is None:
+            raise ConfigError("--tls-ca", "is needed for TLS: whose certificate the server's is signed by")
+        if self.tls_ca is not None:
+            roots, key, chain = (_bytes(*file) for file in self._files())
+            credentials = grpc.ssl_channel_credentials(roots, key, chain)
+        return Client(self.target, credentials=credentials, api_key=os.environ.get(API_KEY_VARIABLE) or None)
+
+    def _files(self) -> tuple[tuple[str, Path | None], ...]:
+        return ("--tls-ca", self.tls_ca), ("--tls-key", self.tls_key), ("--tls-cert", self.tls_cert)
+
+
+def _bytes(flag: str, file: Path | None) -> bytes | None:
+    if file is None:
+        return None
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(flag, f"cannot read {file}: {error.strerror}") from None

@@ -1,0 +1,95 @@
+"""A deployment with TLS and API keys, used as its operator would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import trustme
+from deployments import Deployment, deployed, until
+
+KEY, NEW_KEY = "studio-key-0123456789", "second-key-0123456789"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("secured")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    for name in ("localhost", "client"):
+        issued = authority.issue_cert(name)
+        issued.private_key_and_cert_chain_pem.write_to_path(str(folder / f"{name}.pem"))
+    (folder / "keys").write_text(f"{KEY} name=studio\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secured(folder):
+    pair = folder / "localhost.pem"
+    flags = ("--api-key-file", folder / "keys", "--tls-cert", pair, "--tls-key", pair, "--tls-client-ca", folder / "ca.pem")
+    with deployed("demo", "--host", "localhost", *map(str, flags)) as running:
+        yield running
+
+
+def draw(secured: Deployment, folder: Path, key: str | None, *flags: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "MII_SERVE_API_KEY"}
+    if key is not None:
+        environment["MII_SERVE_API_KEY"] = key
+    target = f"localhost:{secured.grpc.rpartition(':')[2]}"
+    command = (sys.executable, "-m", "mii_serve", "generate", "a red circle", "--num-inference-steps", "2")
+    output = ("--output", str(folder / "out.png"), "--target", target, "--timeout", "20")
+    return subprocess.run([*command, *output, *flags], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def tls_flags(folder: Path) -> tuple[str, ...]:
+    pair = str(folder / "client.pem")
+    return "--tls-ca", str(folder / "ca.pem"), "--tls-cert", pair, "--tls-key", pair
+
+
+def test_key_and_certificate_open(secured, folder):
+    ran = draw(secured, folder, KEY, *tls_flags(folder))
+    assert ran.returncode == 0, ran.stderr
+    assert (folder / "out.png").is_file()
+
+
+def test_anything_less_does_not(secured, folder):
+    for key, flags, text in (
+        (None, tls_flags(folder), "this server wants an API key"),
+        ("wrong-key-0123456789", tls_flags(folder), "does not know that API key"),
+        (KEY, tls_flags(folder)[:2], "no answer from"),
+        (KEY, (), "no answer from"),
+        (KEY, ("--tls-ca", str(folder / "missing.pem")), "--tls-ca: cannot read"),
+    ):
+        ran = draw(secured, folder, key, *flags)
+        assert ran.returncode != 0
+        assert text in ran.stderr and KEY not in ran.stderr, ran.stderr
+
+
+def test_keys_are_read_again_on_sighup(secured, folder):
+    replicas = secured.replica_pids()
+    assert draw(secured, folder, NEW_KEY, *tls_flags(folder)).returncode != 0
+    (folder / "keys").write_text(f"{NEW_KEY}\n{KEY}\n")
+    secured.process.send_signal(signal.SIGHUP)
+    until(lambda: draw(secured, folder, NEW_KEY, *tls_flags(folder)).returncode == 0, "the new key opens", 30)
+    assert secured.replica_pids() == replicas
+
+
+def test_http_speaks_tls_too(secured, folder):
+    port = secured.http.rpartition(":")[2]
+    context = ssl.create_default_context(cafile=folder / "ca.pem")
+    context.load_cert_chain(folder / "client.pem")
+    with urllib.request.urlopen(f"https://localhost:{port}/livez", timeout=10, context=context) as answer:
+        assert answer.status == 200
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        urllib.request.urlopen(f"http://localhost:{port}/livez", timeout=10)
+    with pytest.raises((urllib.error.URLError, ConnectionError)):  # no certificate of its own
+        urllib.request.urlopen(
+            f"https://localhost:{port}/livez", timeout=10, context=ssl.create_default_context(cafile=folder / "ca.pem")
+        )
