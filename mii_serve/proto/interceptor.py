@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from mii_serve.errors import InvalidRequestError, MiiServeError
+from mii_serve.errors import InvalidRequestError, MiiServeError, RequestCancelledError
 from mii_serve.proto.status import encode_error
 
 logger = logging.getLogger(__name__)
@@ -115,9 +115,16 @@ def _wrap_stream(method: Any, parse: Callable[[bytes], Any], entered: Entrance) 
     async def call(wire: bytes, context: Context) -> None:
         async with entered(context), contextlib.aclosing(method(parse(wire), context)) as messages:
             async for message in messages:
-                await context.write(message)
+                await _write(context, message)
 
     return call
+
+
+async def _write(context: Context, message: Any) -> None:
+    try:
+        await context.write(message)
+    except grpc.aio.BaseError:  # only a call that is over cannot be written to
+        raise RequestCancelledError("the caller has gone away") from None
 
 
 @contextlib.asynccontextmanager
@@ -134,7 +141,7 @@ async def _entered(context: Context, asked_id: str | None, gate: AbstractContext
     except MiiServeError as error:
         code, text, trailing = encode_error(error)
         await context.abort(code, text, trailing)
-    except grpc.aio.AbortError:
+    except grpc.aio.BaseError:  # this very abort, or a call that is over
         raise
     except Exception:
         logger.exception("unexpected error, request_id=%s", request_id)
