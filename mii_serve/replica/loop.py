@@ -50,7 +50,9 @@ logger = logging.getLogger(__name__)
 NUM_ENCODING_THREADS = 2
 
 POSITIONS_EVERY_S = 0.5
-"""Between two looks at where everybody is in line."""
+"""Between two looks at where everybody is in line, at least."""
+POSITIONS_PER_S = 40
+"""Told in all: a long line must not take the time it waits for."""
 
 
 class _Mailbox:
@@ -231,7 +233,8 @@ class ReplicaLoop:
 
     def _tell_positions(self) -> None:
         now = time.monotonic()
-        if not self._scheduler.num_waiting or now - self._told_positions_at < POSITIONS_EVERY_S:
+        pause_s = max(POSITIONS_EVERY_S, self._scheduler.num_waiting / POSITIONS_PER_S)
+        if not self._scheduler.num_waiting or now - self._told_positions_at < pause_s:
             return
         self._told_positions_at = now
         for request_id, position in self._scheduler.positions():
