@@ -28,11 +28,10 @@ import grpc
 import mii_serve
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.proto.codec import CHANNEL_OPTIONS
-from mii_serve.proto.interceptor import CallInterceptor
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub, add_ImageGenerationServicer_to_server
+from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.replica.service import ReplicaService
+from mii_serve.replica.service import replica_server
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.router import Router
 from mii_serve.server.service import FrontService
@@ -41,16 +40,19 @@ RESULTS = Path(__file__).parent / "results"
 SIDE_PX = 368
 """Raw RGB, 406 KB: no time goes into encoding."""
 REQUEST = pb.GenerateRequest(
-    prompt="a", seed=1, height=SIDE_PX, width=SIDE_PX, num_inference_steps=1, output=pb.OutputOptions(format=pb.IMAGE_FORMAT_RAW_RGB)
+    prompt="a",
+    seed=1,
+    height=SIDE_PX,
+    width=SIDE_PX,
+    num_inference_steps=1,
+    output=pb.OutputOptions(format=pb.IMAGE_FORMAT_RAW_RGB),
 )
 ECHO = "/bench.Echo/Generate"
 
 
 async def replica(socket: str) -> None:
     loop = ReplicaLoop(FakeEngine(max_slots=64, max_decodes=64), ThreadPoolExecutor(1), max_waiting_samples=100_000)
-    server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
-    add_ImageGenerationServicer_to_server(ReplicaService(loop, "bench"), server)
-    server.add_insecure_port(f"unix:{socket}")
+    server = replica_server(loop, "bench", Path(socket))
     await server.start()
     await loop.run()
 

@@ -45,7 +45,19 @@ MIB = 1024 * 1024
 @contextlib.contextmanager
 def deployed(max_waiting_s: float) -> Iterator[tuple[psutil.Process, str]]:
     environment = {**os.environ, "MII_SERVE_MAX_WAITING_S": str(max_waiting_s)}
-    command = [sys.executable, "-m", "mii_serve", "deploy", "demo", "--grpc-port", "0", "--http-port", "0", "--log-level", "error"]
+    command = [
+        sys.executable,
+        "-m",
+        "mii_serve",
+        "deploy",
+        "demo",
+        "--grpc-port",
+        "0",
+        "--http-port",
+        "0",
+        "--log-level",
+        "error",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         ready = re.match(r"ready grpc=(\S+)", process.stdout.readline())

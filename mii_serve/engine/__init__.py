@@ -37,6 +37,10 @@ class Engine(Protocol):
         """Turns that were made without a captured CUDA graph although there are some; 0 where there are none."""
         ...
 
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds that `run` has spent in each of `stages.STAGES` since this was last asked."""
+        ...
+
     def check(self, params: GenerationParams) -> int:
         """The number of UNet calls each image takes. May be called from any thread, and may take a while.
 

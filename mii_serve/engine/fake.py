@@ -6,6 +6,7 @@ import random
 import threading
 from dataclasses import dataclass, replace
 
+from mii_serve.engine.stages import StageClock
 from mii_serve.errors import EngineError, InvalidRequestError
 from mii_serve.types import (
     Capabilities,
@@ -42,6 +43,7 @@ class FakeEngine:
     def __init__(self, *, max_slots: int = 1, max_decodes: int = 4) -> None:
         self._capacity = EngineCapacity(max_slots=max_slots, max_decodes=max_decodes)
         self._running: dict[SampleId, _Running] = {}
+        self._clock = StageClock()
         self._fails_next = False
         self._fails_sample: str | None = None
         self.gate = threading.Event()
@@ -73,6 +75,9 @@ class FakeEngine:
         """Let the next step of this request's samples fail by itself."""
         self._fails_sample = request_id
 
+    def stage_seconds(self) -> dict[str, float]:
+        return self._clock.take()
+
     def check(self, params: GenerationParams) -> int:
         if params.scheduler == "lcm" and params.num_inference_steps > 50:
             raise InvalidRequestError("num_inference_steps", "the scheduler lcm refuses it")
@@ -90,7 +95,8 @@ class FakeEngine:
             self._running.pop(sample_id, None)
         for sample in plan.joins:
             self._running[sample.id] = _Running(sample)
-        made = {sample_id: self._step(self._running[sample_id], sample_id in plan.previews) for sample_id in plan.steps}
+        with self._clock.time("denoise"):
+            made = {sample_id: self._step(self._running[sample_id], sample_id in plan.previews) for sample_id in plan.steps}
         for sample_id in plan.decodes:
             if (running := self._running.pop(sample_id, None)) is not None:
                 made[sample_id] = replace(_progress(running), picture=_flat_picture(running.sample))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from mii_serve.engine.stages import StageClock
 from mii_serve.engine.text import dropped_text
 from mii_serve.engine.warmup import make_pictures
 from mii_serve.errors import EngineError
@@ -69,6 +70,7 @@ class ReferenceEngine:
         self._pipeline = model.pipeline
         self._device = torch.device(model.pipeline.device)
         self._scheduler_config = dict(model.pipeline.scheduler.config)
+        self._clock = StageClock()
         self._running: dict[SampleId, _Running] = {}
         self._num_calls: dict[tuple[str, int], int] = {}  # at most 1000 step counts of each sampler
         self._capabilities = Capabilities(
@@ -96,6 +98,9 @@ class ReferenceEngine:
     @property
     def capacity(self) -> EngineCapacity:
         return EngineCapacity(max_slots=1)
+
+    def stage_seconds(self) -> dict[str, float]:
+        return self._clock.take()
 
     def check(self, params: GenerationParams) -> int:
         asked = (params.scheduler, params.num_inference_steps)
@@ -131,9 +136,10 @@ class ReferenceEngine:
         params, pipeline = sample.params, self._pipeline
         scheduler = make_scheduler(self._scheduler_config, params.scheduler, params.num_inference_steps, self._device)
         is_guided = params.is_guided
-        prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
-            params.prompt, self._device, 1, is_guided, params.negative_prompt
-        )
+        with self._clock.time("encode"):
+            prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
+                params.prompt, self._device, 1, is_guided, params.negative_prompt
+            )
         if is_guided:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         generator = torch.Generator("cpu").manual_seed(sample.seed)
@@ -165,13 +171,13 @@ class ReferenceEngine:
         is_guided = running.sample.params.is_guided
         model_input = torch.cat([latents] * 2) if is_guided else latents
         model_input = scheduler.scale_model_input(model_input, timestep)
-        noise_pred = self._pipeline.unet(model_input, timestep, encoder_hidden_states=running.prompt_embeds, return_dict=False)[
-            0
-        ]
-        if is_guided:
-            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
-            noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
-        running.latents = scheduler.step(noise_pred, timestep, latents, **running.step_kwargs, return_dict=False)[0]
+        with self._clock.time("denoise"):
+            embeds = running.prompt_embeds
+            noise_pred = self._pipeline.unet(model_input, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+            if is_guided:
+                noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+                noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
+            running.latents = scheduler.step(noise_pred, timestep, latents, **running.step_kwargs, return_dict=False)[0]
         running.step += 1
         preview = None
         if is_shown:
@@ -186,8 +192,10 @@ class ReferenceEngine:
 
     def _picture(self, running: _Running, latents: torch.Tensor) -> Picture:
         vae, params = self._pipeline.vae, running.sample.params
-        images = vae.decode(latents / vae.config.scaling_factor, return_dict=False, generator=running.generator)[0]
-        pictures, flags = checked_pictures(self._pipeline, images)
+        with self._clock.time("decode"):
+            images = vae.decode(latents / vae.config.scaling_factor, return_dict=False, generator=running.generator)[0]
+        with self._clock.time("safety"):
+            pictures, flags = checked_pictures(self._pipeline, images)
         picture = pictures[0].convert("RGB")
         tokenizer = self._pipeline.tokenizer
         return Picture(

@@ -1,11 +1,11 @@
-"""HTTP probes of a deployment: `/livez`, `/readyz`, and `/` as Azure ML's containers answer it."""
+"""HTTP of a deployment: `/metrics`, the probes `/livez` and `/readyz`, and `/` as Azure ML's containers answer it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import uvicorn
@@ -15,24 +15,29 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mii_serve.config import DeployConfig
+from mii_serve.metrics import CONTENT_TYPE
 from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.service import FrontService
 from mii_serve.server.tls import Tls
 
 
-def build_app(is_ready: Callable[[], bool]) -> Starlette:
-    """`is_ready` tells whether a picture could be made now."""
+def build_app(service: FrontService) -> Starlette:
+    """What is answered over HTTP for this service."""
 
     async def livez(request: Request) -> Response:
         return PlainTextResponse("ok")
 
     async def readyz(request: Request) -> Response:
-        return PlainTextResponse("ok") if is_ready() else PlainTextResponse("not ready", status_code=503)
+        return PlainTextResponse("ok") if service.is_ready else PlainTextResponse("not ready", status_code=503)
 
     async def root(request: Request) -> Response:
         return JSONResponse("healthy")
 
-    return Starlette(routes=[Route("/livez", livez), Route("/readyz", readyz), Route("/", root)])
+    async def metrics(request: Request) -> Response:
+        return Response(await service.metrics_text(), media_type=CONTENT_TYPE)
+
+    answers = {"/livez": livez, "/readyz": readyz, "/metrics": metrics, "/": root}
+    return Starlette(routes=[Route(path, answer) for path, answer in answers.items()])
 
 
 class _Server(uvicorn.Server):
@@ -61,7 +66,7 @@ async def serve_http(config: DeployConfig, service: FrontService, tls: Tls | Non
         ConfigError: the address cannot be bound.
     """
     listener = bind_tcp("http_port", config.host, config.http_port)
-    app = build_app(lambda: service.is_ready)
+    app = build_app(service)
     settings = uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, lifespan="off", **({} if tls is None else _encrypted(tls))
     )

@@ -38,6 +38,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 
+GET_METRICS = "/replica.Internal/GetMetrics"
+"""Empty in, Prometheus text out; on a replica's private socket only, so no part of the public service."""
+
 _FORMATS: dict[ImageFormat, pb.ImageFormat] = {
     ImageFormat.PNG: pb.IMAGE_FORMAT_PNG,
     ImageFormat.JPEG: pb.IMAGE_FORMAT_JPEG,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -43,8 +44,26 @@ current_request_id: ContextVar[str] = ContextVar("current_request_id", default="
 current_key_name: ContextVar[str | None] = ContextVar("current_key_name", default=None)
 """Which API key the call came with; None where the server wants none."""
 
+current_facts: ContextVar[MutableMapping[str, object]] = ContextVar("current_facts")
+"""What is learnt of the call on its way, for whoever watches."""
+
 Gate = Callable[[str, Mapping[str, str]], AbstractContextManager[str | None]]
 """Given a call's method and metadata, lets it in while the block runs, and names its API key; or raises a `MiiServeError`."""
+
+
+class Watcher(Protocol):
+    """Is told of every call that ended."""
+
+    def new_facts(self) -> MutableMapping[str, object]: ...
+    def close(self, method: str, request_id: str, code: str, seconds: float, facts: Mapping[str, object]) -> None: ...
+
+
+class _Nobody:
+    def new_facts(self) -> MutableMapping[str, object]:
+        return {}
+
+    def close(self, method: str, request_id: str, code: str, seconds: float, facts: Mapping[str, object]) -> None:
+        pass
 
 
 def open_gate(method: str, metadata: Mapping[str, str]) -> AbstractContextManager[str | None]:
@@ -68,8 +87,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     the caller, the traceback for the log.
     """
 
-    def __init__(self, gate: Gate = open_gate) -> None:
+    def __init__(self, gate: Gate = open_gate, watcher: Watcher | None = None) -> None:
         self._gate = gate
+        self._watcher = watcher or _Nobody()
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
@@ -80,7 +100,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metadata = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
 
         def entered(context: Context) -> AbstractAsyncContextManager[None]:
-            return _entered(context, metadata.get(REQUEST_ID_KEY), self._gate(details.method, metadata))
+            gate = self._gate(details.method, metadata)
+            return _entered(context, details.method, metadata.get(REQUEST_ID_KEY), gate, self._watcher)
 
         parse = _checked_parser(handler.request_deserializer)
         if handler.response_streaming:
@@ -128,7 +149,11 @@ async def _write(context: Context, message: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _entered(context: Context, asked_id: str | None, gate: AbstractContextManager[str | None]) -> AsyncIterator[None]:
+async def _entered(
+    context: Context, method: str, asked_id: str | None, gate: AbstractContextManager[str | None], watcher: Watcher
+) -> AsyncIterator[None]:
+    start, facts, ended = time.monotonic(), watcher.new_facts(), "CANCELLED"
+    current_facts.set(facts)
     request_id = asked_id if asked_id is not None and _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex
     current_request_id.set(request_id)
     try:
@@ -138,11 +163,16 @@ async def _entered(context: Context, asked_id: str | None, gate: AbstractContext
         with gate as key_name:
             current_key_name.set(key_name)
             yield
+        ended = "OK"
     except MiiServeError as error:
         code, text, trailing = encode_error(error)
+        ended = error.grpc_code
         await context.abort(code, text, trailing)
     except grpc.aio.BaseError:  # this very abort, or a call that is over
         raise
     except Exception:
+        ended = "INTERNAL"
         logger.exception("unexpected error, request_id=%s", request_id)
         await context.abort(grpc.StatusCode.INTERNAL, f"internal error, request id {request_id}")
+    finally:
+        watcher.close(method, request_id, ended, time.monotonic() - start, facts)

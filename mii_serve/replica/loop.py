@@ -24,10 +24,12 @@ from mii_serve.errors import (
     MiiServeError,
     UnavailableError,
 )
+from mii_serve.metrics import ReplicaMetrics
 from mii_serve.proto.codec import Activity
 from mii_serve.replica.encoding import encode_picture
 from mii_serve.scheduler import Position, Scheduler
 from mii_serve.types import (
+    LATENT_SCALE,
     Done,
     Effective,
     Event,
@@ -97,11 +99,19 @@ class ReplicaLoop:
     """Makes pictures for any number of concurrent callers of `generate`."""
 
     def __init__(
-        self, engine: Engine, engine_thread: ThreadPoolExecutor, *, max_waiting_samples: int, max_waiting_s: float = 600.0
+        self,
+        engine: Engine,
+        engine_thread: ThreadPoolExecutor,
+        *,
+        max_waiting_samples: int,
+        max_waiting_s: float = 600.0,
+        metrics: ReplicaMetrics | None = None,
     ) -> None:
         """`engine_thread` is the one thread that has built and warmed the engine; it stays its caller's to shut down."""
         self._engine = engine
         self._scheduler = Scheduler(engine.capacity, max_waiting_samples=max_waiting_samples, max_waiting_s=max_waiting_s)
+        self.metrics = metrics or ReplicaMetrics()
+        self.metrics.follow(self._scheduler)
         self._callers: dict[str, _Caller] = {}
         self._wake = asyncio.Event()
         self._failure: MiiServeError | None = None
@@ -110,6 +120,7 @@ class ReplicaLoop:
         self._encoding: set[asyncio.Task[None]] = set()
         self._born = time.monotonic()
         self._told_positions_at = self._born
+        self._num_graph_misses = engine.num_graph_misses
         self._num_turns = self._num_steps = self._num_images = self._num_requests = self._num_cancelled = 0
 
     @property
@@ -204,6 +215,7 @@ class ReplicaLoop:
                 start = time.perf_counter()
                 progress = await loop.run_in_executor(self._engine_thread, self._engine.run, plan)
                 self._scheduler.advance(progress, time.perf_counter() - start)
+                self._measure(len(plan.steps))
                 self._num_turns += bool(plan.steps)
                 self._num_steps += len(plan.steps)
                 for sample_progress in progress:
@@ -216,6 +228,14 @@ class ReplicaLoop:
         finally:
             self._fail_all(UnavailableError("the replica is stopping"))
             self._encoders.shutdown(wait=True)
+
+    def _measure(self, batch: int) -> None:
+        height, width = self._scheduler.planned_shape
+        shape_px = height * LATENT_SCALE, width * LATENT_SCALE
+        self.metrics.turn(self._engine.description.engine, shape_px, batch, self._engine.stage_seconds())
+        num_misses = self._engine.num_graph_misses
+        self.metrics.graph_misses.inc(num_misses - self._num_graph_misses)
+        self._num_graph_misses = num_misses
 
     def _refuse_if_stopped(self) -> None:
         if self._failure is not None:
@@ -274,13 +294,14 @@ class ReplicaLoop:
             dropped_negative_prompt=picture.dropped_negative_prompt,
         )
         seed = caller.request.params.seed_of(index)
-        loop = asyncio.get_running_loop()
+        loop, start = asyncio.get_running_loop(), time.perf_counter()
         try:
             encoded = await loop.run_in_executor(self._encoders, encode_picture, picture, caller.output, effective, seed)
         except Exception as error:
             logger.exception("a picture could not be encoded, request_id=%s", caller.request.id)
             caller.mailbox.put(EngineError(f"the picture could not be encoded: {type(error).__name__}"))
             return None
+        self.metrics.stage("encode_image", time.perf_counter() - start)
         return encoded, effective
 
     async def _show(self, caller: _Caller, sample_id: SampleId, step: int, picture: Picture) -> None:
@@ -302,6 +323,8 @@ class ReplicaLoop:
             return
         encoded, effective = made
         self._num_images += 1
+        self.metrics.images.inc()
+        self.metrics.images_flagged.inc(bool(picture.nsfw_content_detected))
         caller.mailbox.put(
             ImageReady(
                 image_index=index,

@@ -16,17 +16,14 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-
-import grpc
+from pathlib import Path
 
 from mii_serve.config import DeployConfig
 from mii_serve.errors import MiiServeError
-from mii_serve.proto.codec import CHANNEL_OPTIONS
-from mii_serve.proto.interceptor import CallInterceptor
-from mii_serve.proto.v1.image_generation_pb2_grpc import add_ImageGenerationServicer_to_server
+from mii_serve.metrics import ReplicaMetrics
 from mii_serve.replica.local import build_warm_engine
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.replica.service import ReplicaService
+from mii_serve.replica.service import replica_server
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +42,27 @@ def main() -> int:
         config = DeployConfig.from_json(order["config"])
         with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
             engine = thread.submit(build_warm_engine, config).result()
+            metrics = ReplicaMetrics()
+            if engine.description.device.startswith("cuda"):
+                metrics.follow_memory(_gpu_memory)
             loop = ReplicaLoop(
-                engine, thread, max_waiting_samples=config.max_waiting_samples, max_waiting_s=config.max_waiting_s
+                engine,
+                thread,
+                max_waiting_samples=config.max_waiting_samples,
+                max_waiting_s=config.max_waiting_s,
+                metrics=metrics,
             )
             asyncio.run(_serve(loop, config, order["socket"], status_fd))
     except MiiServeError as error:
         _report(status_fd, state="failed", error=type(error).__name__, message=str(error))
         return 1
     return 0
+
+
+def _gpu_memory() -> dict[str, int]:
+    import torch
+
+    return {"allocated": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
 
 
 def _report(status_fd: int, **status: str) -> None:
@@ -68,9 +78,7 @@ def _die_with_parent() -> None:
 
 
 async def _serve(loop: ReplicaLoop, config: DeployConfig, socket: str, status_fd: int) -> None:
-    server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
-    add_ImageGenerationServicer_to_server(ReplicaService(loop, config.deployment_name), server)
-    server.add_insecure_port(f"unix:{socket}")
+    server = replica_server(loop, config.deployment_name, Path(socket))
     await server.start()
     _report(status_fd, state="ready")
     try:

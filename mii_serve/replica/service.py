@@ -4,14 +4,45 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import grpc
 
 import mii_serve
-from mii_serve.proto.codec import decode_request, encode_event, encode_server_info, gather_response
-from mii_serve.proto.interceptor import CLIENT_ID_KEY, Context, current_request_id
+from mii_serve.proto.codec import (
+    CHANNEL_OPTIONS,
+    GET_METRICS,
+    decode_request,
+    encode_event,
+    encode_server_info,
+    gather_response,
+)
+from mii_serve.proto.interceptor import CLIENT_ID_KEY, CallInterceptor, Context, current_request_id
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer
+from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer, add_ImageGenerationServicer_to_server
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.types import draw_seed
+
+
+def replica_server(loop: ReplicaLoop, deployment_name: str, socket: Path) -> grpc.aio.Server:
+    """A server, not yet started, that speaks for this loop on a private socket."""
+    server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
+    add_ImageGenerationServicer_to_server(ReplicaService(loop, deployment_name), server)
+    server.add_generic_rpc_handlers((_internal_handler(loop),))
+    server.add_insecure_port(f"unix:{socket}")
+    return server
+
+
+def _internal_handler(loop: ReplicaLoop) -> grpc.GenericRpcHandler:
+    """What the front asks beside the public service."""
+
+    async def get_metrics(request: bytes, context: Context) -> bytes:
+        return loop.metrics.text()
+
+    service, _, method = GET_METRICS.strip("/").partition("/")
+    handlers: dict[str, Any] = {method: grpc.unary_unary_rpc_method_handler(get_metrics)}
+    return grpc.method_handlers_generic_handler(service, handlers)
 
 
 class ReplicaService(ImageGenerationServicer):

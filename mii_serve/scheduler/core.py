@@ -72,6 +72,17 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._line)
 
+    @property
+    def queued_work_s(self) -> float:
+        """Seconds that all work in hand takes at the measured pace; 0 before anything was measured."""
+        work = sum(waiting.work for waiting in self._line.all()) + sum(running.work_left for running in self._running.values())
+        return self._pace.seconds_for(work) or 0.0
+
+    @property
+    def planned_shape(self) -> Shape:
+        """The latent height and width of the turn that was planned last; zeros where nothing steps."""
+        return self._planned_shape or (0, 0)
+
     def add(self, request: Request, now: float) -> Position:
         """Queue every image of a request, or none.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from mii_serve.proto.codec import CHANNEL_OPTIONS, decode_capabilities
+from mii_serve.proto.codec import CHANNEL_OPTIONS, GET_METRICS, decode_capabilities
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.types import Capabilities
@@ -73,6 +74,16 @@ class ReplicaLink:
     def stub(self) -> ImageGenerationAsyncStub:
         assert self._channel is not None
         return ImageGenerationStub(self._channel)
+
+    async def metrics(self, timeout_s: float) -> bytes | None:
+        """Its metrics as Prometheus text; None when it is not there."""
+        if self._channel is None or self._is_suspect:
+            return None
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            ask: Any = self._channel.unary_unary(GET_METRICS)
+            text: bytes = await ask(b"", timeout=timeout_s)
+            return text
+        return None
 
     def suspect(self) -> asyncio.Future[Loss] | None:
         """A call to it broke: it gets no new work until it is attached again. The future says why it was lost."""

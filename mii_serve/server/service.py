@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 
 from mii_serve.errors import InvalidRequestError, UnavailableError
+from mii_serve.metrics import FrontMetrics, together
 from mii_serve.proto.codec import decode_request, gather_response
 from mii_serve.proto.interceptor import (
     CLIENT_ID_KEY,
@@ -19,24 +20,33 @@ from mii_serve.proto.interceptor import (
     REQUEST_ID_KEY,
     Context,
     check_idempotency_key,
+    current_facts,
     current_key_name,
     current_request_id,
 )
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer
 from mii_serve.server.answers import Answers
+from mii_serve.server.ledger import Facts
 from mii_serve.server.link import Loss, ReplicaLink
 from mii_serve.server.router import Call, Router
 from mii_serve.types import Capabilities, draw_seed
 
 INFO_TIMEOUT_S = 10.0
+METRICS_TIMEOUT_S = 2.0
+"""One replica that does not answer must not cost the scrape."""
 
 
 class FrontService(ImageGenerationServicer):
     """Refuses everything until a replica is attached, and new work again after `drain`."""
 
-    def __init__(self, router: Router | None = None) -> None:
+    def __init__(self, router: Router | None = None, metrics: FrontMetrics | None = None) -> None:
         self._router = router or Router()
+        self.metrics = metrics or FrontMetrics()
+        self.metrics.replicas_ready.set_function(lambda: sum(link.is_up for link in self._router.links))
+        self.metrics.requests_running.set_function(lambda: len(self._active))
+        for link in self._router.links:
+            self.metrics.replica_restarts.labels(str(link.index))
         self._capabilities: Capabilities | None = None
         self._answers = Answers()
         self._is_draining = False
@@ -53,6 +63,7 @@ class FrontService(ImageGenerationServicer):
         """Give work to the replica behind this socket from now on; answer what it says of itself."""
         link = self._router.links[index]
         info, self._capabilities = await link.attach(socket)
+        self.metrics.replica_restarts.labels(str(index)).inc(max(0, num_restarts - link.num_restarts))
         link.num_restarts = num_restarts
         await self._router.announce_change()
         return info
@@ -82,10 +93,20 @@ class FrontService(ImageGenerationServicer):
             priority=priority,
             deadline=None if left_s is None else time.monotonic() + left_s,
         )
+        facts = current_facts.get(None)
+        facts = facts if isinstance(facts, Facts) else Facts()
+        facts.learn_params(params)
         with self._counted(call.request_id):
             async with contextlib.aclosing(self._made(call, request, context)) as events:
                 async for event in events:
+                    facts.learn_event(event)
                     yield event
+
+    async def metrics_text(self) -> bytes:
+        """The front's metrics and those of every replica that answers, as Prometheus text."""
+        links = self._router.links
+        texts = await asyncio.gather(*(link.metrics(METRICS_TIMEOUT_S) for link in links))
+        return together(self.metrics, {link.index: text for link, text in zip(links, texts, strict=True) if text is not None})
 
     def _made(self, call: Call, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:
         """The call's events; of the first call, where its idempotency key has been seen."""

@@ -15,10 +15,10 @@ import pytest
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import EngineError
 from mii_serve.proto.codec import CHANNEL_OPTIONS
-from mii_serve.proto.interceptor import CallInterceptor, Gate, open_gate
-from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub, add_ImageGenerationServicer_to_server
+from mii_serve.proto.interceptor import Gate, open_gate
+from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.replica.service import ReplicaService
+from mii_serve.replica.service import replica_server
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.router import Router
 from mii_serve.server.service import FrontService
@@ -60,11 +60,9 @@ async def running_server(
     engine_thread = ThreadPoolExecutor(1)
     loop = ReplicaLoop(engine, engine_thread, max_waiting_samples=max_waiting_samples)
     turns = asyncio.create_task(loop.run())
-    replica_server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
-    add_ImageGenerationServicer_to_server(ReplicaService(loop, "test"), replica_server)
     socket = folder / "replica.sock"
-    replica_server.add_insecure_port(f"unix:{socket}")
-    await replica_server.start()
+    replica = replica_server(loop, "test", socket)
+    await replica.start()
     service = FrontService(Router(patience_s=1.0))
     front = GrpcFront(service, gate=gate, tls=tls)
     target = f"127.0.0.1:{await front.listen('127.0.0.1', 0)}"
@@ -73,14 +71,14 @@ async def running_server(
     channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
     replica_channel = grpc.aio.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS)
     try:
-        yield RunningServer(engine, loop, service, front, target, channel, replica_channel, replica_server, turns)
+        yield RunningServer(engine, loop, service, front, target, channel, replica_channel, replica, turns)
     finally:
         engine.gate.set()
         await channel.close()
         await replica_channel.close()
         await front.stop(0)
         await service.detach()
-        await replica_server.stop(0)
+        await replica.stop(0)
         turns.cancel()
         with contextlib.suppress(asyncio.CancelledError, EngineError):
             await turns

@@ -17,12 +17,11 @@ from PIL import Image
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import EngineError, PoisonedRequestError
 from mii_serve.proto.codec import CHANNEL_OPTIONS
-from mii_serve.proto.interceptor import CallInterceptor
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub, add_ImageGenerationServicer_to_server
+from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.replica.service import ReplicaService
+from mii_serve.replica.service import replica_server
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.link import Loss
 from mii_serve.server.router import Router
@@ -41,9 +40,7 @@ class Replica:
         self._thread = ThreadPoolExecutor(1)
         self.loop = ReplicaLoop(self.engine, self._thread, max_waiting_samples=4096)
         self._turns = asyncio.create_task(self.loop.run())
-        self._server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
-        add_ImageGenerationServicer_to_server(ReplicaService(self.loop, "test"), self._server)
-        self._server.add_insecure_port(f"unix:{socket}")
+        self._server = replica_server(self.loop, "test", socket)
 
     async def start(self) -> None:
         await self._server.start()

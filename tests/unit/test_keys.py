@@ -126,7 +126,7 @@ def test_the_file_is_read_again_when_asked(file, caplog):
 def test_a_file_that_cannot_be_meant_is_refused_without_showing_a_key(tmp_path, text, rule):
     file = tmp_path / "keys"
     file.write_text(text)
-    with pytest.raises(ConfigError, match="^api_key_file: ") as caught:
+    with pytest.raises(ConfigError, match=r"^api_key_file: ") as caught:
         KeyRing(file)
     assert rule in str(caught.value)
     assert STUDIO not in str(caught.value) and GUEST not in str(caught.value)

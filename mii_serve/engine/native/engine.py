@@ -19,6 +19,7 @@ from mii_serve.engine.native.prompts import Prompt, PromptBank
 from mii_serve.engine.native.times import TimeTable
 from mii_serve.engine.native.turn import Move
 from mii_serve.engine.native.unet import RowUNet
+from mii_serve.engine.stages import StageClock
 from mii_serve.engine.warmup import make_pictures
 from mii_serve.errors import EngineError
 from mii_serve.models import LoadedModel
@@ -108,6 +109,7 @@ class NativeEngine:
             time_projections=self._times.projections,
             lattice=self._lattice,
         )
+        self._clock = StageClock()
         self._running: dict[SampleId, _Running] = {}
         self._description = EngineDescription(
             engine="native",
@@ -134,6 +136,9 @@ class NativeEngine:
     @property
     def num_graph_misses(self) -> int:
         return self._denoiser.num_graph_misses
+
+    def stage_seconds(self) -> dict[str, float]:
+        return self._clock.take()
 
     def check(self, params: GenerationParams) -> int:
         return compile_table(self._scheduler_config, params.scheduler, params.num_inference_steps).num_calls
@@ -180,7 +185,10 @@ class NativeEngine:
     def _take_in(self, joins: Sequence[Sample]) -> None:
         texts = [sample.params.prompt for sample in joins]
         texts += [sample.params.negative_prompt for sample in joins if sample.params.is_guided]
-        prompts = self._prompts.acquire(texts)
+        if not joins:
+            return
+        with self._clock.time("encode"):
+            prompts = self._prompts.acquire(texts)
         negatives = iter(prompts[len(joins) :])
         for sample, prompt in zip(joins, prompts, strict=False):  # the negative ones follow
             params = sample.params
@@ -202,9 +210,10 @@ class NativeEngine:
         if not ids:
             return {}
         group = [self._running[sample_id] for sample_id in ids]
-        times = self._times.rows([float(running.table.timesteps[running.step]) for running in group])
-        moves = [self._move(running, time) for running, time in zip(group, times, strict=True)]
-        model_input, prediction = self._denoiser.step(moves, group[0].shape)
+        with self._clock.time("denoise"):
+            times = self._times.rows([float(running.table.timesteps[running.step]) for running in group])
+            moves = [self._move(running, time) for running, time in zip(group, times, strict=True)]
+            model_input, prediction = self._denoiser.step(moves, group[0].shape)
         previews: dict[SampleId, Picture] = {}
         if shown:
             rows = [ids.index(sample_id) for sample_id in shown]
@@ -247,8 +256,10 @@ class NativeEngine:
 
     def _pictures(self, group: Sequence[_Running], latents: torch.Tensor) -> dict[SampleId, Picture]:
         vae = self._pipeline.vae
-        images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
-        pictures, flags = checked_pictures(self._pipeline, images)
+        with self._clock.time("decode"):
+            images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+        with self._clock.time("safety"):
+            pictures, flags = checked_pictures(self._pipeline, images)
         return {
             running.sample.id: Picture(
                 width=picture.width,

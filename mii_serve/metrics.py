@@ -1,0 +1,154 @@
+"""Prometheus instruments of the front and of a replica, each on a registry that is passed in.
+
+No prompt, request id or API key is ever a label. Names follow https://prometheus.io/docs/practices/naming/.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from mii_serve import __version__
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # twice the lines for what a restart shows anyway
+
+REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
+STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60, 300)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class FrontMetrics:
+    """What the front knows: requests and replicas."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry = registry or CollectorRegistry()
+        self.requests = Counter("mii_serve_requests", "Calls that ended.", ("method", "code"), registry=registry)
+        self.request_duration = Histogram(
+            "mii_serve_request_duration_seconds",
+            "From a call's arrival to its end.",
+            ("method",),
+            buckets=REQUEST_BUCKETS_S,
+            registry=registry,
+        )
+        self.queue = Histogram(
+            "mii_serve_queue_seconds",
+            "From a request's acceptance to its first image's start.",
+            buckets=REQUEST_BUCKETS_S,
+            registry=registry,
+        )
+        self.requests_running = Gauge("mii_serve_requests_running", "Requests accepted and not ended.", registry=registry)
+        self.cancelled = Counter(
+            "mii_serve_cancelled", "Callers who left, by where their request was.", ("where",), registry=registry
+        )
+        self.restarted = Counter(
+            "mii_serve_requests_restarted", "Times a lost replica's part was made again.", registry=registry
+        )
+        self.replicas_ready = Gauge("mii_serve_replicas_ready", "Replicas that take work.", registry=registry)
+        self.replica_restarts = Counter(
+            "mii_serve_replica_restarts", "Lives of a replica after its first.", ("replica",), registry=registry
+        )
+        build = Gauge("mii_serve_build_info", "Always 1.", ("version",), registry=registry)
+        build.labels(__version__).set(1)
+        for where in ("waiting", "running"):
+            self.cancelled.labels(where)
+
+
+class ReplicaState(Protocol):
+    """What a replica's gauges read when they are asked."""
+
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def queued_work_s(self) -> float: ...
+
+
+class ReplicaMetrics:
+    """What a replica knows: turns, stages and images."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry = registry or CollectorRegistry()
+        self._running = Gauge("mii_serve_images_running", "Images in work.", registry=registry)
+        self._waiting = Gauge("mii_serve_images_waiting", "Images in line.", registry=registry)
+        self._work = Gauge(
+            "mii_serve_queued_work_seconds", "Seconds the work in hand takes at the measured pace.", registry=registry
+        )
+        self.batch_size = Histogram("mii_serve_batch_size", "Images per UNet call.", buckets=BATCH_BUCKETS, registry=registry)
+        self._steps = Histogram(
+            "mii_serve_step_duration_seconds",
+            "One UNet call with its sampler update; batch is the images in it, up to the next power of two.",
+            ("engine", "height", "width", "batch"),
+            buckets=STEP_BUCKETS_S,
+            registry=registry,
+        )
+        self._stages = Histogram(
+            "mii_serve_stage_duration_seconds",
+            "A stage of one turn: encode, denoise, decode, safety; or of one image: encode_image.",
+            ("stage",),
+            buckets=STEP_BUCKETS_S,
+            registry=registry,
+        )
+        self.images = Counter("mii_serve_images", "Images made.", registry=registry)
+        self.images_flagged = Counter("mii_serve_images_flagged", "Images the safety checker made black.", registry=registry)
+        self.graph_misses = Counter(
+            "mii_serve_graph_misses", "UNet calls without a CUDA graph although there are some.", registry=registry
+        )
+        self._memory = Gauge("mii_serve_gpu_memory_bytes", "GPU memory of torch's allocator.", ("kind",), registry=registry)
+
+    def follow(self, state: ReplicaState) -> None:
+        """Let the gauges read this from now on."""
+        self._running.set_function(lambda: state.num_running)
+        self._waiting.set_function(lambda: state.num_waiting)
+        self._work.set_function(lambda: state.queued_work_s)
+
+    def follow_memory(self, read: Callable[[], Mapping[str, int]]) -> None:
+        """Let `read` tell the bytes in use by kind whenever they are asked for."""
+        for kind in read():
+            self._memory.labels(kind).set_function(functools.partial(_one_of, read, kind))
+
+    def turn(self, engine: str, shape_px: tuple[int, int], batch: int, stages: Mapping[str, float]) -> None:
+        """Note one turn: `batch` images of `shape_px` (height, width) stepped, and the seconds by stage."""
+        for stage, seconds in stages.items():
+            self.stage(stage, seconds)
+        if batch:
+            self.batch_size.observe(batch)
+            height, width = shape_px
+            bucket = 1 << (batch - 1).bit_length()
+            self._steps.labels(engine, str(height), str(width), str(bucket)).observe(stages.get("denoise", 0.0))
+
+    def stage(self, name: str, seconds: float) -> None:
+        self._stages.labels(name).observe(seconds)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+def together(front: FrontMetrics, replicas: Mapping[int, bytes]) -> bytes:
+    """One exposition of all: the replicas' own texts by index, labelled `replica`, one family for each name."""
+    families: dict[str, Metric] = {}
+    for index, text in sorted(replicas.items()):
+        for family in text_string_to_metric_families(text.decode()):
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged.samples += [sample._replace(labels={**sample.labels, "replica": str(index)}) for sample in family.samples]
+    return generate_latest(_Collected((*front.registry.collect(), *families.values())))
+
+
+def _one_of(read: Callable[[], Mapping[str, int]], kind: str) -> float:
+    return read()[kind]
+
+
+class _Collected(CollectorRegistry):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        super().__init__(auto_describe=False)
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
