@@ -1,10 +1,14 @@
 """How a deployment is configured: flags beat environment, environment beats file, file beats default.
 
-Unknown keys are refused. A replica receives the finished configuration as JSON over a pipe, never on its command line.
+Azure ML's own variables stand between the environment and the file. Unknown keys are refused.
+A replica receives the finished configuration as JSON over a pipe, never on its command line.
 """
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -25,6 +30,12 @@ DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 ENV_PREFIX = "MII_SERVE_"
+NOT_SETTINGS = frozenset({"MII_SERVE_API_KEY", "MII_SERVE_DEBUG"})
+"""Variables with the prefix that are the clients' and the command line's."""
+AZURE_VARIABLES = {"TENSOR_PARALLEL": "tensor_parallel", "NUM_REPLICAS": "replicas", "WORKER_COUNT": "max_slots"}
+"""What Azure ML's images are configured with. A worker there is one request in work."""
+CLOSE = 0.8
+"""How alike two names are, of 1, for one to be taken for the other misspelt."""
 
 
 class LimitsConfig(BaseModel):
@@ -82,6 +93,8 @@ class DeployConfig(BaseSettings):
         """
         if file is not None and not file.is_file():
             raise ConfigError("config", f"no such file: {file}")
+        _refuse_misspelt_variables(cls)
+        azure = _azure_settings()
 
         class _Layered(cls):  # type: ignore[misc, valid-type]
             @classmethod
@@ -93,19 +106,39 @@ class DeployConfig(BaseSettings):
                 dotenv_settings: PydanticBaseSettingsSource,
                 file_secret_settings: PydanticBaseSettingsSource,
             ) -> tuple[PydanticBaseSettingsSource, ...]:
+                named = InitSettingsSource(settings_cls, azure)
                 if file is None:
-                    return init_settings, env_settings
-                toml = file.suffix == ".toml"
-                source = TomlConfigSettingsSource if toml else YamlConfigSettingsSource
-                return init_settings, env_settings, source(settings_cls, file)
+                    return init_settings, env_settings, named
+                return init_settings, env_settings, named, _file_source(settings_cls, file)
 
         try:
             merged = _Layered(**flags)
         except ValidationError as error:
-            raise _first_problem(error) from None
+            raise _first_problem(cls, error) from None
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError("config", str(error)) from error
         return cls.model_construct(**{name: getattr(merged, name) for name in cls.model_fields})
+
+    @classmethod
+    def origins(cls, flags: dict[str, Any], file: Path | None = None) -> dict[str, str]:
+        """Where `load` takes each setting from, by its name; "limits.max_size_px" is one in a group."""
+        written = {} if file is None else _file_source(cls, file)()
+        found = {}
+        for name in setting_names(cls):
+            group, _, key = name.rpartition(".")
+            variable = f"{ENV_PREFIX}{name.replace('.', '__').upper()}"
+            azure = next((azure for azure, setting in AZURE_VARIABLES.items() if setting == name), "")
+            if key in (flags.get(group, {}) if group else flags):
+                found[name] = "flag"
+            elif _is_set(variable) or (group and _is_set(f"{ENV_PREFIX}{group.upper()}")):
+                found[name] = f"environment {variable}"
+            elif azure and _is_set(azure):
+                found[name] = f"environment {azure}"
+            elif key in (written.get(group, {}) if group else written):
+                found[name] = f"file {file}"
+            else:
+                found[name] = "default"
+        return found
 
     def to_json(self) -> str:
         return self.model_dump_json()
@@ -119,9 +152,56 @@ class _Json(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def _first_problem(error: ValidationError) -> ConfigError:
+def setting_names(model: type[BaseModel]) -> list[str]:
+    """Every setting's name, those of a group with the group's name and a dot."""
+    names = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += [f"{name}.{inner}" for inner in setting_names(kind)]
+        else:
+            names.append(name)
+    return names
+
+
+def _is_set(variable: str) -> bool:
+    return any(name.upper() == variable for name in os.environ)
+
+
+def _file_source(settings: type[BaseSettings], file: Path) -> PydanticBaseSettingsSource:
+    source = TomlConfigSettingsSource if file.suffix == ".toml" else YamlConfigSettingsSource
+    return source(settings, file)
+
+
+def _azure_settings() -> dict[str, Any]:
+    found = {}
+    for variable, setting in AZURE_VARIABLES.items():
+        if text := os.environ.get(variable, "").strip():
+            if not text.isascii() or not text.isdigit() or int(text) < 1:
+                raise ConfigError(variable, f"must be a whole number, 1 or more, got {text!r}")
+            found[setting] = int(text)
+    return found
+
+
+def _refuse_misspelt_variables(model: type[BaseModel]) -> None:
+    """Only what is close to a setting: Kubernetes, too, makes variables with the name of a service in front."""
+    names = {name.replace(".", "__") for name in setting_names(model)} | set(model.model_fields)
+    for variable in os.environ:
+        name = variable.upper().removeprefix(ENV_PREFIX).lower()
+        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in NOT_SETTINGS and name not in names:
+            nearest = _nearest(name, names)
+            if nearest is not None:
+                raise ConfigError(variable, f"no such setting; did you mean {ENV_PREFIX}{nearest.upper()}?")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, names, 1, CLOSE)), None)
+
+
+def _first_problem(model: type[BaseModel], error: ValidationError) -> ConfigError:
     problem = error.errors()[0]
     setting = ".".join(str(part) for part in problem["loc"]) or "config"
     if problem["type"] == "extra_forbidden":
-        return ConfigError(setting, "no such setting")
+        nearest = _nearest(setting, setting_names(model))
+        return ConfigError(setting, f"no such setting; did you mean {nearest}?" if nearest else "no such setting")
     return ConfigError(setting, f"{problem['msg']}, got {problem['input']!r}")

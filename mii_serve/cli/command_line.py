@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, usage, add_flags, line, more in (
         ("deploy", "[MODEL]", _add_deploy_flags, "start a server", _DEPLOY_MORE),
         ("generate", "PROMPT", _add_generate_flags, "make the picture of one prompt and write it to a file", ""),
+        ("config", "show|schema", _add_config_flags, "show how a server would be configured, and why", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, what it runs and how busy it is", ""),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
@@ -68,6 +69,21 @@ It runs until SIGTERM or Ctrl-C. When it is ready it prints one line on stdout:
 ready grpc=HOST:PORT http=HOST:PORT
 
 A flag beats the environment (MII_SERVE_REPLICAS, ...), which beats the file."""
+
+
+_CONFIG_MORE = """
+
+show takes the flags of deploy, and prints every setting's value; --effective says where each came from:
+a flag, a variable, the file, or the default. schema prints the JSON schema of the file."""
+
+
+def _add_config_flags(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="show|schema", required=True)
+    actions.add_parser("schema", help="print the JSON schema of the file")
+    show = actions.add_parser("show", usage="mii_serve config show [MODEL] [options]", help="print every setting's value")
+    show.add_argument("--effective", action="store_true", help="say where each value came from")
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_deploy_flags(show)
 
 
 def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +117,7 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
     levels = ("debug", "info", "warning", "error")
     parser.add_argument("--log-level", choices=levels, default="info", help="how much to log on stderr")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="json is one object a line")
 
 
 def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -165,8 +182,18 @@ def _connection(values: dict[str, Any]) -> Connection:
 def _deploy(values: dict[str, Any]) -> int:
     from mii_serve.cli.deploy import run
 
-    file, log_level = values.pop("config"), values.pop("log_level")
-    return run(values, file, log_level)
+    file, log_level, log_format = values.pop("config"), values.pop("log_level"), values.pop("log_format")
+    return run(values, file, log_level, log_format)
+
+
+def _config(values: dict[str, Any]) -> int:
+    from mii_serve.cli import config
+
+    if values.pop("action") == "schema":
+        return config.schema()
+    file, is_effective, is_json = values.pop("config"), values.pop("effective"), values.pop("json")
+    del values["log_level"], values["log_format"]
+    return config.show(values, file, is_effective=is_effective, is_json=is_json)
 
 
 def _generate(values: dict[str, Any]) -> int:
@@ -190,4 +217,4 @@ def _status(values: dict[str, Any]) -> int:
     return run(_connection(values), timeout=values["timeout"], is_json=values["json"])
 
 
-_COMMANDS = {"deploy": _deploy, "generate": _generate, "status": _status}
+_COMMANDS = {"config": _config, "deploy": _deploy, "generate": _generate, "status": _status}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mii_serve import __version__
 from mii_serve.cli.exits import say
+from mii_serve.logs import LogFormat, configure_logs
 
 if TYPE_CHECKING:
     from mii_serve.config import DeployConfig
@@ -21,7 +21,7 @@ EXAMPLE_PROMPT = "a red circle on a blue background"
 HTTP_PACKAGES = ("starlette", "uvicorn")
 
 
-def run(flags: dict[str, Any], file: Path | None, log_level: str) -> int:
+def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: LogFormat) -> int:
     """Serve until told to stop, and return the exit code.
 
     Raises:
@@ -35,7 +35,7 @@ def run(flags: dict[str, Any], file: Path | None, log_level: str) -> int:
     config = DeployConfig.load(flags, file)
     if "model" not in flags:
         _announce(config.model)
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logs(log_level, log_format)
     from mii_serve.server.deploy import Listener, run_deployment
 
     return run_deployment(config, Listener(on_listening=_tell_address, on_ready=_tell_ready, open_http=_open_http))

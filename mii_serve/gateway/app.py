@@ -67,6 +67,7 @@ async def serve_http(config: DeployConfig, service: FrontService, tls: Tls | Non
     """
     listener = bind_tcp("http_port", config.host, config.http_port)
     app = build_app(service)
+    listener.listen()  # who connects before the server has started waits for it
     settings = uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, lifespan="off", **({} if tls is None else _encrypted(tls))
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mii_serve.config import DeployConfig
 from mii_serve.errors import MiiServeError
+from mii_serve.logs import configure_logs
 from mii_serve.metrics import ReplicaMetrics
 from mii_serve.replica.local import build_warm_engine
 from mii_serve.replica.loop import ReplicaLoop
@@ -36,7 +37,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
-    logging.basicConfig(level=order["log_level"], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logs(order["log_level"], order["log_format"])
     status_fd = int(sys.argv[1])
     try:
         config = DeployConfig.from_json(order["config"])

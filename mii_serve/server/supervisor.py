@@ -20,6 +20,7 @@ from pathlib import Path
 from mii_serve import errors
 from mii_serve.config import DeployConfig
 from mii_serve.errors import EngineError, MiiServeError
+from mii_serve.logs import current_format
 from mii_serve.server.link import Loss
 from mii_serve.server.watch import until_hung
 
@@ -117,7 +118,12 @@ class ReplicaSupervisor:
         stdin = self._process.stdin
         assert stdin is not None
         level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
-        order = {"config": self._config.to_json(), "socket": str(self.socket), "log_level": level}
+        order = {
+            "config": self._config.to_json(),
+            "socket": str(self.socket),
+            "log_level": level,
+            "log_format": current_format(),
+        }
         with contextlib.suppress(ConnectionError):  # a child that is gone already says so on the status pipe
             stdin.write(json.dumps(order).encode() + b"\n")
             await stdin.drain()

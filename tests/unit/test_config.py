@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mii_serve.config import DeployConfig
+from mii_serve.config import DeployConfig, setting_names
 from mii_serve.errors import ConfigError
 
 
@@ -76,3 +76,51 @@ def test_a_bad_file_is_a_config_error(tmp_path, name, text):
 def test_a_missing_file_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         DeployConfig.load({}, tmp_path / "none.yaml")
+
+
+def test_azures_variables_stand_between_the_environment_and_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "deploy.yaml"
+    file.write_text("replicas: 5\nmax_slots: 7\n")
+    for name, value in (("TENSOR_PARALLEL", "1"), ("NUM_REPLICAS", "2"), ("WORKER_COUNT", "4")):
+        monkeypatch.setenv(name, value)
+    config = DeployConfig.load({}, file)
+    assert (config.tensor_parallel, config.replicas, config.max_slots) == (1, 2, 4)
+    monkeypatch.setenv("MII_SERVE_REPLICAS", "3")
+    assert DeployConfig.load({}, file).replicas == 3
+    for bad in ("0", "two", "-1", "1.5", "²"):
+        monkeypatch.setenv("NUM_REPLICAS", bad)
+        with pytest.raises(ConfigError, match="NUM_REPLICAS: must be a whole number"):
+            DeployConfig.load({})
+
+
+@pytest.mark.parametrize(
+    ("flags", "nearest"),
+    [({"grpc_prot": 1}, "grpc_port"), ({"limits": {"max_size": 1}}, "limits.max_size_px"), ({"colour": 1}, None)],
+)
+def test_a_misspelt_setting_is_told_its_nearest_name(flags, nearest):
+    with pytest.raises(ConfigError, match="no such setting") as caught:
+        DeployConfig.load(flags)
+    assert str(caught.value).endswith(f"did you mean {nearest}?" if nearest else "no such setting")
+
+
+def test_a_misspelt_variable_is_refused_and_a_foreign_one_is_not(monkeypatch):
+    for name in ("MII_SERVE_SERVICE_HOST", "MII_SERVE_PORT", "MII_SERVE_PORT_50050_TCP_ADDR", "MII_SERVE_API_KEY"):
+        monkeypatch.setenv(name, "x")
+    DeployConfig.load({})
+    monkeypatch.setenv("MII_SERVE_REPLCAS", "3")
+    with pytest.raises(ConfigError, match="MII_SERVE_REPLCAS: no such setting; did you mean MII_SERVE_REPLICAS"):
+        DeployConfig.load({})
+
+
+def test_each_setting_has_an_origin(file, monkeypatch):
+    monkeypatch.setenv("MII_SERVE_HTTP_PORT", "2")
+    monkeypatch.setenv("NUM_REPLICAS", "2")
+    monkeypatch.setenv("MII_SERVE_LIMITS__MAX_SIZE_PX", "128")
+    origins = DeployConfig.origins({"host": "::1"}, file)
+    assert origins["host"] == "flag"
+    assert origins["http_port"] == "environment MII_SERVE_HTTP_PORT"
+    assert origins["replicas"] == "environment NUM_REPLICAS"
+    assert origins["limits.max_size_px"] == "environment MII_SERVE_LIMITS__MAX_SIZE_PX"
+    assert origins["grpc_port"] == origins["limits.max_prompt_chars"] == f"file {file}"
+    assert origins["model"] == "default"
+    assert set(origins) == set(setting_names(DeployConfig))
