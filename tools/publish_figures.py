@@ -68,7 +68,36 @@ def scheduler() -> str:
     return f"`plan` and `advance` together, in microseconds:\n\n{markdown(['', 'median', 'p99'], cells)}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"inflight": inflight, "savings": savings, "scheduler": scheduler}
+def front() -> str:
+    result = read("front-cost.json")
+    ways = ("echo", "replica", "front")
+    latency = ["median latency, ms", *(result["latency_ms"][way] for way in ways)]
+    rate = [f"requests/s, {result['concurrency']} callers", *(result["requests_per_s"][way] for way in ways)]
+    table = markdown(["", "bare echo", "replica asked directly", "through the front"], [latency, rate])
+    size = f"{result['picture_bytes'] / 1000:.0f} KB"
+    return (
+        f"An engine that computes nothing, one picture of {size} an answer, {result['cores']} cores for all four processes "
+        f"({result['device']}):\n\n{table}\nThe front adds {result['added_ms']} ms at the median; "
+        f"throughput is {result['throughput_times_echo']:.2f} of the bare echo's.\n"
+    )
+
+
+def overload() -> str:
+    result = read("overload-demo.json")
+    able = result["capacity_per_s"]
+    cells = [
+        ["requests/s it can do, before and after", f"{able['before']}, {able['after']}"],
+        ["requests/s offered", result["offered_per_s"]],
+        ["pictures/s meanwhile", f"{result['goodput_per_s']} ({100 * result['goodput_of_capacity']:.0f} %)"],
+        ["a refusal takes, median and p95", f"{result['refusal_ms']['median']} ms, {result['refusal_ms']['p95']} ms"],
+        ["accepted and not in time", result["accepted_but_late"]],
+        ["front, MiB, at the start and the end", ", ".join(str(result["memory_mib"][i]["front"]) for i in (0, -1))],
+    ]
+    about = f"{result['seconds']:g} s, deadline {result['timeout']:g} s, line of at most {result['max_waiting_s']:g} s"
+    return f"The built-in model on {result['cores']} cores, {about}:\n\n{markdown(['', ''], cells)}"
+
+
+TABLES: dict[str, Callable[[], str]] = {"inflight": inflight, "savings": savings, "scheduler": scheduler, "front": front, "overload": overload}
 
 
 def published(text: str) -> str:
