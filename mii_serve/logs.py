@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
+import queue
+import sys
+import threading
 from datetime import UTC, datetime
 from typing import Literal
 
 LogFormat = Literal["text", "json"]
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+MAX_WAITING_LINES = 10_000
+FLUSH_AT_EXIT_S = 2.0
 _OF_EVERY_RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
@@ -28,9 +34,56 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
+class PatientHandler(logging.Handler):
+    """Lines for stderr that wait in a queue for a thread of their own, so that nobody is ever served later because stderr's
+    reader is slow or stuck. Lines beyond `MAX_WAITING_LINES` are dropped, and their number is told once there is room again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING_LINES)
+        self._num_dropped = 0
+        self._writer = threading.Thread(target=self._write, name="log-writer", daemon=True)
+        self._writer.start()
+        atexit.register(self.finish)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._num_dropped += 1
+        except Exception:  # noqa: BLE001 - what `logging` asks of a handler: a line that cannot be formatted ends nothing
+            self.handleError(record)
+
+    def finish(self) -> None:
+        """Write what waits, for at most `FLUSH_AT_EXIT_S` seconds."""
+        try:
+            self._lines.put(None, timeout=FLUSH_AT_EXIT_S)
+        except queue.Full:
+            return
+        self._writer.join(FLUSH_AT_EXIT_S)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            if self._num_dropped:
+                num_dropped, self._num_dropped = self._num_dropped, 0
+                line = f"{self._told(num_dropped)}\n{line}"
+            try:
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
+            except (OSError, ValueError):  # closed: nobody is there to be told
+                continue
+
+    def _told(self, num_dropped: int) -> str:
+        message = f"{num_dropped} lines were dropped: nobody read them in time"
+        return self.format(
+            logging.makeLogRecord({"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING", "msg": message})
+        )
+
+
 def configure_logs(level: str, log_format: LogFormat) -> None:
-    """Log this and higher levels on stderr."""
-    handler = logging.StreamHandler()
+    """Log this and higher levels on stderr, without ever waiting for whoever reads it."""
+    handler = PatientHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
 

@@ -97,7 +97,7 @@ def overload() -> str:
     return f"The built-in model on {result['cores']} cores, {about}:\n\n{markdown(['', ''], cells)}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"inflight": inflight, "savings": savings, "scheduler": scheduler, "front": front, "overload": overload}
+TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (inflight, savings, scheduler, front, overload)}
 
 
 def published(text: str) -> str:
