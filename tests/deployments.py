@@ -9,9 +9,11 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import IO
 
 import psutil
 import pytest
@@ -36,41 +38,47 @@ class Deployment:
         return self.process.wait(60)
 
 
-def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(*arguments: str, env: dict[str, str] | None = None, stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
     ports = ("--grpc-port", "0", "--http-port", "0")
     command = [sys.executable, "-m", "mii_serve", "deploy", *arguments]
     if "--grpc-port" not in arguments:
         command += ports
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, **(env or {})})
 
 
 @contextlib.contextmanager
 def deployed(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Deployment]:
-    with start(*arguments, env=env) as process:
+    """A deployment that is ready. Its log goes to a file: a pipe that nobody empties would be a fault of the test's own."""
+    with tempfile.TemporaryFile("w+") as log, start(*arguments, env=env, stderr=log) as process:
         try:
-            line = read_line(process, START_TIMEOUT_S)
+            line = read_line(process, START_TIMEOUT_S, log)
             match = re.fullmatch(r"ready grpc=(\S+:\d+) http=(\S+:\d+)\n", line)
             assert match, f"not a ready line: {line!r}"
             yield Deployment(process, match[1], match[2])
+        except BaseException:
+            print(f"the deployment's log ends:\n{_end_of(log)}", file=sys.stderr)
+            raise
         finally:
             if process.poll() is None:
                 process.kill()
             process.communicate(timeout=30)
 
 
-def read_line(process: subprocess.Popen[str], timeout_s: float) -> str:
-    """The next line of stdout, or what is on stderr when there is none in time."""
+def read_line(process: subprocess.Popen[str], timeout_s: float, log: IO[str] | None = None) -> str:
+    """The next line of stdout. There being none in time fails the test, with what the process has logged."""
     assert process.stdout is not None
     ready, _, _ = select.select([process.stdout], [], [], timeout_s)
-    if not ready:
-        process.kill()
-        pytest.fail(f"no line within {timeout_s} s; stderr: {process.communicate()[1]}")
-    line = process.stdout.readline()
+    line = process.stdout.readline() if ready else ""
     if not line:
-        pytest.fail(f"ended without a line; stderr: {process.communicate()[1]}")
+        process.kill()
+        said = process.communicate()[1] or "" if log is None else _end_of(log)
+        pytest.fail(f"no line within {timeout_s} s; stderr: {said}")
     return line
+
+
+def _end_of(log: IO[str]) -> str:
+    log.seek(max(0, log.seek(0, os.SEEK_END) - 10_000))
+    return log.read()
 
 
 def until(condition, what: str, timeout_s: float = 60.0) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mii_serve import __version__
 from mii_serve.cli.exits import say
 from mii_serve.logs import LogFormat, configure_logs
+from mii_serve.tracing import flush_traces, start_tracing
 
 if TYPE_CHECKING:
     from mii_serve.config import DeployConfig
@@ -36,9 +37,13 @@ def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: Lo
     if "model" not in flags:
         _announce(config.model)
     configure_logs(log_level, log_format)
+    start_tracing()
     from mii_serve.server.deploy import Listener, run_deployment
 
-    return run_deployment(config, Listener(on_listening=_tell_address, on_ready=_tell_ready, open_http=_open_http))
+    try:
+        return run_deployment(config, Listener(on_listening=_tell_address, on_ready=_tell_ready, open_http=_open_http))
+    finally:
+        flush_traces()
 
 
 def _announce(model: str) -> None:

@@ -52,14 +52,14 @@ Gate = Callable[[str, Mapping[str, str]], AbstractContextManager[str | None]]
 
 
 class Watcher(Protocol):
-    """Is told of every call that ended."""
+    """Is told of every call as it begins and as it ends."""
 
-    def new_facts(self) -> MutableMapping[str, object]: ...
+    def new_facts(self, method: str, metadata: Mapping[str, str]) -> MutableMapping[str, object]: ...
     def close(self, method: str, request_id: str, code: str, seconds: float, facts: Mapping[str, object]) -> None: ...
 
 
 class _Nobody:
-    def new_facts(self) -> MutableMapping[str, object]:
+    def new_facts(self, method: str, metadata: Mapping[str, str]) -> MutableMapping[str, object]:
         return {}
 
     def close(self, method: str, request_id: str, code: str, seconds: float, facts: Mapping[str, object]) -> None:
@@ -101,7 +101,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         def entered(context: Context) -> AbstractAsyncContextManager[None]:
             gate = self._gate(details.method, metadata)
-            return _entered(context, details.method, metadata.get(REQUEST_ID_KEY), gate, self._watcher)
+            return _entered(context, details.method, metadata, gate, self._watcher)
 
         parse = _checked_parser(handler.request_deserializer)
         if handler.response_streaming:
@@ -150,10 +150,11 @@ async def _write(context: Context, message: Any) -> None:
 
 @contextlib.asynccontextmanager
 async def _entered(
-    context: Context, method: str, asked_id: str | None, gate: AbstractContextManager[str | None], watcher: Watcher
+    context: Context, method: str, metadata: Mapping[str, str], gate: AbstractContextManager[str | None], watcher: Watcher
 ) -> AsyncIterator[None]:
-    start, facts, ended = time.monotonic(), watcher.new_facts(), "CANCELLED"
+    start, facts, ended = time.monotonic(), watcher.new_facts(method, metadata), "CANCELLED"
     current_facts.set(facts)
+    asked_id = metadata.get(REQUEST_ID_KEY)
     request_id = asked_id if asked_id is not None and _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex
     current_request_id.set(request_id)
     try:

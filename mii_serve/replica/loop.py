@@ -27,6 +27,7 @@ from mii_serve.errors import (
 from mii_serve.metrics import ReplicaMetrics
 from mii_serve.proto.codec import Activity
 from mii_serve.replica.encoding import encode_picture
+from mii_serve.replica.trace import RequestTrace
 from mii_serve.scheduler import Position, Scheduler
 from mii_serve.types import (
     LATENT_SCALE,
@@ -90,6 +91,7 @@ class _Caller:
     request: Request
     output: OutputOptions
     accepted_at: float
+    trace: RequestTrace
     mailbox: _Mailbox = field(default_factory=_Mailbox)
     started_at: float | None = None
     num_images_left: int = 0
@@ -151,8 +153,11 @@ class ReplicaLoop:
         client: str = "",
         priority: Priority = Priority.NORMAL,
         timeout_s: float | None = None,
+        traceparent: str | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Make the pictures of one request; leaving the iteration early cancels it.
+
+        Spans of the work hang below `traceparent`.
 
         Raises:
             InvalidRequestError: the id is in use, or the schedulers cannot do what is asked.
@@ -178,7 +183,9 @@ class ReplicaLoop:
             preview_every=output.preview_every,
         )
         position = self._scheduler.add(request, now)
-        caller = self._callers[request_id] = _Caller(request, output, now, num_images_left=params.num_images_per_prompt)
+        caller = self._callers[request_id] = _Caller(
+            request, output, now, RequestTrace(traceparent, now), num_images_left=params.num_images_per_prompt
+        )
         self._num_requests += 1
         self._wake.set()
         caller.mailbox.put(_queued(position))
@@ -212,13 +219,15 @@ class ReplicaLoop:
                     continue
                 for sample in plan.joins:
                     self._tell_started(sample.id)
-                start = time.perf_counter()
+                start = time.monotonic()
                 progress = await loop.run_in_executor(self._engine_thread, self._engine.run, plan)
-                self._scheduler.advance(progress, time.perf_counter() - start)
-                self._measure(len(plan.steps))
+                self._scheduler.advance(progress, time.monotonic() - start)
+                stages = self._engine.stage_seconds()
+                self._measure(len(plan.steps), stages)
                 self._num_turns += bool(plan.steps)
                 self._num_steps += len(plan.steps)
                 for sample_progress in progress:
+                    self._trace(sample_progress, start, stages)
                     self._tell(sample_progress)
                 self._tell_positions()
         except EngineError as error:
@@ -229,13 +238,17 @@ class ReplicaLoop:
             self._fail_all(UnavailableError("the replica is stopping"))
             self._encoders.shutdown(wait=True)
 
-    def _measure(self, batch: int) -> None:
+    def _measure(self, batch: int, stages: dict[str, float]) -> None:
         height, width = self._scheduler.planned_shape
         shape_px = height * LATENT_SCALE, width * LATENT_SCALE
-        self.metrics.turn(self._engine.description.engine, shape_px, batch, self._engine.stage_seconds())
+        self.metrics.turn(self._engine.description.engine, shape_px, batch, stages)
         num_misses = self._engine.num_graph_misses
         self.metrics.graph_misses.inc(num_misses - self._num_graph_misses)
         self._num_graph_misses = num_misses
+
+    def _trace(self, progress: SampleProgress, start: float, stages: dict[str, float]) -> None:
+        if caller := self._callers.get(progress.id.request_id):
+            caller.trace.advanced(progress.id.image_index, start, stages, is_over=progress.is_over)
 
     def _refuse_if_stopped(self) -> None:
         if self._failure is not None:
@@ -263,7 +276,9 @@ class ReplicaLoop:
 
     def _tell_started(self, sample_id: SampleId) -> None:
         if caller := self._callers.get(sample_id.request_id):
-            caller.started_at = caller.started_at or time.monotonic()
+            now = time.monotonic()
+            caller.started_at = caller.started_at or now
+            caller.trace.joined(sample_id.image_index, now)
             caller.mailbox.put(Started(image_index=sample_id.image_index))
 
     def _tell(self, progress: SampleProgress) -> None:
@@ -294,14 +309,16 @@ class ReplicaLoop:
             dropped_negative_prompt=picture.dropped_negative_prompt,
         )
         seed = caller.request.params.seed_of(index)
-        loop, start = asyncio.get_running_loop(), time.perf_counter()
+        loop, start = asyncio.get_running_loop(), time.monotonic()
         try:
             encoded = await loop.run_in_executor(self._encoders, encode_picture, picture, caller.output, effective, seed)
         except Exception as error:
             logger.exception("a picture could not be encoded, request_id=%s", caller.request.id)
             caller.mailbox.put(EngineError(f"the picture could not be encoded: {type(error).__name__}"))
             return None
-        self.metrics.stage("encode_image", time.perf_counter() - start)
+        end = time.monotonic()
+        self.metrics.stage("encode_image", end - start)
+        caller.trace.encoded(index, start, end)
         return encoded, effective
 
     async def _show(self, caller: _Caller, sample_id: SampleId, step: int, picture: Picture) -> None:

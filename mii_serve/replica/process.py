@@ -25,6 +25,7 @@ from mii_serve.metrics import ReplicaMetrics
 from mii_serve.replica.local import build_warm_engine
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import replica_server
+from mii_serve.tracing import flush_traces, start_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,11 @@ def main() -> int:
     # SIGHUP tells the parent to read its keys again; a terminal that goes away ends the parent, and so us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, name="end").start())
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
     configure_logs(order["log_level"], order["log_format"])
+    start_tracing()
     status_fd = int(sys.argv[1])
     try:
         config = DeployConfig.from_json(order["config"])
@@ -58,6 +60,11 @@ def main() -> int:
         _report(status_fd, state="failed", error=type(error).__name__, message=str(error))
         return 1
     return 0
+
+
+def _end() -> None:
+    flush_traces()
+    os._exit(0)
 
 
 def _gpu_memory() -> dict[str, int]:

@@ -22,6 +22,7 @@ from mii_serve.proto.interceptor import CLIENT_ID_KEY, CallInterceptor, Context,
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer, add_ImageGenerationServicer_to_server
 from mii_serve.replica.loop import ReplicaLoop
+from mii_serve.tracing import TRACEPARENT_KEY
 from mii_serve.types import draw_seed
 
 
@@ -61,6 +62,7 @@ class ReplicaService(ImageGenerationServicer):
             client=str(metadata.get(CLIENT_ID_KEY, "")),
             priority=priority,
             timeout_s=context.time_remaining(),
+            traceparent=str(metadata[TRACEPARENT_KEY]) if TRACEPARENT_KEY in metadata else None,
         )
         async with contextlib.aclosing(events):
             async for event in events:

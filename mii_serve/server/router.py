@@ -28,6 +28,7 @@ from mii_serve.proto.interceptor import CLIENT_ID_KEY, REQUEST_ID_KEY
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server.link import Loss, ReplicaLink
+from mii_serve.tracing import TRACEPARENT_KEY, current_traceparent
 from mii_serve.types import GenerationParams, OutputOptions, Priority
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,12 @@ class _ReplicaLostError(Exception):
 
     def __init__(self, *, was_alone: bool) -> None:
         self.was_alone = was_alone
+
+
+def _metadata(part: _Part) -> tuple[tuple[str, str], ...]:
+    traceparent = current_traceparent.get()
+    trace = () if traceparent is None else ((TRACEPARENT_KEY, traceparent),)
+    return ((REQUEST_ID_KEY, part.request_id), (CLIENT_ID_KEY, part.call.client), *trace)
 
 
 class Router:
@@ -211,7 +218,7 @@ class Router:
         call = link.stub().GenerateStream(
             encode_request(params, part.call.output, part.call.priority),
             timeout=part.call.left_s,
-            metadata=((REQUEST_ID_KEY, part.request_id), (CLIENT_ID_KEY, part.call.client)),
+            metadata=_metadata(part),
         )
         try:
             async for event in call:

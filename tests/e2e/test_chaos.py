@@ -17,6 +17,8 @@ from mii_serve.client.values import GenerationResult
 
 NUM_REQUESTS = 200
 KILL_EVERY_S = 4.0
+TIMEOUT_S = 200.0
+"""For one request. A test whose calls have no bound ends when the whole suite is stopped, and says nothing."""
 TOLERANCE = 1
 """In 1/255: what another company in the batch may change in FP32."""
 
@@ -56,12 +58,12 @@ def test_two_hundred_requests_outlive_random_kills():
     requests = mixed_requests()
     with deployed("demo", "--replicas", "3") as running, Client(running.grpc) as client:
         with ThreadPoolExecutor(12) as callers:
-            calm = list(callers.map(lambda request: client.generate(**request), requests))
+            calm = list(callers.map(lambda request: client.generate(**request, timeout=TIMEOUT_S), requests))
             is_over, killed = threading.Event(), []
             killer = threading.Thread(target=kill_at_random, args=(running, is_over, killed))
             killer.start()
             try:
-                stormy = list(callers.map(lambda request: client.generate(**request), requests))
+                stormy = list(callers.map(lambda request: client.generate(**request, timeout=TIMEOUT_S), requests))
             finally:
                 is_over.set()
                 killer.join()
