@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTO := mii_serve/proto/v1/image_generation.proto
 
-.PHONY: demo test test-fast check stubs goldens grade gpu-test gpu-bench clean
+.PHONY: clients demo test test-fast check stubs goldens grade gpu-test gpu-bench clean
 
 # torch goes first and pinned, so that nothing else decides which build is taken. The registry's own build brings several gigabytes
 # of CUDA packages; on a machine without a GPU, TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu' avoids them.
@@ -17,10 +17,20 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Other people's clients, each in an environment of its own: what they pin must not meet what we pin.
+CLIENTS := $(patsubst tests/clients/%.txt,.clients/%/.installed,$(wildcard tests/clients/*.txt))
+
+.clients/%/.installed: tests/clients/%.txt
+	test -x .clients/$*/bin/python || $(PYTHON) -m venv .clients/$*
+	.clients/$*/bin/pip install -q -r $<
+	touch $@
+
+clients: $(CLIENTS)
+
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(CLIENTS)
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-fast: $(INSTALLED)
@@ -42,11 +52,11 @@ goldens: stubs
 grade: $(INSTALLED)
 	$(BIN)/python tools/publish_demo_grades.py
 
-gpu-test: $(INSTALLED)
+gpu-test: $(INSTALLED) $(CLIENTS)
 	$(BIN)/python -m pytest -m gpu
 
 gpu-bench: $(INSTALLED)
 	$(BIN)/python benchmarks/engines.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .clients build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -32,9 +32,9 @@ from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import replica_server
+from mii_serve.server.desk import Desk
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.router import Router
-from mii_serve.server.service import FrontService
 
 RESULTS = Path(__file__).parent / "results"
 SIDE_PX = 368
@@ -58,11 +58,11 @@ async def replica(socket: str) -> None:
 
 
 async def front(replica_socket: str, socket: str) -> None:
-    service = FrontService(Router())
-    server = GrpcFront(service)
+    desk = Desk(Router())
+    server = GrpcFront(desk)
     while not Path(replica_socket).exists():  # noqa: ASYNC110, ASYNC240 - another process makes it
         await asyncio.sleep(0.05)
-    await service.attach(Path(replica_socket))
+    await desk.attach(Path(replica_socket))
     port = await server.listen("127.0.0.1", 0)
     Path(socket).write_text(str(port))  # noqa: ASYNC240
     await asyncio.Event().wait()

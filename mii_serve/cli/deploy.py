@@ -15,7 +15,8 @@ from mii_serve.tracing import flush_traces, start_tracing
 if TYPE_CHECKING:
     from mii_serve.config import DeployConfig
     from mii_serve.server.deploy import Ready
-    from mii_serve.server.service import FrontService
+    from mii_serve.server.desk import Desk
+    from mii_serve.server.keys import KeyRing
     from mii_serve.server.tls import Tls
 
 EXAMPLE_PROMPT = "a red circle on a blue background"
@@ -62,7 +63,7 @@ def _tell_ready(ready: Ready) -> None:
     print(f"ready grpc={ready.grpc} http={ready.http}", flush=True)
 
 
-def _open_http(config: DeployConfig, service: FrontService, tls: Tls | None) -> AbstractAsyncContextManager[str | None]:
+def _open_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None) -> AbstractAsyncContextManager[str | None]:
     try:
         from mii_serve.gateway.app import serve_http
     except ModuleNotFoundError as error:
@@ -70,7 +71,7 @@ def _open_http(config: DeployConfig, service: FrontService, tls: Tls | None) -> 
             raise
         say("HTTP is off: it needs the extra mii-serve[http]")
         return _no_http()
-    return serve_http(config, service, tls)
+    return serve_http(config, desk, keys, tls)
 
 
 @asynccontextmanager

@@ -16,25 +16,26 @@ from starlette.routing import Route
 
 from mii_serve.config import DeployConfig
 from mii_serve.metrics import CONTENT_TYPE
+from mii_serve.server.desk import Desk
 from mii_serve.server.front import bind_tcp, bracketed
-from mii_serve.server.service import FrontService
+from mii_serve.server.keys import KeyRing
 from mii_serve.server.tls import Tls
 
 
-def build_app(service: FrontService) -> Starlette:
-    """What is answered over HTTP for this service."""
+def build_app(desk: Desk, keys: KeyRing) -> Starlette:
+    """What is answered over HTTP."""
 
     async def livez(request: Request) -> Response:
         return PlainTextResponse("ok")
 
     async def readyz(request: Request) -> Response:
-        return PlainTextResponse("ok") if service.is_ready else PlainTextResponse("not ready", status_code=503)
+        return PlainTextResponse("ok") if desk.is_ready else PlainTextResponse("not ready", status_code=503)
 
     async def root(request: Request) -> Response:
         return JSONResponse("healthy")
 
     async def metrics(request: Request) -> Response:
-        return Response(await service.metrics_text(), media_type=CONTENT_TYPE)
+        return Response(await desk.metrics_text(), media_type=CONTENT_TYPE)
 
     answers = {"/livez": livez, "/readyz": readyz, "/metrics": metrics, "/": root}
     return Starlette(routes=[Route(path, answer) for path, answer in answers.items()])
@@ -59,14 +60,14 @@ def _encrypted(tls: Tls) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def serve_http(config: DeployConfig, service: FrontService, tls: Tls | None = None) -> AsyncIterator[str]:
+async def serve_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None = None) -> AsyncIterator[str]:
     """Serve while the block runs; gives HOST:PORT. Without `tls` it is plain text.
 
     Raises:
         ConfigError: the address cannot be bound.
     """
     listener = bind_tcp("http_port", config.host, config.http_port)
-    app = build_app(service)
+    app = build_app(desk, keys)
     listener.listen()  # who connects before the server has started waits for it
     settings = uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, lifespan="off", **({} if tls is None else _encrypted(tls))

@@ -15,11 +15,11 @@ import grpc
 from mii_serve.config import DeployConfig
 from mii_serve.errors import ConfigError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server.desk import Desk
 from mii_serve.server.front import GrpcFront, bracketed
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.placement import place
 from mii_serve.server.router import Router
-from mii_serve.server.service import FrontService
 from mii_serve.server.supervisor import ReplicaSupervisor
 from mii_serve.server.tls import Tls
 
@@ -58,7 +58,7 @@ class Listener:
 
     on_listening: Callable[[str], None]
     on_ready: Callable[[Ready], None]
-    open_http: Callable[[DeployConfig, FrontService, Tls | None], AbstractAsyncContextManager[str | None]]
+    open_http: Callable[[DeployConfig, Desk, KeyRing, Tls | None], AbstractAsyncContextManager[str | None]]
 
 
 def run_deployment(config: DeployConfig, listener: Listener) -> int:
@@ -79,14 +79,14 @@ def _refuse_what_this_release_lacks(config: DeployConfig) -> None:
 async def _deploy(config: DeployConfig, listener: Listener) -> int:
     environments = place(config)
     stop = _StopRequests()
-    service = FrontService(Router(config.replicas, patience_s=config.replica_wait_s))
+    desk = Desk(Router(config.replicas, patience_s=config.replica_wait_s))
     tls, keys = Tls.of(config), KeyRing(config.api_key_file)
-    front = GrpcFront(service, gate=keys.gate, tls=tls)
+    front = GrpcFront(desk, gate=keys.gate, tls=tls)
     if config.api_key_file is not None or tls is not None:
         _reload_on_sighup(keys, tls)
     if not _is_loopback(config.host):
         _warn_of_what_is_open(config)
-    async with listener.open_http(config, service, tls) as http:
+    async with listener.open_http(config, desk, keys, tls) as http:
         address = f"{bracketed(config.host)}:{await front.listen(config.host, config.grpc_port)}"
         listener.on_listening(address)
 
@@ -98,7 +98,7 @@ async def _deploy(config: DeployConfig, listener: Listener) -> int:
             ReplicaSupervisor(config, index=index, environment=environment) for index, environment in enumerate(environments)
         ]
         running = [asyncio.create_task(supervisor.run(changed)) for supervisor in supervisors]
-        following = asyncio.create_task(_follow(supervisors, changed, service, front, on_first_ready))
+        following = asyncio.create_task(_follow(supervisors, changed, desk, front, on_first_ready))
         draining = asyncio.create_task(stop.drain.wait())
         tasks = (*running, following, draining)
         try:
@@ -106,14 +106,14 @@ async def _deploy(config: DeployConfig, listener: Listener) -> int:
             for ended in (*running, following):
                 if ended.done():
                     ended.result()  # raises why the deployment cannot go on
-            await _drain(config, service, front, stop)
+            await _drain(config, desk, front, stop)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await front.stop(0)
             for supervisor in supervisors:
-                await service.detach(supervisor.index)
+                await desk.detach(supervisor.index)
     return 0
 
 
@@ -145,7 +145,7 @@ def _is_loopback(host: str) -> bool:
 async def _follow(
     supervisors: Sequence[ReplicaSupervisor],
     changed: asyncio.Event,
-    service: FrontService,
+    desk: Desk,
     front: GrpcFront,
     on_first_ready: Callable[[pb.GetServerInfoResponse], None],
 ) -> None:
@@ -160,10 +160,10 @@ async def _follow(
             index, life = supervisor.index, supervisor.num_restarts
             if attached.get(index) is not None and (not supervisor.is_ready or attached[index] != life):
                 del attached[index]
-                await service.detach(index, supervisor.loss)
+                await desk.detach(index, supervisor.loss)
             if supervisor.is_ready and index not in attached:
                 try:
-                    info = await service.attach(supervisor.socket, index, num_restarts=life)
+                    info = await desk.attach(supervisor.socket, index, num_restarts=life)
                     attached[index] = life
                 except grpc.aio.AioRpcError as error:  # it died just now; the supervisor will say so
                     logger.warning("replica %d does not answer: %s", index, error.code().name)
@@ -174,9 +174,9 @@ async def _follow(
             on_first_ready(info)
 
 
-async def _drain(config: DeployConfig, service: FrontService, front: GrpcFront, stop: _StopRequests) -> None:
+async def _drain(config: DeployConfig, desk: Desk, front: GrpcFront, stop: _StopRequests) -> None:
     await front.set_serving(False)
-    drained = asyncio.create_task(service.drain(config.drain_timeout_s))
+    drained = asyncio.create_task(desk.drain(config.drain_timeout_s))
     at_once = asyncio.create_task(stop.at_once.wait())
     await asyncio.wait((drained, at_once), return_when=asyncio.FIRST_COMPLETED)
     if not (drained.done() and drained.result()):

@@ -13,6 +13,7 @@ from mii_serve.proto.codec import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from mii_serve.proto.interceptor import CallInterceptor, Gate, open_gate
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import add_ImageGenerationServicer_to_server
+from mii_serve.server.desk import Desk
 from mii_serve.server.ledger import Ledger
 from mii_serve.server.service import FrontService
 from mii_serve.server.tls import Tls
@@ -34,12 +35,12 @@ _SERVER_OPTIONS = (
 class GrpcFront:
     """The public gRPC server. Listens at once; SERVING only while `set_serving` says so."""
 
-    def __init__(self, service: FrontService, *, gate: Gate = open_gate, tls: Tls | None = None) -> None:
+    def __init__(self, desk: Desk, *, gate: Gate = open_gate, tls: Tls | None = None) -> None:
         """Health and reflection are open to all; the gate is for what costs something. Without `tls` it is plain text."""
         self._tls = tls
-        self._server = grpc.aio.server(interceptors=(CallInterceptor(gate, Ledger(service.metrics)),), options=_SERVER_OPTIONS)
+        self._server = grpc.aio.server(interceptors=(CallInterceptor(gate, Ledger(desk.metrics)),), options=_SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
-        add_ImageGenerationServicer_to_server(service, self._server)
+        add_ImageGenerationServicer_to_server(FrontService(desk), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 

@@ -1,190 +1,56 @@
-"""The public v1 service: checks a request at the door, has it made by the replicas, and passes back what they say."""
+"""The public v1 service over gRPC: the desk's answers as `mii_serve.v1` messages."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import hashlib
-import time
-from collections.abc import AsyncGenerator, Iterator
-from pathlib import Path
+from collections.abc import AsyncGenerator
 
-import grpc
-
-from mii_serve.errors import InvalidRequestError, UnavailableError
-from mii_serve.metrics import FrontMetrics, together
-from mii_serve.proto.codec import decode_request, gather_response
+from mii_serve.errors import InvalidRequestError
+from mii_serve.proto.codec import gather_response
 from mii_serve.proto.interceptor import (
     CLIENT_ID_KEY,
     IDEMPOTENCY_KEY,
-    REQUEST_ID_KEY,
     Context,
-    check_idempotency_key,
     current_facts,
     current_key_name,
     current_request_id,
 )
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer
-from mii_serve.server.answers import Answers
+from mii_serve.server.desk import Desk, Visit, client_of, deadline_in
 from mii_serve.server.ledger import Facts
-from mii_serve.server.link import Loss, ReplicaLink
-from mii_serve.server.router import Call, Router
-from mii_serve.types import Capabilities, draw_seed
-
-INFO_TIMEOUT_S = 10.0
-METRICS_TIMEOUT_S = 2.0
-"""One replica that does not answer must not cost the scrape."""
 
 
 class FrontService(ImageGenerationServicer):
-    """Refuses everything until a replica is attached, and new work again after `drain`."""
+    """Runs inside `CallInterceptor`, which has given the call its id and let it in."""
 
-    def __init__(self, router: Router | None = None, metrics: FrontMetrics | None = None) -> None:
-        self._router = router or Router()
-        self.metrics = metrics or FrontMetrics()
-        self.metrics.replicas_ready.set_function(lambda: sum(link.is_up for link in self._router.links))
-        self.metrics.requests_running.set_function(lambda: len(self._active))
-        for link in self._router.links:
-            self.metrics.replica_restarts.labels(str(link.index))
-        self._capabilities: Capabilities | None = None
-        self._answers = Answers()
-        self._is_draining = False
-        self._active: set[str] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a request that arrives now would be worked on."""
-        return self._router.is_up and not self._is_draining
-
-    async def attach(self, socket: Path, index: int = 0, *, num_restarts: int = 0) -> pb.GetServerInfoResponse:
-        """Give work to the replica behind this socket from now on; answer what it says of itself."""
-        link = self._router.links[index]
-        info, self._capabilities = await link.attach(socket)
-        self.metrics.replica_restarts.labels(str(index)).inc(max(0, num_restarts - link.num_restarts))
-        link.num_restarts = num_restarts
-        await self._router.announce_change()
-        return info
-
-    async def detach(self, index: int = 0, loss: Loss | None = None) -> None:
-        await self._router.links[index].detach(loss or Loss(reason="the server is stopping", is_crash=False))
-
-    async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for the running ones; False when some were left at the end."""
-        self._is_draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        return not self._active
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:  # noqa: N802
-        capabilities = self._known()
-        if self._is_draining:
-            raise UnavailableError("the server is draining")
-        params, output, priority = decode_request(request, capabilities, fallback_seed=draw_seed())
-        left_s = context.time_remaining()
-        call = Call(
-            request_id=current_request_id.get(),
-            client=_client_id(context),
-            params=params,
-            output=output,
-            priority=priority,
-            deadline=None if left_s is None else time.monotonic() + left_s,
-        )
-        facts = current_facts.get(None)
-        facts = facts if isinstance(facts, Facts) else Facts()
-        facts.learn_params(params)
-        with self._counted(call.request_id):
-            async with contextlib.aclosing(self._made(call, request, context)) as events:
-                async for event in events:
-                    facts.learn_event(event)
-                    yield event
-
-    async def metrics_text(self) -> bytes:
-        """The front's metrics and those of every replica that answers, as Prometheus text."""
-        links = self._router.links
-        texts = await asyncio.gather(*(link.metrics(METRICS_TIMEOUT_S) for link in links))
-        return together(self.metrics, {link.index: text for link, text in zip(links, texts, strict=True) if text is not None})
-
-    def _made(self, call: Call, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:
-        """The call's events; of the first call, where its idempotency key has been seen."""
-        key = dict(context.invocation_metadata() or ()).get(IDEMPOTENCY_KEY)
-        if key is None:
-            return self._router.events(call)
-        if call.output.preview_every is not None:
-            raise InvalidRequestError("output.preview_every", f"cannot go with {IDEMPOTENCY_KEY}: previews are not kept")
-        name = call.client if current_key_name.get() is not None else ""
-        fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-        return self._answers.events((name, check_idempotency_key(str(key))), fingerprint, lambda: self._router.events(call))
+        async with contextlib.aclosing(self._desk.events(request, visit_of(context))) as events:
+            async for event in events:
+                yield event
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         if request.output.HasField("preview_every"):
             raise InvalidRequestError("output.preview_every", "needs GenerateStream, which can show previews")
-        async with contextlib.aclosing(self.GenerateStream(request, context)) as events:
+        async with contextlib.aclosing(self._desk.events(request, visit_of(context))) as events:
             return gather_response([event async for event in events])
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
-        self._known()
-        links = self._router.links
-        answers = await asyncio.gather(*(_info(link) for link in links))
-        known = [info for info in answers if info is not None]
-        if not known:
-            raise UnavailableError("no replica answers; they are being restarted")
-        merged = pb.GetServerInfoResponse()
-        merged.CopyFrom(known[0])
-        merged.activity.CopyFrom(_together([info.activity for info in known]))
-        for link, info in zip(links, answers, strict=True):
-            activity = None if info is None else info.activity
-            merged.replicas.add(index=link.index, is_ready=info is not None, num_restarts=link.num_restarts, activity=activity)
-        return merged
-
-    def _known(self) -> Capabilities:
-        if self._capabilities is None:
-            raise UnavailableError("the server is not ready: no replica has made its warm-up picture yet")
-        return self._capabilities
-
-    @contextlib.contextmanager
-    def _counted(self, request_id: str) -> Iterator[None]:
-        if request_id in self._active:
-            raise InvalidRequestError(REQUEST_ID_KEY, "must not be in use by a running request", repr(request_id))
-        self._active.add(request_id)
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._active.remove(request_id)
-            if not self._active:
-                self._idle.set()
+        return await self._desk.server_info()
 
 
-def _client_id(context: Context) -> str:
-    """The API key; where the server wants none, whom the caller names, a gateway for example; else the connection."""
-    if (key_name := current_key_name.get()) is not None:
-        return f"key {key_name}"
-    named = str(dict(context.invocation_metadata() or ()).get(CLIENT_ID_KEY) or "")
-    return f"named {named}" if named else f"peer {context.peer()}"
-
-
-async def _info(link: ReplicaLink) -> pb.GetServerInfoResponse | None:
-    """What a replica says of itself; None when it is not there."""
-    if not link.is_up:
-        return None
-    with contextlib.suppress(grpc.aio.AioRpcError):
-        info: pb.GetServerInfoResponse = await link.stub().GetServerInfo(pb.GetServerInfoRequest(), timeout=INFO_TIMEOUT_S)
-        return info
-    return None
-
-
-def _together(parts: list[pb.GetServerInfoResponse.Activity]) -> pb.GetServerInfoResponse.Activity:
-    """Counts add up; the oldest replica's age and the tightest bound of memory stand for all."""
-    total = pb.GetServerInfoResponse.Activity()
-    for name in (field.name for field in total.DESCRIPTOR.fields):
-        setattr(total, name, sum(getattr(part, name) for part in parts))
-    total.uptime_s = max(part.uptime_s for part in parts)
-    total.ClearField("max_cells_per_call")
-    bounds = [part.max_cells_per_call for part in parts if part.HasField("max_cells_per_call")]
-    if bounds:
-        total.max_cells_per_call = min(bounds)
-    return total
+def visit_of(context: Context) -> Visit:
+    """The circumstances of the call that is being answered."""
+    metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+    key_name, facts = current_key_name.get(), current_facts.get(None)
+    return Visit(
+        request_id=current_request_id.get(),
+        client=client_of(key_name, metadata.get(CLIENT_ID_KEY), str(context.peer())),
+        deadline=deadline_in(context.time_remaining()),
+        key_name=key_name,
+        idempotency_key=metadata.get(IDEMPOTENCY_KEY),
+        facts=facts if isinstance(facts, Facts) else Facts(),
+    )

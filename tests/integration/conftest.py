@@ -19,9 +19,9 @@ from mii_serve.proto.interceptor import Gate, open_gate
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import replica_server
+from mii_serve.server.desk import Desk
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.router import Router
-from mii_serve.server.service import FrontService
 from mii_serve.server.tls import Tls
 
 
@@ -29,7 +29,7 @@ from mii_serve.server.tls import Tls
 class RunningServer:
     engine: FakeEngine
     loop: ReplicaLoop
-    service: FrontService
+    desk: Desk
     front: GrpcFront
     target: str
     channel: grpc.aio.Channel
@@ -63,21 +63,21 @@ async def running_server(
     socket = folder / "replica.sock"
     replica = replica_server(loop, "test", socket)
     await replica.start()
-    service = FrontService(Router(patience_s=1.0))
-    front = GrpcFront(service, gate=gate, tls=tls)
+    desk = Desk(Router(patience_s=1.0))
+    front = GrpcFront(desk, gate=gate, tls=tls)
     target = f"127.0.0.1:{await front.listen('127.0.0.1', 0)}"
-    await service.attach(socket)
+    await desk.attach(socket)
     await front.set_serving(True)
     channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
     replica_channel = grpc.aio.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS)
     try:
-        yield RunningServer(engine, loop, service, front, target, channel, replica_channel, replica, turns)
+        yield RunningServer(engine, loop, desk, front, target, channel, replica_channel, replica, turns)
     finally:
         engine.gate.set()
         await channel.close()
         await replica_channel.close()
         await front.stop(0)
-        await service.detach()
+        await desk.detach()
         await replica.stop(0)
         turns.cancel()
         with contextlib.suppress(asyncio.CancelledError, EngineError):

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mii_serve.config import DeployConfig
 from mii_serve.gateway.app import serve_http
+from mii_serve.server.keys import KeyRing
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ async def two(tmp_path):
 
 async def scraped(deployment: Deployment) -> dict[tuple, float]:
     """Every sample by name and labels; a family may be there only once."""
-    text = (await deployment.service.metrics_text()).decode()
+    text = (await deployment.desk.metrics_text()).decode()
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families)
     assert "a red circle" not in text
@@ -107,7 +108,7 @@ async def test_queued_work_is_told_in_seconds(two):
 
 async def test_they_are_served_over_http(two):
     await two.stub.Generate(request())
-    async with serve_http(DeployConfig.load({"http_port": 0}), two.service) as address:
+    async with serve_http(DeployConfig.load({"http_port": 0}), two.desk, KeyRing()) as address:
         answer = await asyncio.to_thread(urllib.request.urlopen, f"http://{address}/metrics", timeout=10)
         with answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")

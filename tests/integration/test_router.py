@@ -22,10 +22,10 @@ from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import replica_server
+from mii_serve.server.desk import Desk
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.link import Loss
 from mii_serve.server.router import Router
-from mii_serve.server.service import FrontService
 
 KILLED = Loss(reason="killed by signal 9", is_crash=False)
 CRASHED = Loss(reason="killed by signal 11", is_crash=True)
@@ -62,19 +62,19 @@ class Deployment:
         self._folder = folder
         self._lives = 0
         self.router = Router(count, patience_s=1.0)
-        self.service = FrontService(self.router)
-        self.front = GrpcFront(self.service)
+        self.desk = Desk(self.router)
+        self.front = GrpcFront(self.desk)
         self.replicas: dict[int, Replica] = {}
 
     async def start(self, index: int) -> None:
         self._lives += 1
         self.replicas[index] = Replica(self._folder / f"{self._lives}.sock")
         await self.replicas[index].start()
-        await self.service.attach(self.replicas[index].socket, index)
+        await self.desk.attach(self.replicas[index].socket, index)
 
     async def lose(self, index: int, loss: Loss) -> None:
         await self.replicas.pop(index).die()
-        await self.service.detach(index, loss)
+        await self.desk.detach(index, loss)
 
     async def until(self, condition) -> None:
         async with asyncio.timeout(20):

@@ -1,0 +1,214 @@
+"""Where every request arrives, by whichever protocol: checked at the door, made by the replicas, its events passed back.
+
+The edges (gRPC, MII's wire, HTTP) turn what their callers send into a `GenerateRequest` and a `Visit`, and what comes back into
+answers of their own. Rules, limits, idempotency and draining are here, once for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from mii_serve.errors import InvalidRequestError, UnavailableError
+from mii_serve.metrics import FrontMetrics, together
+from mii_serve.proto.codec import decode_request
+from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, REQUEST_ID_KEY, check_idempotency_key
+from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server.answers import Answers
+from mii_serve.server.ledger import Facts
+from mii_serve.server.link import Loss, ReplicaLink
+from mii_serve.server.router import Call, Router
+from mii_serve.types import Capabilities, draw_seed
+
+INFO_TIMEOUT_S = 10.0
+METRICS_TIMEOUT_S = 2.0
+"""One replica that does not answer must not cost the scrape."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """One request's circumstances: who asks, and how long they wait.
+
+    `request_id` is nobody else's while the request runs. `client` is whose share of a busy server it takes. `deadline` is on
+    `time.monotonic`'s clock. `key_name` is the API key it came with, None where the server wants none.
+    """
+
+    request_id: str
+    client: str
+    deadline: float | None = None
+    key_name: str | None = None
+    idempotency_key: str | None = None
+    facts: Facts = field(default_factory=Facts)
+
+
+class Desk:
+    """Refuses everything until a replica is attached, and new work again after `drain`."""
+
+    def __init__(self, router: Router | None = None, metrics: FrontMetrics | None = None) -> None:
+        self._router = router or Router()
+        self.metrics = metrics or FrontMetrics()
+        self.metrics.replicas_ready.set_function(lambda: sum(link.is_up for link in self._router.links))
+        self.metrics.requests_running.set_function(lambda: len(self._active))
+        for link in self._router.links:
+            self.metrics.replica_restarts.labels(str(link.index))
+        self._capabilities: Capabilities | None = None
+        self._answers = Answers()
+        self._is_draining = False
+        self._active: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request that arrives now would be worked on."""
+        return self._router.is_up and not self._is_draining
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the model accepts and assumes.
+
+        Raises:
+            UnavailableError: no replica has told yet.
+        """
+        if self._capabilities is None:
+            raise UnavailableError("the server is not ready: no replica has made its warm-up picture yet")
+        return self._capabilities
+
+    async def attach(self, socket: Path, index: int = 0, *, num_restarts: int = 0) -> pb.GetServerInfoResponse:
+        """Give work to the replica behind this socket from now on; answer what it says of itself."""
+        link = self._router.links[index]
+        info, self._capabilities = await link.attach(socket)
+        self.metrics.replica_restarts.labels(str(index)).inc(max(0, num_restarts - link.num_restarts))
+        link.num_restarts = num_restarts
+        await self._router.announce_change()
+        return info
+
+    async def detach(self, index: int = 0, loss: Loss | None = None) -> None:
+        await self._router.links[index].detach(loss or Loss(reason="the server is stopping", is_crash=False))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the running ones; False when some were left at the end."""
+        self._is_draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        return not self._active
+
+    async def events(self, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
+        """All events of the request, `done` last. Leaving the iteration early cancels the work.
+
+        Raises:
+            InvalidRequestError: naming the field and the rule.
+            UnavailableError: not ready, or draining.
+            MiiServeError: what became of it.
+        """
+        capabilities = self.capabilities
+        if self._is_draining:
+            raise UnavailableError("the server is draining")
+        params, output, priority = decode_request(request, capabilities, fallback_seed=draw_seed())
+        call = Call(
+            request_id=visit.request_id,
+            client=visit.client,
+            params=params,
+            output=output,
+            priority=priority,
+            deadline=visit.deadline,
+        )
+        visit.facts.learn_params(params)
+        with self._counted(call.request_id):
+            async with contextlib.aclosing(self._made(call, request, visit)) as events:
+                async for event in events:
+                    visit.facts.learn_event(event)
+                    yield event
+
+    def _made(self, call: Call, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
+        """The call's events; of the first call, where its idempotency key has been seen."""
+        key = visit.idempotency_key
+        if key is None:
+            return self._router.events(call)
+        if call.output.preview_every is not None:
+            raise InvalidRequestError("output.preview_every", f"cannot go with {IDEMPOTENCY_KEY}: previews are not kept")
+        owner = call.client if visit.key_name is not None else ""
+        fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        return self._answers.events((owner, check_idempotency_key(key)), fingerprint, lambda: self._router.events(call))
+
+    async def server_info(self) -> pb.GetServerInfoResponse:
+        """What runs here and how busy it is, of all replicas together.
+
+        Raises:
+            UnavailableError: not ready, or no replica answers.
+        """
+        _ = self.capabilities
+        links = self._router.links
+        answers = await asyncio.gather(*(_info(link) for link in links))
+        known = [info for info in answers if info is not None]
+        if not known:
+            raise UnavailableError("no replica answers; they are being restarted")
+        merged = pb.GetServerInfoResponse()
+        merged.CopyFrom(known[0])
+        merged.activity.CopyFrom(_together([info.activity for info in known]))
+        for link, info in zip(links, answers, strict=True):
+            activity = None if info is None else info.activity
+            merged.replicas.add(index=link.index, is_ready=info is not None, num_restarts=link.num_restarts, activity=activity)
+        return merged
+
+    async def metrics_text(self) -> bytes:
+        """The front's metrics and those of every replica that answers, as Prometheus text."""
+        links = self._router.links
+        texts = await asyncio.gather(*(link.metrics(METRICS_TIMEOUT_S) for link in links))
+        return together(self.metrics, {link.index: text for link, text in zip(links, texts, strict=True) if text is not None})
+
+    @contextlib.contextmanager
+    def _counted(self, request_id: str) -> Iterator[None]:
+        if request_id in self._active:
+            raise InvalidRequestError(REQUEST_ID_KEY, "must not be in use by a running request", repr(request_id))
+        self._active.add(request_id)
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._active.remove(request_id)
+            if not self._active:
+                self._idle.set()
+
+
+def deadline_in(left_s: float | None) -> float | None:
+    """The point in time that is so many seconds from now, on `Visit.deadline`'s clock."""
+    return None if left_s is None else time.monotonic() + left_s
+
+
+def client_of(key_name: str | None, named: str | None, peer: str) -> str:
+    """Whose share a request takes: the API key's; where the server wants none, whom the caller names; else the connection's."""
+    if key_name is not None:
+        return f"key {key_name}"
+    return f"named {named}" if named else f"peer {peer}"
+
+
+async def _info(link: ReplicaLink) -> pb.GetServerInfoResponse | None:
+    """What a replica says of itself; None when it is not there."""
+    if not link.is_up:
+        return None
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        info: pb.GetServerInfoResponse = await link.stub().GetServerInfo(pb.GetServerInfoRequest(), timeout=INFO_TIMEOUT_S)
+        return info
+    return None
+
+
+def _together(parts: list[pb.GetServerInfoResponse.Activity]) -> pb.GetServerInfoResponse.Activity:
+    """Counts add up; the oldest replica's age and the tightest bound of memory stand for all."""
+    total = pb.GetServerInfoResponse.Activity()
+    for name in (column.name for column in total.DESCRIPTOR.fields):
+        setattr(total, name, sum(getattr(part, name) for part in parts))
+    total.uptime_s = max(part.uptime_s for part in parts)
+    total.ClearField("max_cells_per_call")
+    bounds = [part.max_cells_per_call for part in parts if part.HasField("max_cells_per_call")]
+    if bounds:
+        total.max_cells_per_call = min(bounds)
+    return total
