@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -34,6 +35,19 @@ NOT_SETTINGS = frozenset({"MII_SERVE_API_KEY", "MII_SERVE_DEBUG"})
 """Variables with the prefix that are the clients' and the command line's."""
 AZURE_VARIABLES = {"TENSOR_PARALLEL": "tensor_parallel", "NUM_REPLICAS": "replicas", "WORKER_COUNT": "max_slots"}
 """What Azure ML's images are configured with. A worker there is one request in work."""
+CONTENT_SAFETY_VARIABLES = {
+    "CONTENT_SAFETY_ENDPOINT": "content_safety.endpoint",
+    "CONTENT_SAFETY_KEY": "content_safety.key",
+    "CONTENT_SAFETY_THRESHOLD": "content_safety.threshold",
+    "CONTENT_SAFETY_BLOCKLISTS": "content_safety.blocklists",
+    "CONTENT_SAFETY_ACCOUNT_NAME": "content_safety.account_name",
+    "UAI_CLIENT_ID": "content_safety.client_id",
+}
+"""Azure ML's names for what moderates prompts and pictures. `UAI_CLIENT_ID` alone asks for nothing: it has other uses."""
+OF_KUBERNETES = re.compile(r"CONTENT_SAFETY_(SERVICE_(HOST|PORT(_.*)?)|PORT(_.*)?)")
+"""What Kubernetes sets in every container beside a service named content-safety."""
+MAX_MODERATED_CHARS = 10_000
+"""Azure AI Content Safety reads no more of a text."""
 CLOSE = 0.8
 """How alike two names are, of 1, for one to be taken for the other misspelt."""
 
@@ -49,6 +63,33 @@ class LimitsConfig(BaseModel):
     min_size_px: int | None = Field(None, ge=8, multiple_of=8)
     max_size_px: int | None = Field(None, ge=8, multiple_of=8)
     max_images_per_prompt: int = Field(16, ge=1, le=1024)
+
+
+class ContentSafetyConfig(BaseModel):
+    """Azure AI Content Safety before and after the work; off unless something here, other than `client_id`, is set.
+
+    Severities above `threshold` are blocked, of 0, 2, 4 and 6. `client_id` is a managed identity's, or "system" for the
+    machine's own; `key` wins over it. `account_name` stands for that account's public endpoint. `timeout_s` is for one verdict,
+    its repeats included.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    endpoint: str | None = Field(None, pattern=r"^https?://[^\s/?#@]+/?$")
+    key: SecretStr | None = None
+    threshold: int = Field(2, ge=0, le=6)
+    blocklists: tuple[Annotated[str, Field(pattern=r"^[0-9A-Za-z._~-]{1,64}$")], ...] = ()
+    account_name: str | None = Field(None, pattern=r"^[0-9A-Za-z-]{2,64}$")
+    client_id: str | None = Field(None, min_length=1)
+    timeout_s: float = Field(10.0, gt=0, le=60)
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.model_fields_set - {"client_id"})
+
+    @property
+    def url(self) -> str:
+        return (self.endpoint or f"https://{self.account_name}.cognitiveservices.azure.com").rstrip("/")
 
 
 class DeployConfig(BaseSettings):
@@ -83,6 +124,7 @@ class DeployConfig(BaseSettings):
     startup_timeout_s: float = Field(900.0, gt=0)
     drain_timeout_s: float = Field(30.0, ge=0)
     limits: LimitsConfig = LimitsConfig()
+    content_safety: ContentSafetyConfig = ContentSafetyConfig()
 
     @classmethod
     def load(cls, flags: dict[str, Any], file: Path | None = None) -> DeployConfig:
@@ -94,8 +136,12 @@ class DeployConfig(BaseSettings):
         if file is not None and not file.is_file():
             raise ConfigError("config", f"no such file: {file}")
         _refuse_misspelt_variables(cls)
-        azure = _azure_settings()
+        config = cls._merged(flags, file, _azure_settings())
+        _check_content_safety(config)
+        return config
 
+    @classmethod
+    def _merged(cls, flags: dict[str, Any], file: Path | None, azure: dict[str, Any]) -> DeployConfig:
         class _Layered(cls):  # type: ignore[misc, valid-type]
             @classmethod
             def settings_customise_sources(
@@ -123,11 +169,11 @@ class DeployConfig(BaseSettings):
     def origins(cls, flags: dict[str, Any], file: Path | None = None) -> dict[str, str]:
         """Where `load` takes each setting from, by its name; "limits.max_size_px" is one in a group."""
         written = {} if file is None else _file_source(cls, file)()
-        found = {}
+        found, variables = {}, AZURE_VARIABLES | CONTENT_SAFETY_VARIABLES
         for name in setting_names(cls):
             group, _, key = name.rpartition(".")
             variable = f"{ENV_PREFIX}{name.replace('.', '__').upper()}"
-            azure = next((azure for azure, setting in AZURE_VARIABLES.items() if setting == name), "")
+            azure = next((azure for azure, setting in variables.items() if setting == name), "")
             if key in (flags.get(group, {}) if group else flags):
                 found[name] = "flag"
             elif _is_set(variable) or (group and _is_set(f"{ENV_PREFIX}{group.upper()}")):
@@ -141,11 +187,13 @@ class DeployConfig(BaseSettings):
         return found
 
     def to_json(self) -> str:
-        return self.model_dump_json()
+        """For a replica, which moderates nothing and is told no secret."""
+        return self.model_dump_json(exclude={"content_safety"})
 
     @classmethod
     def from_json(cls, text: str) -> DeployConfig:
-        return cls.load(_Json.model_validate_json(text).model_dump())
+        config = cls._merged(_Json.model_validate_json(text).model_dump(), None, {})
+        return config.model_copy(update={"content_safety": ContentSafetyConfig()})
 
 
 class _Json(BaseModel):
@@ -174,13 +222,53 @@ def _file_source(settings: type[BaseSettings], file: Path) -> PydanticBaseSettin
 
 
 def _azure_settings() -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {"content_safety": content} if (content := _content_safety_settings()) else {}
     for variable, setting in AZURE_VARIABLES.items():
         if text := os.environ.get(variable, "").strip():
             if not text.isascii() or not text.isdigit() or int(text) < 1:
                 raise ConfigError(variable, f"must be a whole number, 1 or more, got {text!r}")
             found[setting] = int(text)
     return found
+
+
+def _content_safety_settings() -> dict[str, Any]:
+    """What Azure's variables say of content safety.
+
+    Raises:
+        ConfigError: one that is empty or unknown: whoever sets it wants what it says, and would not get it.
+    """
+    off = "unset every CONTENT_SAFETY_* variable to serve without content safety"
+    found: dict[str, Any] = {}
+    for variable, text in os.environ.items():
+        if not variable.startswith("CONTENT_SAFETY_") or OF_KUBERNETES.fullmatch(variable):
+            continue
+        if variable not in CONTENT_SAFETY_VARIABLES:
+            nearest = _nearest(variable, CONTENT_SAFETY_VARIABLES)
+            raise ConfigError(variable, f"no such variable; did you mean {nearest}?" if nearest else f"no such variable; {off}")
+        if not text.strip():
+            raise ConfigError(variable, f"is set and empty; {off}")
+    for variable, setting in CONTENT_SAFETY_VARIABLES.items():
+        if text := os.environ.get(variable, "").strip():
+            is_list = variable == "CONTENT_SAFETY_BLOCKLISTS"
+            found[setting.partition(".")[2]] = [name.strip() for name in text.split(",")] if is_list else text
+    return found
+
+
+def _check_content_safety(config: DeployConfig) -> None:
+    """What the settings of content safety must be together."""
+    asked = config.content_safety
+    if not asked.is_on:
+        return
+    if asked.endpoint is None and asked.account_name is None:
+        raise ConfigError("CONTENT_SAFETY_ENDPOINT", "content safety is asked for, and this does not say where it is")
+    if asked.key is None and asked.client_id is None:
+        raise ConfigError("CONTENT_SAFETY_KEY", "content safety needs this key, or a managed identity in UAI_CLIENT_ID")
+    if asked.key is not None and not re.fullmatch("[!-~]+", asked.key.get_secret_value()):
+        raise ConfigError("CONTENT_SAFETY_KEY", "must be printable ASCII text without spaces")
+    if asked.key is None and not asked.url.startswith("https:"):
+        raise ConfigError("CONTENT_SAFETY_ENDPOINT", "must be https:// where a managed identity is used")
+    if config.limits.max_prompt_chars > MAX_MODERATED_CHARS:
+        raise ConfigError("limits.max_prompt_chars", f"must be at most {MAX_MODERATED_CHARS} with content safety")
 
 
 def _refuse_misspelt_variables(model: type[BaseModel]) -> None:
@@ -204,4 +292,6 @@ def _first_problem(model: type[BaseModel], error: ValidationError) -> ConfigErro
     if problem["type"] == "extra_forbidden":
         nearest = _nearest(setting, setting_names(model))
         return ConfigError(setting, f"no such setting; did you mean {nearest}?" if nearest else "no such setting")
+    if setting in ("content_safety", "content_safety.key"):
+        return ConfigError(setting, problem["msg"])  # what was given may be the key
     return ConfigError(setting, f"{problem['msg']}, got {problem['input']!r}")

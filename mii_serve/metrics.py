@@ -54,6 +54,16 @@ class FrontMetrics:
         self.replica_restarts = Counter(
             "mii_serve_replica_restarts", "Lives of a replica after its first.", ("replica",), registry=registry
         )
+        self.moderation_checks = Counter(
+            "mii_serve_moderation_checks", "Verdicts of content safety.", ("stage", "outcome"), registry=registry
+        )
+        self.moderation_duration = Histogram(
+            "mii_serve_moderation_duration_seconds",
+            "From a text or picture being sent to content safety to its verdict or failure.",
+            ("stage",),
+            buckets=REQUEST_BUCKETS_S,
+            registry=registry,
+        )
         build = Gauge("mii_serve_build_info", "Always 1.", ("version",), registry=registry)
         build.labels(__version__).set(1)
         for where in ("waiting", "running"):

@@ -71,6 +71,11 @@ def image_format_number(image_format: ImageFormat) -> pb.ImageFormat:
     return _FORMATS[image_format]
 
 
+def image_format_of(number: pb.ImageFormat) -> ImageFormat:
+    """The format with this number on the wire; one that a server wrote."""
+    return _FORMAT_OF[number]
+
+
 # ---- requests ----------------------------------------------------------------------------------------------------
 
 

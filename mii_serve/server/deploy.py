@@ -15,6 +15,8 @@ import grpc
 from mii_serve.config import DeployConfig
 from mii_serve.errors import ConfigError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.safety.azure import open_moderator
+from mii_serve.safety.moderation import Moderator
 from mii_serve.server.desk import Desk
 from mii_serve.server.front import GrpcFront, bracketed
 from mii_serve.server.keys import KeyRing
@@ -77,9 +79,14 @@ def _refuse_what_this_release_lacks(config: DeployConfig) -> None:
 
 
 async def _deploy(config: DeployConfig, listener: Listener) -> int:
+    async with open_moderator(config.content_safety) as moderator:
+        return await _serve(config, listener, moderator)
+
+
+async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator | None) -> int:
     environments = place(config)
     stop = _StopRequests()
-    desk = Desk(Router(config.replicas, patience_s=config.replica_wait_s))
+    desk = Desk(Router(config.replicas, patience_s=config.replica_wait_s), moderator=moderator)
     tls, keys = Tls.of(config), KeyRing(config.api_key_file)
     front = GrpcFront(desk, gate=keys.gate, tls=tls)
     if config.api_key_file is not None or tls is not None:

@@ -21,7 +21,9 @@ from mii_serve.metrics import FrontMetrics, together
 from mii_serve.proto.codec import decode_request
 from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, REQUEST_ID_KEY, check_idempotency_key
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.safety.moderation import Moderator
 from mii_serve.server.answers import Answers
+from mii_serve.server.guard import Guard
 from mii_serve.server.ledger import Facts
 from mii_serve.server.link import Loss, ReplicaLink
 from mii_serve.server.router import Call, Router
@@ -51,9 +53,13 @@ class Visit:
 class Desk:
     """Refuses everything until a replica is attached, and new work again after `drain`."""
 
-    def __init__(self, router: Router | None = None, metrics: FrontMetrics | None = None) -> None:
+    def __init__(
+        self, router: Router | None = None, metrics: FrontMetrics | None = None, moderator: Moderator | None = None
+    ) -> None:
+        """With a `moderator`, no prompt is worked on and no picture leaves that it has not found harmless."""
         self._router = router or Router()
         self.metrics = metrics or FrontMetrics()
+        self._guard = None if moderator is None else Guard(moderator, self.metrics)
         self.metrics.replicas_ready.set_function(lambda: sum(link.is_up for link in self._router.links))
         self.metrics.requests_running.set_function(lambda: len(self._active))
         for link in self._router.links:
@@ -105,7 +111,7 @@ class Desk:
         """All events of the request, `done` last. Leaving the iteration early cancels the work.
 
         Raises:
-            InvalidRequestError: naming the field and the rule.
+            InvalidRequestError: naming the field and the rule; a `ContentBlockedError` where content safety refuses it.
             UnavailableError: not ready, or draining.
             MiiServeError: what became of it.
         """
@@ -130,14 +136,18 @@ class Desk:
 
     def _made(self, call: Call, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
         """The call's events; of the first call, where its idempotency key has been seen."""
+
+        def make() -> AsyncGenerator[pb.GenerateEvent, None]:
+            return self._router.events(call) if self._guard is None else self._guard.events(call, self._router.events)
+
         key = visit.idempotency_key
         if key is None:
-            return self._router.events(call)
+            return make()
         if call.output.preview_every is not None:
             raise InvalidRequestError("output.preview_every", f"cannot go with {IDEMPOTENCY_KEY}: previews are not kept")
         owner = call.client if visit.key_name is not None else ""
         fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-        return self._answers.events((owner, check_idempotency_key(key)), fingerprint, lambda: self._router.events(call))
+        return self._answers.events((owner, check_idempotency_key(key)), fingerprint, make)
 
     async def server_info(self) -> pb.GetServerInfoResponse:
         """What runs here and how busy it is, of all replicas together.

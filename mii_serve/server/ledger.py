@@ -28,11 +28,16 @@ class Facts(dict[str, object]):
         if kind == "started":
             self["is_started"] = True
         elif kind == "restarted":
-            self["num_restarts"] = int(str(self.get("num_restarts", 0))) + 1
-        elif kind == "image" and event.image.nsfw_content_detected:
-            self["num_flagged"] = int(str(self.get("num_flagged", 0))) + 1
+            self._count("num_restarts", True)
+        elif kind == "image":
+            self._count("num_flagged", event.image.nsfw_content_detected)
+            self._count("num_blocked", event.image.moderation_blocked)
         elif kind == "done":
             self["queued_s"] = round(event.done.timings.queued_s, 4)
+
+    def _count(self, name: str, is_so: bool) -> None:
+        if is_so:
+            self[name] = int(str(self.get(name, 0))) + 1
 
 
 class Ledger:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mii_serve import errors
-from mii_serve.config import DeployConfig
+from mii_serve.config import ENV_PREFIX, DeployConfig
 from mii_serve.errors import EngineError, MiiServeError
 from mii_serve.logs import current_format
 from mii_serve.server.link import Loss
@@ -38,7 +38,7 @@ class ReplicaSupervisor:
         """`environment` is added to this process's own for the replica: which devices are its."""
         self.index = index
         self._config = config
-        self._environment = {**os.environ, **(environment or {})}
+        self._environment = replica_environment(environment or {})
         self._folder = tempfile.TemporaryDirectory(prefix="mii_serve-")  # mode 0700: the socket is private
         self._loss = Loss(reason="it has not started", is_crash=False)
         self._ready = asyncio.Event()
@@ -186,6 +186,13 @@ class ReplicaSupervisor:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+
+def replica_environment(added: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without what is about content safety: replicas moderate nothing and need not know the key."""
+    own = os.environ.items()
+    kept = {name: value for name, value in own if not name.upper().removeprefix(ENV_PREFIX).startswith("CONTENT_SAFETY")}
+    return {**kept, **added}
 
 
 def _rebuilt(class_name: str, message: str) -> MiiServeError:

@@ -19,6 +19,7 @@ from mii_serve.proto.interceptor import Gate, open_gate
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import replica_server
+from mii_serve.safety.moderation import Moderator
 from mii_serve.server.desk import Desk
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.router import Router
@@ -55,7 +56,13 @@ class RunningServer:
 
 @contextlib.asynccontextmanager
 async def running_server(
-    folder: Path, engine: FakeEngine, *, max_waiting_samples: int = 8, gate: Gate = open_gate, tls: Tls | None = None
+    folder: Path,
+    engine: FakeEngine,
+    *,
+    max_waiting_samples: int = 8,
+    gate: Gate = open_gate,
+    tls: Tls | None = None,
+    moderator: Moderator | None = None,
 ) -> AsyncIterator[RunningServer]:
     engine_thread = ThreadPoolExecutor(1)
     loop = ReplicaLoop(engine, engine_thread, max_waiting_samples=max_waiting_samples)
@@ -63,7 +70,7 @@ async def running_server(
     socket = folder / "replica.sock"
     replica = replica_server(loop, "test", socket)
     await replica.start()
-    desk = Desk(Router(patience_s=1.0))
+    desk = Desk(Router(patience_s=1.0), moderator=moderator)
     front = GrpcFront(desk, gate=gate, tls=tls)
     target = f"127.0.0.1:{await front.listen('127.0.0.1', 0)}"
     await desk.attach(socket)
