@@ -13,6 +13,7 @@ import contextlib
 import io
 import ssl
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,7 @@ class ContentSafetyDouble:
     url: str = ""
     key: str = KEY
     token: str | None = None
+    client_id: str = ""
     words: dict[str, tuple[str, int]] = field(default_factory=dict)
     judge_image: Callable[[Image.Image], dict[str, int]] = no_harm
     blocklists: dict[str, list[str]] = field(default_factory=dict)
@@ -70,6 +72,7 @@ class ContentSafetyDouble:
     refused: list[str] = field(default_factory=list)
     num_hanging: int = 0
     num_calls: int = 0
+    num_tokens: int = 0
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -83,6 +86,15 @@ class ContentSafetyDouble:
             self.refused.append(f"{refusal.status} {refusal.text}")
             raise
         return await self._told(request, self.text_mode if is_text else self.image_mode, judged)
+
+    async def give_token(self, request: web.Request) -> web.Response:
+        """A managed identity's endpoint, as App Service and Azure ML have it in IDENTITY_ENDPOINT."""
+        wanted = {"resource": "https://cognitiveservices.azure.com", "client_id": self.client_id, "api-version": "2019-08-01"}
+        if dict(request.query) != wanted or request.headers.get("X-IDENTITY-HEADER") != self.key:
+            raise error(400, "invalid_request", str(dict(request.query)))
+        self.num_tokens += 1
+        expires = str(int(time.time()) + 86_400)
+        return web.json_response({"access_token": self.token, "expires_on": expires, "token_type": "Bearer", **wanted})
 
     async def _body(self, request: web.Request) -> dict[str, Any]:
         if request.headers.get("Ocp-Apim-Subscription-Key") != self.key and not (
@@ -208,6 +220,7 @@ async def content_safety_double(tls: ssl.SSLContext | None = None) -> AsyncItera
     app = web.Application(client_max_size=16 * 1024 * 1024)
     app.router.add_post("/contentsafety/text:analyze", double.answer)
     app.router.add_post("/contentsafety/image:analyze", double.answer)
+    app.router.add_get("/msi/token", double.give_token)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)

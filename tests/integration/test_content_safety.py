@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import random
+import time
 import urllib.request
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 from content_safety_double import FAILURES, KEY, ContentSafetyDouble, content_safety_double
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from integration.conftest import RunningServer, running_server
+from integration.test_sharing import Turnstile
 from PIL import Image
 
 from mii_serve.client import AsyncClient
@@ -28,6 +30,7 @@ from mii_serve.proto.interceptor import IDEMPOTENCY_KEY
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.safety.azure import open_moderator
+from mii_serve.server.desk import Visit
 from mii_serve.server.keys import KeyRing
 from mii_serve.types import Limits
 
@@ -280,6 +283,14 @@ class TestNoVerdict:
         await server.until(lambda: not num_requests(server) and not double.num_hanging)
         assert server.engine.plans == []
 
+    @pytest.mark.parametrize("mode", ["text_mode", "image_mode"])
+    async def test_a_deadline_that_no_transport_watches_holds_too(self, server, double, mode):
+        setattr(double, mode, "hang")
+        visit = Visit(request_id="r", client="c", deadline=time.monotonic() + 0.5)
+        with pytest.raises(DeadlineExceededError):
+            async for event in server.desk.events(request(), visit):
+                assert not event.HasField("image")
+
 
 class TestWhileTheServiceHangs:
     async def test_health_answers_and_other_callers_are_told_what_is(self, server, double):
@@ -336,6 +347,19 @@ class TestWhileTheServiceHangs:
         await asyncio.gather(reading, unary, return_exceptions=True)
         await server.until(lambda: not num_requests(server) and not double.num_hanging)
         await server.until(lambda: not server.loop.activity().num_running and not server.loop.activity().num_waiting)
+
+    async def test_who_hangs_up_over_a_preview_ends_the_work_behind_it(self, server, double):
+        double.image_mode, server.engine.gate = "hang", Turnstile()
+        output = pb.OutputOptions(preview_every=1)
+        call = server.stub.GenerateStream(request(num_inference_steps=1000, output=output))
+        reading = asyncio.create_task(told(call))
+        server.engine.gate.let(3)
+        await server.until(lambda: double.num_hanging == 1 and server.loop.activity().num_running == 1)
+        call.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        server.engine.gate.let(3)
+        await server.until(lambda: not server.loop.activity().num_running)
+        assert server.loop.activity().num_images == 0
 
     async def test_who_hangs_up_before_the_text_is_judged_leaves_nothing(self, server, double):
         double.text_mode = "hang"
