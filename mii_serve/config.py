@@ -43,7 +43,7 @@ CONTENT_SAFETY_VARIABLES = {
     "CONTENT_SAFETY_ACCOUNT_NAME": "content_safety.account_name",
     "UAI_CLIENT_ID": "content_safety.client_id",
 }
-"""Azure ML's names for what moderates prompts and pictures. `UAI_CLIENT_ID` alone asks for nothing: it has other uses."""
+"""Azure ML's names for what moderates prompts and pictures."""
 OF_KUBERNETES = re.compile(r"CONTENT_SAFETY_(SERVICE_(HOST|PORT(_.*)?)|PORT(_.*)?)")
 """What Kubernetes sets in every container beside a service named content-safety."""
 MAX_MODERATED_CHARS = 10_000
@@ -66,7 +66,7 @@ class LimitsConfig(BaseModel):
 
 
 class ContentSafetyConfig(BaseModel):
-    """Azure AI Content Safety before and after the work; off unless something here, other than `client_id`, is set.
+    """Azure AI Content Safety before and after the work; off unless something here is set.
 
     Severities above `threshold` are blocked, of 0, 2, 4 and 6. `client_id` is a managed identity's, or "system" for the
     machine's own; `key` wins over it. `account_name` stands for that account's public endpoint. `timeout_s` is for one verdict,
@@ -85,7 +85,7 @@ class ContentSafetyConfig(BaseModel):
 
     @property
     def is_on(self) -> bool:
-        return bool(self.model_fields_set - {"client_id"})
+        return bool(self.model_fields_set)
 
     @property
     def url(self) -> str:
@@ -137,6 +137,8 @@ class DeployConfig(BaseSettings):
             raise ConfigError("config", f"no such file: {file}")
         _refuse_misspelt_variables(cls)
         config = cls._merged(flags, file, _azure_settings())
+        if config.content_safety.model_fields_set == {"client_id"} and "UAI_CLIENT_ID" in os.environ:
+            return config.model_copy(update={"content_safety": ContentSafetyConfig()})  # an identity alone asks for nothing
         _check_content_safety(config)
         return config
 

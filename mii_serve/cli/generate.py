@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -167,9 +168,10 @@ def _bars() -> Iterator[Any]:
 
 def _report(result: GenerationResult, paths: list[Path], *, is_json: bool) -> None:
     done = result.parameters
-    for index, is_flagged in enumerate(result.nsfw_content_detected or ()):
-        if is_flagged:
-            say(f"warning: {paths[index]} is entirely black because the safety checker fired")
+    reasons = {"the safety checker fired": result.nsfw_content_detected, "content safety blocked it": result.moderation_blocked}
+    for reason, flags in reasons.items():
+        for path in itertools.compress(paths, flags or ()):
+            say(f"warning: {path} is entirely black because {reason}")
     for name, dropped in (("prompt", done.dropped_prompt), ("negative prompt", done.dropped_negative_prompt)):
         if dropped:
             say(f"warning: the {name} is too long for the text encoder; not used: {dropped!r}")
@@ -179,6 +181,7 @@ def _report(result: GenerationResult, paths: list[Path], *, is_json: bool) -> No
             "paths": [str(path) for path in paths],
             "seeds": result.seeds,
             "nsfw_content_detected": result.nsfw_content_detected,
+            "moderation_blocked": result.moderation_blocked,
             "parameters": asdict(done),
             "timings": {"queued_s": result.queued_s, "total_s": result.total_s},
         }

@@ -96,6 +96,7 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
 
         Raises:
             InvalidRequestError: naming the field and the rule it breaks.
+            ContentBlockedError: the server's content safety refuses a text; one of the former.
             DeadlineExceededError: the pictures were not ready in time.
             QueueFullError: the server has no room now.
             UnavailableError: the server is unreachable or not ready.

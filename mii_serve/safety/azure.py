@@ -107,7 +107,7 @@ class AzureModerator:
 
     async def _in_time(self, look: Awaitable[Verdict]) -> Verdict:
         """What `look` finds, every way of its failing told as one error."""
-        from azure.core.exceptions import AzureError, HttpResponseError
+        from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
 
         try:
             async with asyncio.timeout(self._settings.timeout_s):
@@ -115,12 +115,14 @@ class AzureModerator:
         except TimeoutError as error:
             raise ModerationFailedError(f"content safety did not answer within {self._settings.timeout_s:g} s") from error
         except HttpResponseError as error:
+            if self._identity is not None and isinstance(error, ClientAuthenticationError):
+                raise ModerationFailedError("the managed identity has no token that content safety accepts") from error
             if error.status_code is None:
                 raise ModerationFailedError("the answer of content safety broke off") from error
             code = f" ({error.error.code})" if error.error and error.error.code else ""
             raise ModerationFailedError(f"content safety answered HTTP {error.status_code}{code}") from error
         except (AzureError, OSError) as error:
-            raise ModerationFailedError("content safety cannot be reached, or lets nobody in") from error
+            raise ModerationFailedError("content safety cannot be reached") from error
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # the SDK, reading what it got
             raise ModerationFailedError("content safety answered something that is no verdict") from error
 

@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from mii_serve.errors import ContentBlockedError, DeadlineExceededError, MiiServeError, ModerationFailedError
@@ -116,7 +117,7 @@ class Guard:
             if not is_scannable(file, image_format, image.width, image.height):
                 file = await asyncio.to_thread(scannable, file, image_format, image.width, image.height)
             verdict = await self._moderator.check_image(file)
-            outcome.is_blocked = verdict.is_blocked
+            outcome.is_blocked, outcome.categories = verdict.is_blocked, verdict.categories
             return verdict
 
     @contextlib.asynccontextmanager
@@ -128,10 +129,11 @@ class Guard:
                 yield outcome
             told = "blocked" if outcome.is_blocked else "passed"
             if outcome.is_blocked:
-                logger.info("content safety blocked a picture, stage=%s, request_id=%s", stage, call.request_id)
+                found = " ".join(f"{name}={severity}" for name, severity in outcome.categories.items())
+                logger.info("blocked by content safety: %s, %s, request_id=%s", stage, found, call.request_id)
         except ContentBlockedError as error:
             told = "blocked"
-            logger.info("content safety blocked %s, request_id=%s", error, call.request_id)
+            logger.info("%s, request_id=%s", error, call.request_id)
             raise
         except ModerationFailedError as error:
             logger.warning("no verdict: %s, stage=%s, request_id=%s", error, stage, call.request_id)
@@ -148,4 +150,7 @@ class Guard:
 
 
 class _Outcome:
+    """What a picture was found to be; texts that are refused raise."""
+
     is_blocked = False
+    categories: Mapping[str, int] = MappingProxyType({})

@@ -271,6 +271,15 @@ class TestNoVerdict:
             assert type(error) is ModerationFailedError and "401" in str(error) and KEY not in str(error)
             double.refused.clear()
 
+    async def test_an_identity_without_a_token(self, double, monkeypatch):
+        monkeypatch.setenv("IDENTITY_ENDPOINT", f"{double.url}/msi/token")
+        monkeypatch.setenv("IDENTITY_HEADER", "wrong")
+        asked = ContentSafetyConfig(endpoint="https://127.0.0.1:1", client_id="system", timeout_s=30)
+        async with open_moderator(asked) as moderator:
+            assert moderator is not None
+            with pytest.raises(ModerationFailedError, match="the managed identity has no token that"):
+                await moderator.check_texts(PROMPT, "")
+
     async def test_the_key_does_not_follow_a_redirect(self, tmp_path, double):
         async with content_safety_double() as thief, guarded(tmp_path, double) as server:
             double.redirect_to = thief.url
@@ -420,6 +429,9 @@ async def test_neither_prompt_nor_key_is_in_the_log(tmp_path, double, caplog):
             await error_of(server.stub.Generate(request()))
             double.words = {"secret": ("Hate", 6)}
             await error_of(server.stub.Generate(request()))
-    assert "blocked prompt: refused by content safety: Hate 6" in caplog.text
+            double.words, double.image_mode, double.judge_image = {}, "ok", lambda image: {"Sexual": 4}
+            await server.stub.Generate(request())
+    assert "prompt: refused by content safety: Hate 6, request_id=" in caplog.text
+    assert "blocked by content safety: output, Sexual=4, request_id=" in caplog.text
     assert "no verdict: content safety did not answer within 0.3 s" in caplog.text
     assert "very secret" not in caplog.text and KEY not in caplog.text

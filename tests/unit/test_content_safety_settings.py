@@ -68,6 +68,13 @@ def test_an_account_stands_for_its_endpoint_and_an_identity_for_a_key(monkeypatc
     assert found.is_on and found.key is None and found.url == ENDPOINT.rstrip("/")
 
 
+def test_a_file_that_names_only_an_identity_asks_for_content_safety(tmp_path):
+    file = tmp_path / "deploy.yaml"
+    file.write_text("content_safety: {client_id: system}\n")
+    with pytest.raises(ConfigError, match="CONTENT_SAFETY_ENDPOINT"):
+        DeployConfig.load({}, file)
+
+
 @pytest.mark.parametrize(
     ("variables", "named"),
     [

@@ -87,9 +87,25 @@ def test_json_is_one_object_and_stderr_is_quiet(run: Run, server: RunningServer)
     ran = run("generate", "a", "--target", server.target, "--json", "--seed", "3")
     answer = json.loads(ran.out)
     assert (answer["paths"], answer["seeds"], answer["nsfw_content_detected"]) == (["out.png"], [3], [False])
+    assert answer["moderation_blocked"] is None
     assert answer["parameters"]["guidance_scale"] == 7.3
     assert answer["timings"] == {"queued_s": 0.25, "total_s": 1.5}
     assert ran.err == ""
+
+
+def test_a_picture_that_content_safety_blocked_is_said(run: Run, server: RunningServer) -> None:
+    def script(request: pb.GenerateRequest) -> Iterator[pb.GenerateEvent]:
+        for index in range(2):
+            event = image(request, index)
+            event.image.moderation_blocked = index == 1
+            yield event
+        yield done(effective(request))
+
+    server.servicer.script = script
+    ran = run("generate", "a", "--target", server.target, "--num-images-per-prompt", "2", "--json")
+    answer = json.loads(ran.out)
+    assert answer["moderation_blocked"] == [False, True]
+    assert ran.err == f"warning: {answer['paths'][1]} is entirely black because content safety blocked it\n"
 
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
