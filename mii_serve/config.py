@@ -75,6 +75,7 @@ class DeployConfig(BaseSettings):
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    enable_mii_terminate: bool = False
     deployment_name: str = Field("mii-serve", min_length=1, max_length=64)
     max_waiting_samples: int = Field(4096, ge=1)
     max_waiting_s: float = Field(600.0, gt=0)

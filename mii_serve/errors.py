@@ -5,6 +5,7 @@
     ├── QueueFullError           no room now, try again later                    RESOURCE_EXHAUSTED   429
     │   └── RateLimitedError     this API key has had its share
     ├── UnauthenticatedError     no API key, or an unknown one                   UNAUTHENTICATED      401
+    ├── PermissionDeniedError    the operator has not allowed this to anybody    PERMISSION_DENIED    403
     ├── DeadlineExceededError    the caller's time ran out                       DEADLINE_EXCEEDED    424
     ├── RequestCancelledError    the caller hung up                              CANCELLED            499
     ├── UnsupportedError         this server cannot do that                      UNIMPLEMENTED        501
@@ -61,6 +62,11 @@ class RateLimitedError(QueueFullError):
 class UnauthenticatedError(MiiServeError):
     grpc_code = "UNAUTHENTICATED"
     http_status = 401
+
+
+class PermissionDeniedError(MiiServeError):
+    grpc_code = "PERMISSION_DENIED"
+    http_status = 403
 
 
 class DeadlineExceededError(MiiServeError):
@@ -126,6 +132,7 @@ _BY_GRPC_CODE: dict[str, type[MiiServeError]] = {
     for error in (
         QueueFullError,
         UnauthenticatedError,
+        PermissionDeniedError,
         DeadlineExceededError,
         RequestCancelledError,
         UnsupportedError,
