@@ -6,7 +6,7 @@ usage: mii_pictures.py HOST PORT FOLDER; FOLDER holds our package, whose copy of
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import base64
 import json
 import sys
 
@@ -18,7 +18,7 @@ from mii.legacy.grpc_related.proto import legacymodelresponse_pb2 as theirs
 def told(result) -> dict:
     return {
         "sizes": [image.size for image in result.images],
-        "digests": [hashlib.sha256(image.tobytes()).hexdigest() for image in result.images],
+        "pixels": [base64.b64encode(image.tobytes()).decode() for image in result.images],
         "nsfw": list(result.nsfw_content_detected),
     }
 
