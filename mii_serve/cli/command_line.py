@@ -188,7 +188,7 @@ def _deploy(values: dict[str, Any]) -> int:
     from mii_serve.cli.deploy import run
 
     file, log_level, log_format = values.pop("config"), values.pop("log_level"), values.pop("log_format")
-    return run(values, file, log_level, log_format, mii_file=values.pop("mii_config"))
+    return run(values, file, log_level, log_format, values.pop("mii_config"))
 
 
 def _config(values: dict[str, Any]) -> int:

@@ -24,9 +24,7 @@ EXAMPLE_PROMPT = "a red circle on a blue background"
 HTTP_PACKAGES = ("starlette", "uvicorn")
 
 
-def run(
-    flags: dict[str, Any], file: Path | None, log_level: str, log_format: LogFormat, *, mii_file: Path | None = None
-) -> int:
+def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: LogFormat, mii_file: Path | None = None) -> int:
     """Serve until told to stop, and return the exit code.
 
     Raises:
