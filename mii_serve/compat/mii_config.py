@@ -93,7 +93,7 @@ class MiiSettings(BaseModel):
     replica_num: Annotated[_Count, Taken("replicas")] = 1
     enable_deepspeed: Annotated[bool, Taken("engine: auto, or native if false")] = True
     replace_with_kernel_inject: Annotated[bool, Taken("engine: auto, or native if false")] = True
-    enable_cuda_graph: Annotated[bool, Ignored("CUDA graphs are captured wherever the engine has them")] = False
+    enable_cuda_graph: Annotated[bool, Taken("nothing: CUDA graphs are captured wherever the engine has them")] = False
     hf_auth_token: Annotated[str | None, Taken("HF_TOKEN in the environment of the server")] = Field(None, repr=False)
     load_with_sys_mem: Annotated[bool, Refused("MII refuses it for Stable Diffusion, too")] = False
     meta_tensor: Annotated[bool, Ignored("weights are read once, onto their device")] = False

@@ -213,7 +213,9 @@ def _refuse_other_kwargs(kwargs: Mapping[str, Scalar]) -> None:
     if unknown := sorted(kwargs.keys() - set(MII_KWARGS) - REFUSED_KWARGS):
         raise InvalidRequestError("query_kwargs", f"must be among {', '.join(MII_KWARGS)}", _quoted(unknown))
     if refused := sorted(kwargs.keys() & REFUSED_KWARGS):
-        raise InvalidRequestError("query_kwargs", "a parameter of diffusers that this server does not take", _quoted(refused))
+        raise InvalidRequestError(
+            "query_kwargs", "must not hold parameters of diffusers that this server does not take", _quoted(refused)
+        )
     scheduler = kwargs.get("scheduler", "")
     if not isinstance(scheduler, str):
         raise InvalidRequestError("scheduler", "must be text", repr(scheduler)[:80])
