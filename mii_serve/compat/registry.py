@@ -81,14 +81,13 @@ class Entry:
     """One name's place in the registry."""
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
-        """Make the place, if it is not there.
+        """Look at the place, whether or not something is there.
 
         Raises:
             ConfigError: the folder belongs to somebody else, or others may enter it.
         """
         self.name = name
         self.folder = _private(folder or _default_folder()) / f"deployment-{quote(name, safe='')}"
-        self.folder.mkdir(mode=0o700, exist_ok=True)
         self.settings, self.log, self.stdout = (self.folder / file for file in ("settings.json", "log", "stdout"))
         self._process = self.folder / "process.json"
 
@@ -99,6 +98,7 @@ class Entry:
         Raises:
             ConfigError: it runs already, or somebody else is starting it.
         """
+        self.folder.mkdir(mode=0o700, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -222,7 +222,8 @@ def _refuse_other_kwargs(kwargs: Mapping[str, Scalar]) -> None:
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(repr(name[:80]) for name in names[:10]) + (", ..." if len(names) > 10 else "")
+    """Short and plain enough for a status text, which is metadata and has a bound."""
+    return ", ".join(ascii(name[:40]) for name in names[:5])[:400] + (", ..." if len(names) > 5 else "")
 
 
 def _negative_prompts(request: MiiRequest, for_all: Scalar | None) -> Sequence[str | None]:

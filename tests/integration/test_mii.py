@@ -163,6 +163,11 @@ class TestRefusals:
         assert text in error.details()
         assert not server.engine.plans
 
+    async def test_names_of_any_kind_fit_into_the_status(self, server):
+        error = await refused(send(server, request("a", **{chr(0x1F600 + i) * 5000: 1 for i in range(40)})))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert len(error.details()) < 1000
+
     @pytest.mark.parametrize("service", MII_SERVICES)
     async def test_other_tasks_are_unimplemented_and_say_what_is_there(self, server, service):
         for name in NOT_SERVED:

@@ -55,10 +55,13 @@ def test_a_name_is_one_entry_whatever_it_looks_like(tmp_path):
     folders = [Entry(name, run).folder for name in names]
     assert len(set(folders)) == len(names)
     assert {folder.resolve().parent for folder in folders} == {run.resolve()}
+    assert not list(run.iterdir()), "looking at a name leaves nothing"
 
 
 def test_what_is_written_is_read(tmp_path, child):
     entry = Entry("sd", tmp_path / "run")
+    with entry.starting():
+        pass
     for text in ("no deployment 'sd'", "is still starting"):
         with pytest.raises(UnavailableError, match=text):
             entry.running()
@@ -74,7 +77,8 @@ def test_what_is_written_is_read(tmp_path, child):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', "null"])
 def test_a_damaged_entry_is_no_process(tmp_path, text):
     entry = Entry("sd", tmp_path / "run")
-    (entry.folder / "process.json").write_text(text)
+    with entry.starting():
+        (entry.folder / "process.json").write_text(text)
     assert entry.process() is None
 
 
