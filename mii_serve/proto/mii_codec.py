@@ -262,14 +262,35 @@ def _with_seed(params: GenerationParams, seed: int) -> GenerationParams:
 # ---- answers -----------------------------------------------------------------------------------------------------
 
 
-def encode_mii_reply(images: Sequence[pb.GeneratedImage], seconds: float) -> mii.ImageReply:
-    """The raw pictures in this order. MII has no word for "nobody checked", and says False then; so does this."""
+_IMAGES_TAG = bytes([mii.ImageReply.IMAGES_FIELD_NUMBER << 3 | 2])
+
+
+def encode_mii_reply(images: Sequence[pb.GeneratedImage], seconds: float) -> bytes:
+    """An `ImageReply` with the raw pictures in this order, as it goes on the wire.
+
+    MII has no word for "nobody checked", and says False then; so does this. The pixels are put in place by hand: protobuf
+    copies them more often, and the front does nothing else meanwhile.
+    """
     first = images[0]
-    return mii.ImageReply(
-        images=[image.data for image in images],
+    rest = mii.ImageReply(
         nsfw_content_detected=[image.nsfw_content_detected for image in images],
         mode="RGB",
         size_w=first.width,
         size_h=first.height,
         time_taken=seconds,
     )
+    wire: list[bytes] = []
+    for image in images:
+        data = image.data
+        wire += (_IMAGES_TAG, _varint(len(data)), data)
+    return b"".join((*wire, rest.SerializeToString()))
+
+
+def _varint(number: int) -> bytes:
+    """https://protobuf.dev/programming-guides/encoding/#varints"""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)

@@ -20,7 +20,6 @@ from google.protobuf import empty_pb2
 from mii_serve.errors import InvalidRequestError, PermissionDeniedError, UnsupportedError
 from mii_serve.proto.codec import encode_request
 from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, MII_PACKAGES, REQUEST_ID_KEY, Context
-from mii_serve.proto.mii import pictures_pb2 as mii
 from mii_serve.proto.mii_codec import MiiRequest, encode_mii_reply, parse_mii_request, resolve_mii_request
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server.desk import Desk, Visit
@@ -66,7 +65,7 @@ class MiiService:
         }
         return tuple(grpc.method_handlers_generic_handler(service, methods) for service in MII_SERVICES)
 
-    async def _make(self, request: MiiRequest, context: Context) -> mii.ImageReply:
+    async def _make(self, request: MiiRequest, context: Context) -> bytes:
         called_at, visit = time.monotonic(), visit_of(context)
         if visit.idempotency_key is not None:
             raise InvalidRequestError(IDEMPOTENCY_KEY, "is not for MII's calls; Generate takes it")
@@ -88,26 +87,23 @@ class MiiService:
             images = [event.image async for event in events if event.WhichOneof("event") == "image"]
         return sorted(images, key=lambda image: image.index)
 
-    async def _terminate(self, request: empty_pb2.Empty, context: Context) -> empty_pb2.Empty:
+    async def _terminate(self, request: empty_pb2.Empty, context: Context) -> bytes:
         if self._on_terminate is None:
             raise PermissionDeniedError("Terminate is turned off; the operator stops the server, or sets enable_mii_terminate")
         visit = visit_of(context)
         logger.warning("draining: %s called Terminate, request_id=%s", visit.client, visit.request_id)
         self._on_terminate()
-        return request
+        return request.SerializeToString()
 
 
-def _unary(answer: Callable[[Any, Context], Awaitable[Any]], parse: Callable[[bytes], Any]) -> grpc.RpcMethodHandler[Any, Any]:
-    return grpc.unary_unary_rpc_method_handler(answer, parse, _wire)
+def _unary(
+    answer: Callable[[Any, Context], Awaitable[bytes]], parse: Callable[[bytes], Any]
+) -> grpc.RpcMethodHandler[Any, Any]:
+    return grpc.unary_unary_rpc_method_handler(answer, parse)
 
 
-def _wire(message: Any) -> bytes:
-    wire: bytes = message.SerializeToString()
-    return wire
-
-
-def _refusal_of(name: str) -> Callable[[bytes, Context], Awaitable[Any]]:
-    async def refuse(wire: bytes, context: Context) -> Any:
+def _refusal_of(name: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    async def refuse(wire: bytes, context: Context) -> bytes:
         raise UnsupportedError(f"{name} is not served here: this server makes pictures from text, with Txt2ImgReply")
 
     return refuse

@@ -11,7 +11,8 @@ import pytest
 
 from mii_serve.errors import InvalidRequestError
 from mii_serve.proto.mii import pictures_pb2 as mii
-from mii_serve.proto.mii_codec import encode_mii_request, parse_mii_request, shortest_decimal
+from mii_serve.proto.mii_codec import encode_mii_reply, encode_mii_request, parse_mii_request, shortest_decimal
+from mii_serve.proto.v1 import image_generation_pb2 as pb
 
 
 def as_float32(value: float) -> float:
@@ -87,3 +88,17 @@ def test_a_request_with_a_third_field_is_never_of_the_old_generation():
     message.query_kwargs["seed"].ivalue = 5
     read = parse_mii_request(message.SerializeToString())
     assert (dict(read.kwargs), len(read.negative_prompts)) == ({"seed": 5}, 1)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 127, 128, 16383, 16384, 3 * 512 * 512])
+def test_a_reply_put_together_by_hand_is_what_protobuf_would_write(num_bytes):
+    pixels = [random.Random(i).randbytes(num_bytes) for i in range(3)]
+    flags = (None, False, True)
+    images = [
+        pb.GeneratedImage(data=data, width=16, height=8, nsfw_content_detected=flag)
+        for data, flag in zip(pixels, flags, strict=True)
+    ]
+    whole = mii.ImageReply(
+        images=pixels, nsfw_content_detected=[False, False, True], mode="RGB", size_w=16, size_h=8, time_taken=1.5
+    )
+    assert encode_mii_reply(images, 1.5) == whole.SerializeToString()
