@@ -25,6 +25,16 @@ CLIENTS := $(patsubst tests/clients/%.txt,.clients/%/.installed,$(wildcard tests
 	.clients/$*/bin/pip install -q -r $<
 	touch $@
 
+# mii imports torch and its kin. This environment looks into ours for what it has not itself, so that torch is here once; deepspeed's
+# build wants to import it, too, and with DS_BUILD_OPS=0 compiles nothing.
+.clients/mii/.installed: tests/clients/mii.txt $(INSTALLED)
+	test -x .clients/mii/bin/python || $(BIN)/python -m venv .clients/mii
+	.clients/mii/bin/pip install -q wheel==0.45.1
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.clients/mii/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
+	DS_BUILD_OPS=0 .clients/mii/bin/pip install -q --no-deps --no-build-isolation -r $<
+	touch $@
+
 clients: $(CLIENTS)
 
 demo: $(INSTALLED)

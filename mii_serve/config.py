@@ -31,7 +31,7 @@ DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 ENV_PREFIX = "MII_SERVE_"
-NOT_SETTINGS = frozenset({"MII_SERVE_API_KEY", "MII_SERVE_DEBUG"})
+NOT_SETTINGS = frozenset({"MII_SERVE_API_KEY", "MII_SERVE_DEBUG", "MII_SERVE_RUNTIME_DIR"})
 """Variables with the prefix that are the clients' and the command line's."""
 AZURE_VARIABLES = {"TENSOR_PARALLEL": "tensor_parallel", "NUM_REPLICAS": "replicas", "WORKER_COUNT": "max_slots"}
 """What Azure ML's images are configured with. A worker there is one request in work."""
@@ -116,6 +116,7 @@ class DeployConfig(BaseSettings):
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    enable_mii_terminate: bool = False
     deployment_name: str = Field("mii-serve", min_length=1, max_length=64)
     max_waiting_samples: int = Field(4096, ge=1)
     max_waiting_s: float = Field(600.0, gt=0)
@@ -127,8 +128,8 @@ class DeployConfig(BaseSettings):
     content_safety: ContentSafetyConfig = ContentSafetyConfig()
 
     @classmethod
-    def load(cls, flags: dict[str, Any], file: Path | None = None) -> DeployConfig:
-        """Merge the sources.
+    def load(cls, flags: dict[str, Any], file: Path | None = None, written: dict[str, Any] | None = None) -> DeployConfig:
+        """Merge the sources; `written` stands where a file would.
 
         Raises:
             ConfigError: naming the setting and the rule.
@@ -155,9 +156,8 @@ class DeployConfig(BaseSettings):
                 file_secret_settings: PydanticBaseSettingsSource,
             ) -> tuple[PydanticBaseSettingsSource, ...]:
                 named = InitSettingsSource(settings_cls, azure)
-                if file is None:
-                    return init_settings, env_settings, named
-                return init_settings, env_settings, named, _file_source(settings_cls, file)
+                least = InitSettingsSource(settings_cls, written or {}) if file is None else _file_source(settings_cls, file)
+                return init_settings, env_settings, named, least
 
         try:
             merged = _Layered(**flags)

@@ -6,6 +6,7 @@
     ├── QueueFullError           no room now, try again later                    RESOURCE_EXHAUSTED   429
     │   └── RateLimitedError     this API key has had its share
     ├── UnauthenticatedError     no API key, or an unknown one                   UNAUTHENTICATED      401
+    ├── PermissionDeniedError    the operator has not allowed this to anybody    PERMISSION_DENIED    403
     ├── DeadlineExceededError    the caller's time ran out                       DEADLINE_EXCEEDED    424
     ├── RequestCancelledError    the caller hung up                              CANCELLED            499
     ├── UnsupportedError         this server cannot do that                      UNIMPLEMENTED        501
@@ -87,6 +88,11 @@ class UnauthenticatedError(MiiServeError):
     http_status = 401
 
 
+class PermissionDeniedError(MiiServeError):
+    grpc_code = "PERMISSION_DENIED"
+    http_status = 403
+
+
 class DeadlineExceededError(MiiServeError):
     grpc_code = "DEADLINE_EXCEEDED"
     http_status = 424
@@ -157,6 +163,7 @@ _BY_GRPC_CODE: dict[str, type[MiiServeError]] = {
     for error in (
         QueueFullError,
         UnauthenticatedError,
+        PermissionDeniedError,
         DeadlineExceededError,
         RequestCancelledError,
         UnsupportedError,

@@ -28,3 +28,8 @@ def run_alone(engine: Engine, params: GenerationParams, image_index: int) -> tup
     assert (progress.step, progress.num_steps) == (num_calls, num_calls)
     assert progress.picture is not None
     return progress.picture, num_calls
+
+
+def largest_difference(one: bytes, other: bytes) -> int:
+    """Between two pictures of one size, in any pixel and colour."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))

@@ -11,6 +11,8 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTO = "mii_serve/proto/v1/image_generation.proto"
+MII_PROTO = "mii_serve/proto/mii/pictures.proto"
+"""Messages only: what mii calls its service is said where the calls are answered."""
 
 
 def generate(out: Path) -> None:
@@ -19,9 +21,10 @@ def generate(out: Path) -> None:
     Raises:
         SystemExit: protoc failed; it has said why.
     """
-    outputs = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python", "mypy_grpc")]
-    if code := protoc.main(["protoc", f"-I{ROOT}", *outputs, str(ROOT / PROTO)]):
-        sys.exit(code)
+    for proto, kinds in ((PROTO, ("python", "pyi", "grpc_python", "mypy_grpc")), (MII_PROTO, ("python", "pyi"))):
+        outputs = [f"--{kind}_out={out}" for kind in kinds]
+        if code := protoc.main(["protoc", f"-I{ROOT}", *outputs, str(ROOT / proto)]):
+            sys.exit(code)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mii_serve {__version__}", help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, usage, add_flags, line, more in (
-        ("deploy", "[MODEL]", _add_deploy_flags, "start a server", _DEPLOY_MORE),
+        ("deploy", "[MODEL]", _add_server_flags, "start a server", _DEPLOY_MORE),
         ("generate", "PROMPT", _add_generate_flags, "make the picture of one prompt and write it to a file", ""),
         ("config", "show|schema", _add_config_flags, "show how a server would be configured, and why", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, what it runs and how busy it is", ""),
@@ -84,6 +84,11 @@ def _add_config_flags(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--effective", action="store_true", help="say where each value came from")
     show.add_argument("--json", action="store_true", help="print one JSON object")
     _add_deploy_flags(show)
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
+    _add_deploy_flags(parser)
+    parser.add_argument("--mii-config", type=Path, metavar="FILE", help="settings in DeepSpeed-MII's words, in YAML")
 
 
 def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
@@ -183,7 +188,7 @@ def _deploy(values: dict[str, Any]) -> int:
     from mii_serve.cli.deploy import run
 
     file, log_level, log_format = values.pop("config"), values.pop("log_level"), values.pop("log_format")
-    return run(values, file, log_level, log_format)
+    return run(values, file, log_level, log_format, values.pop("mii_config"))
 
 
 def _config(values: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ EXAMPLE_PROMPT = "a red circle on a blue background"
 HTTP_PACKAGES = ("starlette", "uvicorn")
 
 
-def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: LogFormat) -> int:
+def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: LogFormat, mii_file: Path | None = None) -> int:
     """Serve until told to stop, and return the exit code.
 
     Raises:
@@ -34,10 +35,10 @@ def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: Lo
         _announce(flags["model"])  # now, because the imports below take a moment
     from mii_serve.config import DeployConfig
 
-    config = DeployConfig.load(flags, file)
+    configure_logs(log_level, log_format)
+    config = DeployConfig.load(flags, file, None if mii_file is None else _in_our_words(file, mii_file))
     if "model" not in flags:
         _announce(config.model)
-    configure_logs(log_level, log_format)
     start_tracing()
     from mii_serve.server.deploy import Listener, run_deployment
 
@@ -45,6 +46,19 @@ def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: Lo
         return run_deployment(config, Listener(on_listening=_tell_address, on_ready=_tell_ready, open_http=_open_http))
     finally:
         flush_traces()
+
+
+def _in_our_words(file: Path | None, mii_file: Path) -> dict[str, Any]:
+    """What the MII file says, as settings; what it says of the hub goes into this process's environment."""
+    from mii_serve.compat.mii_config import read_mii_file, translate
+    from mii_serve.errors import ConfigError
+
+    if file is not None:
+        raise ConfigError("--mii-config", "and --config are two ways to say the same; use one")
+    translated = translate(read_mii_file(mii_file))
+    for name, value in translated.environment.items():
+        os.environ.setdefault(name, value)
+    return translated.settings
 
 
 def _announce(model: str) -> None:

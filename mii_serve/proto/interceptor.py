@@ -25,8 +25,17 @@ CLIENT_ID_KEY = "x-client-id"
 """On whose behalf a call is made. Callers share a busy server fairly; without it, each connection is a caller."""
 IDEMPOTENCY_KEY = "x-idempotency-key"
 """A caller's own name for a piece of work: the same name is worked on once and answered alike."""
+MII_PACKAGES = ("legacymodelresponse", "modelresponse")
+"""DeepSpeed-MII's, since 0.1.1 and before."""
+_OWN = ("/mii_serve.", *(f"/{package}.ModelResponse/" for package in MII_PACKAGES))
+_WORK = frozenset({"Generate", "GenerateStream", "Txt2ImgReply"})
 _REQUEST_ID = re.compile(r"[!-~]{1,100}( [0-9]+)?")
 """The number is not for callers: the front writes it where it parts a request between replicas."""
+
+
+def is_work(method: str) -> bool:
+    """Whether calls of this method make pictures: they count against a key's limits and get a line in the log."""
+    return method.rpartition("/")[2] in _WORK
 
 
 def check_idempotency_key(key: str) -> str:
@@ -81,7 +90,7 @@ Entrance = Callable[[Context], AbstractAsyncContextManager[None]]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the methods of our own services; health and reflection answer for themselves.
+    """Wraps the methods of our own services and of MII's; health and reflection answer for themselves.
 
     A `MiiServeError` ends the call with its own code and details. Anything else is a defect: INTERNAL with the request id for
     the caller, the traceback for the log.
@@ -95,7 +104,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
     ) -> Handler:
         handler = await continuation(details)
-        if handler is None or not details.method.startswith("/mii_serve."):
+        if handler is None or not details.method.startswith(_OWN):
             return handler
         metadata = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
 

@@ -88,7 +88,8 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
     stop = _StopRequests()
     desk = Desk(Router(config.replicas, patience_s=config.replica_wait_s), moderator=moderator)
     tls, keys = Tls.of(config), KeyRing(config.api_key_file)
-    front = GrpcFront(desk, gate=keys.gate, tls=tls)
+    on_terminate = stop.drain.set if config.enable_mii_terminate else None
+    front = GrpcFront(desk, gate=keys.gate, tls=tls, on_terminate=on_terminate)
     if config.api_key_file is not None or tls is not None:
         _reload_on_sighup(keys, tls)
     if not _is_loopback(config.host):
@@ -136,6 +137,8 @@ def _reload_on_sighup(keys: KeyRing, tls: Tls | None) -> None:
 def _warn_of_what_is_open(config: DeployConfig) -> None:
     if config.api_key_file is None and config.tls_client_ca is None:
         logger.warning("whoever reaches %s may make pictures; see --api-key-file and --tls-client-ca", config.host)
+    if config.enable_mii_terminate and config.api_key_file is None and config.tls_client_ca is None:
+        logger.warning("whoever reaches %s may stop this server; see enable_mii_terminate", config.host)
     if config.tls_cert is None:
         logger.warning("prompts, pictures and API keys reach %s in plain text; see --tls-cert", config.host)
 

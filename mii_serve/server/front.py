@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -15,6 +16,7 @@ from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import add_ImageGenerationServicer_to_server
 from mii_serve.server.desk import Desk
 from mii_serve.server.ledger import Ledger
+from mii_serve.server.mii import MII_SERVICES, MiiService
 from mii_serve.server.service import FrontService
 from mii_serve.server.tls import Tls
 
@@ -35,12 +37,23 @@ _SERVER_OPTIONS = (
 class GrpcFront:
     """The public gRPC server. Listens at once; SERVING only while `set_serving` says so."""
 
-    def __init__(self, desk: Desk, *, gate: Gate = open_gate, tls: Tls | None = None) -> None:
-        """Health and reflection are open to all; the gate is for what costs something. Without `tls` it is plain text."""
+    def __init__(
+        self,
+        desk: Desk,
+        *,
+        gate: Gate = open_gate,
+        tls: Tls | None = None,
+        on_terminate: Callable[[], None] | None = None,
+    ) -> None:
+        """Health and reflection are open to all; the gate is for what costs something. Without `tls` it is plain text.
+
+        `on_terminate` is what DeepSpeed-MII's `Terminate` does; without it, the call is refused.
+        """
         self._tls = tls
         self._server = grpc.aio.server(interceptors=(CallInterceptor(gate, Ledger(desk.metrics)),), options=_SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         add_ImageGenerationServicer_to_server(FrontService(desk), self._server)
+        self._server.add_generic_rpc_handlers(MiiService(desk, on_terminate).handlers())
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
@@ -64,7 +77,7 @@ class GrpcFront:
 
     async def set_serving(self, is_serving: bool) -> None:
         state = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE_NAME):
+        for name in ("", SERVICE_NAME, *MII_SERVICES):
             await self._health.set(name, state)
 
     async def stop(self, grace_s: float) -> None:

@@ -22,6 +22,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mii_serve.errors import ConfigError, RateLimitedError, UnauthenticatedError
+from mii_serve.proto.interceptor import is_work
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class KeyRing:
 
     def gate(self, method: str, metadata: Mapping[str, str]) -> AbstractContextManager[str | None]:
         """`admitted`, for a gRPC method with this metadata."""
-        return self.admitted(metadata.get("authorization"), is_work="/Generate" in method)
+        return self.admitted(metadata.get("authorization"), is_work=is_work(method))
 
     @contextlib.contextmanager
     def admitted(self, authorization: str | None, *, is_work: bool = True) -> Iterator[str | None]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from mii_serve.metrics import FrontMetrics
+from mii_serve.proto.interceptor import is_work
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.tracing import TRACEPARENT_KEY, ServerSpan, current_traceparent, open_server_span
 from mii_serve.types import GenerationParams
@@ -48,7 +49,7 @@ class Ledger:
 
     def new_facts(self, method: str, metadata: Mapping[str, str]) -> Facts:
         facts = Facts()
-        if _is_work(method) and (span := open_server_span(method, metadata.get(TRACEPARENT_KEY))):
+        if is_work(method) and (span := open_server_span(method, metadata.get(TRACEPARENT_KEY))):
             facts.span = span
             current_traceparent.set(span.traceparent)
         return facts
@@ -65,13 +66,9 @@ class Ledger:
         if code == "CANCELLED":
             metrics.cancelled.labels("running" if facts.get("is_started") else "waiting").inc()
         metrics.restarted.inc(int(str(facts.get("num_restarts", 0))))
-        if _is_work(method):
+        if is_work(method):
             told = {"request_id": request_id, "method": method, "code": code, "seconds": round(seconds, 4), **facts}
             logger.info(" ".join(f"{name}={value}" for name, value in told.items()), extra={"request": told})
-
-
-def _is_work(method: str) -> bool:
-    return method.rpartition("/")[2].startswith("Generate")
 
 
 def _attributes(request_id: str, facts: Facts) -> dict[str, str | int | float | bool]:

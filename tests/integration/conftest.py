@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,7 @@ async def running_server(
     gate: Gate = open_gate,
     tls: Tls | None = None,
     moderator: Moderator | None = None,
+    on_terminate: Callable[[], None] | None = None,
 ) -> AsyncIterator[RunningServer]:
     engine_thread = ThreadPoolExecutor(1)
     loop = ReplicaLoop(engine, engine_thread, max_waiting_samples=max_waiting_samples)
@@ -71,7 +72,7 @@ async def running_server(
     replica = replica_server(loop, "test", socket)
     await replica.start()
     desk = Desk(Router(patience_s=1.0), moderator=moderator)
-    front = GrpcFront(desk, gate=gate, tls=tls)
+    front = GrpcFront(desk, gate=gate, tls=tls, on_terminate=on_terminate)
     target = f"127.0.0.1:{await front.listen('127.0.0.1', 0)}"
     await desk.attach(socket)
     await front.set_serving(True)

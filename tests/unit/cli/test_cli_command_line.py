@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -105,6 +106,28 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr("mii_serve.server.deploy.run_deployment", fake)
     monkeypatch.setattr("logging.basicConfig", lambda **settings: None)
     return seen
+
+
+def test_what_a_file_says_in_miis_words_stands_where_a_file_stands(
+    run: Run, deployed: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("MII_SERVE_REPLICAS", "3")
+    words = "deployment_name: sd\nmodel: demo\ntask: text-to-image\nport_number: 1\nreplica_num: 2\nhf_auth_token: hf_secret\n"
+    (tmp_path / "mii.yaml").write_text(words)
+    ran = run("deploy", "--mii-config", "mii.yaml", "--grpc-port", "0")
+    assert ran.code == 0 and "hf_secret" not in ran.err
+    (config,) = deployed
+    assert (config.deployment_name, config.grpc_port, config.replicas, config.http_port) == ("sd", 0, 3, 0)
+    assert os.environ["HF_TOKEN"] == "hf_secret"
+
+    (tmp_path / "other.yaml").write_text("replicas: 4\n")
+    ran = run("deploy", "--mii-config", "mii.yaml", "--config", "other.yaml")
+    assert (ran.code, len(deployed)) == (2, 1) and "--config are two ways" in ran.err
+    (tmp_path / "mii.yaml").write_text(words + "replica_nun: 2\n")
+    ran = run("deploy", "--mii-config", "mii.yaml")
+    assert ran.code == 2 and "replica_nun: MII has no such setting; did you mean replica_num?" in ran.err
 
 
 def test_deploy_passes_on_only_what_was_said(

@@ -1,0 +1,1 @@
+"""What scripts and settings of another server need to run on this one."""
