@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from mii_serve.config import DeployConfig, HttpConfig
 from mii_serve.errors import MiiServeError
@@ -83,7 +83,15 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     told: MiiServeError = NotFoundError(f"there is nothing at {request.url.path[:100]!r}")
     if error.status_code == MethodNotAllowedError.http_status:
         told = MethodNotAllowedError(f"{request.method} is not answered here")
+        return problem_response(openai_problem(told), {"allow": ", ".join(_methods_at(request))})
     return problem_response(openai_problem(told), error.headers)
+
+
+def _methods_at(request: Request) -> list[str]:
+    """All methods of the path; one path may have a route for each."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for methods in matching for method in methods})
 
 
 class _Server(uvicorn.Server):

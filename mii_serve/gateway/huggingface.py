@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from mii_serve.config import HttpConfig
 from mii_serve.errors import InvalidRequestError, MiiServeError
-from mii_serve.gateway.bodies import a_text, an_object, no_others
+from mii_serve.gateway.bodies import a_text, an_object, no_others, shown
 from mii_serve.gateway.door import Call
 from mii_serve.gateway.names import ModelNames
 from mii_serve.gateway.pictures import check_budget, draw, is_blocked, nsfw_flag, relocate
@@ -21,6 +21,8 @@ from mii_serve.server.desk import Desk
 from mii_serve.types import ImageFormat, OutputOptions, RequestedParams
 
 PARAMETERS = ("negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "scheduler", "seed")
+OPTIONS = ("use_cache", "wait_for_model", "use_gpu")
+"""How Hugging Face's own servers wait and cache. Here is nothing to wait for."""
 MEDIA_TYPES = {"image/png": ImageFormat.PNG, "image/jpeg": ImageFormat.JPEG, "image/webp": ImageFormat.WEBP}
 """The first is the answer to whom any will do."""
 
@@ -101,7 +103,10 @@ def _parsed(body: Any) -> tuple[RequestedParams, dict[str, str]]:
     prompt = a_text("inputs", top["inputs"])
     parameters = an_object("parameters", {} if top.get("parameters") is None else top["parameters"])
     no_others("parameters", parameters, PARAMETERS)
-    if top.get("options") is not None:  # how Hugging Face's own servers wait and cache; nothing to wait for here
-        no_others("options", an_object("options", top["options"]), ("use_cache", "wait_for_model", "use_gpu"))
+    options = an_object("options", {} if top.get("options") is None else top["options"])
+    no_others("options", options, OPTIONS)
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise InvalidRequestError(f"options.{name}", "must be true or false", shown(value))
     paths = {"prompt": "inputs", **{name: f"parameters.{name}" for name in PARAMETERS}}
     return RequestedParams(prompt=prompt, **parameters), paths
