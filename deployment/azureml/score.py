@@ -1,4 +1,4 @@
-"""The scoring script for Azure ML's inference server (azmlinfsrv): `init()` starts a deployment, `run()` passes requests on to it.
+"""The scoring script for Azure ML's inference server (azmlinfsrv): `init()` starts a deployment, `run()` asks it.
 
 A process of its own, because the inference server's workers take turns and are restarted at will: all workers of a container
 share one deployment, which batches across them and outlives none of them. Whoever owns it holds the write end of a pipe; when

@@ -33,6 +33,9 @@ from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.tls import Tls
 
+GRACE_S = 5
+"""At the end, callers who send or take in slowly are waited for so long; the pictures are made by then."""
+
 
 def build_app(desk: Desk, keys: KeyRing, settings: HttpConfig | None = None) -> Starlette:
     """What is answered over HTTP."""
@@ -128,6 +131,7 @@ async def serve_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls |
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
         lifespan="off",
         **({} if tls is None else _encrypted(tls)),
     )

@@ -27,7 +27,7 @@ def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Names and values of a `text/event-stream`; comments are left out."""
     found = []
     for block in text.split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if line and not line.startswith(":"))
         if fields:
             found.append((fields["event"], json.loads(fields["data"])))
     return found
