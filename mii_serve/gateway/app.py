@@ -20,6 +20,7 @@ from starlette.routing import Match, Route
 
 from mii_serve.config import DeployConfig, HttpConfig
 from mii_serve.errors import MiiServeError
+from mii_serve.gateway.connections import BoundedConnection
 from mii_serve.gateway.door import Door
 from mii_serve.gateway.huggingface import HuggingFaceDialect, TextToImage
 from mii_serve.gateway.names import ModelNames
@@ -131,6 +132,7 @@ async def serve_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls |
         log_level="warning",
         access_log=False,
         server_header=False,
+        http=BoundedConnection,
         timeout_graceful_shutdown=GRACE_S,
         lifespan="off",
         **({} if tls is None else _encrypted(tls)),

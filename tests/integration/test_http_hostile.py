@@ -9,7 +9,7 @@ import time
 import pytest
 from integration.web import web
 
-from mii_serve.gateway import bodies, door, openai
+from mii_serve.gateway import bodies, connections, door, openai
 from mii_serve.gateway.app import GRACE_S
 
 HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
@@ -35,6 +35,24 @@ async def test_a_body_that_trickles_in_is_given_up(served, monkeypatch):
     reader, writer = await connected(served, HEAD + b"{")
     async with asyncio.timeout(SLACK_S):
         assert b"400 Bad Request" in await reader.readline()
+    writer.close()
+
+
+async def test_a_head_that_never_ends_or_begins_is_given_up(served, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.2)
+    whole = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    for raw in (b"", b"GET /livez HT", whole + b"GET /livez HTTP/1.1\r\nx: "):
+        reader, writer = await connected(served, raw)
+        async with asyncio.timeout(SLACK_S):
+            answer = await reader.read()
+        assert answer.count(b"200 OK") == (1 if raw.startswith(whole) else 0)
+        writer.close()
+    served.server.engine.gate.clear()
+    reader, writer = await served.start("/", {"inputs": "a"})
+    await asyncio.sleep(5 * connections.HEAD_TIMEOUT_S)
+    served.server.engine.gate.set()
+    async with asyncio.timeout(SLACK_S):
+        assert b"200 OK" in await reader.readline(), "a long answer is no head that is waited for"
     writer.close()
 
 
