@@ -32,27 +32,14 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 ENV_PREFIX = "MII_SERVE_"
 NOT_SETTINGS = frozenset({"MII_SERVE_API_KEY", "MII_SERVE_DEBUG"})
 """Variables with the prefix that are the clients' and the command line's."""
-AZURE_COUNTS = {"TENSOR_PARALLEL": "tensor_parallel", "NUM_REPLICAS": "replicas", "WORKER_COUNT": "max_slots"}
-AZURE_TEXTS = {"DEPLOYMENT_NAME": "deployment_name", "AZUREML_MODEL_DIR": "model"}
-AZURE_VARIABLES = {**AZURE_COUNTS, **AZURE_TEXTS}
-"""What Azure ML's images are configured with. A worker there is one request in work."""
 AZURE_MODEL_FOLDER = "MLFLOW_MODEL_FOLDER"
 """The model's folder inside AZUREML_MODEL_DIR, where it is not the usual one."""
+AZURE_TEXTS = {"DEPLOYMENT_NAME": "deployment_name", "AZUREML_MODEL_DIR": "model"}
+AZURE_COUNTS = {"TENSOR_PARALLEL": "tensor_parallel", "NUM_REPLICAS": "replicas", "WORKER_COUNT": "max_slots"}
+AZURE_VARIABLES = AZURE_TEXTS | AZURE_COUNTS
+"""What Azure ML's images are configured with. A worker there is one request in work."""
 CLOSE = 0.8
 """How alike two names are, of 1, for one to be taken for the other misspelt."""
-
-
-class LimitsConfig(BaseModel):
-    """The operator's bounds on one request. A size bound left out is the model's own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_prompt_chars: int = Field(4096, ge=1, le=1_000_000)
-    max_num_inference_steps: int = Field(1000, ge=1, le=1000)
-    max_guidance_scale: float = Field(50.0, ge=1, allow_inf_nan=False)
-    min_size_px: int | None = Field(None, ge=8, multiple_of=8)
-    max_size_px: int | None = Field(None, ge=8, multiple_of=8)
-    max_images_per_prompt: int = Field(16, ge=1, le=1024)
 
 
 class HttpConfig(BaseModel):
@@ -71,6 +58,19 @@ class HttpConfig(BaseModel):
     timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
     refuse_blocked_score: bool = False
     refuse_flagged_images: bool = True
+
+
+class LimitsConfig(BaseModel):
+    """The operator's bounds on one request. A size bound left out is the model's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_prompt_chars: int = Field(4096, ge=1, le=1_000_000)
+    max_num_inference_steps: int = Field(1000, ge=1, le=1000)
+    max_guidance_scale: float = Field(50.0, ge=1, allow_inf_nan=False)
+    min_size_px: int | None = Field(None, ge=8, multiple_of=8)
+    max_size_px: int | None = Field(None, ge=8, multiple_of=8)
+    max_images_per_prompt: int = Field(16, ge=1, le=1024)
 
 
 class DeployConfig(BaseSettings):
@@ -104,8 +104,8 @@ class DeployConfig(BaseSettings):
     hang_timeout_s: float = Field(300.0, gt=0)
     startup_timeout_s: float = Field(900.0, gt=0)
     drain_timeout_s: float = Field(30.0, ge=0)
-    limits: LimitsConfig = LimitsConfig()
     http: HttpConfig = HttpConfig()
+    limits: LimitsConfig = LimitsConfig()
 
     @classmethod
     def load(cls, flags: dict[str, Any], file: Path | None = None) -> DeployConfig:
@@ -197,14 +197,17 @@ def _file_source(settings: type[BaseSettings], file: Path) -> PydanticBaseSettin
 
 
 def _azure_settings() -> dict[str, Any]:
-    found: dict[str, Any] = {setting: text for variable, setting in AZURE_TEXTS.items() if (text := os.environ.get(variable))}
-    if "model" in found and (folder := os.environ.get(AZURE_MODEL_FOLDER)):
-        found["model"] = str(Path(found["model"]) / folder)
-    for variable, setting in AZURE_COUNTS.items():
+    found: dict[str, Any] = {}
+    for variable, setting in AZURE_VARIABLES.items():
         if text := os.environ.get(variable, "").strip():
+            if variable in AZURE_TEXTS:
+                found[setting] = text
+                continue
             if not text.isascii() or not text.isdigit() or int(text) < 1:
                 raise ConfigError(variable, f"must be a whole number, 1 or more, got {text!r}")
             found[setting] = int(text)
+    if "model" in found and (folder := os.environ.get(AZURE_MODEL_FOLDER, "").strip()):
+        found["model"] = str(Path(found["model"]) / folder)
     return found
 
 
