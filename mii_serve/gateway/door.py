@@ -47,6 +47,8 @@ TIMEOUT_HEADER = "x-request-timeout-s"
 """Seconds the caller waits at most; the configured bound where it is left out."""
 MAX_ID_CHARS = 100
 SERVER_VERSION = f"mii_serve/{__version__}"
+KEEPALIVE_S = 15.0
+"""Proxies hang up on connections that say nothing for a while; a wait in line is long and silent."""
 SEND_TIMEOUT_S = 60.0
 """A caller who takes in nothing for so long is taken to have gone."""
 _REQUEST_ID = re.compile(r"[!-~]{1,100}")
@@ -220,8 +222,9 @@ class _Reply:
             raw = [(name.encode(), value.encode("latin-1")) for name, value in {**headers, **self.headers}.items()]
             self.status = 200
             await self._sent({"type": "http.response.start", "status": 200, "headers": raw})
-            async for piece in pieces:
-                await self._sent({"type": "http.response.body", "body": piece, "more_body": True})
+            async with contextlib.aclosing(_kept_alive(pieces)) as all_pieces:
+                async for piece in all_pieces:
+                    await self._sent({"type": "http.response.body", "body": piece, "more_body": True})
         await self._sent({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def refuse(self, error: MiiServeError) -> None:
@@ -241,6 +244,24 @@ class _Reply:
         except (TimeoutError, OSError):
             self.has_nobody = True
             raise RequestCancelledError("the caller takes in nothing") from None
+
+
+async def _kept_alive(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The pieces, and a comment, which clients pass over, whenever there has been none for so long."""
+    while True:
+        coming = asyncio.ensure_future(anext(pieces, None))
+        try:
+            while not (await asyncio.wait((coming,), timeout=KEEPALIVE_S))[0]:
+                yield b": still here\n\n"
+            piece = coming.result()
+        finally:
+            coming.cancel()
+            await asyncio.gather(
+                coming, return_exceptions=True
+            )  # no generator can be closed while one of its pieces is awaited
+        if piece is None:
+            return
+        yield piece
 
 
 async def _while_there(receive: Receive, work: Coroutine[Any, Any, None], reply: _Reply) -> None:

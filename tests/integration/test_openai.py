@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ from integration.web import picture, web
 
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import ContentBlockedError
+from mii_serve.gateway import door
 from mii_serve.gateway.openai import FORMATS, QUALITIES
 from mii_serve.server.keys import KeyRing
 
@@ -150,6 +152,18 @@ async def test_a_stream_that_cannot_go_on_says_so(served):
     [(name, value)] = events_of(answer.text)
     assert (answer.status_code, name, value["error"]["type"]) == (200, "error", "server_error")
     assert value["error"]["code"] == "generation_failed"
+
+
+async def test_a_stream_that_waits_shows_that_it_is_there(served, monkeypatch):
+    monkeypatch.setattr(door, "KEEPALIVE_S", 0.05)
+    served.server.engine.gate.clear()
+    reader, writer = await served.start(PATH, {"prompt": "a", "stream": True})
+    async with asyncio.timeout(20):
+        for _ in range(3):
+            await reader.readuntil(b": still here\n\n")
+        served.server.engine.gate.set()
+        await reader.readuntil(b"event: image_generation.completed\n")
+    writer.close()
 
 
 async def test_who_leaves_a_stream_frees_the_slot(served):
