@@ -34,8 +34,11 @@ _REQUEST_ID = re.compile(r"[!-~]{1,100}( [0-9]+)?")
 
 
 def is_work(method: str) -> bool:
-    """Whether calls of this method make pictures: they count against a key's limits and get a line in the log."""
-    return method.rpartition("/")[2] in _WORK
+    """Whether calls of this method make pictures: they count against a key's limits and get a line in the log.
+
+    HTTP calls have the name "VERB /route".
+    """
+    return method.rpartition("/")[2] in _WORK or method.startswith("POST ")
 
 
 def check_idempotency_key(key: str) -> str:
