@@ -156,7 +156,7 @@ def _check_pictures(
         if not crowd:
             raise EngineError("it can draw none of the pictures")
     judge.pictures("crowd", crowd, truth.pictures)
-    pictures.update({name: (truth.pictures[name], picture) for name, picture in crowd.items()})
+    pictures.update({name: (true, crowd[name]) for name, true in truth.pictures.items() if name in crowd})
 
 
 def _grouped(kinds: Iterable[tuple[str, tuple[int, ...]]]) -> list[list[str]]:

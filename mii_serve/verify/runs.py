@@ -6,9 +6,9 @@ import logging
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
-from mii_serve.engine.factory import build_engine
+from mii_serve.engine.factory import build_engine, precision_of
 from mii_serve.errors import ConfigError, VerificationError
-from mii_serve.models import RANDOM_SD_V1_4
+from mii_serve.models import RANDOM_SD_V1_4, Precision
 from mii_serve.verify.check import verify
 from mii_serve.verify.report import Report
 from mii_serve.verify.truth import free_memory, learn_truth
@@ -46,10 +46,18 @@ def build_verified_engine(config: DeployConfig) -> Engine:
 
 
 def _verified(config: DeployConfig) -> tuple[Engine, Report]:
+    refuse_other_weights(config.model, precision_of(config))
     truth = learn_truth(config)
     engine = build_engine(config)
-    described = engine.description
-    if config.model == RANDOM_SD_V1_4 and described.dtype != truth.description.dtype:
-        raise ConfigError("dtype", f"{RANDOM_SD_V1_4} has other weights in {described.dtype}; only fp32 can be verified")
     engine.warmup()
     return engine, verify(engine, truth)
+
+
+def refuse_other_weights(model: str, dtype: Precision) -> None:
+    """Random weights are drawn in the engine's precision: in another than the reference's they are other weights.
+
+    Raises:
+        ConfigError
+    """
+    if model == RANDOM_SD_V1_4 and dtype != "fp32":
+        raise ConfigError("dtype", f"{RANDOM_SD_V1_4} has other weights in {dtype}; only fp32 can be verified")
