@@ -131,6 +131,7 @@ class DeployConfig(BaseSettings):
     replicas: int = Field(1, ge=1)
     tensor_parallel: int = Field(1, ge=1)
     max_slots: int | None = Field(None, ge=1)
+    verify: bool = False
     host: str = Field("127.0.0.1", min_length=1)
     grpc_port: Port = 50050
     http_port: Port = 5001

@@ -16,7 +16,8 @@
     │   ├── EngineLostError      and the replica has to be started again
     │   └── PoisonedRequestError this request took two replicas down
     ├── ConfigError              a setting breaks a rule; the server will not start
-    └── ModelError               the model cannot be found, read or used; the server will not start
+    ├── ModelError               the model cannot be found, read or used; the server will not start
+    └── VerificationError        the engine does not draw what the reference draws; the server will not start
 
 Each class knows its gRPC code and HTTP status, so that the edges translate an error without looking at its kind. HTTP 408 is
 never used: the Azure ML client crashes on it. 424 is what that service's own gateway answers and never retries.
@@ -141,6 +142,12 @@ class ConfigError(MiiServeError):
 
 
 class ModelError(MiiServeError):
+    grpc_code = "FAILED_PRECONDITION"
+
+
+class VerificationError(MiiServeError):
+    """The message names the stage whose answers are off first."""
+
     grpc_code = "FAILED_PRECONDITION"
 
 

@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("generate", "PROMPT", _add_generate_flags, "make the picture of one prompt and write it to a file", ""),
         ("config", "show|schema", _add_config_flags, "show how a server would be configured, and why", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, what it runs and how busy it is", ""),
+        ("verify", "[MODEL]", _add_verify_flags, "hold an engine against the FP32 reference, stage by stage", _VERIFY_MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
         words = " ".join(("mii_serve", name, usage, "[options]")).replace("  ", " ")
@@ -111,6 +112,7 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
     add("--tls-client-ca", type=Path, metavar="FILE", help="clients must show a certificate signed by one of these")
     add("--deployment-name", metavar="NAME", help="name that clients and metrics see")
     add("--max-slots", type=int, metavar="N", help="most images in work at once")
+    add("--verify", action="store_true", help="hold the engine against the FP32 reference first; serve only if it passes")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     add(
@@ -171,6 +173,31 @@ def _add_status_flags(parser: argparse.ArgumentParser) -> None:
     _add_tls_flags(parser)
 
 
+_VERIFY_MORE = """
+
+It draws a fixed set of prompts, samplers and sizes with the reference and with the engine, there alone and in a
+crowded batch, and prints how far the text encoder, single UNet calls, the VAE and whole pictures are off. The exit
+code is 1 when a limit is broken. Settings come from flags, the environment and the file, as for deploy."""
+
+
+def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
+    def add(*names: str, help: str, **settings: Any) -> None:
+        parser.add_argument(*names, default=argparse.SUPPRESS, help=help, **settings)
+
+    add("model", nargs="?", metavar="MODEL", help=MODELS)
+    add("--engine", metavar=ENGINES, help="the engine to verify")
+    add("--dtype", metavar=DTYPES, help="its precision")
+    add("--device", metavar="{auto,cpu,cuda}", help="where the model runs, the reference too")
+    add("--max-slots", type=int, metavar="N", help="most images in work at once, which is how crowded it gets")
+    add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
+    add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, as JSON")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the pictures side by side: .png, .jpg or .webp")
+    levels = ("debug", "info", "warning", "error")
+    parser.add_argument("--log-level", choices=levels, default="warning", help="how much to log on stderr")
+
+
 def _add_tls_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a server that wants more", "An API key is taken from MII_SERVE_API_KEY.")
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="speak TLS, and trust certificates signed by these")
@@ -222,4 +249,12 @@ def _status(values: dict[str, Any]) -> int:
     return run(_connection(values), timeout=values["timeout"], is_json=values["json"])
 
 
-_COMMANDS = {"config": _config, "deploy": _deploy, "generate": _generate, "status": _status}
+def _verify(values: dict[str, Any]) -> int:
+    from mii_serve.cli.verify import run
+
+    file, report_file, picture_file = values.pop("config"), values.pop("json"), values.pop("picture")
+    log_level = values.pop("log_level")
+    return run(values, file, report_file=report_file, picture_file=picture_file, log_level=log_level)
+
+
+_COMMANDS = {"config": _config, "deploy": _deploy, "generate": _generate, "status": _status, "verify": _verify}

@@ -17,22 +17,31 @@ FORMATS = {
 }
 
 
-def check_output(path: Path) -> ImageFormat:
-    """The format that the file's name asks for.
+def check_output(path: Path, name: str = "output") -> ImageFormat:
+    """The format that the file's name asks for; `name` is the option's.
 
     Raises:
         InvalidRequestError: an unknown suffix, or nowhere to write the file.
     """
     image_format = FORMATS.get(path.suffix.lower())
     if image_format is None:
-        raise InvalidRequestError("output", f"must end in {', '.join(FORMATS)}", str(path))
-    if not path.parent.is_dir():
-        raise InvalidRequestError("output", f"must be in a folder that exists, got {path}")
-    if path.is_dir():
-        raise InvalidRequestError("output", f"must be a file, and {path} is a folder")
-    if not os.access(path.parent, os.W_OK):
-        raise InvalidRequestError("output", f"must be in a folder that you may write to, got {path}")
+        raise InvalidRequestError(name, f"must end in {', '.join(FORMATS)}", str(path))
+    check_place(path, name)
     return image_format
+
+
+def check_place(path: Path, name: str) -> None:
+    """See to it that the file can be written.
+
+    Raises:
+        InvalidRequestError: it cannot.
+    """
+    if not path.parent.is_dir():
+        raise InvalidRequestError(name, f"must be in a folder that exists, got {path}")
+    if path.is_dir():
+        raise InvalidRequestError(name, f"must be a file, and {path} is a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidRequestError(name, f"must be in a folder that you may write to, got {path}")
 
 
 def output_paths(path: Path, num_images: int) -> list[Path]:

@@ -45,6 +45,16 @@ def build_engine(config: DeployConfig) -> Engine:
     return ReferenceEngine(_load(config, device, "fp32"))
 
 
+def precision_of(config: DeployConfig) -> Precision:
+    """What the configured engine will compute in, known before anything is loaded.
+
+    Raises:
+        ConfigError: this engine or this device cannot.
+    """
+    device = _device(config.device)
+    return _reference_dtype(config) if config.engine == "reference" else _dtype(config, device)
+
+
 def _load(config: DeployConfig, device: str, dtype: Precision) -> LoadedModel:
     return load_model(
         config.model,

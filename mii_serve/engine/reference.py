@@ -7,13 +7,15 @@ the same bits; only the loop is turned inside out, one UNet call per turn. Slow 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from mii_serve.engine.probe import UNetCall, without_checker
 from mii_serve.engine.stages import StageClock
 from mii_serve.engine.text import dropped_text
 from mii_serve.engine.warmup import make_pictures
@@ -62,7 +64,7 @@ class _Running:
 
 
 class ReferenceEngine:
-    """Implements `mii_serve.engine.Engine`."""
+    """Implements `mii_serve.engine.Engine` and `mii_serve.engine.probe.ProbedEngine`."""
 
     num_graph_misses = 0
 
@@ -129,6 +131,9 @@ class ReferenceEngine:
         except Exception as error:
             raise EngineError(f"the reference engine failed: {type(error).__name__}: {error}") from error
 
+    def probe(self) -> ReferenceProbe:
+        return ReferenceProbe(self._pipeline)
+
     def close(self) -> None:
         self._running.clear()
 
@@ -191,9 +196,9 @@ class ReferenceEngine:
         return replace(running.progress, picture=picture)
 
     def _picture(self, running: _Running, latents: torch.Tensor) -> Picture:
-        vae, params = self._pipeline.vae, running.sample.params
+        params = running.sample.params
         with self._clock.time("decode"):
-            images = vae.decode(latents / vae.config.scaling_factor, return_dict=False, generator=running.generator)[0]
+            images = _decode(self._pipeline.vae, latents, running.generator)
         with self._clock.time("safety"):
             pictures, flags = checked_pictures(self._pipeline, images)
         picture = pictures[0].convert("RGB")
@@ -206,3 +211,51 @@ class ReferenceEngine:
             dropped_prompt=dropped_text(tokenizer, params.prompt),
             dropped_negative_prompt=dropped_text(tokenizer, params.negative_prompt) if params.is_guided else "",
         )
+
+
+class ReferenceProbe:
+    """Implements `mii_serve.engine.probe.Probe`: the calls that the engine makes, one at a time."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self._device = torch.device(pipeline.device)
+
+    @property
+    def num_channels(self) -> int:
+        return int(self._pipeline.unet.config.in_channels)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        embeds = [self._pipeline.encode_prompt(prompt, self._device, 1, False)[0] for prompt in prompts]
+        return torch.cat(embeds).cpu()
+
+    @torch.no_grad()
+    def predict(self, calls: Sequence[UNetCall]) -> torch.Tensor:
+        return torch.stack([self._predict(call) for call in calls]).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        images = [_decode(self._pipeline.vae, one[None].to(self._device)) for one in latents]
+        return torch.cat(images).cpu()
+
+    def without_checker(self) -> AbstractContextManager[None]:
+        return without_checker(self._pipeline)
+
+    def _predict(self, call: UNetCall) -> torch.Tensor:
+        embeds = (
+            [call.prompt_embeds] if call.negative_prompt_embeds is None else [call.negative_prompt_embeds, call.prompt_embeds]
+        )
+        model_input = torch.stack([call.latents] * len(embeds)).to(self._device)
+        timestep = torch.tensor(call.timestep, device=self._device)
+        text = torch.stack(embeds).to(self._device)
+        noise_pred = self._pipeline.unet(model_input, timestep, encoder_hidden_states=text, return_dict=False)[0]
+        if len(embeds) == 1:
+            return noise_pred[0]
+        noise_pred_uncond, noise_pred_text = noise_pred
+        return noise_pred_uncond + call.guidance_scale * (noise_pred_text - noise_pred_uncond)
+
+
+def _decode(vae: Any, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Images in [-1, 1], as `StableDiffusionPipeline.__call__` makes them."""
+    images: torch.Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False, generator=generator)[0]
+    return images

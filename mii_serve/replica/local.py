@@ -79,7 +79,12 @@ def build_warm_engine(config: DeployConfig) -> Engine:
 
     Raises:
         ConfigError, ModelError: as `mii_serve deploy` would.
+        VerificationError: with the setting `verify`, the engine does not draw what the reference draws.
     """
+    if config.verify:
+        from mii_serve.verify.runs import build_verified_engine
+
+        return build_verified_engine(config)
     from mii_serve.engine.factory import build_engine
 
     engine = build_engine(config)

@@ -66,7 +66,7 @@ class ReplicaSupervisor:
         """Keep a replica running until cancelled; `on_change` is set whenever readiness changes.
 
         Raises:
-            ModelError, ConfigError, EngineError: the first start failed; a later one is retried.
+            ModelError, ConfigError, VerificationError, EngineError: the first start failed; a later one is retried.
         """
         failures = 0
         try:
@@ -202,4 +202,6 @@ def _rebuilt(class_name: str, message: str) -> MiiServeError:
         return errors.ConfigError(setting, rule)
     if class_name == "ModelError":
         return errors.ModelError(message)
+    if class_name == "VerificationError":
+        return errors.VerificationError(message)
     return EngineError(message)

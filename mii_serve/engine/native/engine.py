@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from mii_serve.engine.native.denoiser import Denoiser
 from mii_serve.engine.native.lattice import TurnSize, declare
+from mii_serve.engine.native.probe import NativeProbe
 from mii_serve.engine.native.prompts import Prompt, PromptBank
 from mii_serve.engine.native.times import TimeTable
 from mii_serve.engine.native.turn import Move
@@ -74,7 +75,7 @@ class _Running:
 
 
 class NativeEngine:
-    """Implements `mii_serve.engine.Engine`."""
+    """Implements `mii_serve.engine.Engine` and `mii_serve.engine.probe.ProbedEngine`."""
 
     def __init__(self, model: LoadedModel, *, max_slots: int | None = None, lattice: Sequence[TurnSize] | None = None) -> None:
         """`model` has a UNet that `unet.why_unsupported` has nothing against. `lattice` are the sizes of turns to prepare:
@@ -173,6 +174,9 @@ class NativeEngine:
         except Exception as error:
             raise EngineError(f"the native engine failed: {type(error).__name__}: {error}") from error
 
+    def probe(self) -> NativeProbe:
+        return NativeProbe(self._pipeline, self._prompts, self._times, self._denoiser, self.capacity, self._decode)
+
     def close(self) -> None:
         self._running.clear()
 
@@ -255,9 +259,8 @@ class NativeEngine:
         return made
 
     def _pictures(self, group: Sequence[_Running], latents: torch.Tensor) -> dict[SampleId, Picture]:
-        vae = self._pipeline.vae
         with self._clock.time("decode"):
-            images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+            images = self._decode(latents)
         with self._clock.time("safety"):
             pictures, flags = checked_pictures(self._pipeline, images)
         return {
@@ -271,3 +274,9 @@ class NativeEngine:
             )
             for index, (running, picture) in enumerate(zip(group, pictures, strict=True))
         }
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] from latents in float32."""
+        vae = self._pipeline.vae
+        images: torch.Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+        return images

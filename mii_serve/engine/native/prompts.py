@@ -6,8 +6,9 @@ must not depend on who came with it.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,19 +63,43 @@ class PromptBank:
             self._known.move_to_end(text)
         return [self._known[text] for text in texts]
 
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """What the text encoder makes of them, B × tokens × text width."""
+        batches = [texts[i : i + TEXTS_PER_BATCH] for i in range(0, len(texts), TEXTS_PER_BATCH)]
+        return torch.cat([self._embed(batch)[: len(batch)] for batch in batches])
+
+    @contextlib.contextmanager
+    def lent(self, embeds: torch.Tensor) -> Iterator[list[int]]:
+        """Rows that hold these embedded prompts, B × tokens × text width, for as long as the block lasts."""
+        rows = [self._free_row() for _ in embeds]
+        try:
+            for i in range(0, len(rows), TEXTS_PER_BATCH):
+                batch = embeds[i : i + TEXTS_PER_BATCH]
+                padded = torch.cat((batch, batch.new_zeros(TEXTS_PER_BATCH - len(batch), *batch.shape[1:])))
+                self.key_values[rows[i : i + TEXTS_PER_BATCH]] = self._project(padded)[: len(batch)]
+            yield rows
+        finally:
+            self._free.extend(rows)
+
     def release(self, prompts: Iterable[Prompt]) -> None:
         for prompt in prompts:
             prompt.num_users -= 1
 
-    def _encode(self, texts: list[str]) -> None:
-        padded = [*texts, *[""] * (TEXTS_PER_BATCH - len(texts))]
-        embeds, _ = self._pipeline.encode_prompt(padded, self._pipeline.device, 1, False)
-        key_values = self._unet.project_prompts(embeds.to(self.key_values.dtype))
-        for text, projected in zip(texts, key_values, strict=False):  # what is longer is padding
+    def _encode(self, texts: Sequence[str]) -> None:
+        for text, projected in zip(texts, self._project(self._embed(texts)), strict=False):  # what is longer is padding
             row = self._free_row()
             self.key_values[row] = projected
             self._known[text] = Prompt(text, row, dropped_text(self._pipeline.tokenizer, text))
         self.num_encoded += len(texts)
+
+    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """One batch, padded."""
+        padded = [*texts, *[""] * (TEXTS_PER_BATCH - len(texts))]
+        embeds: torch.Tensor = self._pipeline.encode_prompt(padded, self._pipeline.device, 1, False)[0]
+        return embeds
+
+    def _project(self, embeds: torch.Tensor) -> torch.Tensor:
+        return self._unet.project_prompts(embeds.to(self.key_values))
 
     def _free_row(self) -> int:
         if not self._free:

@@ -1,0 +1,108 @@
+"""What the FP32 reference answers to the fixed set."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from mii_serve.config import DeployConfig
+from mii_serve.engine import Engine
+from mii_serve.engine.factory import build_engine
+from mii_serve.engine.probe import ProbedEngine, UNetCall
+from mii_serve.errors import EngineError, InvalidRequestError
+from mii_serve.types import EngineDescription, Picture
+from mii_serve.verify.cases import PROMPTS, PictureCase, picture_cases, unet_cases, vae_cases
+from mii_serve.verify.drawing import draw
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truth:
+    """The questions, and the answers by their names. A few megabytes on the CPU, whatever the model's size."""
+
+    description: EngineDescription
+    embeds: Mapping[str, torch.Tensor] = field(repr=False)
+    calls: Mapping[str, UNetCall] = field(repr=False)
+    predictions: Mapping[str, torch.Tensor] = field(repr=False)
+    latents: Mapping[str, torch.Tensor] = field(repr=False)
+    images: Mapping[str, torch.Tensor] = field(repr=False)
+    cases: tuple[PictureCase, ...]
+    pictures: Mapping[str, Picture] = field(repr=False)
+    skipped: Mapping[str, str]
+
+
+def learn_truth(config: DeployConfig) -> Truth:
+    """Load the configured model in FP32, ask the reference, and free it again.
+
+    Raises:
+        ConfigError, ModelError: as `mii_serve deploy --engine reference` would.
+        EngineError: the reference itself fails, or answers something that is not a number.
+    """
+    plain = {"engine": "reference", "dtype": "fp32", "max_slots": None, "tensor_parallel": 1}
+    engine = build_engine(config.model_copy(update=plain))
+    try:
+        return ask_reference(engine)
+    finally:
+        engine.close()
+        del engine
+        free_memory()
+
+
+def ask_reference(engine: Engine) -> Truth:
+    assert isinstance(engine, ProbedEngine)
+    probe, capabilities = engine.probe(), engine.capabilities
+    calls = {}
+    with _plain_float32(), probe.without_checker():
+        embeds = {name: probe.encode([text])[0] for name, text in PROMPTS.items()}
+        for case in unet_cases(capabilities, probe.num_channels):
+            calls[case.name] = case.call(embeds)
+        predictions = {name: probe.predict([call])[0] for name, call in calls.items()}
+        latents = vae_cases(capabilities, probe.num_channels)
+        images = {name: probe.decode(one[None])[0] for name, one in latents.items()}
+        cases, skipped = [], {}
+        for drawing in picture_cases(capabilities):
+            try:
+                engine.check(drawing.params)
+                cases.append(drawing)
+            except InvalidRequestError as error:
+                skipped[drawing.name] = str(error)
+        pictures: dict[str, Picture] = {}
+        for drawing in cases:
+            pictures |= draw(engine, [drawing])
+    for answers in (embeds, predictions, images):
+        for name, answer in answers.items():
+            if not answer.isfinite().all():
+                raise EngineError(f"the reference itself answers something that is not a number: {name}")
+    return Truth(
+        description=engine.description,
+        embeds=embeds,
+        calls=calls,
+        predictions=predictions,
+        latents=latents,
+        images=images,
+        cases=tuple(cases),
+        pictures=pictures,
+        skipped=skipped,
+    )
+
+
+def free_memory() -> None:
+    """Give the memory of what was just forgotten back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _plain_float32() -> Iterator[None]:
+    """Without TF32, which cuDNN uses for float32 convolutions unless told not to: ten bits are no truth."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -1,0 +1,226 @@
+"""`mii_serve verify` tells a right engine from a wrong one, and says where it goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import mii_serve.verify.runs
+from mii_serve.config import DeployConfig, LimitsConfig
+from mii_serve.engine.fake import FakeEngine
+from mii_serve.engine.native import NativeEngine
+from mii_serve.engine.native.lattice import declare
+from mii_serve.errors import ConfigError, EngineError, VerificationError
+from mii_serve.models import Precision, load_model
+from mii_serve.replica.local import build_warm_engine
+from mii_serve.verify.cases import DRAWINGS
+from mii_serve.verify.check import verify
+from mii_serve.verify.drawing import draw
+from mii_serve.verify.limits import Stage
+from mii_serve.verify.truth import Truth, learn_truth
+
+CONFIG = {"model": "demo", "device": "cpu"}
+FEW_STEPS = 5
+"""Of the pictures that are drawn where one stage is wrong: enough to see that later stages are asked too."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads that wait for each other at every small layer are slower than one where others want the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def truth(one_thread) -> Truth:
+    return learn_truth(DeployConfig.load(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def short_truth(truth) -> Truth:
+    cases = tuple(case for case in truth.cases if case.params.num_inference_steps <= FEW_STEPS)
+    assert len(cases) == 2
+    return dataclasses.replace(truth, cases=cases)
+
+
+def native(dtype: Precision = "fp32", **options) -> NativeEngine:
+    model = load_model("demo", revision=None, dtype=dtype, device="cpu", limits=LimitsConfig())
+    return NativeEngine(model, **options)
+
+
+def test_the_truth_is_complete_and_worth_comparing_with(truth):
+    assert not truth.skipped
+    assert len(truth.cases) == len(DRAWINGS)
+    assert len(truth.pictures) == sum(case.params.num_images_per_prompt for case in truth.cases)
+    for name, picture in truth.pictures.items():
+        assert len(set(picture.rgb)) > 8, f"there is nothing on the picture of {name}"
+    assert {case.params.is_guided for case in truth.cases} == {True, False}
+    assert len({case.params.latent_shape for case in truth.cases}) == 2
+    assert any(image.abs().max() > 0.3 for image in truth.images.values())
+
+
+def test_the_native_engine_passes_in_bf16_though_every_stage_is_less_exact(short_truth):
+    report = verify(native("bf16"), short_truth)
+    assert report.is_passed, report.verdict
+    assert report.engine.dtype == "bf16"
+    off = {check.stage for check in report.checks if check.difference.relative_rms > 1e-3}
+    assert off == set(Stage)
+
+
+def test_turns_padded_as_for_cuda_graphs_pass(short_truth):
+    report = verify(native(max_slots=4, lattice=declare(4, 8, 8)), short_truth)
+    assert report.is_passed, report.verdict
+
+
+def test_the_reference_is_itself(short_truth):
+    engine = build_warm_engine(DeployConfig.load({**CONFIG, "engine": "reference"}))
+    report = verify(engine, short_truth)
+    assert report.is_passed
+    assert {check.difference.max for check in report.checks} == {0.0}
+
+
+def test_an_engine_is_the_same_after_it_was_verified(short_truth):
+    engine = native()
+    before = draw(engine, short_truth.cases[:1])
+    verify(engine, short_truth)
+    assert draw(engine, short_truth.cases[:1]) == before
+    assert all(picture.nsfw_content_detected is not None for picture in before.values()), "the checker is back"
+
+
+# ---- what is wrong is found ----------------------------------------------------------------------------------------
+
+
+def five_percent(part: str, weight: str) -> Callable[[NativeEngine], None]:
+    """One weight of a part of the pipeline, five per cent too large."""
+
+    def plant(engine: NativeEngine) -> None:
+        named = getattr(engine._pipeline, part).named_parameters()
+        next(values for name, values in named if name.endswith(weight)).data.mul_(1.05)
+
+    return plant
+
+
+def drop_a_key(engine: NativeEngine) -> None:
+    """The last token has no key in any cross-attention: what kernels that take 76 of 77 tokens do."""
+    project = engine._prompts._unet.project_prompts
+
+    def without_the_last(embeds: torch.Tensor) -> torch.Tensor:
+        key_values = project(embeds)
+        key_values[:, -1, : key_values.shape[-1] // 2] = 0
+        return key_values
+
+    engine._prompts._unet.project_prompts = without_the_last
+
+
+def mix_up_times(engine: NativeEngine) -> None:
+    """Each row gets its neighbour's time. Alone there is no neighbour."""
+    rows = engine._times.rows
+    engine._times.rows = lambda timesteps: [*(found := rows(timesteps))[1:], found[0]]
+
+
+def forget_guidance(engine: NativeEngine) -> None:
+    """Pictures only: the scale that requests ask for is lost on its way, single calls are right."""
+    move = engine._move
+    engine._move = lambda running, time: dataclasses.replace(move(running, time), guidance_scale=1.1)
+
+
+def spoil(engine: NativeEngine) -> None:
+    engine._pipeline.vae.decoder.conv_in.weight.data[0, 0, 0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("plant", "stage"),
+    [
+        (five_percent("text_encoder", "layers.0.mlp.fc1.weight"), Stage.TEXT_ENCODER),
+        (five_percent("unet", "mid_block.resnets.0.conv1.weight"), Stage.UNET),
+        (five_percent("unet", "attn1.to_q.weight"), Stage.UNET),
+        (five_percent("vae", "decoder.up_blocks.1.resnets.0.conv1.weight"), Stage.VAE),
+        (drop_a_key, Stage.UNET),
+        (mix_up_times, Stage.UNET),
+        (forget_guidance, Stage.PICTURES),
+        pytest.param(spoil, Stage.VAE, marks=pytest.mark.filterwarnings("ignore:invalid value encountered in cast")),
+    ],
+    ids=["text-mlp", "unet-conv", "unet-query", "vae-conv", "key-dropped", "times-mixed-up", "guidance-lost", "not-a-number"],
+)
+def test_a_planted_error_is_found_and_its_stage_named(short_truth, plant, stage):
+    engine = native()
+    plant(engine)
+    report = verify(engine, short_truth)
+    assert not report.is_passed
+    assert report.first_failure.stage is stage
+    assert f"the {stage} fails first" in report.verdict
+    before_pictures = {check.stage for check in report.checks if not check.is_passed} - {Stage.PICTURES}
+    assert before_pictures <= {stage}, "the other stages are asked with right input, and answer rightly"
+    assert len(report.checks) == 2 * (6 + 8 + 4 + len(report.pictures)), "everything is asked all the same"
+
+
+@pytest.mark.parametrize("plant", [drop_a_key, five_percent("text_encoder", "layers.0.mlp.fc1.weight")], ids=["key", "text"])
+def test_half_precision_does_not_hide_a_gross_error(short_truth, plant):
+    engine = native("bf16")
+    plant(engine)
+    assert not verify(engine, short_truth).is_passed
+
+
+def test_what_is_wrong_only_in_a_crowd_is_found_there(short_truth):
+    engine = native()
+    mix_up_times(engine)
+    failed = [check for check in verify(engine, short_truth).checks if not check.is_passed]
+    assert failed
+    assert {check.company for check in failed} == {"crowd"}
+
+
+def test_a_stage_that_fails_instead_of_answering_is_named(short_truth):
+    engine = native()
+    engine._denoiser.step = lambda moves, shape: torch.empty(1, 2) @ torch.empty(3, 4)
+    report = verify(engine, short_truth)
+    assert report.first_failure.stage is Stage.UNET
+    assert "no answer, RuntimeError" in report.first_failure.faults[0]
+    assert "the unet fails first" in report.verdict
+    assert report.to_json()["checks"][-1]["difference"] is None
+    assert list(report.lines())
+
+
+def test_an_answer_of_another_size_is_a_failure_and_no_crash(short_truth):
+    engine = native()
+    engine._decode, decode = lambda latents: decode(latents)[..., :-8], engine._decode
+    failure = verify(engine, short_truth).first_failure
+    assert failure.stage is Stage.VAE
+    assert "has the shape" in failure.faults[0]
+
+
+def test_an_engine_without_a_probe_cannot_be_verified(short_truth):
+    with pytest.raises(EngineError, match="'fake' cannot be verified"):
+        verify(FakeEngine(), short_truth)
+
+
+# ---- a replica that is to verify -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planted(monkeypatch, short_truth):
+    """What `deploy --verify` builds has a dropped key; the truth is at hand already."""
+
+    def build(config: DeployConfig) -> NativeEngine:
+        engine = native()
+        drop_a_key(engine)
+        return engine
+
+    monkeypatch.setattr(mii_serve.verify.runs, "build_engine", build)
+    monkeypatch.setattr(mii_serve.verify.runs, "learn_truth", lambda config: short_truth)
+
+
+def test_a_replica_whose_engine_fails_does_not_come_up(planted):
+    with pytest.raises(VerificationError, match="the unet fails first"):
+        build_warm_engine(DeployConfig.load({**CONFIG, "verify": True}))
+
+
+def test_random_weights_are_verified_in_the_precision_they_were_drawn_in():
+    with pytest.raises(ConfigError, match="dtype"):
+        mii_serve.verify.runs.refuse_other_weights("random-sd-v1-4", "fp16")
+    mii_serve.verify.runs.refuse_other_weights("random-sd-v1-4", "fp32")
+    mii_serve.verify.runs.refuse_other_weights("demo", "fp16")
