@@ -161,14 +161,14 @@ class DeployConfig(BaseSettings):
         if file is not None and not file.is_file():
             raise ConfigError("config", f"no such file: {file}")
         _refuse_misspelt_variables(cls)
-        config = cls._merged(flags, file, _azure_settings())
+        config = cls._merged(flags, file, _azure_settings(), written or {})
         if config.content_safety.model_fields_set == {"client_id"} and "UAI_CLIENT_ID" in os.environ:
             return config.model_copy(update={"content_safety": ContentSafetyConfig()})  # an identity alone asks for nothing
         _check_content_safety(config)
         return config
 
     @classmethod
-    def _merged(cls, flags: dict[str, Any], file: Path | None, azure: dict[str, Any]) -> DeployConfig:
+    def _merged(cls, flags: dict[str, Any], file: Path | None, azure: dict[str, Any], written: dict[str, Any]) -> DeployConfig:
         class _Layered(cls):  # type: ignore[misc, valid-type]
             @classmethod
             def settings_customise_sources(
@@ -180,7 +180,7 @@ class DeployConfig(BaseSettings):
                 file_secret_settings: PydanticBaseSettingsSource,
             ) -> tuple[PydanticBaseSettingsSource, ...]:
                 named = InitSettingsSource(settings_cls, azure)
-                least = InitSettingsSource(settings_cls, written or {}) if file is None else _file_source(settings_cls, file)
+                least = InitSettingsSource(settings_cls, written) if file is None else _file_source(settings_cls, file)
                 return init_settings, env_settings, named, least
 
         try:
@@ -218,7 +218,7 @@ class DeployConfig(BaseSettings):
 
     @classmethod
     def from_json(cls, text: str) -> DeployConfig:
-        config = cls._merged(_Json.model_validate_json(text).model_dump(), None, {})
+        config = cls._merged(_Json.model_validate_json(text).model_dump(), None, {}, {})
         return config.model_copy(update={"content_safety": ContentSafetyConfig()})
 
 
