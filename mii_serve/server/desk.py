@@ -203,10 +203,10 @@ def client_of(key_name: str | None, named: str | None, peer: str) -> str:
 
 async def _info(link: ReplicaLink) -> pb.GetServerInfoResponse | None:
     """What a replica says of itself; None when it is not there."""
-    if not link.is_up:
+    if (connection := link.connection) is None:
         return None
     with contextlib.suppress(grpc.aio.AioRpcError):
-        info: pb.GetServerInfoResponse = await link.stub().GetServerInfo(pb.GetServerInfoRequest(), timeout=INFO_TIMEOUT_S)
+        info: pb.GetServerInfoResponse = await connection.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=INFO_TIMEOUT_S)
         return info
     return None
 

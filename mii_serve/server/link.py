@@ -29,22 +29,47 @@ class Loss:
     is_crash: bool
 
 
+class Connection:
+    """One life of a replica, as long as it can be asked.
+
+    `work` is what it has been given and has not done yet, in UNet rows × latent cells × calls; `num_running` counts the calls.
+    `lost` says in the end why it ended. What is learnt of one life never speaks against the next.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.stub: ImageGenerationAsyncStub = ImageGenerationStub(channel)
+        self.lost: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
+        self.is_suspect = False
+        """A call to it broke: it gets no new work until it is clear why."""
+        self.work = 0
+        self.num_running = 0
+
+
 class ReplicaLink:
-    """`work` is what it has been given and has not done yet, in UNet rows × latent cells × calls."""
+    """The place of one replica, through all its lives."""
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.work = 0
-        self.num_running = 0
         self.num_restarts = 0
-        self._channel: grpc.aio.Channel | None = None
-        self._is_suspect = False
-        self._lost: asyncio.Future[Loss] | None = None
+        self._connection: Connection | None = None
+
+    @property
+    def connection(self) -> Connection | None:
+        """Where new work may go; None from the first sign of its loss on."""
+        return None if self._connection is None or self._connection.is_suspect else self._connection
 
     @property
     def is_up(self) -> bool:
-        """Whether new work may go there. False from the first sign of its loss on."""
-        return self._channel is not None and not self._is_suspect
+        return self.connection is not None
+
+    @property
+    def work(self) -> int:
+        return 0 if self._connection is None else self._connection.work
+
+    @property
+    def num_running(self) -> int:
+        return 0 if self._connection is None else self._connection.num_running
 
     async def attach(self, socket: Path) -> tuple[pb.GetServerInfoResponse, Capabilities]:
         """Talk to the replica behind this socket from now on; what it says of itself.
@@ -53,39 +78,27 @@ class ReplicaLink:
             grpc.aio.AioRpcError: nobody answers there.
         """
         await self.detach(Loss(reason="it was replaced", is_crash=False))
-        channel = grpc.aio.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS)
-        info: pb.GetServerInfoResponse = await ImageGenerationStub(channel).GetServerInfo(
+        connection = Connection(grpc.aio.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS))
+        info: pb.GetServerInfoResponse = await connection.stub.GetServerInfo(
             pb.GetServerInfoRequest(), timeout=HELLO_TIMEOUT_S, wait_for_ready=True
         )
         capabilities = decode_capabilities(info)
-        self.work, self.num_running = 0, 0
-        self._channel, self._is_suspect = channel, False
-        self._lost = asyncio.get_running_loop().create_future()
+        self._connection = connection
         return info, capabilities
 
     async def detach(self, loss: Loss) -> None:
         """It is gone; whoever waits to know why, knows."""
-        channel, self._channel = self._channel, None
-        if self._lost is not None and not self._lost.done():
-            self._lost.set_result(loss)
-        if channel is not None:
-            await channel.close()
-
-    def stub(self) -> ImageGenerationAsyncStub:
-        assert self._channel is not None
-        return ImageGenerationStub(self._channel)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.lost.set_result(loss)
+            await connection.channel.close()
 
     async def metrics(self, timeout_s: float) -> bytes | None:
         """Its metrics as Prometheus text; None when it is not there."""
-        if self._channel is None or self._is_suspect:
+        if (connection := self.connection) is None:
             return None
         with contextlib.suppress(grpc.aio.AioRpcError):
-            ask: Any = self._channel.unary_unary(GET_METRICS)
+            ask: Any = connection.channel.unary_unary(GET_METRICS)
             text: bytes = await ask(b"", timeout=timeout_s)
             return text
         return None
-
-    def suspect(self) -> asyncio.Future[Loss] | None:
-        """A call to it broke: it gets no new work until it is attached again. The future says why it was lost."""
-        self._is_suspect = True
-        return self._lost

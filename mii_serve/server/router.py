@@ -27,7 +27,7 @@ from mii_serve.proto.codec import encode_request
 from mii_serve.proto.interceptor import CLIENT_ID_KEY, REQUEST_ID_KEY
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.server.link import Loss, ReplicaLink
+from mii_serve.server.link import Connection, Loss, ReplicaLink
 from mii_serve.tracing import TRACEPARENT_KEY, current_traceparent
 from mii_serve.types import GenerationParams, OutputOptions, Priority
 
@@ -90,8 +90,9 @@ class _Part:
 class _ReplicaLostError(Exception):
     """Internal: the stream of a part broke with its replica. `was_alone`: nothing else was on it."""
 
-    def __init__(self, *, was_alone: bool) -> None:
-        self.was_alone = was_alone
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.was_alone = connection.num_running == 1
 
 
 def _metadata(part: _Part) -> tuple[tuple[str, str], ...]:
@@ -198,24 +199,24 @@ class Router:
     async def _made(self, part: _Part) -> AsyncGenerator[pb.GenerateEvent, None]:
         """A part's events, on as many replicas as it takes."""
         while True:
-            link = await self._least_busy(part.call)
+            connection = await self._least_busy(part.call)
             try:
-                async with contextlib.aclosing(self._on(link, part)) as events:
+                async with contextlib.aclosing(self._on(connection, part)) as events:
                     async for event in events:
                         yield event
                 return
             except _ReplicaLostError as lost:
-                self._judge(part, await self._verdict(link), was_alone=lost.was_alone)
+                self._judge(part, await self._verdict(lost.connection), was_alone=lost.was_alone)
             again = [index for index in part.indexes if index not in part.delivered]
             yield pb.GenerateEvent(restarted=pb.GenerateEvent.Restarted(image_indexes=again))
 
-    async def _on(self, link: ReplicaLink, part: _Part) -> AsyncGenerator[pb.GenerateEvent, None]:
+    async def _on(self, connection: Connection, part: _Part) -> AsyncGenerator[pb.GenerateEvent, None]:
         """A part's events from one replica, its work on that replica's account meanwhile."""
         params = part.params
         part.left = dict.fromkeys(part.indexes, params.num_inference_steps)
         part.started = False
-        account = _Account(link, part)
-        call = link.stub().GenerateStream(
+        account = _Account(connection, part)
+        call = connection.stub.GenerateStream(
             encode_request(params, part.call.output, part.call.priority),
             timeout=part.call.left_s,
             metadata=_metadata(part),
@@ -227,21 +228,22 @@ class Router:
                     yield event
         except grpc.aio.AioRpcError as error:
             refusal = decode_error(error.code(), error.details() or "", error.trailing_metadata())
-            is_lost = error.code() is grpc.StatusCode.UNAVAILABLE or isinstance(refusal, EngineLostError)
-            raise (_ReplicaLostError(was_alone=link.num_running == 1) if is_lost else refusal) from error
+            # Nobody but us can cancel this call: CANCELLED means that its channel was closed with a lost replica.
+            is_lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+            raise (_ReplicaLostError(connection) if is_lost or isinstance(refusal, EngineLostError) else refusal) from error
         except asyncio.CancelledError:
-            # Closing the channel of a lost replica cancels its calls, which looks as if somebody had cancelled us.
+            # That, too, may look as if somebody had cancelled us.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            raise _ReplicaLostError(was_alone=link.num_running == 1) from None
+            raise _ReplicaLostError(connection) from None
         finally:
             call.cancel()  # the caller may have gone away in the middle
             account.close()
 
-    async def _least_busy(self, call: Call) -> ReplicaLink:
+    async def _least_busy(self, call: Call) -> Connection:
         await self._any_up(call)
-        return min((link for link in self.links if link.is_up), key=lambda link: link.work)
+        return min((up for link in self.links if (up := link.connection)), key=lambda connection: connection.work)
 
     async def _any_up(self, call: Call) -> None:
         if self.is_up:
@@ -256,14 +258,14 @@ class Router:
                 raise DeadlineExceededError("no replica was ready in time") from None
             raise UnavailableError(f"no replica came back within {self._patience_s:g} s") from None
 
-    async def _verdict(self, link: ReplicaLink) -> Loss:
-        lost = link.suspect()
-        if lost is None:
-            return Loss(reason="it was never attached", is_crash=False)
+    async def _verdict(self, connection: Connection) -> Loss:
+        connection.is_suspect = True
         try:
-            return await asyncio.wait_for(asyncio.shield(lost), VERDICT_TIMEOUT_S)
-        except TimeoutError:
-            return Loss(reason="nobody knows why", is_crash=False)
+            return await asyncio.wait_for(asyncio.shield(connection.lost), VERDICT_TIMEOUT_S)
+        except TimeoutError:  # its process lives, or the supervisor would have said so by now
+            connection.is_suspect = False
+            await self.announce_change()
+            return Loss(reason="its connection broke, and nobody knows why", is_crash=False)
 
     def _judge(self, part: _Part, loss: Loss, *, was_alone: bool) -> None:
         """Count a loss against the part if it was running; refuse it when it is to blame for too many.
@@ -280,11 +282,11 @@ class Router:
 
 
 class _Account:
-    """Keeps a link's work in step with what a part has left."""
+    """Keeps a connection's work in step with what a part has left."""
 
-    def __init__(self, link: ReplicaLink, part: _Part) -> None:
-        self._link, self._part, self._booked = link, part, 0
-        link.num_running += 1
+    def __init__(self, connection: Connection, part: _Part) -> None:
+        self._connection, self._part, self._booked = connection, part, 0
+        connection.num_running += 1
         self.update()
 
     def update(self) -> None:
@@ -292,10 +294,10 @@ class _Account:
 
     def close(self) -> None:
         self._book(0)
-        self._link.num_running = max(0, self._link.num_running - 1)
+        self._connection.num_running -= 1
 
     def _book(self, work: int) -> None:
-        self._link.work = max(0, self._link.work + work - self._booked)
+        self._connection.work += work - self._booked
         self._booked = work
 
 

@@ -22,6 +22,7 @@ from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import replica_server
+from mii_serve.server import router
 from mii_serve.server.desk import Desk
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.link import Loss
@@ -34,9 +35,9 @@ CRASHED = Loss(reason="killed by signal 11", is_crash=True)
 class Replica:
     """A replica in this process, which can die like one in its own."""
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, *, max_slots: int) -> None:
         self.socket = socket
-        self.engine = FakeEngine(max_slots=4)
+        self.engine = FakeEngine(max_slots=max_slots)
         self._thread = ThreadPoolExecutor(1)
         self.loop = ReplicaLoop(self.engine, self._thread, max_waiting_samples=4096)
         self._turns = asyncio.create_task(self.loop.run())
@@ -58,17 +59,21 @@ class Replica:
 class Deployment:
     """A front with replicas that a test may kill and start again, as the supervisor would tell of it."""
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, count: int, max_slots: int = 4) -> None:
         self._folder = folder
+        self._max_slots = max_slots
         self._lives = 0
         self.router = Router(count, patience_s=1.0)
         self.desk = Desk(self.router)
         self.front = GrpcFront(self.desk)
         self.replicas: dict[int, Replica] = {}
 
-    async def start(self, index: int) -> None:
+    async def start(self, index: int, *, is_held: bool = False) -> None:
+        """With `is_held` it makes no step before `release`."""
         self._lives += 1
-        self.replicas[index] = Replica(self._folder / f"{self._lives}.sock")
+        self.replicas[index] = Replica(self._folder / f"{self._lives}.sock", max_slots=self._max_slots)
+        if is_held:
+            self.replicas[index].engine.gate.clear()
         await self.replicas[index].start()
         await self.desk.attach(self.replicas[index].socket, index)
 
@@ -96,17 +101,20 @@ class Deployment:
 
 
 @contextlib.asynccontextmanager
-async def deployment_of(folder: Path, count: int) -> AsyncIterator[Deployment]:
-    deployment = Deployment(folder, count)
-    for index in range(count):
-        await deployment.start(index)
-    target = f"127.0.0.1:{await deployment.front.listen('127.0.0.1', 0)}"
-    async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
-        deployment.stub = ImageGenerationStub(channel)
-        yield deployment
-    await deployment.front.stop(0)
-    for index in list(deployment.replicas):
-        await deployment.lose(index, KILLED)
+async def deployment_of(folder: Path, count: int, max_slots: int = 4) -> AsyncIterator[Deployment]:
+    deployment = Deployment(folder, count, max_slots)
+    try:
+        for index in range(count):
+            await deployment.start(index)
+        target = f"127.0.0.1:{await deployment.front.listen('127.0.0.1', 0)}"
+        async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
+            deployment.stub = ImageGenerationStub(channel)
+            yield deployment
+    finally:  # an engine thread that is held would outlive the test, and the run
+        deployment.release()
+        await deployment.front.stop(0)
+        for index in list(deployment.replicas):
+            await deployment.lose(index, KILLED)
 
 
 @pytest.fixture
@@ -285,22 +293,37 @@ class TestALostReplica:
         assert (await three.stub.Generate(request(seed=9))).images
 
     async def test_who_only_waited_is_not_to_blame(self, tmp_path):
-        async with deployment_of(tmp_path, 1) as single:
+        async with deployment_of(tmp_path, 1, max_slots=1) as single:
             single.hold()
-            running = asyncio.create_task(events_of(single.stub.GenerateStream(request(seed=1))))
-            await single.until(lambda: single.replicas[0].loop.activity().num_running == 1)
-            waiting = asyncio.create_task(events_of(single.stub.GenerateStream(request(seed=2))))
-            await single.until(lambda: single.replicas[0].loop.activity().num_waiting == 1)
-            for _ in range(2):
+            calls = [asyncio.create_task(events_of(single.stub.GenerateStream(request(seed=seed)))) for seed in (1, 2)]
+            for _ in range(3):
+                # Which one gets the slot of a new replica is open; who had it in two crashes is refused.
+                await single.until(lambda: sum(single.images_on().values()) == sum(not call.done() for call in calls))
                 await single.lose(0, CRASHED)
-                await single.start(0)
-                single.hold()
-                await single.until(lambda: sum(single.images_on().values()) == 2)
-            await single.lose(0, CRASHED)
-            await single.start(0)
-            outcomes = await asyncio.gather(running, waiting, return_exceptions=True)
+                await single.start(0, is_held=True)
+                await asyncio.sleep(0.1)
+            single.release()
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
             refused = [outcome for outcome in outcomes if isinstance(outcome, grpc.aio.AioRpcError)]
             assert len(refused) == 1, outcomes  # three crashes, two images, one of them running each time
+
+    async def test_what_is_learnt_of_one_life_does_not_speak_against_the_next(self, tmp_path):
+        async with deployment_of(tmp_path, 1) as single:
+            _, call = await self.held_on_one(single)
+            old = single.router.links[0].connection
+            await single.lose(0, KILLED)
+            await single.start(0)
+            old.is_suspect = True  # news of the old one that comes late
+            assert single.router.is_up and kinds(await call)[-1] == "done"
+            assert old.num_running == old.work == single.router.links[0].work == 0
+
+    async def test_a_connection_that_broke_under_a_living_replica_is_used_again(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(router, "VERDICT_TIMEOUT_S", 0.2)
+        async with deployment_of(tmp_path, 1) as single:
+            single.router.links[0].connection.is_suspect = True
+            assert not single.router.is_up
+            await single.router._verdict(single.router.links[0]._connection)
+            assert single.router.is_up and kinds(await events_of(single.stub.GenerateStream(request())))[-1] == "done"
 
     async def test_in_a_crowd_a_kill_from_outside_is_nobodys_fault(self, three):
         three.hold()
@@ -308,8 +331,7 @@ class TestALostReplica:
         await three.until(lambda: sum(three.images_on().values()) == 12)
         for index in (0, 1):
             await three.lose(index, KILLED)
-            await three.start(index)
-            three.replicas[index].engine.gate.clear()
+            await three.start(index, is_held=True)
         await three.until(lambda: sum(three.images_on().values()) >= 8)
         three.release()
         for seed, events in enumerate(await asyncio.gather(*calls)):
