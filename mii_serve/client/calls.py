@@ -16,6 +16,7 @@ from mii_serve.errors import (
     ConfigError,
     DeadlineExceededError,
     MiiServeError,
+    ModerationFailedError,
     QueueFullError,
     RequestCancelledError,
     UnavailableError,
@@ -182,7 +183,8 @@ class Attempts:
     """How often one call is made, and with how much time.
 
     Only what did no harm is tried again: a picture is a function of its parameters, so a call whose answer was lost may be
-    repeated, and a server without room may be asked when it said it will have some.
+    repeated, and a server without room may be asked when it said it will have some. Not so a picture that nobody could look at:
+    it would be made once more only to be withheld again.
     """
 
     def __init__(self, max_retries: int, timeout: float | None) -> None:
@@ -203,7 +205,7 @@ class Attempts:
         """
         if isinstance(error, QueueFullError) and error.retry_after_s is not None:
             pause_s = error.retry_after_s
-        elif isinstance(error, UnavailableError):
+        elif isinstance(error, UnavailableError) and not isinstance(error, ModerationFailedError):
             pause_s = self._backoff_s
             self._backoff_s *= 2
         else:

@@ -13,6 +13,7 @@ from mii_serve.errors import (
     DeadlineExceededError,
     EngineError,
     MiiServeError,
+    ModerationFailedError,
     QueueFullError,
     RateLimitedError,
     UnavailableError,
@@ -48,7 +49,13 @@ async def test_what_may_pass_is_tried_again(server: RunningServer, error: MiiSer
 
 @pytest.mark.parametrize(
     "error",
-    [EngineError("broken"), DeadlineExceededError("late"), QueueFullError("full"), QueueFullError("full", 3600)],
+    [
+        EngineError("broken"),
+        DeadlineExceededError("late"),
+        QueueFullError("full"),
+        QueueFullError("full", 3600),
+        ModerationFailedError("no verdict"),
+    ],
     ids=repr,
 )
 def test_what_will_not_pass_is_not(server: RunningServer, error: MiiServeError) -> None:
