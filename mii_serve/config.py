@@ -69,7 +69,7 @@ class HttpConfig(BaseModel):
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, le=1024**3)
     max_images: int = Field(64, ge=1)
     max_steps: int = Field(16_000, ge=1)
-    timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
+    timeout_s: float = Field(900.0, gt=0, allow_inf_nan=False)
     refuse_blocked_score: bool = False
     refuse_flagged_images: bool = True
 

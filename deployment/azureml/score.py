@@ -33,7 +33,15 @@ LOOK_S = 0.1
 PROBE_TIMEOUT_S = 2.0
 HOST = "127.0.0.1"
 FOLDER = Path(tempfile.gettempdir()) / f"mii_serve-{os.getuid()}"
-PASSED_IN = ("authorization", "api-key", "traceparent", "x-client-id", "x-idempotency-key", "x-request-timeout-s")
+PASSED_IN = (
+    "authorization",
+    "api-key",
+    "traceparent",
+    "x-request-id",
+    "x-client-id",
+    "x-idempotency-key",
+    "x-request-timeout-s",
+)
 PASSED_OUT = ("content-type", "retry-after", "www-authenticate")
 PASSED_OUT_PREFIX = "x-mii-"
 NOT_OURS = ("WORKER_COUNT",)

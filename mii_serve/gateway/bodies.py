@@ -31,6 +31,8 @@ async def read_json(request: Request, max_bytes: int) -> Any:
         RequestCancelledError: the caller left in the middle of it.
     """
     _check_media_type(request.headers.get("content-type", ""))
+    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        raise MediaTypeError("content-encoding", "must be left out: bodies are not unpacked here", shown(coding))
     raw = await _read(request, max_bytes)
     if not raw.strip():
         raise InvalidRequestError(BODY, "must be a JSON object", "nothing")

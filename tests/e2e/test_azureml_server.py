@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,8 @@ import pytest
 from deployments import until
 from outside import ROOT
 from PIL import Image
+
+from mii_serve.models.source import DEMO_FOLDER
 
 SERVER = ROOT / ".clients" / "azmlinfsrv" / "bin" / "azmlinfsrv"
 SCRIPT = ROOT / "deployment" / "azureml" / "score.py"
@@ -40,8 +43,9 @@ def free_port() -> int:
 
 
 class InferenceServer:
-    def __init__(self, port: int, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
         self.port = port
+        self.log = log
         self.process = process
 
     def post(self, body: bytes, **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -71,14 +75,23 @@ class InferenceServer:
         return found
 
 
+def catalog_folder(folder: Path) -> Path:
+    """The built-in model as Azure's catalog mounts one."""
+    inner = folder / "tiny-pictures" / "4" / "mlflow_model_folder" / "artifacts" / "INPUT_model_path"
+    shutil.copytree(DEMO_FOLDER, inner)
+    (inner.parent.parent / "MLmodel").write_text("flavors: {}\n")
+    return folder / "tiny-pictures" / "4"
+
+
 @pytest.fixture
 def server(tmp_path: Path):
     port = free_port()
     environment = {**os.environ, "MII_SERVE_PYTHON": sys.executable, "TMPDIR": str(tmp_path)}
     command = [str(SERVER), "--entry_script", str(SCRIPT), "--port", str(port), "--worker_count", "2"]
+    command += ["--model_dir", str(catalog_folder(tmp_path))]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path, start_new_session=True)
-    running = InferenceServer(port, process)
+    running = InferenceServer(port, process, tmp_path / "log")
     try:
         until(lambda: process.poll() is not None or running.answers(), "the inference server answers", START_S)
         assert process.poll() is None
@@ -110,6 +123,8 @@ def test_the_script_serves_and_leaves_nothing_behind(server):
         assert status == 400 and json.loads(body)["error"]["param"] and headers["x-ms-run-function-failed"] == "False"
     status, _, body = server.post(b"{")
     assert status == 400 and json.loads(body)["message"]
+
+    assert "serving tiny-pictures " in server.log.read_text()
 
     [deployment] = server.deployments()
     owner = deployment.parent()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import io
 import logging
 
@@ -145,6 +147,22 @@ async def test_what_is_no_json_object_is_refused(served):
     for raw, content_type, status, said in NO_JSON:
         answer = await served.client.post("/score", content=raw, headers={"content-type": content_type})
         assert answer.status_code == status and said in answer.json()["error"]["message"], (raw[:40], answer.text)
+
+
+async def test_a_packed_body_is_refused(served):
+    headers = {"content-type": JSON, "content-encoding": "gzip"}
+    answer = await served.client.post("/score", content=gzip.compress(b"{}"), headers=headers)
+    assert answer.status_code == 415 and answer.json()["error"]["param"] == "content-encoding"
+
+
+async def test_an_id_in_use_is_refused(served):
+    served.server.engine.gate.clear()
+    first = asyncio.create_task(served.post("/score", asking(["a"]), x_request_id="mine"))
+    await served.server.until(lambda: served.server.loop.activity().num_running)
+    second = await served.post("/score", asking(["a"]), x_request_id="mine")
+    assert second.status_code == 400 and second.json()["error"]["param"] == "x-request-id"
+    served.server.engine.gate.set()
+    assert (await first).status_code == 200
 
 
 async def test_the_cards_sample_has_the_cards_answer(served):
