@@ -13,7 +13,7 @@ from mii_serve.config import DeployConfig, LimitsConfig
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.engine.native import NativeEngine
 from mii_serve.engine.native.lattice import declare
-from mii_serve.errors import ConfigError, EngineError, VerificationError
+from mii_serve.errors import ConfigError, EngineError, InvalidRequestError, VerificationError
 from mii_serve.models import Precision, load_model
 from mii_serve.replica.local import build_warm_engine
 from mii_serve.verify.cases import DRAWINGS
@@ -224,3 +224,32 @@ def test_random_weights_are_verified_in_the_precision_they_were_drawn_in():
         mii_serve.verify.runs.refuse_other_weights("random-sd-v1-4", "fp16")
     mii_serve.verify.runs.refuse_other_weights("random-sd-v1-4", "fp32")
     mii_serve.verify.runs.refuse_other_weights("demo", "fp16")
+
+
+def test_pictures_that_the_engine_refuses_are_listed_and_not_a_failure(short_truth):
+    engine = native()
+    check = engine.check
+
+    def without_lcm(params):
+        if params.scheduler == "lcm":
+            raise InvalidRequestError("scheduler", "must be linear")
+        return check(params)
+
+    engine.check = without_lcm
+    report = verify(engine, short_truth)
+    assert report.is_passed
+    [(name, reason)] = report.skipped.items()
+    assert name.startswith("lcm") and "must be linear" in reason
+    assert any("not drawn: scheduler: must be linear" in line for line in report.lines())
+
+
+def test_an_engine_that_refuses_every_picture_fails(short_truth):
+    engine = native()
+
+    def refuse(params):
+        raise InvalidRequestError("scheduler", "must be linear")
+
+    engine.check = refuse
+    failure = verify(engine, short_truth).first_failure
+    assert failure.stage is Stage.PICTURES
+    assert "none of the pictures" in failure.faults[0]
