@@ -1,4 +1,4 @@
-"""HTTP of a deployment: `/metrics`, the probes `/livez` and `/readyz`, and `/` as Azure ML's containers answer it."""
+"""HTTP of a deployment: `/metrics`, the probes `/livez` and `/readyz`, `/` as Azure ML's containers answer it, and the page."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mii_serve.config import DeployConfig
+from mii_serve.gateway.door import Door
+from mii_serve.gateway.page.calls import page_routes
+from mii_serve.gateway.page.files import PageFiles, wants_page
 from mii_serve.metrics import CONTENT_TYPE
 from mii_serve.server.desk import Desk
 from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.tls import Tls
 
+CLOSE_TIMEOUT_S = 2
+"""The drain is over when this face closes; who still has a call open, or takes nothing in, does not hold up the end."""
+
 
 def build_app(desk: Desk, keys: KeyRing) -> Starlette:
     """What is answered over HTTP."""
+    files = PageFiles()
 
     async def livez(request: Request) -> Response:
         return PlainTextResponse("ok")
@@ -32,13 +39,14 @@ def build_app(desk: Desk, keys: KeyRing) -> Starlette:
         return PlainTextResponse("ok") if desk.is_ready else PlainTextResponse("not ready", status_code=503)
 
     async def root(request: Request) -> Response:
-        return JSONResponse("healthy")
+        return files.page(request) if wants_page(request) else JSONResponse("healthy", headers={"vary": "accept"})
 
     async def metrics(request: Request) -> Response:
         return Response(await desk.metrics_text(), media_type=CONTENT_TYPE)
 
     answers = {"/livez": livez, "/readyz": readyz, "/metrics": metrics, "/": root}
-    return Starlette(routes=[Route(path, answer) for path, answer in answers.items()])
+    routes = [Route(path, answer) for path, answer in answers.items()]
+    return Starlette(routes=[*routes, *page_routes(desk, Door(desk, keys), files)])
 
 
 class _Server(uvicorn.Server):
@@ -70,7 +78,13 @@ async def serve_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls |
     app = build_app(desk, keys)
     listener.listen()  # who connects before the server has started waits for it
     settings = uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False, lifespan="off", **({} if tls is None else _encrypted(tls))
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+        **({} if tls is None else _encrypted(tls)),
     )
     settings.load()
     if tls is not None and settings.ssl is not None:

@@ -54,6 +54,8 @@ class Desk:
     def __init__(self, router: Router | None = None, metrics: FrontMetrics | None = None) -> None:
         self._router = router or Router()
         self.metrics = metrics or FrontMetrics()
+        self.grpc_port: int | None = None
+        """Where this deployment answers gRPC, for code that is shown to callers; None before it listens."""
         self.metrics.replicas_ready.set_function(lambda: sum(link.is_up for link in self._router.links))
         self.metrics.requests_running.set_function(lambda: len(self._active))
         for link in self._router.links:

@@ -52,7 +52,7 @@ class Ledger:
         """Note that a call ended with this code after so many seconds."""
         if isinstance(facts, Facts) and facts.span is not None:
             facts.span.end(code, _attributes(request_id, facts))
-        method, metrics = method.rpartition("/")[2], self._metrics
+        method, metrics = _label(method), self._metrics
         metrics.requests.labels(method, code).inc()
         metrics.request_duration.labels(method).observe(seconds)
         if isinstance(queued_s := facts.get("queued_s"), float):
@@ -65,8 +65,13 @@ class Ledger:
             logger.info(" ".join(f"{name}={value}" for name, value in told.items()), extra={"request": told})
 
 
+def _label(method: str) -> str:
+    """gRPC's "/package.Service/Method" is told by its last part, HTTP's "POST /route" as it is."""
+    return method.rpartition("/")[2] if method.startswith("/") else method
+
+
 def _is_work(method: str) -> bool:
-    return method.rpartition("/")[2].startswith("Generate")
+    return method.rpartition("/")[2].startswith("Generate") or method.startswith("POST ")
 
 
 def _attributes(request_id: str, facts: Facts) -> dict[str, str | int | float | bool]:
