@@ -24,6 +24,7 @@ HUNG = (
     ("a small black cross on a green background", 9),
 )
 LAST = ("a yellow star above a red house", 11)
+NOT_SHOWN = {"page_idle_light", "page_running_light", "page_idle_phone"}
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 
 
@@ -79,6 +80,8 @@ def draw(page: Page, prompt: str, seed: int, num_inference_steps: int, scheduler
 
 
 def save(page: Page, path: Path) -> None:
+    if path.stem in NOT_SHOWN:
+        return
     with Image.open(io.BytesIO(page.screenshot())) as image:
         image.save(path, quality=90, method=6)
     print(f"{path} {path.stat().st_size // 1000} kB")

@@ -195,6 +195,7 @@ function raiseCurtain() {
   running.isShown = true;
   const { request } = running;
   stage.begin(request, Number(request.width) || info.defaults.width, Number(request.height) || info.defaults.height);
+  byId("asked").textContent = request.prompt;
   for (const id of ["left", "where"]) byId(id).textContent = "\u00a0";
   progress();
   gallery.mark(null);
