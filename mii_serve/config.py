@@ -32,10 +32,32 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 ENV_PREFIX = "MII_SERVE_"
 NOT_SETTINGS = frozenset({"MII_SERVE_API_KEY", "MII_SERVE_DEBUG"})
 """Variables with the prefix that are the clients' and the command line's."""
-AZURE_VARIABLES = {"TENSOR_PARALLEL": "tensor_parallel", "NUM_REPLICAS": "replicas", "WORKER_COUNT": "max_slots"}
+AZURE_MODEL_FOLDER = "MLFLOW_MODEL_FOLDER"
+"""The model's folder inside AZUREML_MODEL_DIR, where it is not the usual one."""
+AZURE_TEXTS = {"DEPLOYMENT_NAME": "deployment_name", "AZUREML_MODEL_DIR": "model"}
+AZURE_COUNTS = {"TENSOR_PARALLEL": "tensor_parallel", "NUM_REPLICAS": "replicas", "WORKER_COUNT": "max_slots"}
+AZURE_VARIABLES = AZURE_TEXTS | AZURE_COUNTS
 """What Azure ML's images are configured with. A worker there is one request in work."""
 CLOSE = 0.8
 """How alike two names are, of 1, for one to be taken for the other misspelt."""
+
+
+class HttpConfig(BaseModel):
+    """Bounds on one HTTP request, and what a refused picture looks like there.
+
+    `max_images` and `max_steps` are of all its prompts together, a step being one denoising step of one image.
+    `refuse_blocked_score` answers `/score` with 400 where content safety blocked a prompt, instead of Azure's empty object;
+    `refuse_flagged_images` refuses an OpenAI request of which every picture was flagged, instead of sending black ones.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, le=1024**3)
+    max_images: int = Field(64, ge=1)
+    max_steps: int = Field(16_000, ge=1)
+    timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
+    refuse_blocked_score: bool = False
+    refuse_flagged_images: bool = True
 
 
 class LimitsConfig(BaseModel):
@@ -82,6 +104,7 @@ class DeployConfig(BaseSettings):
     hang_timeout_s: float = Field(300.0, gt=0)
     startup_timeout_s: float = Field(900.0, gt=0)
     drain_timeout_s: float = Field(30.0, ge=0)
+    http: HttpConfig = HttpConfig()
     limits: LimitsConfig = LimitsConfig()
 
     @classmethod
@@ -174,12 +197,17 @@ def _file_source(settings: type[BaseSettings], file: Path) -> PydanticBaseSettin
 
 
 def _azure_settings() -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for variable, setting in AZURE_VARIABLES.items():
         if text := os.environ.get(variable, "").strip():
+            if variable in AZURE_TEXTS:
+                found[setting] = text
+                continue
             if not text.isascii() or not text.isdigit() or int(text) < 1:
                 raise ConfigError(variable, f"must be a whole number, 1 or more, got {text!r}")
             found[setting] = int(text)
+    if "model" in found and (folder := os.environ.get(AZURE_MODEL_FOLDER, "").strip()):
+        found["model"] = str(Path(found["model"]) / folder)
     return found
 
 

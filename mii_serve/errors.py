@@ -2,6 +2,7 @@
 
     MiiServeError
     ├── InvalidRequestError      the caller's parameters break a rule            INVALID_ARGUMENT     400
+    │   └── ContentBlockedError  content safety refuses the text or the picture
     ├── QueueFullError           no room now, try again later                    RESOURCE_EXHAUSTED   429
     │   └── RateLimitedError     this API key has had its share
     ├── UnauthenticatedError     no API key, or an unknown one                   UNAUTHENTICATED      401
@@ -9,6 +10,7 @@
     ├── RequestCancelledError    the caller hung up                              CANCELLED            499
     ├── UnsupportedError         this server cannot do that                      UNIMPLEMENTED        501
     ├── UnavailableError         not ready, draining, or unreachable             UNAVAILABLE          503
+    │   └── ModerationFailedError content safety gave no verdict, so nothing leaves                   424
     ├── EngineError              the device or the model failed                  INTERNAL             500
     │   ├── EngineLostError      and the replica has to be started again
     │   └── PoisonedRequestError this request took two replicas down
@@ -21,7 +23,12 @@ never used: the Azure ML client crashes on it. 424 is what that service's own ga
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+Stage = Literal["input", "output"]
+"""What content safety looked at: the request's texts, or a picture made from them."""
 
 
 class MiiServeError(Exception):
@@ -41,6 +48,23 @@ class InvalidRequestError(MiiServeError):
         super().__init__(f"{field}: {rule}" + (f", got {got}" if got is not None else ""))
         self.field = field
         self.rule = rule
+
+
+class ContentBlockedError(InvalidRequestError):
+    """Content safety refuses `field`: a text before any work is done, or a picture before it leaves.
+
+    `categories` has the severity of each category that is above the threshold. The text itself is never repeated.
+    INVALID_ARGUMENT, because the same request has the same answer however often it is made.
+    """
+
+    def __init__(
+        self, field: str, categories: Mapping[str, int], *, stage: Stage = "input", on_blocklist: bool = False
+    ) -> None:
+        found = [f"{name} {severity}" for name, severity in categories.items()] + ["a blocklist"] * on_blocklist
+        super().__init__(field, "refused by content safety: " + (", ".join(found) or "no reason given"))
+        self.stage = stage
+        self.categories = MappingProxyType(dict(categories))
+        self.on_blocklist = on_blocklist
 
 
 class QueueFullError(MiiServeError):
@@ -83,6 +107,12 @@ class UnavailableError(MiiServeError):
     http_status = 503
 
 
+class ModerationFailedError(UnavailableError):
+    """Content safety gave no verdict. 424, as clients repeat a 503 several times and the picture may have been made already."""
+
+    http_status = 424
+
+
 class EngineError(MiiServeError):
     """The device or the model failed at this."""
 
@@ -117,7 +147,8 @@ def error_for_grpc_code(code: str, reason: str = "") -> type[MiiServeError]:
 
 
 _BY_REASON: dict[tuple[str, str], type[MiiServeError]] = {
-    (error.grpc_code, error.__name__): error for error in (EngineLostError, PoisonedRequestError, RateLimitedError)
+    (error.grpc_code, error.__name__): error
+    for error in (EngineLostError, ModerationFailedError, PoisonedRequestError, RateLimitedError)
 }
 
 

@@ -63,12 +63,16 @@ class ServerSpan:
     """A call's span, opened as it comes in; the work done for it hangs below `traceparent`."""
 
     def __init__(self, method: str, parent: str | None) -> None:
-        """`method`: as gRPC has it, "/package.Service/Method". `parent`: the caller's `traceparent`."""
+        """`method`: gRPC's "/package.Service/Method" or HTTP's "POST /route". `parent`: the caller's `traceparent`."""
         from opentelemetry.trace import SpanKind
 
-        service, _, name = method.strip("/").rpartition("/")
-        self._span = _open(f"{service}/{name}", parent, time.time_ns(), SpanKind.SERVER)
-        self._span.set_attributes({"rpc.system": "grpc", "rpc.service": service, "rpc.method": name})
+        self._span = _open(method.strip("/"), parent, time.time_ns(), SpanKind.SERVER)
+        if method.startswith("/"):
+            service, _, name = method.strip("/").rpartition("/")
+            self._span.set_attributes({"rpc.system": "grpc", "rpc.service": service, "rpc.method": name})
+        else:
+            verb, _, route = method.partition(" ")
+            self._span.set_attributes({"http.request.method": verb, "http.route": route})
         self.traceparent = _traceparent_of(self._span)
 
     def end(self, code: str, attributes: Attributes) -> None:

@@ -230,11 +230,10 @@ def _result(request_id: str, pictures: Sequence[PictureReady], done: Done) -> Ge
     indexes = [picture.image_index for picture in by_index]
     if indexes != list(range(done.parameters.num_images_per_prompt)):
         raise MiiServeError(f"the server sent images {indexes} of {done.parameters.num_images_per_prompt}")
-    flags = [picture.nsfw_content_detected for picture in by_index]
-    known_flags = [flag for flag in flags if flag is not None]
     return GenerationResult(
         images=[picture.image for picture in by_index],
-        nsfw_content_detected=known_flags if len(known_flags) == len(flags) else None,
+        nsfw_content_detected=_if_all_known([picture.nsfw_content_detected for picture in by_index]),
+        moderation_blocked=_if_all_known([picture.moderation_blocked for picture in by_index]),
         seeds=[picture.seed for picture in by_index],
         parameters=done.parameters,
         encoded=[picture.encoded for picture in by_index],
@@ -242,6 +241,11 @@ def _result(request_id: str, pictures: Sequence[PictureReady], done: Done) -> Ge
         queued_s=done.queued_s,
         total_s=done.total_s,
     )
+
+
+def _if_all_known(flags: Sequence[bool | None]) -> list[bool] | None:
+    known = [flag for flag in flags if flag is not None]
+    return known if len(known) == len(flags) else None
 
 
 def _done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:
@@ -259,6 +263,7 @@ def _picture(message: pb.GeneratedImage) -> PictureReady:
         encoded=message.data,
         seed=message.seed,
         nsfw_content_detected=message.nsfw_content_detected if message.HasField("nsfw_content_detected") else None,
+        moderation_blocked=message.moderation_blocked if message.HasField("moderation_blocked") else None,
     )
 
 

@@ -38,12 +38,14 @@ class EffectiveParameters:
 class GenerationResult:
     """The pictures of one request, by image index.
 
-    `encoded` are the files as received. `nsfw_content_detected` is None where the model has no safety checker; a flagged
-    image is entirely black. The times are the server's, in seconds from acceptance.
+    `encoded` are the files as received. `nsfw_content_detected` is None where the model has no safety checker,
+    `moderation_blocked` where the server has no content safety; an image with either is entirely black. The times are the
+    server's, in seconds from acceptance.
     """
 
     images: list[Image.Image]
     nsfw_content_detected: list[bool] | None
+    moderation_blocked: list[bool] | None = None
     seeds: list[int]
     parameters: EffectiveParameters
     encoded: list[bytes] = field(repr=False)
@@ -71,6 +73,7 @@ class PictureReady:
     encoded: bytes = field(repr=False)
     seed: int
     nsfw_content_detected: bool | None
+    moderation_blocked: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

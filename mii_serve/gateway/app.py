@@ -1,4 +1,8 @@
-"""HTTP of a deployment: `/metrics`, the probes `/livez` and `/readyz`, `/` as Azure ML's containers answer it, and the page."""
+"""HTTP of a deployment: `/metrics`, the probes `/livez` and `/readyz`, `/` as Azure ML's containers answer it, and the calls.
+
+The calls are Azure ML's `/score`, OpenAI's images API and Hugging Face's text-to-image task. `/swagger.json` describes it all.
+For a person there is the page, at `/` too.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +14,36 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
-from mii_serve.config import DeployConfig
+from mii_serve.config import DeployConfig, HttpConfig
+from mii_serve.errors import MiiServeError
+from mii_serve.gateway.connections import BoundedConnection
 from mii_serve.gateway.door import Door
+from mii_serve.gateway.huggingface import HuggingFaceDialect, TextToImage
+from mii_serve.gateway.names import ModelNames
+from mii_serve.gateway.openai import Images, Models, OpenAiDialect
+from mii_serve.gateway.openapi import Description
 from mii_serve.gateway.page.calls import page_routes
 from mii_serve.gateway.page.files import PageFiles, wants_page
+from mii_serve.gateway.problems import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
+from mii_serve.gateway.score import AzureDialect, Score
 from mii_serve.metrics import CONTENT_TYPE
 from mii_serve.server.desk import Desk
 from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.tls import Tls
 
-CLOSE_TIMEOUT_S = 2
-"""The drain is over when this face closes; who still has a call open, or takes nothing in, does not hold up the end."""
+GRACE_S = 5
+"""At the end, callers who send or take in slowly are waited for so long; the pictures are made by then."""
 
 
-def build_app(desk: Desk, keys: KeyRing) -> Starlette:
+def build_app(desk: Desk, keys: KeyRing, settings: HttpConfig | None = None) -> Starlette:
     """What is answered over HTTP."""
-    files = PageFiles()
+    settings, files = settings or HttpConfig(), PageFiles()
 
     async def livez(request: Request) -> Response:
         return PlainTextResponse("ok")
@@ -46,7 +59,48 @@ def build_app(desk: Desk, keys: KeyRing) -> Starlette:
 
     answers = {"/livez": livez, "/readyz": readyz, "/metrics": metrics, "/": root}
     routes = [Route(path, answer) for path, answer in answers.items()]
-    return Starlette(routes=[*routes, *page_routes(desk, Door(desk, keys), files)])
+    door = Door(desk, keys, settings)
+    calls = [*_calls(desk, door, settings), *page_routes(desk, door, files)]
+    app = Starlette(routes=[*routes, *calls], exception_handlers={HTTPException: _no_such_route})
+    app.router.redirect_slashes = False
+    return app
+
+
+def _calls(desk: Desk, door: Door, settings: HttpConfig) -> list[Route]:
+    """The routes of those who want pictures, or to know about the model."""
+    names = ModelNames(desk)
+    azure, openai, hugging_face = AzureDialect(settings), OpenAiDialect(), HuggingFaceDialect()
+    images, models, task = Images(desk, settings, names), Models(names), TextToImage(desk, settings, names)
+    description = Description(names)
+    return [
+        door.route("/score", Score(desk, settings), azure),
+        *(
+            door.route(f"{prefix}/images/generations", images, openai)
+            for prefix in ("/v1", "", "/openai/deployments/{deployment}")
+        ),
+        door.route("/v1/models", models.all, openai, method="GET", is_work=False),
+        door.route("/v1/models/{model:path}", models.one, openai, method="GET", is_work=False),
+        door.route("/", task, hugging_face),
+        door.route("/models/{model:path}", task, hugging_face),
+        Route("/info", description.info),
+        Route("/swagger.json", description.swagger),
+    ]
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    told: MiiServeError = NotFoundError(f"there is nothing at {request.url.path[:100]!r}")
+    if error.status_code == MethodNotAllowedError.http_status:
+        told = MethodNotAllowedError(f"{request.method} is not answered here")
+        return problem_response(openai_problem(told), {"allow": ", ".join(_methods_at(request))})
+    return problem_response(openai_problem(told), error.headers)
+
+
+def _methods_at(request: Request) -> list[str]:
+    """All methods of the path; one path may have a route for each."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for methods in matching for method in methods})
 
 
 class _Server(uvicorn.Server):
@@ -75,15 +129,17 @@ async def serve_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls |
         ConfigError: the address cannot be bound.
     """
     listener = bind_tcp("http_port", config.host, config.http_port)
-    app = build_app(desk, keys)
+    app = build_app(desk, keys, config.http)
     listener.listen()  # who connects before the server has started waits for it
     settings = uvicorn.Config(
         app,
         log_config=None,
         log_level="warning",
         access_log=False,
+        server_header=False,
+        http=BoundedConnection,
+        timeout_graceful_shutdown=GRACE_S,
         lifespan="off",
-        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         **({} if tls is None else _encrypted(tls)),
     )
     settings.load()

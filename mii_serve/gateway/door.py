@@ -1,4 +1,4 @@
-"""The door of every HTTP call that costs something: its id, the gate, the ledger, and where errors become statuses.
+"""The door of every HTTP call that costs something: ids, the gate, the ledger, and the one place where errors become answers.
 
 A caller who hangs up, on a plain call or in the middle of a stream, has their work cancelled.
 """
@@ -7,34 +7,52 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
+import re
+import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from time import monotonic
 from typing import Any, Protocol
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from mii_serve import __version__
+from mii_serve.config import HttpConfig
 from mii_serve.errors import InvalidRequestError, MiiServeError, RequestCancelledError
-from mii_serve.proto.interceptor import REQUEST_ID_KEY, current_facts, current_key_name, current_request_id
-from mii_serve.server.desk import Desk, Visit, client_of
+from mii_serve.gateway.bodies import read_json
+from mii_serve.gateway.problems import HeaderTooLongError
+from mii_serve.proto.interceptor import (
+    CLIENT_ID_KEY,
+    IDEMPOTENCY_KEY,
+    REQUEST_ID_KEY,
+    current_facts,
+    current_key_name,
+    current_request_id,
+)
+from mii_serve.server.desk import Desk, Visit, client_of, deadline_in
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.ledger import Facts, Ledger
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 1024 * 1024
-MAX_DISCARDED_BYTES = 64 * 1024 * 1024
-"""Of a body that is too large so much is read on and dropped: who is hung up on while sending does not hear the answer."""
-BODY_TIMEOUT_S = 30.0
-"""A body that trickles in must not hold a connection for ever."""
+CLIENT_REQUEST_ID = "x-ms-client-request-id"
+OLD_REQUEST_ID = "x-ms-request-id"
+TRACE_ID = "traceid"
+TIMEOUT_HEADER = "x-request-timeout-s"
+"""Seconds the caller waits at most; the configured bound where it is left out."""
+MAX_ID_CHARS = 100
+SERVER_VERSION = f"mii_serve/{__version__}"
+KEEPALIVE_S = 15.0
+"""Proxies hang up on connections that say nothing for a while; a wait in line is long and silent."""
 SEND_TIMEOUT_S = 60.0
 """A caller who takes in nothing for so long is taken to have gone."""
+_REQUEST_ID = re.compile(r"[!-~]{1,100}")
+_TIMEOUT = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,12 +64,32 @@ class Call:
     client: str
     key_name: str | None
     facts: Facts
+    deadline: float | None
     body: Any = None
-    started: float = field(default_factory=monotonic)
+    started: float = field(default_factory=time.monotonic)
 
-    def visit(self) -> Visit:
-        """The circumstances of the call's one request."""
-        return Visit(request_id=self.request_id, client=self.client, key_name=self.key_name, facts=self.facts)
+    @property
+    def seconds(self) -> float:
+        """Since it came in."""
+        return time.monotonic() - self.started
+
+    def visit(self, part: int | None = None) -> Visit:
+        """The circumstances of the call's one request, or of one `part` of many."""
+        request_id, key = (
+            self.request_id,
+            self.request.headers.get(IDEMPOTENCY_KEY, self.request.headers.get("idempotency-key")),
+        )
+        if part is not None:
+            request_id = _within(f"{request_id}.{part}")
+            key = None if key is None else _within(f"{key}.{part}")
+        return Visit(
+            request_id=request_id,
+            client=self.client,
+            deadline=self.deadline,
+            key_name=self.key_name,
+            idempotency_key=key,
+            facts=self.facts,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +114,10 @@ Answer = Callable[[Call], Awaitable[Response | EventStream]]
 class Door:
     """Makes routes out of answers."""
 
-    def __init__(self, desk: Desk, keys: KeyRing) -> None:
+    def __init__(self, desk: Desk, keys: KeyRing, settings: HttpConfig) -> None:
         self._keys = keys
         self._ledger = Ledger(desk.metrics)
+        self.settings = settings
 
     def route(self, path: str, answer: Answer, dialect: Dialect, *, method: str = "POST", is_work: bool = True) -> Route:
         """`method` POST reads a JSON body. Only work counts against a key's limits."""
@@ -87,17 +126,27 @@ class Door:
     @contextlib.asynccontextmanager
     async def entered(self, request: Request, method: str, reply: _Reply, *, is_work: bool) -> AsyncIterator[Call]:
         """Let the call in while the block runs, and answer what it raises."""
-        start, facts, ended = monotonic(), self._ledger.new_facts(method, request.headers), "CANCELLED"
-        request_id = str(uuid.uuid4())
+        headers = request.headers
+        start, facts, ended = time.monotonic(), self._ledger.new_facts(method, headers), "CANCELLED"
         current_facts.set(facts)
+        request_id, problem = _request_id(headers)
+        reply.headers |= _id_headers(headers, request_id)
         current_request_id.set(request_id)
-        reply.headers[REQUEST_ID_KEY] = request_id
         try:
-            with self._keys.admitted(request.headers.get("authorization"), is_work=is_work) as key_name:
+            if problem is not None:
+                raise problem
+            with self._keys.admitted(authorization_of(headers), is_work=is_work) as key_name:
                 current_key_name.set(key_name)
                 host = request.client.host if request.client is not None else "unknown"
-                client = client_of(key_name, None, f"http {host}")
-                yield Call(request=request, request_id=request_id, client=client, key_name=key_name, facts=facts)
+                yield Call(
+                    request=request,
+                    request_id=request_id,
+                    client=client_of(key_name, headers.get(CLIENT_ID_KEY), f"http {host}"),
+                    key_name=key_name,
+                    facts=facts,
+                    deadline=deadline_in(self._time_left_s(headers)),
+                    started=start,
+                )
             ended = "OK"
         except MiiServeError as error:
             ended = error.grpc_code
@@ -107,7 +156,17 @@ class Door:
             logger.exception("unexpected error, request_id=%s", request_id)
             await reply.refuse(MiiServeError(f"internal error, request id {request_id}"))
         finally:
-            self._ledger.close(method, request_id, ended, monotonic() - start, facts)
+            if reply.status is not None:
+                facts["http_status"] = reply.status
+            self._ledger.close(method, request_id, ended, time.monotonic() - start, facts)
+
+    def _time_left_s(self, headers: Headers) -> float:
+        text = headers.get(TIMEOUT_HEADER)
+        if text is None:
+            return self.settings.timeout_s
+        if not _TIMEOUT.fullmatch(text) or not float(text) > 0:
+            raise InvalidRequestError(TIMEOUT_HEADER, "must be a number of seconds above 0", repr(text[:20]))
+        return min(float(text), self.settings.timeout_s)
 
 
 class _Doorway:
@@ -124,7 +183,7 @@ class _Doorway:
         request, reply = Request(scope, receive), _Reply(self._dialect, scope, receive, send)
         async with self._door.entered(request, self._method, reply, is_work=self._is_work) as call:
             if request.method == "POST":
-                call.body = await _read_json(request)
+                call.body = await read_json(request, self._door.settings.max_body_bytes)
             await _while_there(receive, self._work(call, reply), reply)
 
     async def _work(self, call: Call, reply: _Reply) -> None:
@@ -163,8 +222,9 @@ class _Reply:
             raw = [(name.encode(), value.encode("latin-1")) for name, value in {**headers, **self.headers}.items()]
             self.status = 200
             await self._sent({"type": "http.response.start", "status": 200, "headers": raw})
-            async for piece in pieces:
-                await self._sent({"type": "http.response.body", "body": piece, "more_body": True})
+            async with contextlib.aclosing(_kept_alive(pieces)) as all_pieces:
+                async for piece in all_pieces:
+                    await self._sent({"type": "http.response.body", "body": piece, "more_body": True})
         await self._sent({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def refuse(self, error: MiiServeError) -> None:
@@ -184,6 +244,24 @@ class _Reply:
         except (TimeoutError, OSError):
             self.has_nobody = True
             raise RequestCancelledError("the caller takes in nothing") from None
+
+
+async def _kept_alive(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The pieces, and a comment, which clients pass over, whenever there has been none for so long."""
+    while True:
+        coming = asyncio.ensure_future(anext(pieces, None))
+        try:
+            while not (await asyncio.wait((coming,), timeout=KEEPALIVE_S))[0]:
+                yield b": still here\n\n"
+            piece = coming.result()
+        finally:
+            coming.cancel()
+            await asyncio.gather(
+                coming, return_exceptions=True
+            )  # no generator can be closed while one of its pieces is awaited
+        if piece is None:
+            return
+        yield piece
 
 
 async def _while_there(receive: Receive, work: Coroutine[Any, Any, None], reply: _Reply) -> None:
@@ -210,27 +288,40 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _read_json(request: Request) -> Any:
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise InvalidRequestError("content-type", "must be application/json")
-    body, num_bytes = bytearray(), 0
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise RequestCancelledError("the caller has gone away")
-                piece = message.get("body", b"")
-                num_bytes += len(piece)
-                if num_bytes <= MAX_BODY_BYTES:
-                    body += piece
-                if num_bytes > MAX_DISCARDED_BYTES or not message.get("more_body", False):
-                    break
-    except TimeoutError:
-        raise InvalidRequestError("body", f"must arrive within {BODY_TIMEOUT_S:g} seconds") from None
-    if num_bytes > MAX_BODY_BYTES:
-        raise InvalidRequestError("body", f"must be at most {MAX_BODY_BYTES} bytes")
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise InvalidRequestError("body", "must be JSON") from None
+def authorization_of(headers: Mapping[str, str]) -> str | None:
+    """The API key as `authorization` has it, from `api-key: KEY`, `authorization: Bearer KEY` or `authorization: KEY`."""
+    if (key := headers.get("api-key")) is not None:
+        return f"Bearer {key}"
+    given = headers.get("authorization")
+    if given is not None and given.strip() and " " not in given.strip():
+        return f"Bearer {given.strip()}"
+    return given
+
+
+def _request_id(headers: Headers) -> tuple[str, MiiServeError | None]:
+    """The call's id, and what is wrong with those that came with it."""
+    for name in (REQUEST_ID_KEY, CLIENT_REQUEST_ID, OLD_REQUEST_ID, TRACE_ID):
+        if len(headers.get(name, "")) > MAX_ID_CHARS:
+            return uuid.uuid4().hex, HeaderTooLongError(name, f"must be at most {MAX_ID_CHARS} characters")
+    asked = headers.get(REQUEST_ID_KEY)
+    if asked is None:
+        return str(uuid.uuid4()), None
+    if not _REQUEST_ID.fullmatch(asked):
+        rule = "must be 1 to 100 printable ASCII characters without spaces"
+        return str(uuid.uuid4()), InvalidRequestError(REQUEST_ID_KEY, rule)
+    return asked, None
+
+
+def _id_headers(headers: Headers, request_id: str) -> dict[str, str]:
+    """As Azure ML's inference server gives ids back."""
+    client_id = headers.get(CLIENT_REQUEST_ID, headers.get(OLD_REQUEST_ID, ""))[:MAX_ID_CHARS]
+    found = {REQUEST_ID_KEY: request_id, OLD_REQUEST_ID: client_id or request_id, "x-ms-server-version": SERVER_VERSION}
+    if client_id:
+        found[CLIENT_REQUEST_ID] = client_id
+    if trace := headers.get(TRACE_ID, "")[:MAX_ID_CHARS]:
+        found["TraceId"] = trace
+    return found
+
+
+def _within(name: str) -> str:
+    return name if len(name) <= MAX_ID_CHARS else uuid.uuid5(uuid.NAMESPACE_OID, name).hex

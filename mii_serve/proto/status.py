@@ -7,7 +7,8 @@ RetryInfo when to try again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import grpc
@@ -15,7 +16,14 @@ from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from mii_serve.errors import InvalidRequestError, MiiServeError, QueueFullError, error_for_grpc_code
+from mii_serve.errors import (
+    ContentBlockedError,
+    InvalidRequestError,
+    MiiServeError,
+    QueueFullError,
+    Stage,
+    error_for_grpc_code,
+)
 
 ERROR_DOMAIN = "mii_serve"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
@@ -25,7 +33,9 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 def encode_error(error: MiiServeError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
     """What to end a call with: the code, the text and the trailing metadata."""
-    details: list[any_pb2.Any] = [_packed(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN))]
+    facts = _block_facts(error) if isinstance(error, ContentBlockedError) else {}
+    cause = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN, metadata=facts)
+    details: list[any_pb2.Any] = [_packed(cause)]
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
         details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
@@ -41,17 +51,34 @@ def encode_error(error: MiiServeError) -> tuple[grpc.StatusCode, str, tuple[tupl
 def decode_error(code: grpc.StatusCode, text: str, trailing: Metadata | None) -> MiiServeError:
     """The error a client raises for a failed call; typed as it was when the server raised it."""
     details = _details(trailing)
+    info = _unpacked(details, error_details_pb2.ErrorInfo())
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         for violation in _unpacked(details, error_details_pb2.BadRequest()).field_violations:
+            if info.reason == ContentBlockedError.__name__:
+                return _block(violation.field, info.metadata)
             rule = violation.description.removeprefix(f"{violation.field}: ")
             return InvalidRequestError(violation.field, rule)
         return InvalidRequestError("request", text)
-    reason = _unpacked(details, error_details_pb2.ErrorInfo()).reason
-    error = error_for_grpc_code(code.name, reason)(text or code.name)
+    error = error_for_grpc_code(code.name, info.reason)(text or code.name)
     if isinstance(error, QueueFullError):
         retry = _unpacked(details, error_details_pb2.RetryInfo())
         error.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
     return error
+
+
+def _block_facts(error: ContentBlockedError) -> dict[str, str]:
+    facts = {"stage": error.stage, "onBlocklist": str(error.on_blocklist).lower()}
+    return facts | {f"severity{name}": str(severity) for name, severity in error.categories.items()}
+
+
+def _block(field: str, facts: Mapping[str, str]) -> ContentBlockedError:
+    categories = {
+        key.removeprefix("severity"): int(text)
+        for key, text in sorted(facts.items())
+        if key.startswith("severity") and re.fullmatch("[0-9]{1,3}", text)
+    }
+    stage: Stage = "output" if facts.get("stage") == "output" else "input"
+    return ContentBlockedError(field, categories, stage=stage, on_blocklist=facts.get("onBlocklist") == "true")
 
 
 def _packed(message: Message) -> any_pb2.Any:

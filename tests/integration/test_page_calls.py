@@ -17,7 +17,7 @@ from integration.conftest import RunningServer, running_server
 from mii_serve.config import DeployConfig
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.gateway.app import serve_http
-from mii_serve.gateway.page.calls import PageCalls, _pieces
+from mii_serve.gateway.page.calls import PageCalls
 from mii_serve.gateway.page.files import ASSETS
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server.keys import KeyRing
@@ -252,21 +252,3 @@ async def test_any_number_of_pages_asks_the_replicas_only_now_and_then(site, mon
     answers = await asyncio.gather(*(calls.state(None) for _ in range(50)))
     assert {json.loads(answer.body)["max_slots"] for answer in answers} == {2}
     assert len(asked) == 1
-
-
-async def test_a_silent_line_is_kept_open_and_closes_its_work():
-    closed = asyncio.Event()
-
-    async def events():
-        try:
-            await asyncio.sleep(60)
-            yield pb.GenerateEvent()
-        finally:
-            closed.set()
-
-    first = pb.GenerateEvent(queued=pb.GenerateEvent.Queued(num_samples_ahead=3))
-    pieces = _pieces(first, events(), keepalive_s=0.01)
-    assert (await anext(pieces)).startswith(b"event: queued\n")
-    assert [await anext(pieces) for _ in range(3)] == [b": still here\n\n"] * 3
-    await pieces.aclose()
-    assert closed.is_set()

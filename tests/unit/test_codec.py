@@ -7,7 +7,14 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from mii_serve.engine.fake import FakeEngine
-from mii_serve.errors import EngineError, InvalidRequestError, QueueFullError, UnavailableError
+from mii_serve.errors import (
+    ContentBlockedError,
+    EngineError,
+    InvalidRequestError,
+    ModerationFailedError,
+    QueueFullError,
+    UnavailableError,
+)
 from mii_serve.proto.codec import (
     Activity,
     decode_capabilities,
@@ -162,3 +169,25 @@ def test_a_status_without_details_still_has_a_type():
     assert isinstance(decode_error(grpc.StatusCode.UNAVAILABLE, "gone", None), UnavailableError)
     assert isinstance(decode_error(grpc.StatusCode.INVALID_ARGUMENT, "bad", ()), InvalidRequestError)
     assert str(decode_error(grpc.StatusCode.UNKNOWN, "", None)) == "UNKNOWN"
+
+
+@pytest.mark.parametrize("stage", ["input", "output"])
+def test_what_content_safety_refused_survives_the_wire(stage):
+    error = ContentBlockedError("negative_prompt", {"Hate": 6, "Violence": 4}, stage=stage, on_blocklist=True)
+    code, text, trailing = encode_error(error)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    again = decode_error(code, text, trailing)
+    assert isinstance(again, ContentBlockedError)
+    assert (again.field, again.stage, again.categories, again.on_blocklist) == (
+        "negative_prompt",
+        stage,
+        {"Hate": 6, "Violence": 4},
+        True,
+    )
+    assert str(again) == str(error) == "negative_prompt: refused by content safety: Hate 6, Violence 4, a blocklist"
+
+
+def test_no_verdict_is_an_error_of_its_own():
+    again = decode_error(*encode_error(ModerationFailedError("content safety did not answer in time")))
+    assert type(again) is ModerationFailedError and again.http_status == 424
+    assert again.grpc_code == "UNAVAILABLE"

@@ -93,6 +93,17 @@ def test_azures_variables_stand_between_the_environment_and_the_file(tmp_path, m
             DeployConfig.load({})
 
 
+def test_azures_variables_name_the_model_and_the_deployment(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEPLOYMENT_NAME", "blue")
+    monkeypatch.setenv("AZUREML_MODEL_DIR", "/var/models/sd/4")
+    config = DeployConfig.load({})
+    assert (config.deployment_name, config.model) == ("blue", "/var/models/sd/4")
+    assert DeployConfig.origins({})["model"] == "environment AZUREML_MODEL_DIR"
+    monkeypatch.setenv("MLFLOW_MODEL_FOLDER", "mlflow_model_folder")
+    assert DeployConfig.load({}).model == "/var/models/sd/4/mlflow_model_folder"
+    assert DeployConfig.load({"model": "demo"}).model == "demo"
+
+
 @pytest.mark.parametrize(
     ("flags", "nearest"),
     [({"grpc_prot": 1}, "grpc_port"), ({"limits": {"max_size": 1}}, "limits.max_size_px"), ({"colour": 1}, None)],

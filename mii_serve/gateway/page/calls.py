@@ -24,8 +24,6 @@ from mii_serve.proto.interceptor import current_request_id
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server.desk import Desk
 
-KEEPALIVE_S = 15.0
-"""Proxies hang up on connections that say nothing for a while; a wait in line is long and silent."""
 FRESH_S = 0.5
 """Any number of open pages asks the replicas how busy they are no more often than this."""
 
@@ -88,23 +86,10 @@ class PageCalls:
         return EventStream(_pieces(first, events))
 
 
-async def _pieces(
-    first: pb.GenerateEvent, events: AsyncGenerator[pb.GenerateEvent, None], keepalive_s: float = KEEPALIVE_S
-) -> AsyncGenerator[bytes, None]:
-    """The events as bytes, and a comment whenever there has been none for so long."""
+async def _pieces(first: pb.GenerateEvent, events: AsyncGenerator[pb.GenerateEvent, None]) -> AsyncGenerator[bytes, None]:
     async with contextlib.aclosing(events):
         yield _piece(*event_told(first))
-        while True:
-            coming = asyncio.ensure_future(anext(events, None))
-            try:
-                while not (await asyncio.wait((coming,), timeout=keepalive_s))[0]:
-                    yield b": still here\n\n"
-                event = coming.result()
-            finally:
-                coming.cancel()
-                await asyncio.gather(coming, return_exceptions=True)  # the events cannot be closed while one is awaited
-            if event is None:
-                return
+        async for event in events:
             yield _piece(*event_told(event))
 
 

@@ -70,7 +70,7 @@ class OutputOptions(_message.Message):
     def __init__(self, format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ..., embed_metadata: _Optional[bool] = ..., preview_every: _Optional[int] = ...) -> None: ...
 
 class GeneratedImage(_message.Message):
-    __slots__ = ("index", "data", "format", "height", "width", "seed", "nsfw_content_detected")
+    __slots__ = ("index", "data", "format", "height", "width", "seed", "nsfw_content_detected", "moderation_blocked")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class GeneratedImage(_message.Message):
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     NSFW_CONTENT_DETECTED_FIELD_NUMBER: _ClassVar[int]
+    MODERATION_BLOCKED_FIELD_NUMBER: _ClassVar[int]
     index: int
     data: bytes
     format: ImageFormat
@@ -85,7 +86,8 @@ class GeneratedImage(_message.Message):
     width: int
     seed: int
     nsfw_content_detected: bool
-    def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., seed: _Optional[int] = ..., nsfw_content_detected: _Optional[bool] = ...) -> None: ...
+    moderation_blocked: bool
+    def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., seed: _Optional[int] = ..., nsfw_content_detected: _Optional[bool] = ..., moderation_blocked: _Optional[bool] = ...) -> None: ...
 
 class EffectiveParameters(_message.Message):
     __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "engine", "dtype", "device", "model", "model_revision", "dropped_prompt", "dropped_negative_prompt")

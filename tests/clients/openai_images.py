@@ -1,0 +1,49 @@
+"""The OpenAI client, unmodified, against the server whose address is the argument; prints what it saw as one JSON object."""
+
+import base64
+import json
+import sys
+
+import openai
+
+address = sys.argv[1]
+client = openai.OpenAI(base_url=f"{address}/v1", api_key="studio-key-0123456789", timeout=30)
+seen = {"version": openai.__version__}
+
+
+def failed(call):
+    """Class, status and code of the error that the call ends with."""
+    try:
+        call()
+    except openai.APIStatusError as error:
+        return [type(error).__name__, error.status_code, error.code]
+    except openai.APIError as error:
+        return [type(error).__name__, None, error.code]
+    return None
+
+
+extra = {"negative_prompt": "x", "seed": 5, "num_inference_steps": 3, "guidance_scale": 2.0, "scheduler": "pndm"}
+made = client.images.generate(prompt="a", n=2, size="128x64", model="fake", extra_body=extra)
+seen["data"] = [[base64.b64decode(item.b64_json)[:4].hex(), item.seed, item.nsfw_content_detected] for item in made.data]
+seen["stability"] = made.image == made.data[0].b64_json
+seen["request_id"] = bool(made._request_id)
+
+without_version = openai.OpenAI(base_url=address, api_key="studio-key-0123456789")
+seen["without_version"] = len(without_version.images.generate(prompt="a").data)
+azure = openai.AzureOpenAI(azure_endpoint=address, api_key="studio-key-0123456789", api_version="2025-04-01-preview")
+seen["azure"] = len(azure.images.generate(prompt="a", model="fake").data)
+seen["models"] = [model.id for model in client.models.list()]
+
+events = client.images.generate(prompt="a", stream=True, partial_images=2, extra_body={"num_inference_steps": 12})
+seen["events"] = [[event.type, getattr(event, "partial_image_index", None), event.b64_json[:4]] for event in events]
+
+seen["errors"] = {
+    "size": failed(lambda: client.images.generate(prompt="a", size="99x99")),
+    "model": failed(lambda: client.images.generate(prompt="a", model="dall-e-3")),
+    "unknown": failed(lambda: client.images.generate(prompt="a", extra_body={"steps": 3})),
+    "flagged": failed(lambda: client.images.generate(prompt="a skull")),
+    "flagged stream": failed(lambda: list(client.images.generate(prompt="a skull", stream=True))),
+    "key": failed(lambda: openai.OpenAI(base_url=f"{address}/v1", api_key="wrong").images.generate(prompt="a")),
+    "doomed": failed(lambda: client.images.generate(prompt="a", extra_headers={"x-request-id": "doomed"})),
+}
+print(json.dumps(seen))

@@ -1,0 +1,83 @@
+"""The HTTP side of an in-process server, on a real socket, and a client for it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from integration.conftest import RunningServer, running_server
+from PIL import Image
+
+from mii_serve.config import DeployConfig
+from mii_serve.engine.fake import FakeEngine
+from mii_serve.gateway.app import serve_http
+from mii_serve.server.keys import KeyRing
+
+TIMEOUT_S = 20.0
+
+
+@dataclass
+class Web:
+    """`server` is everything behind HTTP; `client` asks it; `address` is HOST:PORT."""
+
+    server: RunningServer
+    client: httpx2.AsyncClient
+    address: str
+
+    async def post(self, path: str, body: Any, **headers: str) -> httpx2.Response:
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self.client.post(path, json=body, headers=given)
+
+    async def start(self, path: str, body: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Send a request over a connection of its own, and leave the answer to the caller."""
+        host, _, port = self.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        raw = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+        writer.write(head.encode() + raw)
+        await writer.drain()
+        return reader, writer
+
+    async def until_idle(self) -> None:
+        """Wait, within a bound, until no request and no slot is left."""
+        await self.server.until(lambda: await_free(self.server))
+
+
+def await_free(server: RunningServer) -> bool:
+    activity = server.loop.activity()
+    return not activity.num_running and not activity.num_waiting and not server.desk._active
+
+
+@contextlib.asynccontextmanager
+async def web(
+    folder: Path, engine: FakeEngine | None = None, *, keys: KeyRing | None = None, max_waiting_samples: int = 256, **http: Any
+) -> AsyncIterator[Web]:
+    """`http` are settings of that group."""
+    config = DeployConfig.load({"http_port": 0, "http": http})
+    engine = engine or FakeEngine(max_slots=4)
+    async with (
+        running_server(folder, engine, max_waiting_samples=max_waiting_samples) as server,
+        serve_http(config, server.desk, keys or KeyRing()) as address,
+        httpx2.AsyncClient(base_url=f"http://{address}", timeout=TIMEOUT_S) as client,
+    ):
+        yield Web(server, client, address)
+
+
+def picture(text: str) -> Image.Image:
+    """The picture that base64 text is of."""
+    return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+
+
+def counted(text: str, name: str, **labels: str) -> float:
+    """The sum of the samples of this name with these labels in a Prometheus text."""
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    lines = [line for line in text.splitlines() if line.startswith(name) and all(label in line for label in wanted)]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)

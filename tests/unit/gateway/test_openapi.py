@@ -1,0 +1,53 @@
+"""The description names every route and every parameter that the code has, and no other."""
+
+from __future__ import annotations
+
+import pytest
+from starlette.routing import Route
+
+from mii_serve.config import HttpConfig
+from mii_serve.gateway import huggingface, openai, score
+from mii_serve.gateway.app import build_app
+from mii_serve.gateway.openapi import document
+from mii_serve.server.desk import Desk
+from mii_serve.server.keys import KeyRing
+
+
+def properties(name: str) -> set[str]:
+    return set(document()["components"]["schemas"][name]["properties"])
+
+
+async def test_every_route_is_described():
+    app = build_app(Desk(), KeyRing(), HttpConfig())
+    served = {
+        (route.path.replace(":path}", "}"), method.lower())
+        for route in app.routes
+        if isinstance(route, Route) and not route.path.startswith("/ui")  # the page's own calls are nobody else's
+        for method in route.methods or ()
+        if method != "HEAD"
+    }
+    described = {(path, method) for path, operations in document()["paths"].items() for method in operations}
+    assert served == described
+
+
+def test_every_parameter_is_described():
+    assert properties("ScoreParameters") == {*score.PARAMETERS, "eta"}
+    assert properties("ScoreRow") == set(score.COLUMNS)
+    assert properties("ImagesRequest") == set(openai.KNOWN)
+    task = document()["components"]["schemas"]["TextToImageRequest"]["properties"]
+    assert set(task["parameters"]["properties"]) == set(huggingface.PARAMETERS)
+    assert set(task["options"]["properties"]) == set(huggingface.OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("*/*", "image/png"),
+        ("image/jpeg;q=0.9, image/webp", "image/webp"),
+        ("IMAGE/JPEG", "image/jpeg"),
+        ("text/html, image/*;q=0.2", "image/png"),
+        ("image/png;q=zero, image/jpeg;q=0.1", "image/jpeg"),
+    ],
+)
+def test_the_best_accepted_kind_wins(accept, media_type):
+    assert huggingface.accepted(accept) == media_type
