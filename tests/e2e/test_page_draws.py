@@ -6,24 +6,30 @@ import base64
 import io
 import os
 import socket
+from collections.abc import Iterator
 
 import pytest
 from chromium import chromium_path
-from deployments import deployed, until
+from deployments import Deployment, deployed, until
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from mii_serve.client import Client
 
 PROMPT = "a yellow star on a blue background"
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-def test_a_person_watches_a_picture_come_out_of_the_noise():
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[Deployment]:
+    with deployed("demo", env={"OMP_NUM_THREADS": "1", "MII_SERVE_DRAIN_TIMEOUT_S": "1"}) as running:
+        yield running
+
+
+def test_a_person_watches_a_picture_come_out_of_the_noise(deployment):
     if (path := chromium_path()) is None:
         pytest.skip("no Chromium on this machine: tools/install_chromium.sh says what it tried")
     sandbox = [] if os.geteuid() else ["--no-sandbox"]
-    with deployed("demo", env=ONE_THREAD) as deployment, sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=sandbox)
         page = browser.new_page()
         complaints = []
@@ -71,21 +77,20 @@ def _distance(one: Image.Image, other: Image.Image) -> float:
     return sum(abs(a - b) for a, b in pairs) / (3 * one.width * one.height)
 
 
-def test_the_deployment_ends_although_somebody_takes_in_nothing():
-    """A page that asked for much and reads none of it must not hold up the end."""
-    with deployed("demo", env={**ONE_THREAD, "MII_SERVE_DRAIN_TIMEOUT_S": "1"}) as deployment:
-        host, port = deployment.http.rsplit(":", 1)
-        with socket.create_connection((host, int(port))) as line, Client(deployment.grpc) as client:
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            body = b'{"prompt": "a star", "num_images_per_prompt": 16, "num_inference_steps": 999, "scheduler": "euler"}'
-            head = (
-                "POST /ui/generate HTTP/1.1",
-                "host: x",
-                "content-type: application/json",
-                f"content-length: {len(body)}",
-                "",
-                "",
-            )
-            line.sendall("\r\n".join(head).encode() + body)
-            until(lambda: client.server_info().activity.num_running > 0, "it is at work")
-            assert deployment.stop() == 0
+def test_the_end_waits_for_no_page_that_takes_in_nothing(deployment):
+    """The last test of its deployment. The caller has asked for much and reads none of it."""
+    host, port = deployment.http.rsplit(":", 1)
+    with socket.create_connection((host, int(port))) as line, Client(deployment.grpc) as client:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        body = b'{"prompt": "a star", "num_images_per_prompt": 16, "num_inference_steps": 999, "scheduler": "euler"}'
+        head = (
+            "POST /ui/generate HTTP/1.1",
+            "host: x",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "",
+            "",
+        )
+        line.sendall("\r\n".join(head).encode() + body)
+        until(lambda: client.server_info().activity.num_running > 0, "it is at work")
+        assert deployment.stop() == 0
