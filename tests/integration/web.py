@@ -58,13 +58,19 @@ def await_free(server: RunningServer) -> bool:
 
 @contextlib.asynccontextmanager
 async def web(
-    folder: Path, engine: FakeEngine | None = None, *, keys: KeyRing | None = None, max_waiting_samples: int = 256, **http: Any
+    folder: Path,
+    engine: FakeEngine | None = None,
+    *,
+    keys: KeyRing | None = None,
+    max_waiting_samples: int = 256,
+    behind: dict[str, Any] | None = None,
+    **http: Any,
 ) -> AsyncIterator[Web]:
-    """`http` are settings of that group."""
+    """`behind` goes to `running_server`; `http` are settings of that group."""
     config = DeployConfig.load({"http_port": 0, "http": http})
     engine = engine or FakeEngine(max_slots=4)
     async with (
-        running_server(folder, engine, max_waiting_samples=max_waiting_samples) as server,
+        running_server(folder, engine, max_waiting_samples=max_waiting_samples, **(behind or {})) as server,
         serve_http(config, server.desk, keys or KeyRing()) as address,
         httpx2.AsyncClient(base_url=f"http://{address}", timeout=TIMEOUT_S) as client,
     ):
