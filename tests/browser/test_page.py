@@ -206,8 +206,9 @@ async def test_the_code_makes_the_same_picture(site: Site, tmp_path):
         codes[name] = await page.locator("#code").text_content()
 
     hung = (await pixels(page, "#frames .chosen img")).tobytes()
-    openai = str(ROOT / ".clients" / "openai" / "bin" / "python")
-    commands = ((sys.executable, "-c", codes["python"]), ("sh", "-c", codes["curl"]), (openai, "-c", codes["openai"]))
+    openai = ROOT / ".clients" / "openai" / "bin" / "python"
+    assert openai.exists(), "run `make clients`"
+    commands = ((sys.executable, "-c", codes["python"]), ("sh", "-c", codes["curl"]), (str(openai), "-c", codes["openai"]))
     for command in commands:
         (tmp_path / "picture.png").unlink(missing_ok=True)
         ran = await asyncio.create_subprocess_exec(*command, cwd=tmp_path, stderr=asyncio.subprocess.PIPE)
