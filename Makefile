@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTO := mii_serve/proto/v1/image_generation.proto
 
-.PHONY: clients demo test test-fast check stubs goldens grade gpu-test gpu-bench clean
+.PHONY: clients chromium demo test test-fast check stubs goldens grade gpu-test gpu-bench clean
 
 # torch goes first and pinned, so that nothing else decides which build is taken. The registry's own build brings several gigabytes
 # of CUDA packages; on a machine without a GPU, TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu' avoids them.
@@ -40,7 +40,11 @@ clients: $(CLIENTS)
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
 
-test: $(INSTALLED) $(CLIENTS)
+# The tests of the page drive a real one; where none can be had they are skipped.
+chromium: $(INSTALLED)
+	tools/install_chromium.sh $(BIN)/python
+
+test: $(INSTALLED) $(CLIENTS) chromium
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-fast: $(INSTALLED)

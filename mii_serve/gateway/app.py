@@ -1,6 +1,7 @@
 """HTTP of a deployment: `/metrics`, the probes `/livez` and `/readyz`, `/` as Azure ML's containers answer it, and the calls.
 
 The calls are Azure ML's `/score`, OpenAI's images API and Hugging Face's text-to-image task. `/swagger.json` describes it all.
+For a person there is the page, at `/` too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from mii_serve.gateway.huggingface import HuggingFaceDialect, TextToImage
 from mii_serve.gateway.names import ModelNames
 from mii_serve.gateway.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.openapi import Description
+from mii_serve.gateway.page.calls import page_routes
+from mii_serve.gateway.page.files import PageFiles, wants_page
 from mii_serve.gateway.problems import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
 from mii_serve.gateway.score import AzureDialect, Score
 from mii_serve.metrics import CONTENT_TYPE
@@ -40,7 +43,7 @@ GRACE_S = 5
 
 def build_app(desk: Desk, keys: KeyRing, settings: HttpConfig | None = None) -> Starlette:
     """What is answered over HTTP."""
-    settings = settings or HttpConfig()
+    settings, files = settings or HttpConfig(), PageFiles()
 
     async def livez(request: Request) -> Response:
         return PlainTextResponse("ok")
@@ -49,21 +52,23 @@ def build_app(desk: Desk, keys: KeyRing, settings: HttpConfig | None = None) -> 
         return PlainTextResponse("ok") if desk.is_ready else PlainTextResponse("not ready", status_code=503)
 
     async def root(request: Request) -> Response:
-        return JSONResponse("healthy")
+        return files.page(request) if wants_page(request) else JSONResponse("healthy", headers={"vary": "accept"})
 
     async def metrics(request: Request) -> Response:
         return Response(await desk.metrics_text(), media_type=CONTENT_TYPE)
 
     answers = {"/livez": livez, "/readyz": readyz, "/metrics": metrics, "/": root}
     routes = [Route(path, answer) for path, answer in answers.items()]
-    app = Starlette(routes=[*routes, *_calls(desk, keys, settings)], exception_handlers={HTTPException: _no_such_route})
+    door = Door(desk, keys, settings)
+    calls = [*_calls(desk, door, settings), *page_routes(desk, door, files)]
+    app = Starlette(routes=[*routes, *calls], exception_handlers={HTTPException: _no_such_route})
     app.router.redirect_slashes = False
     return app
 
 
-def _calls(desk: Desk, keys: KeyRing, settings: HttpConfig) -> list[Route]:
+def _calls(desk: Desk, door: Door, settings: HttpConfig) -> list[Route]:
     """The routes of those who want pictures, or to know about the model."""
-    door, names = Door(desk, keys, settings), ModelNames(desk)
+    names = ModelNames(desk)
     azure, openai, hugging_face = AzureDialect(settings), OpenAiDialect(), HuggingFaceDialect()
     images, models, task = Images(desk, settings, names), Models(names), TextToImage(desk, settings, names)
     description = Description(names)

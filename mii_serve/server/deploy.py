@@ -95,7 +95,8 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
     if not _is_loopback(config.host):
         _warn_of_what_is_open(config)
     async with listener.open_http(config, desk, keys, tls) as http:
-        address = f"{bracketed(config.host)}:{await front.listen(config.host, config.grpc_port)}"
+        desk.grpc_port = await front.listen(config.host, config.grpc_port)
+        address = f"{bracketed(config.host)}:{desk.grpc_port}"
         listener.on_listening(address)
 
         def on_first_ready(info: pb.GetServerInfoResponse) -> None:

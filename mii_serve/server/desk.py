@@ -60,6 +60,8 @@ class Desk:
         self._router = router or Router()
         self.metrics = metrics or FrontMetrics()
         self._guard = None if moderator is None else Guard(moderator, self.metrics)
+        self.grpc_port: int | None = None
+        """Where this deployment answers gRPC, for code that is shown to callers; None before it listens."""
         self.metrics.replicas_ready.set_function(lambda: sum(link.is_up for link in self._router.links))
         self.metrics.requests_running.set_function(lambda: len(self._active))
         for link in self._router.links:

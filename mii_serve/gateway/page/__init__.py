@@ -1,0 +1,1 @@
+"""The page for people at `/`, and the few calls it makes under `/ui`."""

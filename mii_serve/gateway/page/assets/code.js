@@ -1,0 +1,65 @@
+// The same picture from code: one picture, all of its parameters, so that it comes out the same.
+
+const PYTHON_NAMES = ["negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "scheduler", "seed"];
+
+// A value as Python and JSON both write it. Seeds are texts of digits here, and numbers there.
+function literal(name, value) {
+  return name === "seed" ? String(value) : JSON.stringify(value);
+}
+
+function named(params, names) {
+  return names.filter((name) => params[name] != null && params[name] !== "").map((name) => [name, literal(name, params[name])]);
+}
+
+function object(pairs) {
+  return `{${pairs.map(([name, value]) => `${JSON.stringify(name)}: ${value}`).join(", ")}}`;
+}
+
+// In single quotes a shell reads everything as it stands, but for the single quote.
+const shellQuoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+function python(params, place) {
+  const options = [];
+  if (place.isTls) options.push("credentials=grpc.ssl_channel_credentials()");
+  if (place.wantsKey) options.push('api_key=os.environ["MII_SERVE_API_KEY"]');
+  const imports = [place.wantsKey ? "import os\n" : "", place.isTls ? "import grpc\n" : ""].join("");
+  return `${imports && `${imports}\n`}from mii_serve.client import Client
+
+with Client(${[JSON.stringify(place.grpc), ...options].join(", ")}) as client:
+    result = client.generate(
+        ${literal("prompt", params.prompt)},
+${named(params, PYTHON_NAMES).map(([name, value]) => `        ${name}=${value},`).join("\n")}
+    )
+result.images[0].save("picture.png")
+`;
+}
+
+function curl(params, place) {
+  const body = `{"inputs": ${literal("prompt", params.prompt)}, "parameters": ${object(named(params, PYTHON_NAMES))}}`;
+  const key = place.wantsKey ? ' \\\n  -H "Authorization: Bearer $MII_SERVE_API_KEY"' : "";
+  return `curl --fail-with-body ${shellQuoted(`${place.http}/`)} -o picture.png${key} \\
+  -H 'Content-Type: application/json' \\
+  -d ${shellQuoted(body)}
+`;
+}
+
+function openai(params, place) {
+  const more = named(params, PYTHON_NAMES.filter((name) => name !== "height" && name !== "width"));
+  return `import base64
+${place.wantsKey ? "import os\n" : ""}
+from openai import OpenAI
+
+client = OpenAI(base_url=${JSON.stringify(`${place.http}/v1`)}, api_key=${place.wantsKey ? 'os.environ["MII_SERVE_API_KEY"]' : '"none"'})
+result = client.images.generate(
+    model=${JSON.stringify(params.model ?? place.model)},
+    prompt=${literal("prompt", params.prompt)},
+    size="${params.width}x${params.height}",
+    response_format="b64_json",
+    extra_body=${object(more)},
+)
+with open("picture.png", "wb") as file:
+    file.write(base64.b64decode(result.data[0].b64_json))
+`;
+}
+
+export const LANGUAGES = { python, curl, openai };

@@ -1,0 +1,36 @@
+// The pictures of this session, newest first. They live in this tab only.
+
+import { byId, element } from "./words.js";
+
+const MAX_PICTURES = 120;
+const SMALL_PX = 256;
+
+const list = byId("gallery");
+const hanging = []; // newest first
+
+export function hang(picture, onChosen) {
+  const button = element("button", "fresh");
+  button.type = "button";
+  button.setAttribute("aria-pressed", "false");
+  const image = element("img", Math.max(picture.width, picture.height) <= SMALL_PX ? "tiny" : "");
+  image.src = picture.url;
+  image.alt = picture.params.prompt;
+  button.append(image);
+  if (picture.nsfw_content_detected) button.append(element("span", "", "flagged"));
+  button.addEventListener("click", () => onChosen(picture));
+  const place = element("li");
+  place.append(button);
+  list.prepend(place);
+  hanging.unshift({ picture, button, place });
+  while (hanging.length > MAX_PICTURES) {
+    const oldest = hanging.pop();
+    oldest.place.remove();
+    URL.revokeObjectURL(oldest.picture.url);
+  }
+  byId("gallery-empty").hidden = true;
+  byId("gallery-count").textContent = String(hanging.length);
+}
+
+export function mark(picture) {
+  for (const one of hanging) one.button.setAttribute("aria-pressed", String(one.picture === picture));
+}

@@ -1,0 +1,93 @@
+// All about one picture: what it was really made with, whether it was flagged, and the code that makes it again.
+
+import { LANGUAGES } from "./code.js";
+import { byId, element, fileName, took } from "./words.js";
+
+const FLAGGED =
+  "The safety checker flagged this picture, so the server made it entirely black. Another seed or other words may give one that passes.";
+
+let code = {};
+let language = "python";
+
+function facts(picture) {
+  const { params } = picture;
+  const checked = { true: "flagged", false: "passed" }[picture.nsfw_content_detected] ?? "this model has none";
+  return [
+    ["Steps", params.num_inference_steps],
+    ["Guidance", params.guidance_scale],
+    ["Scheduler", params.scheduler],
+    ["Size", `${params.width} × ${params.height}`],
+    ["Seed", params.seed],
+    ["Safety checker", checked],
+    ["Negative prompt", params.negative_prompt, "wide"],
+    ["Made by", params.engine && `${params.engine} ${params.dtype} on ${params.device}`],
+    ["Took, and in line", picture.total_s == null ? "" : `${took(picture.total_s)}, ${took(picture.queued_s)}`],
+  ].filter(([, value]) => value !== "" && value != null);
+}
+
+function note(id, text) {
+  byId(id).textContent = text;
+  byId(id).hidden = text === "";
+}
+
+export function show(picture, place) {
+  const { params } = picture;
+  note("flagged", picture.nsfw_content_detected ? FLAGGED : "");
+  const dropped = [params.dropped_prompt, params.dropped_negative_prompt].filter(Boolean).join(" … ");
+  note("dropped", dropped && `These words did not fit into the text encoder and were not used: ${dropped}`);
+  byId("said").textContent = params.prompt;
+  byId("parameters").replaceChildren(
+    ...facts(picture).map(([name, value, className]) => {
+      const row = element("div", className ?? "");
+      row.append(element("dt", "", name), element("dd", "", String(value)));
+      return row;
+    }),
+  );
+  byId("download").href = picture.url;
+  byId("download").download = fileName(params.prompt, params.seed);
+  code = Object.fromEntries(Object.entries(LANGUAGES).map(([name, write]) => [name, write(params, place)]));
+  choose(language);
+}
+
+function choose(name) {
+  language = name;
+  for (const tab of document.querySelectorAll('[role="tab"]')) {
+    const isChosen = tab.id === `tab-${name}`;
+    tab.setAttribute("aria-selected", String(isChosen));
+    tab.tabIndex = isChosen ? 0 : -1;
+  }
+  byId("code-panel").setAttribute("aria-labelledby", `tab-${name}`);
+  byId("code").textContent = code[name] ?? "";
+}
+
+// Over plain HTTP from another machine browsers have no clipboard for pages, only for selections.
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const range = document.createRange();
+    range.selectNodeContents(byId("code"));
+    getSelection().removeAllRanges();
+    getSelection().addRange(range);
+    return document.execCommand("copy");
+  }
+}
+
+export function listen() {
+  const tabs = [...document.querySelectorAll('[role="tab"]')];
+  tabs.forEach((tab, index) => {
+    tab.addEventListener("click", () => choose(tab.id.slice(4)));
+    tab.addEventListener("keydown", (event) => {
+      const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (move === undefined) return;
+      const next = tabs[(index + move + tabs.length) % tabs.length];
+      choose(next.id.slice(4));
+      next.focus();
+    });
+  });
+  byId("copy").addEventListener("click", async () => {
+    byId("copy").textContent = (await copied(code[language])) ? "Copied" : "Press Ctrl C";
+    setTimeout(() => (byId("copy").textContent = "Copy"), 1600);
+  });
+}
