@@ -1,0 +1,64 @@
+"""The batched engine with DeepSpeed's kernels: one loop with `native`, another kernel set under it.
+
+What the machine must have is in `engine/requirements.py`; here it is taken for granted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from mii_serve.engine.deepspeed.injection import inject, why_not_injectable
+from mii_serve.engine.deepspeed.proof import Proof
+from mii_serve.engine.deepspeed.unet import DeepSpeedRowUNet
+from mii_serve.engine.deepspeed.workspace import Workspace
+from mii_serve.engine.native.engine import CUDA_SLOTS, NativeEngine
+from mii_serve.engine.native.kernels import KernelSet
+from mii_serve.engine.native.lattice import TurnSize
+from mii_serve.errors import UnusableEngineError
+from mii_serve.models import LoadedModel
+from mii_serve.types import LATENT_SCALE
+
+logger = logging.getLogger(__name__)
+
+
+class DeepSpeedEngine(NativeEngine):
+    """Implements `mii_serve.engine.Engine`. The model's UNet is changed in place and belongs to the engine from then on."""
+
+    def __init__(self, model: LoadedModel, *, max_slots: int | None = None, lattice: Sequence[TurnSize] | None = None) -> None:
+        """`model` is in float16 and has a UNet that `native.unet.why_unsupported` has nothing against.
+
+        Raises:
+            UnusableEngineError: DeepSpeed cannot do it, or its kernels do not compute what the UNet computes.
+        """
+        unet, defaults = model.pipeline.unet, model.defaults
+        if (reason := why_not_injectable(unet)) is not None:
+            raise UnusableEngineError(f"DeepSpeed's kernels cannot compute this UNet: {reason}")
+        if unet.device.type == "cuda":
+            torch.cuda.set_device(unet.device)  # the workspace is taken on the current device
+        slots = max_slots or CUDA_SLOTS
+        low, high = (side // LATENT_SCALE for side in (model.limits.min_size_px, model.limits.max_size_px))
+        height, width = defaults.height // LATENT_SCALE, defaults.width // LATENT_SCALE
+        # All slots at the default size, and one guided sample at the largest; what is more is made in several calls.
+        max_cells = max(2 * slots * height * width, 2 * high * high, *(size.num_cells for size in lattice or ()))
+        with torch.inference_mode():
+            unet.to(memory_format=torch.channels_last)
+            odd = max(low, min(9, high))
+            proof = Proof.ask(unet, num_tokens=model.pipeline.tokenizer.model_max_length, sizes=((height, width), (odd, odd)))
+            num_blocks = inject(unet)
+            self._workspace = Workspace(unet, max_cells=max_cells, sides=range(low, high + 1))
+            try:
+                row_unet = DeepSpeedRowUNet(unet)
+                error = proof.check(row_unet)
+            except BaseException:
+                self._workspace.release()
+                raise
+        logger.info("DeepSpeed computes %d transformer blocks, %.2g off the UNet's own modules", num_blocks, error)
+        kernels = KernelSet(name="deepspeed", unet=row_unet, max_cells_per_call=max_cells)
+        super().__init__(model, max_slots=slots, lattice=lattice, kernels=kernels)
+
+    def close(self) -> None:
+        super().close()
+        self._workspace.release()
