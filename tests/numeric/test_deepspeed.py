@@ -146,6 +146,17 @@ class TestInjection:
         assert error(before, injected) < RIGHT
         workspace.release()
 
+    def test_a_unet_laid_out_otherwise_is_read_as_it_lies(self):
+        """Then the tokens are a view of an image, channels first, and the kernels know no strides."""
+        unet = make_unet().to(memory_format=torch.contiguous_format)
+        inject(unet)
+        workspace = Workspace(unet, max_cells=3 * 64, sides=range(8, 9))
+        injected = DeepSpeedRowUNet(unet)
+        embeds = torch.randn(3, NUM_TOKENS, 48).half()
+        made = injected(torch.randn(3, 4, 8, 8).half(), injected.embed_times(TIMES), embeds)
+        assert made.isfinite().all()
+        workspace.release()
+
     def test_nothing_is_printed_where_results_go(self, capsys):
         inject(make_unet())
         assert capsys.readouterr().out == ""
@@ -287,8 +298,9 @@ class TestWorkspace:
         assert 32 * per_row * 2 == pytest.approx(1.06e9, rel=0.01)
 
 
-def load(dtype: str) -> LoadedModel:
-    return load_model("demo", revision=None, dtype=dtype, device="cpu", limits=LimitsConfig(), enable_safety_checker=False)
+def load(dtype: str, limits: LimitsConfig | None = None) -> LoadedModel:
+    limits = limits or LimitsConfig()
+    return load_model("demo", revision=None, dtype=dtype, device="cpu", limits=limits, enable_safety_checker=False)
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +361,35 @@ class TestEngineThatCannotBe:
         with pytest.raises(UnusableEngineError, match=r"DeepSpeed's kernels are .* off"):
             DeepSpeedEngine(load("fp16"), max_slots=2)
         assert operations.workspace is None, "given back"
+
+    def test_one_slot_and_one_size_are_room_enough_for_the_proof(self, operations):
+        model = load("fp16", LimitsConfig(min_size_px=64, max_size_px=64))
+        built = DeepSpeedEngine(model, max_slots=1)
+        assert operations.most_used <= operations.workspace.numel()
+        built.close()
+        assert operations.workspace is None
+
+    @pytest.mark.parametrize(
+        ("name", "problem", "said"),
+        [
+            (
+                "linear_layer_fp16",
+                RuntimeError("CUDA error: no kernel image"),
+                "RuntimeError: CUDA error: no kernel image",
+            ),
+            ("layer_norm", torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+            ("allocate_workspace_fp16", TypeError("incompatible arguments"), "TypeError: incompatible arguments"),
+        ],
+        ids=["no kernel for this gpu", "out of memory", "another signature"],
+    )
+    def test_what_fails_inside_it_is_a_reason_to_take_another_engine(self, operations, monkeypatch, name, problem, said):
+        def fail(*_):
+            raise problem
+
+        monkeypatch.setattr(Operations, name, fail)
+        with pytest.raises(UnusableEngineError, match=f"DeepSpeed fails here: {said}"):
+            DeepSpeedEngine(load("fp16"), max_slots=1)
+        assert operations.workspace is None
 
     def test_a_model_in_another_precision_is_refused(self):
         with pytest.raises(UnusableEngineError, match="float32"):

@@ -5,13 +5,15 @@ What the machine must have is in `engine/requirements.py`; here it is taken for 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from mii_serve.engine.deepspeed.injection import inject, why_not_injectable
-from mii_serve.engine.deepspeed.proof import Proof
+from mii_serve.engine.deepspeed.proof import NUM_ROWS, Proof
 from mii_serve.engine.deepspeed.unet import DeepSpeedRowUNet
 from mii_serve.engine.deepspeed.workspace import Workspace
 from mii_serve.engine.native.engine import CUDA_SLOTS, NativeEngine
@@ -41,24 +43,40 @@ class DeepSpeedEngine(NativeEngine):
         slots = max_slots or CUDA_SLOTS
         low, high = (side // LATENT_SCALE for side in (model.limits.min_size_px, model.limits.max_size_px))
         height, width = defaults.height // LATENT_SCALE, defaults.width // LATENT_SCALE
-        # All slots at the default size, and one guided sample at the largest; what is more is made in several calls.
-        max_cells = max(2 * slots * height * width, 2 * high * high, *(size.num_cells for size in lattice or ()))
+        odd = max(low, min(9, high))
+        questions = ((height, width), (odd, odd))
+        # All slots at the default size, or one guided sample at the largest; what is more is made in several calls.
+        max_cells = max(
+            2 * slots * height * width,
+            2 * high * high,
+            *(NUM_ROWS * rows * columns for rows, columns in questions),
+            *(size.num_cells for size in lattice or ()),
+        )
         with torch.inference_mode():
             unet.to(memory_format=torch.channels_last)
-            odd = max(low, min(9, high))
-            proof = Proof.ask(unet, num_tokens=model.pipeline.tokenizer.model_max_length, sizes=((height, width), (odd, odd)))
-            num_blocks = inject(unet)
-            self._workspace = Workspace(unet, max_cells=max_cells, sides=range(low, high + 1))
-            try:
-                row_unet = DeepSpeedRowUNet(unet)
-                error = proof.check(row_unet)
-            except BaseException:
-                self._workspace.release()
-                raise
-        logger.info("DeepSpeed computes %d transformer blocks, %.2g off the UNet's own modules", num_blocks, error)
+            proof = Proof.ask(unet, num_tokens=model.pipeline.tokenizer.model_max_length, sizes=questions)
+            row_unet, self._workspace = _put_in(unet, proof, max_cells=max_cells, sides=range(low, high + 1))
         kernels = KernelSet(name="deepspeed", unet=row_unet, max_cells_per_call=max_cells)
         super().__init__(model, max_slots=slots, lattice=lattice, kernels=kernels)
 
     def close(self) -> None:
         super().close()
         self._workspace.release()
+
+
+def _put_in(unet: Any, proof: Proof, *, max_cells: int, sides: range) -> tuple[DeepSpeedRowUNet, Workspace]:
+    """Inject, and take the workspace, and keep both only if the proof holds."""
+    try:
+        num_blocks = inject(unet)
+        with contextlib.ExitStack() as undo:
+            workspace = Workspace(unet, max_cells=max_cells, sides=sides)
+            undo.callback(workspace.release)
+            row_unet = DeepSpeedRowUNet(unet)
+            off = proof.check(row_unet)
+            undo.pop_all()
+    except UnusableEngineError:
+        raise
+    except Exception as error:  # of the inside of a package that may have moved, or of a kernel not made for this device
+        raise UnusableEngineError(f"DeepSpeed fails here: {type(error).__name__}: {error}") from error
+    logger.info("DeepSpeed computes %d transformer blocks, %.2g off the UNet's own modules", num_blocks, off)
+    return row_unet, workspace

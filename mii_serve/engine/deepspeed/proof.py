@@ -20,6 +20,9 @@ MAX_ERROR = 0.02
 
 LAST_TOKEN_WEIGHT = 8.0
 
+NUM_ROWS = 3
+"""Of each question: an unguided sample and a guided one."""
+
 
 @dataclass(frozen=True)
 class Proof:
