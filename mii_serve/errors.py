@@ -16,6 +16,7 @@
     │   ├── EngineLostError      and the replica has to be started again
     │   └── PoisonedRequestError this request took two replicas down
     ├── ConfigError              a setting breaks a rule; the server will not start
+    │   └── UnusableEngineError  this engine cannot run here; another may
     ├── ModelError               the model cannot be found, read or used; the server will not start
     └── VerificationError        the engine does not draw what the reference draws; the server will not start
 
@@ -139,6 +140,13 @@ class ConfigError(MiiServeError):
         super().__init__(f"{setting}: {rule}")
         self.setting = setting
         self.rule = rule
+
+
+class UnusableEngineError(ConfigError):
+    """The machine, an extension or the model is not what the engine needs; nothing is known against other engines."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__("engine", rule)
 
 
 class ModelError(MiiServeError):

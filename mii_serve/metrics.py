@@ -111,6 +111,12 @@ class ReplicaMetrics:
         self.graph_misses = Counter(
             "mii_serve_graph_misses", "UNet calls without a CUDA graph although there are some.", registry=registry
         )
+        self._engine = Gauge(
+            "mii_serve_engine_info",
+            "Always 1; is_fallback is true where the preferred engine could not run.",
+            ("engine", "dtype", "is_fallback"),
+            registry=registry,
+        )
         self._memory = Gauge("mii_serve_gpu_memory_bytes", "GPU memory of torch's allocator.", ("kind",), registry=registry)
 
     def follow(self, state: ReplicaState) -> None:
@@ -118,6 +124,10 @@ class ReplicaMetrics:
         self._running.set_function(lambda: state.num_running)
         self._waiting.set_function(lambda: state.num_waiting)
         self._work.set_function(lambda: state.queued_work_s)
+
+    def engine(self, name: str, dtype: str, *, is_fallback: bool) -> None:
+        """Note what computes."""
+        self._engine.labels(name, dtype, str(is_fallback).lower()).set(1)
 
     def follow_memory(self, read: Callable[[], Mapping[str, int]]) -> None:
         """Let `read` tell the bytes in use by kind whenever they are asked for."""

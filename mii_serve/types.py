@@ -341,7 +341,7 @@ class EngineCapacity:
     """How many samples the engine can hold at once, and how many pictures it decodes in one go.
 
     `max_cells_per_call` is the largest UNet call (rows × latent height × latent width) that the device's memory was found to
-    take; None while it has never been too small. Larger turns are made in several calls.
+    take, or the engine has set room aside for; None while there is no such bound. Larger turns are made in several calls.
     """
 
     max_slots: int
@@ -351,7 +351,10 @@ class EngineCapacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDescription:
-    """What really runs, told to every caller with every picture."""
+    """What really runs, told to every caller with every picture.
+
+    `note` says why it is this engine where `auto` would have preferred another; empty when there is nothing to say.
+    """
 
     engine: str
     dtype: str
@@ -359,6 +362,7 @@ class EngineDescription:
     model: str
     model_revision: str
     has_safety_checker: bool
+    note: str = ""
 
 
 # ---- what a caller is told ---------------------------------------------------------------------------------------

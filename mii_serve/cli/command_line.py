@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("config", "show|schema", _add_config_flags, "show how a server would be configured, and why", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, what it runs and how busy it is", ""),
         ("verify", "[MODEL]", _add_verify_flags, "hold an engine against the FP32 reference, stage by stage", _VERIFY_MORE),
+        ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine lacks", _DOCTOR_MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
         words = " ".join(("mii_serve", name, usage, "[options]")).replace("  ", " ")
@@ -76,6 +77,19 @@ _CONFIG_MORE = """
 
 show takes the flags of deploy, and prints every setting's value; --effective says where each came from:
 a flag, a variable, the file, or the default. schema prints the JSON schema of the file."""
+
+
+_DOCTOR_MORE = """
+
+It says for each engine what it needs, what was found, and the command that mends a lack.
+Exit code 0: the engine asked for can run here, with auto one of them; 1: it cannot."""
+
+
+def _add_doctor_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine", choices=("auto", "reference", "native", "deepspeed"), default="auto", help="for the exit code"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def _add_config_flags(parser: argparse.ArgumentParser) -> None:
@@ -257,4 +271,17 @@ def _verify(values: dict[str, Any]) -> int:
     return run(values, file, report_file=report_file, picture_file=picture_file, log_level=log_level)
 
 
-_COMMANDS = {"config": _config, "deploy": _deploy, "generate": _generate, "status": _status, "verify": _verify}
+def _doctor(values: dict[str, Any]) -> int:
+    from mii_serve.cli.doctor import run
+
+    return run(values["engine"], is_json=values["json"])
+
+
+_COMMANDS = {
+    "config": _config,
+    "deploy": _deploy,
+    "doctor": _doctor,
+    "generate": _generate,
+    "status": _status,
+    "verify": _verify,
+}

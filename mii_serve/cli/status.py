@@ -92,6 +92,7 @@ def _rows(info: ServerInfo) -> list[tuple[str, str]]:
         ("deployment", info.deployment_name),
         ("model", f"{info.model} {info.model_revision}".rstrip()),
         ("engine", f"{info.engine} {info.dtype} on {info.device}"),
+        *([("", info.engine_note)] if info.engine_note else []),
         ("safety checker", "on" if info.has_safety_checker else "none: images are not checked"),
         (
             "defaults",

@@ -143,6 +143,7 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         dtype=message.dtype,
         device=message.device,
         has_safety_checker=message.has_safety_checker,
+        engine_note=message.engine_note,
         defaults=capabilities.defaults,
         limits=capabilities.limits,
         schedulers=capabilities.schedulers,

@@ -110,6 +110,7 @@ class ServerInfo:
     """What runs behind a target, what it accepts and how busy it is.
 
     `schedulers` maps every accepted name to the name the server answers with. `activity` is that of all replicas together.
+    `engine_note` says why this engine runs and not the preferred one, where that could not.
     """
 
     version: str
@@ -125,3 +126,4 @@ class ServerInfo:
     schedulers: Mapping[str, str]
     activity: Activity
     replicas: tuple[ReplicaInfo, ...] = ()
+    engine_note: str = ""

@@ -1,4 +1,8 @@
-"""Loads the configured model and puts the configured engine on it."""
+"""Loads the configured model and puts the configured engine on it.
+
+`auto` takes DeepSpeed's kernels where somebody has installed them and they prove right, our own otherwise, and the reference
+for a UNet that neither knows. What it could not take, and why, is the engine's note.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,12 @@ import transformers
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
+from mii_serve.engine.machine import look
 from mii_serve.engine.native import NativeEngine
 from mii_serve.engine.native.unet import why_unsupported
 from mii_serve.engine.reference import ReferenceEngine
-from mii_serve.errors import ConfigError, ModelError
+from mii_serve.engine.requirements import first_lack
+from mii_serve.errors import ConfigError, ModelError, UnusableEngineError
 from mii_serve.models import LoadedModel, Precision, load_model
 
 logger = logging.getLogger(__name__)
@@ -26,23 +32,46 @@ def build_engine(config: DeployConfig) -> Engine:
         ConfigError: a setting asks for what this machine or this release does not have.
         ModelError: the model cannot be found or used.
     """
-    if config.engine == "deepspeed":
-        raise ConfigError("engine", "'deepspeed' is not part of this release; use 'auto', 'native' or 'reference'")
     if config.engine == "reference" and config.max_slots not in (None, 1):
         raise ConfigError("max_slots", f"the reference engine makes one picture at a time, got {config.max_slots}")
     _keep_prompts_out_of_logs()
     device = _device(config.device)
     if config.engine == "reference":
         return ReferenceEngine(_load(config, device, _reference_dtype(config)))
+    note = ""
+    if config.engine in ("auto", "deepspeed"):
+        try:
+            return _deepspeed(config, device)
+        except UnusableEngineError as error:
+            if config.engine == "deepspeed":
+                raise
+            note = f"not deepspeed: {error.rule}"
+            logger.info("%s", note)
     model = _load(config, device, _dtype(config, device))
     reason = why_unsupported(model.pipeline.unet)
     if reason is None:
-        return NativeEngine(model, max_slots=config.max_slots)
+        return NativeEngine(model, max_slots=config.max_slots, note=note)
     if config.engine == "native":
         raise ModelError(f"the native engine cannot run this UNet: {reason}. Use the engine 'reference'")
     logger.warning("the reference engine serves this model, one picture at a time: its UNet has %s", reason)
     del model
-    return ReferenceEngine(_load(config, device, "fp32"))
+    note = f"neither deepspeed nor native, one picture at a time: the UNet has {reason}"
+    return ReferenceEngine(_load(config, device, "fp32"), note=note)
+
+
+def _deepspeed(config: DeployConfig, device: str) -> Engine:
+    if config.dtype not in ("auto", "fp16"):
+        raise UnusableEngineError(f"deepspeed computes in fp16 only, and the setting dtype is {config.dtype!r}")
+    if not device.startswith("cuda") and config.device != "auto":
+        raise UnusableEngineError(f"deepspeed computes on CUDA only, and the setting device is {config.device!r}")
+    if (lack := first_lack("deepspeed", look())) is not None:
+        raise UnusableEngineError(f"deepspeed needs {lack.what}, found {lack.found}; mend it with: {lack.remedy}")
+    model = _load(config, device, "fp16")
+    if (reason := why_unsupported(model.pipeline.unet)) is not None:
+        raise UnusableEngineError(f"deepspeed cannot run this UNet: it has {reason}")
+    from mii_serve.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, max_slots=config.max_slots)
 
 
 def precision_of(config: DeployConfig) -> Precision:

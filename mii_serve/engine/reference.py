@@ -68,7 +68,8 @@ class ReferenceEngine:
 
     num_graph_misses = 0
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, *, note: str = "") -> None:
+        """`note` becomes the description's."""
         self._pipeline = model.pipeline
         self._device = torch.device(model.pipeline.device)
         self._scheduler_config = dict(model.pipeline.scheduler.config)
@@ -87,6 +88,7 @@ class ReferenceEngine:
             model=model.name,
             model_revision=model.revision,
             has_safety_checker=model.pipeline.safety_checker is not None,
+            note=note,
         )
 
     @property

@@ -287,6 +287,7 @@ def encode_server_info(
         dtype=engine.dtype,
         device=engine.device,
         has_safety_checker=engine.has_safety_checker,
+        engine_note=engine.note,
         defaults=info.Defaults(**{name: getattr(defaults, name) for name in GenerationDefaults.__dataclass_fields__}),
         limits=info.Limits(**{name: getattr(limits, name) for name in Limits.__dataclass_fields__}),
         schedulers=capabilities.schedulers,

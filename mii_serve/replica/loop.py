@@ -114,6 +114,8 @@ class ReplicaLoop:
         self._scheduler = Scheduler(engine.capacity, max_waiting_samples=max_waiting_samples, max_waiting_s=max_waiting_s)
         self.metrics = metrics or ReplicaMetrics()
         self.metrics.follow(self._scheduler)
+        described = engine.description
+        self.metrics.engine(described.engine, described.dtype, is_fallback=bool(described.note))
         self._callers: dict[str, _Caller] = {}
         self._wake = asyncio.Event()
         self._failure: MiiServeError | None = None

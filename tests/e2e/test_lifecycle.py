@@ -162,6 +162,7 @@ def test_flags_beat_environment_and_environment_beats_the_file(tmp_path):
         info = client.server_info()
         assert info.deployment_name == "from-env"
         assert (info.limits.max_images_per_prompt, info.limits.max_num_inference_steps) == (2, 70)
+        assert info.engine_note.startswith("not deepspeed: deepspeed needs "), "auto says what it would have preferred"
 
 
 def test_an_unknown_setting_is_refused_by_name(tmp_path):

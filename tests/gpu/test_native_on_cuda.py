@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from buckets import worst_bucket
 from drawing import draw, run_alone
 
 from mii_serve.config import LimitsConfig
@@ -93,6 +94,19 @@ def test_a_mixed_crowd_draws_what_each_draws_alone_on_the_reference(reference, f
         true = run_alone(reference, params, 0)[0]
         assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32
     assert fp32.num_graph_misses == 0
+
+
+def test_every_bucket_replays_what_is_made_without_a_graph(fp32, fp16):
+    for engine, most in ((fp32, 1e-5), (fp16, 0.005)):
+        error, num_buckets = worst_bucket(engine)
+        assert num_buckets == 8 and error < most
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0])
+def test_pndm_without_guidance_keeps_no_history_in_a_graphs_outputs(reference, fp32, guidance_scale):
+    asked = {"scheduler": "pndm", "guidance_scale": guidance_scale, "num_inference_steps": 12}
+    made, true = (draw(engine, **asked) for engine in (fp32, reference))
+    assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32
 
 
 def test_what_the_lattice_lacks_is_counted_and_drawn_all_the_same(reference, fp32):

@@ -41,8 +41,12 @@ class Denoiser:
         key_values: torch.Tensor,
         time_projections: torch.Tensor,
         lattice: Sequence[TurnSize] = (),
+        max_cells_per_call: int | None = None,
     ) -> None:
-        """`key_values` and `time_projections` are the banks that the moves point into."""
+        """`key_values` and `time_projections` are the banks that the moves point into.
+
+        `max_cells_per_call` is the largest call the kernels have room for; one sample always fits.
+        """
         self._unet = unet
         self._max_slots = max_slots
         self._num_channels = num_channels
@@ -54,7 +58,7 @@ class Denoiser:
         self._banks: dict[Shape, SlotBank] = {}
         self._prepared: dict[TurnSize, Callable[[Sequence[Move]], Made]] = {}
         self._pool: Any = None
-        self.max_cells_per_call: int | None = None
+        self.max_cells_per_call = max_cells_per_call
         self.num_graph_misses = 0
 
     def bank(self, shape: Shape) -> SlotBank:
@@ -71,7 +75,7 @@ class Denoiser:
     def prepare(self) -> None:
         """Make every declared size ready. One that does not fit into memory is left out, and bounds the calls to come."""
         for size in self._lattice:
-            if size in self._prepared:
+            if size in self._prepared or size.num_cells > (self.max_cells_per_call or size.num_cells):
                 continue
             try:
                 self._prepared[size] = self._capture(size)
@@ -134,16 +138,30 @@ class Denoiser:
         return model_input, prediction
 
     def _capture(self, size: TurnSize) -> Callable[[Sequence[Move]], Made]:
-        """A function that makes a turn of this size; on a CPU without a graph, though padded all the same."""
+        """A function that makes a turn of this size. What it returns is the caller's own, not the graph's to overwrite."""
         bank, turn = self.bank((size.height, size.width)), Turn(size, self._num_channels, self._device)
         turn.fill((), bank.padding_slot)
+        replay, made = self._record(turn)
+
+        def make(moves: Sequence[Move]) -> Made:
+            turn.fill(moves, bank.padding_slot)
+            replay()
+            return made[0].clone(), made[1].clone()
+
+        return make
+
+    def _record(self, turn: Turn) -> tuple[Callable[[], None], Made]:
+        """What makes the turn again, always into the same tensors. On a CPU there is no graph, and the tensors are kept all
+        the same: what is wrong with sharing them shows there too.
+        """
         if self._device.type != "cuda":
+            kept = torch.zeros_like(turn.noise), torch.zeros_like(turn.noise)
 
-            def make(moves: Sequence[Move]) -> Made:
-                turn.fill(moves, bank.padding_slot)
-                return self._make(turn)
+            def make_again() -> None:
+                for tensor, fresh in zip(kept, self._make(turn), strict=True):
+                    tensor.copy_(fresh)
 
-            return make
+            return make_again, kept
 
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -155,13 +173,7 @@ class Denoiser:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             made = self._make(turn)
-
-        def replay(moves: Sequence[Move]) -> Made:
-            turn.fill(moves, bank.padding_slot)
-            graph.replay()
-            return made
-
-        return replay
+        return graph.replay, made
 
     def _shrink(self, max_cells: int) -> None:
         self.max_cells_per_call = min(max_cells, self.max_cells_per_call or max_cells)

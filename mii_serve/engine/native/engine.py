@@ -1,8 +1,9 @@
 """Makes a turn: prompts of those who join, one UNet call for all who step, pictures of those who end.
 
 The UNet takes a timestep per row, so samples at different steps of different samplers share a call; the samplers are tables
-(`samplers/table.py`), and one small matrix product updates all of them. What differs from the `reference` engine is only the
-order of float operations: a picture is within one level of 255 of the reference's in float32.
+(`samplers/table.py`), and one small matrix product updates all of them. With its own kernels, what differs from the `reference`
+engine is only the order of float operations: a picture is within one level of 255 of the reference's in float32. Other kernels
+(`kernels.py`) go under the same loop.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from mii_serve.engine.native.denoiser import Denoiser
+from mii_serve.engine.native.kernels import KernelSet
 from mii_serve.engine.native.lattice import TurnSize, declare
 from mii_serve.engine.native.probe import NativeProbe
 from mii_serve.engine.native.prompts import Prompt, PromptBank
@@ -77,9 +79,18 @@ class _Running:
 class NativeEngine:
     """Implements `mii_serve.engine.Engine` and `mii_serve.engine.probe.ProbedEngine`."""
 
-    def __init__(self, model: LoadedModel, *, max_slots: int | None = None, lattice: Sequence[TurnSize] | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        max_slots: int | None = None,
+        lattice: Sequence[TurnSize] | None = None,
+        kernels: KernelSet | None = None,
+        note: str = "",
+    ) -> None:
         """`model` has a UNet that `unet.why_unsupported` has nothing against. `lattice` are the sizes of turns to prepare:
-        when left out, on CUDA what `lattice.declare` declares for the model's default size, on a CPU none.
+        when left out, on CUDA what `lattice.declare` declares for the model's default size, on a CPU none. `kernels` compute
+        the UNet, by default our own. `note` becomes the description's.
         """
         self._pipeline = pipeline = model.pipeline
         self._device = torch.device(pipeline.device)
@@ -98,7 +109,9 @@ class NativeEngine:
             lattice = declare(slots, defaults.height // LATENT_SCALE, defaults.width // LATENT_SCALE) if is_cuda else ()
         self._lattice = tuple(lattice)
         dtype = pipeline.unet.dtype
-        row_unet = RowUNet(pipeline.unet.to(memory_format=torch.channels_last))
+        kernels = kernels or KernelSet(name="native", unet=RowUNet(pipeline.unet))
+        pipeline.unet.to(memory_format=torch.channels_last)
+        row_unet = kernels.unet
         self._prompts = PromptBank(pipeline, row_unet, max_in_use=2 * slots)
         self._times = TimeTable(row_unet, dtype=dtype, device=self._device)
         self._denoiser = Denoiser(
@@ -109,16 +122,18 @@ class NativeEngine:
             key_values=self._prompts.key_values,
             time_projections=self._times.projections,
             lattice=self._lattice,
+            max_cells_per_call=kernels.max_cells_per_call,
         )
         self._clock = StageClock()
         self._running: dict[SampleId, _Running] = {}
         self._description = EngineDescription(
-            engine="native",
+            engine=kernels.name,
             dtype=str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf"),
             device=str(self._device),
             model=model.name,
             model_revision=model.revision,
             has_safety_checker=pipeline.safety_checker is not None,
+            note=note,
         )
 
     @property
@@ -172,7 +187,7 @@ class NativeEngine:
                 made.update(self._finish(plan.decodes))
                 return tuple(made.values())
         except Exception as error:
-            raise EngineError(f"the native engine failed: {type(error).__name__}: {error}") from error
+            raise EngineError(f"the engine {self._description.engine} failed: {type(error).__name__}: {error}") from error
 
     def probe(self) -> NativeProbe:
         return NativeProbe(self._pipeline, self._prompts, self._times, self._denoiser, self.capacity, self._decode)

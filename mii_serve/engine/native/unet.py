@@ -63,7 +63,11 @@ def why_unsupported(unet: Any) -> str | None:
 
 
 class RowUNet:
-    """Calls a UNet with what is known beforehand. Shares its weights; holds no state between calls."""
+    """Calls a UNet with what is known beforehand. Shares its weights; holds no state between calls.
+
+    Other kernels are other subclasses: they say what they want to know of a prompt (`project_prompts`, `prompt_width`) and
+    what a transformer block does with it (`_make_call`).
+    """
 
     def __init__(self, unet: Any) -> None:
         """`unet` is one that `why_unsupported` has nothing against."""
@@ -99,7 +103,10 @@ class RowUNet:
         R × tokens × `prompt_width`, one for each row; `sample_of_row` holds the R indices of the rows' samples, None where each
         sample has one row.
         """
-        return _Call(self, time, key_values, sample_of_row).make(self._unet, model_input, self._halvings)
+        return self._make_call(time, key_values, sample_of_row).make(self._unet, model_input, self._halvings)
+
+    def _make_call(self, time: torch.Tensor, key_values: torch.Tensor, sample_of_row: torch.Tensor | None) -> RowCall:
+        return RowCall(self, time, key_values, sample_of_row)
 
     def time_of(self, resnet: ResnetBlock2D) -> slice:
         return self._time_of[resnet]
@@ -112,7 +119,7 @@ class RowUNet:
         return slice(keys.start + shift, keys.stop + shift)
 
 
-class _Call:
+class RowCall:
     """One pass through the UNet; `skips` are the activations that wait for the way up."""
 
     def __init__(

@@ -25,7 +25,9 @@ from mii_serve.errors import (
 HEAVY = ("torch", "diffusers", "transformers", "grpc", "pydantic", "PIL", "rich", "asyncio")
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["deploy", "--help"], ["generate", "-h"], ["status", "-h"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["deploy", "--help"], ["generate", "-h"], ["status", "-h"], ["doctor", "-h"]]
+)
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     code = f"""
 import sys

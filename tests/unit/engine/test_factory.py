@@ -1,0 +1,104 @@
+"""Which engine is built, why not another, and how that is told."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+from unit.engine.test_requirements import COMPLETE, LACKS
+
+from mii_serve.config import DeployConfig
+from mii_serve.engine import factory
+from mii_serve.engine.fake import FakeEngine
+from mii_serve.engine.machine import Machine
+from mii_serve.errors import UnusableEngineError
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Let the factory see another machine; models are not loaded, engines not built."""
+    loaded = []
+
+    def put(seen: Machine, *, deepspeed_fails: str = "") -> list[str]:
+        def load(config, device, dtype):
+            loaded.append(dtype)
+            return SimpleNamespace(pipeline=SimpleNamespace(unet=None))
+
+        def deepspeed(model, *, max_slots):
+            if deepspeed_fails:
+                raise UnusableEngineError(deepspeed_fails)
+            return FakeEngine()
+
+        monkeypatch.setattr(factory, "look", lambda: seen)
+        monkeypatch.setattr(factory, "_load", load)
+        monkeypatch.setattr(factory, "_device", lambda name: "cuda" if seen.gpus else "cpu")
+        monkeypatch.setattr(factory, "why_unsupported", lambda unet: None)
+        monkeypatch.setattr(
+            factory, "NativeEngine", lambda model, *, max_slots, note: SimpleNamespace(name="native", note=note)
+        )
+        monkeypatch.setattr("mii_serve.engine.deepspeed.DeepSpeedEngine", deepspeed)
+        return loaded
+
+    return put
+
+
+def build(**settings):
+    return factory.build_engine(DeployConfig.load({"model": "demo", **settings}))
+
+
+@pytest.mark.parametrize("engine", ["auto", "deepspeed"])
+def test_deepspeed_is_built_in_half_precision_where_it_can_run(machine, engine):
+    loaded = machine(COMPLETE)
+    assert isinstance(build(engine=engine), FakeEngine)
+    assert loaded == ["fp16"]
+
+
+@pytest.mark.parametrize(("seen", "what", "found", "remedy"), LACKS.values(), ids=list(LACKS))
+def test_a_lack_refuses_deepspeed_before_anything_is_loaded_and_auto_takes_native(machine, caplog, seen, what, found, remedy):
+    loaded = machine(seen)
+    with pytest.raises(UnusableEngineError) as caught:
+        build(engine="deepspeed")
+    assert caught.value.setting == "engine"
+    assert what in str(caught.value) and found in str(caught.value) and remedy in str(caught.value)
+    assert loaded == []
+    with caplog.at_level(logging.INFO, "mii_serve"):
+        built = build(engine="auto")
+    assert built.name == "native"
+    assert built.note.startswith("not deepspeed: ") and what in built.note
+    assert built.note in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"dtype": "fp32"}, "fp16 only, and the setting dtype is 'fp32'"),
+        ({"dtype": "bf16"}, "fp16 only, and the setting dtype is 'bf16'"),
+    ],
+    ids=str,
+)
+def test_other_precisions_are_refused_by_name(machine, settings, named):
+    machine(COMPLETE)
+    with pytest.raises(UnusableEngineError, match=named):
+        build(engine="deepspeed", **settings)
+    assert named in build(engine="auto", **settings).note
+
+
+def test_a_device_chosen_to_be_the_cpu_is_refused_by_name(machine):
+    machine(LACKS["no gpu"][0])
+    with pytest.raises(UnusableEngineError, match="on CUDA only, and the setting device is 'cpu'"):
+        build(engine="deepspeed", device="cpu")
+
+
+def test_kernels_that_prove_wrong_make_auto_load_the_model_again_for_native(machine):
+    loaded = machine(COMPLETE, deepspeed_fails="DeepSpeed's kernels are 12.0% off")
+    with pytest.raises(UnusableEngineError, match="off"):
+        build(engine="deepspeed")
+    loaded.clear()
+    assert build(engine="auto").note == "not deepspeed: DeepSpeed's kernels are 12.0% off"
+    assert loaded == ["fp16", "fp16"], "the UNet was changed in place"
+
+
+def test_who_asks_for_native_is_not_told_about_deepspeed(machine):
+    machine(COMPLETE)
+    assert build(engine="native").note == ""
