@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_serve import __version__
+from mii_serve.cli import bench_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, say
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("generate", "PROMPT", _add_generate_flags, "make the picture of one prompt and write it to a file", ""),
         ("config", "show|schema", _add_config_flags, "show how a server would be configured, and why", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, what it runs and how busy it is", ""),
+        ("bench", "", _add_bench_flags, "load a server, time it, and check its pictures", bench_flags.MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
         words = " ".join(("mii_serve", name, usage, "[options]")).replace("  ", " ")
@@ -166,6 +168,12 @@ def _add_status_flags(parser: argparse.ArgumentParser) -> None:
     _add_tls_flags(parser)
 
 
+def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
+    parser.usage = bench_flags.USAGE
+    bench_flags.add_flags(parser)
+    _add_tls_flags(parser)
+
+
 def _add_tls_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a server that wants more", "An API key is taken from MII_SERVE_API_KEY.")
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="speak TLS, and trust certificates signed by these")
@@ -217,4 +225,13 @@ def _status(values: dict[str, Any]) -> int:
     return run(_connection(values), timeout=values["timeout"], is_json=values["json"])
 
 
-_COMMANDS = {"config": _config, "deploy": _deploy, "generate": _generate, "status": _status}
+def _bench(values: dict[str, Any]) -> int:
+    from mii_serve.cli import bench
+
+    if values.pop("action") == "compare":
+        return bench.compare(values["files"], is_json=values["is_json"])
+    values["target"] = values["target"] or DEFAULT_TARGET
+    return bench.run(values, _connection(values))
+
+
+_COMMANDS = {"bench": _bench, "config": _config, "deploy": _deploy, "generate": _generate, "status": _status}
