@@ -23,10 +23,17 @@ def circumstances(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "device": device(),
         "versions": {"mii_serve": mii_serve.__version__, "python": platform.python_version(), **versions(packages)},
     }
+
+
+def command() -> str:
+    """As it can be typed again; the API key is never in it."""
+    script = Path(sys.argv[0])
+    name = script.parent.name if script.name == "__main__.py" else script.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def commit() -> str | None:

@@ -14,6 +14,9 @@ from mii_serve.bench.values import Record
 LEAST_ROWS = 10
 """Of fewer requests nothing can be said about the spread."""
 
+LEAST_BEYOND = 2
+"""A percentile with fewer requests above it hangs on single ones: of 100 requests the 99th is not to be compared."""
+
 LATENCIES = ("total_mean", *(f"total_p{percent}" for percent in PERCENTS))
 RATES = ("requests_per_s", "images_per_s")
 GOODPUT = "goodput_per_s"
@@ -35,7 +38,8 @@ def spread(records: Sequence[Record], *, target_s: float | None, seed: int = 0) 
     well = sorted((record for record in records if record.is_ok), key=lambda record: record.intended_s)
     if len(well) >= LEAST_ROWS:
         drawn = resampled(np.array([[record.total_s] for record in well]), _latencies, seed=seed)
-        figures |= dict(zip(LATENCIES, drawn.T, strict=True))
+        enough = (True, *(len(well) * (100 - percent) >= 100 * LEAST_BEYOND for percent in PERCENTS))
+        figures |= {name: values for name, values, is_kept in zip(LATENCIES, drawn.T, enough, strict=True) if is_kept}
     if len(records) >= LEAST_ROWS:
         drawn = resampled(_rows_of_rates(records, target_s), _rates, seed=seed)
         names = (*RATES, *((GOODPUT,) if target_s is not None else ()))
@@ -43,8 +47,9 @@ def spread(records: Sequence[Record], *, target_s: float | None, seed: int = 0) 
     return Spread(figures=figures)
 
 
-def _latencies(rows: Rows) -> Rows:
-    return np.concatenate(([rows.mean()], np.percentile(rows, PERCENTS)))
+def _latencies(runs: Rows) -> Rows:
+    totals = runs[..., 0]
+    return np.concatenate((totals.mean(axis=1)[None], np.percentile(totals, PERCENTS, axis=1))).T
 
 
 def _rows_of_rates(records: Sequence[Record], target_s: float | None) -> Rows:
@@ -58,9 +63,11 @@ def _rows_of_rates(records: Sequence[Record], target_s: float | None) -> Rows:
     return np.array(rows, dtype=np.float64)
 
 
-def _rates(rows: Rows) -> Rows:
-    seconds, *counts = rows.sum(axis=0)
-    return np.array(counts) / seconds if seconds > 0 else np.full(len(counts), np.nan)
+def _rates(runs: Rows) -> Rows:
+    sums = runs.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rates: Rows = sums[:, 1:] / sums[:, :1]
+    return rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

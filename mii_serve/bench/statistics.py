@@ -16,6 +16,8 @@ import numpy.typing as npt
 PERCENTS = (50, 90, 95, 99)
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000
+ROWS_AT_ONCE = 500_000
+"""Bounds the memory of re-drawing."""
 
 Rows = npt.NDArray[np.float64]
 
@@ -49,17 +51,22 @@ def block_length(count: int) -> int:
 
 
 def resampled(rows: Rows, figures: Callable[[Rows], Rows], *, seed: int, num_resamples: int = NUM_RESAMPLES) -> Rows:
-    """The figures of as many re-drawn runs, one run a row: circular blocks of consecutive rows, as many rows as there are."""
+    """The figures of as many re-drawn runs, one run a row: circular blocks of consecutive rows, as many rows as there are.
+
+    `figures` gets runs × rows × columns and answers with runs × figures.
+    """
     count = len(rows)
     length = block_length(count)
     num_blocks = -(-count // length)
     chance = np.random.default_rng(seed)
     drawn = []
-    for _ in range(num_resamples):
-        starts = chance.integers(0, count, num_blocks)
-        picked = (starts[:, None] + np.arange(length)).ravel()[:count] % count
+    at_once = max(1, ROWS_AT_ONCE // count)
+    for done in range(0, num_resamples, at_once):
+        num_runs = min(at_once, num_resamples - done)
+        starts = chance.integers(0, count, (num_runs, num_blocks, 1))
+        picked = (starts + np.arange(length)).reshape(num_runs, -1)[:, :count] % count
         drawn.append(figures(rows[picked]))
-    return np.asarray(drawn)
+    return np.concatenate(drawn)
 
 
 def interval(figures: Rows) -> list[float]:

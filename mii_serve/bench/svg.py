@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Literal
 
-WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 30, 44
+WIDTH, HEIGHT = 640, 320
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 48, 44
 COLORS = ("#2563a8", "#c2571a", "#3b8a3e", "#8a3b83", "#6b6b6b", "#b08b00", "#1f8a8a")
 MAX_DOTS = 4000
 """More cannot be told apart, and make the page heavy."""
@@ -42,9 +42,11 @@ class Plot:
         shown = [(one, [p for p in one.points if math.isfinite(p[1]) and (p[1] > 0 or not self.log_y)]) for one in self.series]
         every = [point for _, points in shown for point in points]
         x_low, x_high = _span([x for x, _ in every] + ([self.rule_x[0]] if self.rule_x else []), from_zero=not self.x_names)
+        if any(one.style == "bars" for one in self.series):
+            x_high += 0.5
         if self.x_names:
             x_low, x_high = -0.5, len(self.x_names) - 0.5
-        y_low, y_high = _span([y for _, y in every], from_zero=not self.log_y)
+        y_low, y_high = _span([y for _, y in every] or [1.0], from_zero=not self.log_y)
         if self.log_y:
             y_low, y_high = 10 ** math.floor(math.log10(y_low)), 10 ** math.ceil(math.log10(max(y_high, y_low * 1.001)))
 
@@ -76,7 +78,8 @@ class Plot:
             parts.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#aa2222" stroke-dasharray="4 3"/>'
             )
-            parts.append(f'<text x="{x + 4:.1f}" y="{TOP + 10}" fill="#aa2222">{escape(self.rule_x[1])}</text>')
+            is_right = x > (LEFT + WIDTH - RIGHT) / 2
+            parts.append(_text(x - 4 if is_right else x + 4, TOP + 12, self.rule_x[1], anchor="end" if is_right else "start"))
         for index, (one, points) in enumerate(shown):
             color = one.color or COLORS[index % len(COLORS)]
             parts += _drawn(one.style, [(x_at(x), y_at(y)) for x, y in points], color, _bar_width(points))
@@ -93,7 +96,7 @@ def _drawn(style: str, points: Points, color: str, bar_width: float) -> list[str
     if not points:
         return []
     if style == "dots":
-        return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.8" fill="{color}" fill-opacity="0.6"/>' for x, y in thinned(points)]
+        return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{color}" fill-opacity="0.7"/>' for x, y in thinned(points)]
     if style == "bars":
         bottom, half = HEIGHT - BOTTOM, bar_width / 2
         size = f'width="{bar_width:.1f}" fill="{color}"'
@@ -119,9 +122,9 @@ def _bar_width(points: Points) -> float:
 def _legend(entries: Sequence[tuple[str, str]]) -> list[str]:
     parts, x = [], WIDTH - RIGHT
     for name, color in reversed(entries):
-        x -= 7 * len(name) + 22
-        parts.append(f'<rect x="{x}" y="{TOP - 10}" width="10" height="10" fill="{color}"/>')
-        parts.append(f'<text x="{x + 14}" y="{TOP - 1}" fill="#222222">{escape(name)}</text>')
+        x -= 6 * len(name) + 24
+        parts.append(f'<rect x="{x}" y="{TOP - 20}" width="10" height="10" fill="{color}"/>')
+        parts.append(f'<text x="{x + 14}" y="{TOP - 11}" fill="#222222">{escape(name)}</text>')
     return parts
 
 
