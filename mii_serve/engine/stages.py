@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 STAGES = ("encode", "denoise", "decode", "safety")
 
@@ -16,15 +17,20 @@ class StageClock:
     result waits for all before it.
     """
 
+    settle: ClassVar[Callable[[], object]] = staticmethod(lambda: None)
+    """Called at both ends of a stage. A benchmark makes it wait for the device, so that every stage holds its own work."""
+
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
+        self.settle()
         start = time.perf_counter()
         try:
             yield
         finally:
+            self.settle()
             self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
