@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from typing import ClassVar
+from collections.abc import Iterator
 
 STAGES = ("encode", "denoise", "decode", "safety")
 
@@ -17,11 +16,12 @@ class StageClock:
     result waits for all before it.
     """
 
-    settle: ClassVar[Callable[[], object]] = staticmethod(lambda: None)
-    """Called at both ends of a stage. A benchmark makes it wait for the device, so that every stage holds its own work."""
-
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+
+    @staticmethod
+    def settle() -> None:
+        """Called at both ends of a stage. A benchmark waits for the device here: then every stage holds its own work."""
 
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
