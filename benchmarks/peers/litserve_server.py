@@ -1,6 +1,6 @@
 """LitServe with its own dynamic batching: up to eight requests that come within 50 ms. Arguments: folder, port."""
 
-# LitServe reads the signature of `decode_request`, and takes only an unannotated or a concrete one: no postponed annotations here.
+# LitServe reads the signature of `decode_request` and cannot use a postponed annotation: there are none here.
 
 import sys
 from typing import Any
