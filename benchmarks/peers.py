@@ -178,10 +178,17 @@ class Run:
             return
         with _served(system) as held:
             for mix in self.arguments.mixes:
+                if self._left_s < 2 * self.arguments.seconds + self.arguments.timeout:
+                    self._skip({"system": system.name, "mix": mix}, "no time left")
+                    continue
                 try:
                     await self._mix(system, held, mix)
                 except DownError as reason:
                     self._skip({"system": system.name, "mix": mix}, str(reason))
+
+    @property
+    def _left_s(self) -> float:
+        return self.deadline - time.monotonic()
 
     async def _mix(self, system: System, held: list[Server], mix: str) -> None:
         quick = self.arguments.seconds
@@ -194,7 +201,7 @@ class Run:
         for load in LOADS:
             about = {"system": system.name, "mix": mix, "load": load}
             rate = load * self.capacity[mix]
-            if self.deadline - time.monotonic() < quick + self.arguments.timeout:
+            if self._left_s < quick + self.arguments.timeout:
                 self._skip(about, "no time left")
                 continue
             loop = Loop(kind="poisson", rate=rate)
@@ -246,7 +253,8 @@ class Run:
         for is_last in (False, True):
             driver = system.driver(held[0].port)
             try:
-                await held[0].ready(driver, plan, START_TIMEOUT_S if is_last else timeout_s)
+                bound_s = START_TIMEOUT_S if is_last else timeout_s
+                await held[0].ready(driver, plan, max(5.0, min(bound_s, self._left_s)))
                 return
             except DownError:
                 if is_last or timeout_s == START_TIMEOUT_S:

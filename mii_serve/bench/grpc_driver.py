@@ -8,12 +8,13 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from mii_serve.bench.values import OK, Answer, PlannedRequest, Shown
+from mii_serve.bench.values import OK, UNREACHABLE, Answer, PlannedRequest, Shown
 from mii_serve.client import ServerInfo
 from mii_serve.client.calls import OPTIONS, Pairs, typed_error
 from mii_serve.client.messages import decode_server_info
 from mii_serve.errors import InvalidRequestError
 from mii_serve.proto.codec import encode_request, image_format_number
+from mii_serve.proto.status import STATUS_DETAILS_KEY
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.types import ImageFormat, OutputOptions
@@ -47,8 +48,7 @@ class GrpcDriver:
                 if kind == "image":
                     pictures[event.image.index] = shown(event.image)
         except grpc.RpcError as error:
-            code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else "UNKNOWN"
-            return Answer(code=code, text=str(typed_error(error, self._target)))
+            return Answer(code=code_of(error), text=str(typed_error(error, self._target)))
         except InvalidRequestError as error:  # no message could carry it
             return Answer(code=error.grpc_code, text=str(error))
         return Answer(
@@ -74,6 +74,14 @@ class GrpcDriver:
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+def code_of(error: grpc.RpcError) -> str:
+    """The status's name. UNAVAILABLE is gRPC's word for no connection, too: a server of ours that says it adds details."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return "UNKNOWN"
+    is_told = any(key == STATUS_DETAILS_KEY for key, _ in error.trailing_metadata() or ())
+    return UNREACHABLE if error.code() is grpc.StatusCode.UNAVAILABLE and not is_told else error.code().name
 
 
 def shown(image: pb.GeneratedImage) -> Shown:

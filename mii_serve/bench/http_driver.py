@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from mii_serve.bench.http_wire import HttpError, HttpPool, Response, Url
-from mii_serve.bench.values import BAD_ANSWER, DEADLINE_EXCEEDED, OK, Answer, PlannedRequest, Shown
+from mii_serve.bench.values import BAD_ANSWER, DEADLINE_EXCEEDED, OK, UNREACHABLE, Answer, PlannedRequest, Shown
 
 PATH = "/v1/images/generations"
 NUM_PARTIAL_IMAGES = 3
@@ -42,7 +42,7 @@ class HttpDriver:
         except TimeoutError:
             return Answer(code=DEADLINE_EXCEEDED, text=f"no answer within {timeout_s:.1f} s")
         except HttpError as error:
-            return Answer(code="UNAVAILABLE", text=str(error))
+            return Answer(code=UNREACHABLE, text=str(error))
 
     async def close(self) -> None:
         await self._pool.close()

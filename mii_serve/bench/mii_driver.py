@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from mii_serve.bench.grpc_driver import code_of
 from mii_serve.bench.values import OK, Answer, PlannedRequest, Shown
 from mii_serve.client.calls import OPTIONS, Pairs
 
@@ -95,7 +96,7 @@ class MiiDriver:
         try:
             reply = await self._call(encoded(request), timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            return Answer(code=error.code().name, text=error.details() or "")
+            return Answer(code=code_of(error), text=error.details() or "")
         if reply.mode != "RGB":
             return Answer(code="BAD_ANSWER", text=f"pictures in mode {reply.mode!r}")
         size = (reply.size_w, reply.size_h)

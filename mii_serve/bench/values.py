@@ -15,6 +15,8 @@ NOT_SENT = "NOT_SENT"
 """Its time ran out while `max_in_flight` others kept it from being sent; a failure like any other."""
 BAD_ANSWER = "BAD_ANSWER"
 """The server said it went well, and the answer is not what was asked for: pictures missing, unreadable, or of another size."""
+UNREACHABLE = "UNREACHABLE"
+"""Nobody answered: no connection, or one that broke. Not a refusal, which a server makes."""
 REFUSALS = frozenset({"RESOURCE_EXHAUSTED", "UNAVAILABLE", "HTTP_429", "HTTP_503"})
 """Codes of a server that says it has no room now; everything else that is not OK is an error."""
 

@@ -89,9 +89,18 @@ async def test_a_server_that_is_gone_fails_every_request_and_the_load_ends():
     for driver in (GrpcDriver("127.0.0.1:1"), MiiDriver("127.0.0.1:1"), HttpDriver(Url.parse("127.0.0.1:1"))):
         told = await measure(plan(CLOSED, metrics=Url.parse("127.0.0.1:1")), driver)
         await driver.close()
-        assert summary(told.records, target_s=None)["codes"] == {"UNAVAILABLE": 12}
+        assert summary(told.records, target_s=None)["codes"] == {"UNREACHABLE": 12}
         assert told.observed["text"].startswith("no metrics")
         assert told.kept == []
+
+
+async def test_a_server_that_says_it_is_not_available_refuses(server: RunningServer):
+    await server.desk.drain(0.1)
+    driver = GrpcDriver(server.target)
+    told = await measure(plan(CLOSED, num_warmup=0), driver)
+    await driver.close()
+    assert summary(told.records, target_s=None)["codes"] == {"UNAVAILABLE": 12}
+    assert summary(told.records, target_s=None)["num_refused"] == 12
 
 
 # ---- HTTP ----------------------------------------------------------------------------------------------------------
@@ -159,8 +168,8 @@ async def test_statuses_garbage_and_hang_ups_are_what_they_are():
         told = await measure(plan(Loop(kind="closed", callers=1), bounds=Bounds(max_requests=6), num_warmup=0), driver)
         await driver.close()
     codes = [record.code for record in told.records]
-    assert codes == ["HTTP_429", "HTTP_502", "BAD_ANSWER", "BAD_ANSWER", "BAD_ANSWER", "UNAVAILABLE"]
-    assert summary(told.records, target_s=None)["num_refused"] == 2
+    assert codes == ["HTTP_429", "HTTP_502", "BAD_ANSWER", "BAD_ANSWER", "BAD_ANSWER", "UNREACHABLE"]
+    assert summary(told.records, target_s=None)["num_refused"] == 1
     assert told.examples["HTTP_429"] == "full"
 
 
