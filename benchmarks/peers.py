@@ -300,6 +300,9 @@ def steady(records: list[Record], seconds: float) -> tuple[float, list[Record]]:
         for record in records
         if record.is_ok and from_s < record.ended_s <= seconds
     ]
+    if not inside:  # slower than the run is long: all that there is
+        well = [record for record in records if record.is_ok]
+        return len(well) / max((record.ended_s for record in records), default=seconds), well
     return len(inside) / (seconds - from_s), inside
 
 

@@ -18,6 +18,10 @@ import mii_serve
 PACKAGES = ("torch", "diffusers", "transformers", "grpcio", "protobuf", "numpy")
 
 
+SOURCES = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)README.md")
+"""What a measurement depends on; writing figures down does not make a checkout another one."""
+
+
 def circumstances(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Of this machine, this process and this checkout; what is not known is None."""
     return {
@@ -43,7 +47,7 @@ def commit() -> str | None:
     head = None if known is None else _git(folder, "rev-parse", "HEAD")
     if head is None:
         return None
-    return f"{head}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".") else head
+    return f"{head}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *SOURCES) else head
 
 
 def device() -> str:

@@ -25,6 +25,11 @@ def test_the_steady_rate_leaves_out_the_start_and_the_end():
     assert [record.ended_s for record in counted] == pytest.approx([0.25 * (i + 1) for i in range(24)])
 
 
+def test_of_a_server_slower_than_the_run_all_counts():
+    assert peers.steady([ended(20.0), ended(40.0), ended(40.0, "DEADLINE_EXCEEDED")], 8.0)[0] == pytest.approx(2 / 40)
+    assert peers.steady([], 8.0) == (0.0, [])
+
+
 def test_every_system_can_be_started_and_spoken_to():
     for system in peers.SYSTEMS.values():
         assert "PORT" in system.command
