@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTO := mii_serve/proto/v1/image_generation.proto
 
-.PHONY: clients chromium demo test test-fast check stubs goldens grade gpu-test gpu-bench clean
+.PHONY: clients chromium peers demo test test-fast check stubs goldens grade gpu-test gpu-bench clean
 
 # torch goes first and pinned, so that nothing else decides which build is taken. The registry's own build brings several gigabytes
 # of CUDA packages; on a machine without a GPU, TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu' avoids them.
@@ -72,5 +72,16 @@ gpu-test: $(INSTALLED) $(CLIENTS)
 gpu-bench: $(INSTALLED)
 	$(BIN)/python benchmarks/engines.py
 
+# Other people's servers beside ours, under the same load on this machine; no part of `make test`.
+.peers/.installed: benchmarks/peers/requirements.txt
+	test -x .peers/bin/python || $(PYTHON) -m venv .peers
+	DS_BUILD_OPS=0 .peers/bin/pip install -q $(TORCH_FLAGS) torch==2.13.0
+	DS_BUILD_OPS=0 .peers/bin/pip install -q -r $<
+	.peers/bin/pip install -q --no-deps deepspeed-mii==0.3.3
+	touch $@
+
+peers: $(INSTALLED) .peers/.installed
+	$(BIN)/python benchmarks/peers.py
+
 clean:
-	rm -rf $(VENV) .clients build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .clients .peers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,143 +1,312 @@
 #!/usr/bin/env python3
-"""Time the engines offline on one machine, and write the figures with everything needed to repeat them.
+"""Time the engines, and the ways other people run the same pipeline, offline on one machine, one after another on the same
+weights.
 
-    python benchmarks/engines.py                        full-size v1-4 with random weights, 512 × 512; for a GPU
-    python benchmarks/engines.py --model demo --quick   the built-in model, seconds on two CPU cores
+    python benchmarks/engines.py                        full-size v1-4 with random weights, 512 × 512; for a GPU, nine minutes
+    python benchmarks/engines.py --model ./my-model     any checkpoint in a diffusers folder
+    python benchmarks/engines.py --model demo --quick   the built-in model, under a minute on two CPU cores
 
-For each engine, sampler and number of images at once: the median seconds of a whole burst over the repeats, seconds per image,
-UNet calls per second, and the peak memory of the device. The reference engine makes one image at a time, so its time per image
-does not depend on the burst; it is the baseline the batched engine is divided by.
+For each row, sampler and number of images at once: the median of the bursts, seconds per image, where the time goes, peak
+memory, the share of the device's measured matmul peak, and how far the pictures are from the FP32 reference's. Every burst
+has a prompt of its own, so that nothing is remembered from the burst before. A row that cannot run here, and a measurement
+that there was no time for, is in the file with the reason. `--rows` chooses; `--list` says what there is.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import contextlib
+import io
 import json
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
+from engine_rows import ROWS, Place, Row, UnableError, opened
+from PIL import Image
 
-import mii_serve
+from mii_serve.bench import environment
+from mii_serve.bench.check import distance
 from mii_serve.config import DeployConfig
-from mii_serve.engine import Engine
-from mii_serve.engine.factory import build_engine
-from mii_serve.types import GenerationParams, RequestedParams, Sample, SampleId, StepPlan
+from mii_serve.engine.stages import StageClock
+from mii_serve.models import RANDOM_SD_V1_4, load_model
+from mii_serve.replica.encoding import PNG_COMPRESS_LEVEL
+from mii_serve.types import RequestedParams
 
 SAMPLERS = (("pndm", 50), ("dpm++_2m", 25))
-BATCHES = (1, 2, 4, 8, 16)
+BATCHES = (1, 8, 4, 16, 2)
+"""What matters most comes first, in case time runs out."""
+COMPILED_BATCHES = (1, 8)
+COMPILE_S = 120.0
+"""Each size is compiled for minutes; without this much time left, none is begun."""
+PROMPT = "a red circle on a blue background"
 RESULTS = Path(__file__).parent / "results"
-
-
-def burst(engine: Engine, params: GenerationParams, num_images: int, max_slots: int) -> int:
-    """Make the images, at most `max_slots` at once; answers how many UNet calls that took."""
-    waiting = [Sample(id=SampleId("benchmark", i), params=params) for i in range(num_images)]
-    calls_left: dict[SampleId, int] = {}
-    num_calls, num_steps = engine.check(params), 0
-    while waiting or calls_left:
-        joins = tuple(waiting.pop(0) for _ in range(min(len(waiting), max_slots - len(calls_left))))
-        calls_left |= {sample.id: num_calls for sample in joins}
-        steps = tuple(sample_id for sample_id, left in calls_left.items() if left)
-        ended = [sample_id for sample_id, left in calls_left.items() if left <= 1]
-        decodes = tuple(ended[: engine.capacity.max_decodes])
-        engine.run(StepPlan(joins=joins, steps=steps, decodes=decodes))
-        num_steps += len(steps)
-        calls_left = {sample_id: max(0, left - 1) for sample_id, left in calls_left.items() if sample_id not in decodes}
-    return num_steps
-
-
-def measure(engine: Engine, max_slots: int, sampler: str, num_steps: int, num_images: int, repeats: int) -> dict[str, Any]:
-    asked = RequestedParams(
-        prompt="a red circle on a blue background", scheduler=sampler, num_inference_steps=num_steps, seed=1
-    )
-    params = engine.capabilities.resolve(asked, fallback_seed=0)
-    burst(engine, params, num_images, max_slots)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    times, calls = [], 0
-    for _ in range(repeats):
-        start = time.perf_counter()
-        calls = burst(engine, params, num_images, max_slots)
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times)
-    return {
-        "engine": engine.description.engine,
-        "sampler": sampler,
-        "num_inference_steps": num_steps,
-        "num_images": num_images,
-        "median_s": round(median, 4),
-        "min_s": round(min(times), 4),
-        "max_s": round(max(times), 4),
-        "s_per_image": round(median / num_images, 4),
-        "unet_calls_per_s": round(calls / median, 2),
-        "peak_memory_mib": torch.cuda.max_memory_allocated() // 2**20 if torch.cuda.is_available() else None,
-    }
 
 
 def circumstances(model: str, model_revision: str, device: str, dtype: str) -> dict[str, Any]:
     """What a reader needs to repeat a measurement."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    on_gpu = device.startswith("cuda")
+    about = environment.circumstances((*environment.PACKAGES, "deepspeed", "triton"))
+    name = (
+        torch.cuda.get_device_name() if device.startswith("cuda") else f"{about['device']}, {torch.get_num_threads()} threads"
+    )
+    return {**about, "device": name, "model": model, "model_revision": model_revision, "dtype": dtype}
+
+
+@dataclass
+class Clock:
+    """What is left of the time the whole run may take."""
+
+    budget_s: float
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def left_s(self) -> float:
+        return self.budget_s - (time.monotonic() - self.start)
+
+
+def timed(row: Row, asked: RequestedParams, count: int) -> tuple[float, list[Image.Image]]:
+    _settle()
+    start = time.perf_counter()
+    pictures = row.burst(asked, count)
+    _settle()
+    return time.perf_counter() - start, pictures
+
+
+def measure(row: Row, sampler: str, num_steps: int, count: int, repeats: int) -> dict[str, Any]:
+    """Bursts with prompts of their own, and then one in which every stage waits for the device."""
+    asked = RequestedParams(prompt=PROMPT, scheduler=sampler, num_inference_steps=num_steps, seed=1)
+    _, pictures = timed(row, asked, count)  # warms up
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for repeat in range(repeats):
+        seconds, _ = timed(row, _with_prompt(asked, f"{PROMPT}, {sampler} {count} {repeat}"), count)
+        times.append(seconds)
+    peak = torch.cuda.max_memory_allocated() // 2**20 if torch.cuda.is_available() else None
+    median = statistics.median(times)
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or None,
-        "command": shlex.join(sys.argv),
-        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "model": model,
-        "model_revision": model_revision,
-        "dtype": dtype,
-        "versions": {
-            "mii_serve": mii_serve.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
+        "sampler": sampler,
+        "num_inference_steps": num_steps,
+        "num_images": count,
+        "median_s": round(median, 5),
+        "min_s": round(min(times), 5),
+        "max_s": round(max(times), 5),
+        "repeats": repeats,
+        "images_per_s": round(count / median, 4),
+        "stage_s": stages(row, _with_prompt(asked, f"{PROMPT}, {sampler} {count} by stages"), count, pictures),
+        "peak_memory_mib": peak,
+        "pictures": pictures,
     }
+
+
+def stages(row: Row, asked: RequestedParams, count: int, pictures: list[Image.Image]) -> dict[str, float]:
+    """Seconds of one burst by stage. The stages wait for the device here, so together they take longer than a burst does."""
+    row.stage_seconds()
+    with _settled_stages():
+        row.burst(asked, count)
+    seconds = row.stage_seconds()
+    start = time.perf_counter()
+    for picture in pictures:
+        picture.save(io.BytesIO(), "png", compress_level=PNG_COMPRESS_LEVEL)
+    seconds["encode_image"] = time.perf_counter() - start
+    return {name: round(value, 5) for name, value in seconds.items()}
+
+
+@contextlib.contextmanager
+def _settled_stages() -> Iterator[None]:
+    before = StageClock.settle
+    StageClock.settle = staticmethod(_settle)
+    try:
+        yield
+    finally:
+        StageClock.settle = staticmethod(before)
+
+
+def _settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _with_prompt(asked: RequestedParams, prompt: str) -> RequestedParams:
+    return RequestedParams(
+        prompt=prompt, scheduler=asked.scheduler, num_inference_steps=asked.num_inference_steps, seed=asked.seed
+    )
+
+
+# ---- what the device and the model are -------------------------------------------------------------------------------
+
+
+def matmul_peak(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of the best of several large products: what this device really gives."""
+    is_cuda = device.startswith("cuda")
+    size, repeats = (8192, 20) if is_cuda else (1024, 5)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(repeats):
+        _settle()
+        start = time.perf_counter()
+        left @ right
+        _settle()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def unet_flops_per_row(unet: Any, height: int, width: int) -> int:
+    """Floating-point operations of one row of one UNet call (a multiplication with its addition is two), counted without
+    weights.
+    """
+    from diffusers import UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        shape = UNet2DConditionModel.from_config(unet.config)
+        sample = torch.empty(1, unet.config.in_channels, height // 8, width // 8)
+        embeds = torch.empty(1, 77, unet.config.cross_attention_dim)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            shape(sample, torch.empty(1), encoder_hidden_states=embeds)
+    return int(counter.get_total_flops())
+
+
+def num_unet_calls(sampler: str, num_steps: int, config: dict[str, Any]) -> int:
+    from mii_serve.samplers.table import compile_table
+
+    return compile_table(config, sampler, num_steps).num_calls
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+
+def on_weights(model: str, device: str, dtype: str, folder: Path) -> tuple[Place, dict[str, Any]]:
+    """A place where every row finds the same weights, and what the figures are divided by."""
+    limits = DeployConfig.load({"model": model}).limits
+    loaded = load_model(model, revision=None, dtype="fp32", device=device, limits=limits)
+    pipeline, defaults = loaded.pipeline, loaded.defaults
+    torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    facts = {
+        "height": defaults.height,
+        "width": defaults.width,
+        "guidance_scale": defaults.guidance_scale,
+        "unet_gflop_per_row": round(unet_flops_per_row(pipeline.unet, defaults.height, defaults.width) / 1e9, 3),
+        "matmul_peak_tflops": {name: round(matmul_peak(device, kind) / 1e12, 3) for name, kind in {dtype: torch_dtype}.items()},
+        "model_revision": loaded.revision,
+        "calls": {sampler: num_unet_calls(sampler, steps, dict(pipeline.scheduler.config)) for sampler, steps in SAMPLERS},
+    }
+    if model == RANDOM_SD_V1_4:  # made here in float32, and read by every row in its own precision
+        pipeline.save_pretrained(folder)
+        model = str(folder)
+    return Place(model=model, device=device, dtype=dtype), facts
+
+
+def run(
+    place: Place, facts: dict[str, Any], arguments: argparse.Namespace, clock: Clock, write: Callable[[list[Any]], None]
+) -> None:
+    """Every row in turn; `write` gets all that is known after each, so that a run cut short is not lost."""
+    rows: list[dict[str, Any]] = []
+    truth: dict[tuple[str, int], Image.Image] = {}
+    names = [name for name in ROWS if name in arguments.rows]
+    for index, name in enumerate(names):
+        # A row that others follow leaves them their share; who compiles needs all there is.
+        share_s = clock.left_s if "compiled" in name else clock.left_s / (len(names) - index) if index else clock.left_s / 2
+        ends = time.monotonic() + share_s
+        try:
+            with opened(name, place) as row:
+                for told in cells(row, name, arguments, lambda ends=ends: ends - time.monotonic()):
+                    if (pictures := told.pop("pictures", None)) is not None:
+                        key = told["sampler"], told["num_inference_steps"]
+                        if name == "reference":
+                            truth.setdefault(key, pictures[0])
+                        told |= compared(pictures[0], truth.get(key)) | efficiency(told, facts, row.dtype)
+                        told["dtype"] = row.dtype
+                    rows.append({"row": name, **told})
+                    print(json.dumps(rows[-1]), flush=True)
+        except UnableError as reason:
+            rows.append({"row": name, "skipped": str(reason)})
+            print(json.dumps(rows[-1]), flush=True)
+        write(rows)
+
+
+def cells(row: Row, name: str, arguments: argparse.Namespace, left_s: Callable[[], float]) -> Iterator[dict[str, Any]]:
+    """The measurements of one row, those there is time for."""
+    per_image: dict[int, float] = {}
+    batches = COMPILED_BATCHES if "compiled" in name else (1, 2) if name == "reference" else BATCHES
+    if arguments.quick:
+        batches = (1, 2)
+    for sampler, num_steps in (("pndm", 4),) if arguments.quick else SAMPLERS:
+        for count in batches:
+            about = {"sampler": sampler, "num_inference_steps": num_steps, "num_images": count}
+            known = per_image.get(num_steps) or max(per_image.values(), default=0.0)
+            needed_s = known * count * (arguments.repeats + 2) + COMPILE_S * ("compiled" in name)
+            if needed_s > left_s():
+                yield {**about, "skipped": f"no time: needs about {needed_s:.0f} s of {max(0.0, left_s()):.0f} s left"}
+                continue
+            try:
+                told = measure(row, sampler, num_steps, count, arguments.repeats)
+            except Exception as error:  # noqa: BLE001 - out of memory, or a peer's failure: a result like any other
+                yield {**about, "skipped": f"{type(error).__name__}: {error}"[:500]}
+                continue
+            per_image[num_steps] = told["median_s"] / count
+            yield told
+
+
+def compared(picture: Image.Image, truth: Image.Image | None) -> dict[str, Any]:
+    """The distance from the FP32 reference's picture; no PSNR where not one pixel differs."""
+    if truth is None:
+        return {}
+    levels, psnr_db = distance(picture, truth)
+    return {"max_levels_off": levels, "psnr_db": None if levels == 0 else round(psnr_db, 2)}
+
+
+def efficiency(told: dict[str, Any], facts: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Time of a UNet call, and what share of the matmul peak the burst's UNet work comes to."""
+    calls = facts["calls"].get(told["sampler"], told["num_inference_steps"])
+    if told["num_inference_steps"] != dict(SAMPLERS).get(told["sampler"]):
+        calls = told["num_inference_steps"] + (told["sampler"] == "pndm")
+    num_rows = told["num_images"] * (2 if facts["guidance_scale"] > 1 else 1)
+    made = {"unet_calls_per_s": round(calls * told["num_images"] / told["median_s"], 3)}
+    peak = facts["matmul_peak_tflops"].get(dtype)
+    if peak:
+        gflop = facts["unet_gflop_per_row"] * num_rows * calls
+        made["share_of_matmul_peak"] = round(gflop / 1000 / told["median_s"] / peak, 4)
+    return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random-sd-v1-4")
-    parser.add_argument("--engines", nargs="+", default=["native", "reference"], choices=["native", "reference"])
+    parser.add_argument("--model", default=RANDOM_SD_V1_4)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one small burst, to see that everything runs")
+    parser.add_argument(
+        "--budget", type=float, default=520.0, metavar="SECONDS", help="what does not fit is left out and named"
+    )
+    parser.add_argument("--quick", action="store_true", help="small bursts, to see that everything runs")
+    parser.add_argument("--list", action="store_true", help="say which rows there are")
     parser.add_argument("--out", type=Path, help="the JSON file to write; named after device and model when left out")
     arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(f"{name:24}{(make.__doc__ or '').splitlines()[0]}" for name, make in ROWS.items()))
+        return
+    if arguments.quick:
+        arguments.repeats = 1
+    clock = Clock(arguments.budget)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "fp16" if device == "cuda" else "fp32"
+    with tempfile.TemporaryDirectory() as folder:
+        place, facts = on_weights(arguments.model, device, dtype, Path(folder))
+        about = circumstances(arguments.model, facts["model_revision"], device, dtype)
+        name = "".join(c if c.isalnum() else "-" for c in f"{Path(arguments.model).name}-{about['device']}").lower()
+        out = arguments.out or RESULTS / f"engines-{name}.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
 
-    rows: list[dict[str, Any]] = []
-    about: dict[str, Any] = {}
-    for name in arguments.engines:
-        engine = build_engine(DeployConfig.load({"model": arguments.model, "engine": name}))
-        engine.warmup()
-        max_slots = engine.capacity.max_slots
-        told = engine.description
-        about = circumstances(arguments.model, told.model_revision, told.device, told.dtype)
-        for sampler, num_steps in (("pndm", 5),) if arguments.quick else SAMPLERS:
-            for num_images in (1, 2) if arguments.quick else BATCHES:
-                # One image at a time, a longer burst tells nothing that a shorter one does not.
-                if num_images > max_slots and num_images > 2:
-                    continue
-                rows.append(
-                    measure(engine, max_slots, sampler, num_steps, num_images, 1 if arguments.quick else arguments.repeats)
-                )
-                print(json.dumps(rows[-1]), flush=True)
-        engine.close()
+        def write(rows: list[Any]) -> None:
+            out.write_text(json.dumps({**about, **facts, "is_quick": arguments.quick, "rows": rows}, indent=1) + "\n")
 
-    device = "".join(c if c.isalnum() else "-" for c in about["device"]).lower()
-    out = arguments.out or RESULTS / f"engines-{arguments.model}-{device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    print(f"written to {out}")
+        run(place, facts, arguments, clock, write)
+    print(f"written to {out}, {arguments.budget - clock.left_s:.0f} s")
 
 
 if __name__ == "__main__":

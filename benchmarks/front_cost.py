@@ -15,7 +15,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 import grpc
 
-import mii_serve
+from mii_serve.bench import environment
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.proto.codec import CHANNEL_OPTIONS
 from mii_serve.proto.v1 import image_generation_pb2 as pb
@@ -157,8 +156,8 @@ def main() -> None:
         for process in processes:
             process.kill()
     print(json.dumps(row))
-    about = {"mii_serve": mii_serve.__version__, "grpc": grpc.__version__, "python": platform.python_version()}
-    machine = {"device": platform.machine(), "cores": os.cpu_count(), "picture_bytes": SIDE_PX * SIDE_PX * 3}
+    about = environment.circumstances()
+    machine = {"cores": os.cpu_count(), "picture_bytes": SIDE_PX * SIDE_PX * 3}
     calls = {"calls": arguments.calls, "concurrency": arguments.concurrency}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({**about, **machine, **calls, **row}, indent=1) + "\n")

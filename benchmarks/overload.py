@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import random
 import re
 import statistics
@@ -31,7 +30,7 @@ from typing import Any
 import grpc
 import psutil
 
-import mii_serve
+from mii_serve.bench import environment
 from mii_serve.proto.codec import CHANNEL_OPTIONS
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
@@ -166,7 +165,7 @@ def main() -> None:
     with deployed(arguments.max_waiting_s) as (front, target):
         row = asyncio.run(measure(target, front, arguments))
     print(json.dumps(row))
-    about = {"mii_serve": mii_serve.__version__, "python": platform.python_version(), "device": platform.machine()}
+    about = environment.circumstances()
     settings = {name: getattr(arguments, name) for name in ("seconds", "times", "timeout", "max_waiting_s")}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({**about, "cores": os.cpu_count(), **settings, **row}, indent=1) + "\n")

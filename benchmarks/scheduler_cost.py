@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import random
 import statistics
 import time
@@ -20,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mii_serve
+from mii_serve.bench import environment
 from mii_serve.scheduler import Scheduler
 from mii_serve.types import EngineCapacity, GenerationParams, Picture, Priority, Request, SampleId, SampleProgress, StepPlan
 
@@ -115,7 +114,7 @@ def main() -> None:
     rows = [measure(slots, waiting, arguments.turns) for slots, waiting in SIZES]
     for row in rows:
         print(json.dumps(row))
-    about = {"mii_serve": mii_serve.__version__, "python": platform.python_version(), "device": platform.machine()}
+    about = environment.circumstances()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({**about, "turns": arguments.turns, "rows": rows}, indent=1) + "\n")
 

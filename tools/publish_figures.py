@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of measured figures into the docs, from the files in benchmarks/results; `--check` only compares.
+"""Writes the tables and plots of measured figures into the docs, from the files in benchmarks/results; `--check` only compares.
 
 A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. A figure that no file holds is one that nobody measured.
 """
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from mii_serve.bench.svg import Plot, Series
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -97,7 +99,125 @@ def overload() -> str:
     return f"The built-in model on {result['cores']} cores, {about}:\n\n{markdown(['', ''], cells)}"
 
 
-TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (inflight, savings, scheduler, front, overload)}
+def engines() -> str:
+    """A table for each machine that was measured in earnest."""
+    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("engines-*.json"))]
+    tables = [_engines(result) for result in found if not result.get("is_quick", True)]
+    return "\n".join(tables) or NOT_YET
+
+
+def _engines(result: dict[str, Any]) -> str:
+    cells = []
+    for row in result["rows"]:
+        if "median_s" not in row:
+            what = f"{row['num_images']} images, {row['sampler']}" if "num_images" in row else ""
+            cells.append(
+                [row["row"].replace("_", " "), what, "not measured: " + " ".join(row["skipped"].split())[:120], *[""] * 6]
+            )
+            continue
+        stages = row["stage_s"]
+        num_steps = row["unet_calls_per_s"] * row["median_s"]  # of all images together
+        cells.append(
+            [
+                f"{row['row'].replace('_', ' ')}, {row['dtype']}",
+                f"{row['num_images']} × {row['num_inference_steps']} {row['sampler']}",
+                f"{row['median_s']:.3f} ({row['min_s']:.3f}-{row['max_s']:.3f})",
+                f"{row['images_per_s']:.2f}",
+                f"{1000 * stages['denoise'] / num_steps:.2f}",
+                ", ".join(f"{1000 * stages.get(name, 0):.0f}" for name in ("encode", "decode", "safety", "encode_image")),
+                "-" if row["peak_memory_mib"] is None else row["peak_memory_mib"],
+                f"{100 * row['share_of_matmul_peak']:.1f} %" if "share_of_matmul_peak" in row else "-",
+                "-"
+                if "max_levels_off" not in row
+                else f"{row['max_levels_off']}" + (f", {row['psnr_db']} dB" if row["psnr_db"] else ""),
+            ]
+        )
+    header = [
+        "", "images × steps", "median s (least-most)", "images/s",
+        "UNet, ms an image and step",
+        "text, VAE, safety, PNG, ms", "MiB",
+        "of matmul peak", "levels off FP32",
+    ]  # fmt: skip
+    peak = ", ".join(f"{value} TFLOP/s in {name}" for name, value in result["matmul_peak_tflops"].items())
+    where = f"{result['model']} {result['width']}x{result['height']}, {result['device']}"
+    about = f"{where}, matmul peak {peak}, commit {str(result['commit'])[:12]}"
+    return f"{about}:\n\n{markdown(header, cells)}"
+
+
+def peers() -> str:
+    file = RESULTS / "peers-demo.json"
+    if not file.exists():
+        return NOT_YET
+    result = json.loads(file.read_text())
+    parts = []
+    for mix in result["mixes"]:
+        cells = [_peer(name, mix, result) for name in result["systems"]]
+        header = ["", "can do, requests/s", *(f"load {load:g}: in time, p50, p95 s" for load in PEER_LOADS), "pictures"]
+        parts.append(f"`{mix}`:\n\n{markdown(header, cells)}\n")
+    versions = ", ".join(f"{name} {version}" for name, version in result["peer_versions"].items())
+    about = (
+        f"{result['device']}, {result['seconds']:g} s a load, deadline {result['timeout']:g} s, "
+        f"in time is within {result['goodput']:g} s, commit {str(result['commit'])[:12]}; {versions}"
+    )
+    return f"{about}.\n\n{''.join(parts)}"
+
+
+def _peer(name: str, mix: str, result: dict[str, Any]) -> list[object]:
+    rows = {row.get("load"): row for row in result["rows"] if row["system"] == name and row.get("mix", mix) == mix}
+    able = rows.get("capacity")
+    if able is None:
+        return [
+            name.replace("_", " "),
+            "not measured: " + rows.get(None, {"skipped": "no time left"})["skipped"][:120],
+            "",
+            "",
+            "",
+            "",
+        ]
+    low, high = able["intervals"].get("requests_per_s", (None, None))
+    spread = "" if low is None or "unlocked" in name else f" ({low:.1f}-{high:.1f})"
+    cells = [name.replace("_", " "), f"{able['requests_per_s']:.1f}{spread}"]
+    for load in PEER_LOADS:
+        row = rows.get(load)
+        if row is None or "skipped" in row:
+            cells.append("-" if row is None else row["skipped"])
+            continue
+        times = row["total_s"]
+        said = "none" if times is None else f"{times['p50']:.2f}, {times['p95']:.2f}"
+        cells.append(f"{100 * row['goodput']['share']:.0f} %, {said}")
+    checks = [row["check"] for row in rows.values() if "check" in row]
+    wrong, num = sum(one["num_wrong"] for one in checks), sum(one["num_checked"] for one in checks)
+    return [*cells, f"**{wrong} of {num} wrong**" if wrong else f"{num} checked, right"]
+
+
+def peers_plot() -> str:
+    """The share in time by load, as a picture beside its file; empty while there are no figures."""
+    if not (RESULTS / "peers-demo.json").exists():
+        return ""
+    result = read("peers-demo.json")
+    mix = "mixed" if "mixed" in result["mixes"] else next(iter(result["mixes"]))
+    series = []
+    for name in result["systems"]:
+        rows = {row.get("load"): row for row in result["rows"] if row["system"] == name and row.get("mix") == mix}
+        shown = [(float(i), rows.get(load, {})) for i, load in enumerate(PEER_LOADS)]
+        points = [(x, 100 * row["goodput"]["share"]) for x, row in shown if row.get("goodput")]
+        if points:
+            series.append(Series(name=name.replace("_", " "), points=points, style="marked"))
+    return Plot(
+        title=f"Answered within {result['goodput']:g} s, mix {mix}",
+        x_label="requests/s offered, as a share of what mii_serve can do",
+        y_label="% of all requests",
+        x_names=[f"{load:g}" for load in PEER_LOADS],
+        series=series,
+    ).svg()
+
+
+NOT_YET = "Not measured in earnest yet.\n"
+PEER_LOADS = (0.5, 0.85, 1.2)
+PLOTS: dict[str, Callable[[], str]] = {"peers-demo.svg": peers_plot}
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table for table in (inflight, savings, scheduler, front, overload, engines, peers)
+}
 
 
 def published(text: str) -> str:
@@ -113,6 +233,12 @@ def main() -> int:
             stale.append(str(page.relative_to(ROOT)))
             if not is_check:
                 page.write_text(new)
+    for name, plot in PLOTS.items():
+        file, drawn = RESULTS / name, plot()
+        if drawn and (not file.exists() or file.read_text() != drawn):
+            stale.append(str(file.relative_to(ROOT)))
+            if not is_check:
+                file.write_text(drawn)
     print("\n".join(stale) or "all figures are those of the files")
     return int(is_check and bool(stale))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_serve import __version__
+from mii_serve.cli import bench_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, say
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("status", "", _add_status_flags, "show a server's health, what it runs and how busy it is", ""),
         ("verify", "[MODEL]", _add_verify_flags, "hold an engine against the FP32 reference, stage by stage", _VERIFY_MORE),
         ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine lacks", _DOCTOR_MORE),
+        ("bench", "", _add_bench_flags, "load a server, time it, and check its pictures", bench_flags.MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
         words = " ".join(("mii_serve", name, usage, "[options]")).replace("  ", " ")
@@ -212,6 +214,12 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=levels, default="warning", help="how much to log on stderr")
 
 
+def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
+    parser.usage = bench_flags.USAGE
+    bench_flags.add_flags(parser)
+    _add_tls_flags(parser)
+
+
 def _add_tls_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a server that wants more", "An API key is taken from MII_SERVE_API_KEY.")
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="speak TLS, and trust certificates signed by these")
@@ -277,7 +285,17 @@ def _doctor(values: dict[str, Any]) -> int:
     return run(values["engine"], is_json=values["json"])
 
 
+def _bench(values: dict[str, Any]) -> int:
+    from mii_serve.cli import bench
+
+    if values.pop("action") == "compare":
+        return bench.compare(values["files"], is_json=values["is_json"])
+    values["target"] = values["target"] or DEFAULT_TARGET
+    return bench.run(values, _connection(values))
+
+
 _COMMANDS = {
+    "bench": _bench,
     "config": _config,
     "deploy": _deploy,
     "doctor": _doctor,

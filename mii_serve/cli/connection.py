@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from mii_serve.errors import ConfigError
 
 if TYPE_CHECKING:
+    import grpc
+
     from mii_serve.client import Client
 
 API_KEY_VARIABLE = "MII_SERVE_API_KEY"
@@ -31,19 +33,26 @@ class Connection:
         Raises:
             ConfigError: naming the flag whose file cannot be used.
         """
-        import grpc
-
         from mii_serve.client import Client
 
-        credentials = None
+        return Client(self.target, credentials=self.credentials(), api_key=os.environ.get(API_KEY_VARIABLE) or None)
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """For a channel to this server; None is plain text.
+
+        Raises:
+            ConfigError: naming the flag whose file cannot be used.
+        """
+        import grpc
+
         if (self.tls_cert is None) is not (self.tls_key is None):
             raise ConfigError("--tls-cert", "and --tls-key go together")
         if self.tls_cert is not None and self.tls_ca is None:
             raise ConfigError("--tls-ca", "is needed for TLS: whose certificate the server's is signed by")
-        if self.tls_ca is not None:
-            roots, key, chain = (_bytes(*file) for file in self._files())
-            credentials = grpc.ssl_channel_credentials(roots, key, chain)
-        return Client(self.target, credentials=credentials, api_key=os.environ.get(API_KEY_VARIABLE) or None)
+        if self.tls_ca is None:
+            return None
+        roots, key, chain = (_bytes(*file) for file in self._files())
+        return grpc.ssl_channel_credentials(roots, key, chain)
 
     def _files(self) -> tuple[tuple[str, Path | None], ...]:
         return ("--tls-ca", self.tls_ca), ("--tls-key", self.tls_key), ("--tls-cert", self.tls_cert)

@@ -23,6 +23,7 @@ class ExitCode(IntEnum):
     INVALID = 2
     UNAVAILABLE = 3
     DEADLINE_EXCEEDED = 4
+    REJECTED = 5
     INTERRUPTED = 130
 
 
@@ -33,6 +34,7 @@ exit codes:
   2    wrong usage, or an invalid parameter or setting
   3    server unreachable or not ready
   4    deadline exceeded
+  5    the pictures are not those of the reference
   130  interrupted
 """
 

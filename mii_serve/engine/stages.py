@@ -19,12 +19,18 @@ class StageClock:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
 
+    @staticmethod
+    def settle() -> None:
+        """Called at both ends of a stage. A benchmark waits for the device here: then every stage holds its own work."""
+
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
+        self.settle()
         start = time.perf_counter()
         try:
             yield
         finally:
+            self.settle()
             self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:

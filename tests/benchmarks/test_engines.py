@@ -1,0 +1,49 @@
+"""`benchmarks/engines.py` in its smallest configuration, and the figures it divides by."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_smoke_run_times_every_row_or_says_why_not(tmp_path):
+    out = tmp_path / "engines.json"
+    command = [sys.executable, "benchmarks/engines.py", "--model", "demo", "--quick", "--out", str(out)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    written = json.loads(out.read_text())
+    rows: dict[str, list[dict]] = {}
+    for row in written["rows"]:
+        rows.setdefault(row["row"], []).append(row)
+    assert set(rows) == {
+        "reference", "native", "diffusers_eager", "native_without_graphs", "deepspeed", "diffusers_compiled",
+        "diffusers_deepspeed",
+    }  # fmt: skip
+    for name in ("reference", "native", "diffusers_eager"):
+        assert [row["num_images"] for row in rows[name]] == [1, 2]
+        for row in rows[name]:
+            assert set(row["stage_s"]) == {"encode", "denoise", "decode", "safety", "encode_image"}
+            assert row["max_levels_off"] <= 1  # all in float32: the same pictures
+            assert 0 < row["share_of_matmul_peak"] < 2
+    for name in ("diffusers_compiled", "native_without_graphs", "diffusers_deepspeed"):
+        assert all(row.get("skipped") or "median_s" in row for row in rows[name])
+    assert {"commit", "date", "device", "versions", "command"} <= set(written)
+
+
+def test_the_unet_of_v1_4_is_counted_as_published():
+    """803 GFLOP a row at 64×64 latent cells, convolutions, linear layers and attention together."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from engines import unet_flops_per_row
+
+    from mii_serve.models.random_init import SD_V1_4
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD_V1_4.unet)
+    assert unet_flops_per_row(unet, 512, 512) == pytest.approx(803.3e9, rel=0.002)
