@@ -236,7 +236,7 @@ def cells(row: Row, name: str, arguments: argparse.Namespace, left_s: Callable[[
     batches = COMPILED_BATCHES if "compiled" in name else (1, 2) if name == "reference" else BATCHES
     if arguments.quick:
         batches = (1, 2)
-    for sampler, num_steps in (("pndm", 4),) if arguments.quick else SAMPLERS:
+    for sampler, num_steps in (("pndm", 2),) if arguments.quick else SAMPLERS:
         for count in batches:
             about = {"sampler": sampler, "num_inference_steps": num_steps, "num_images": count}
             known = per_image.get(num_steps) or max(per_image.values(), default=0.0)

@@ -333,7 +333,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=5.0, help="each request's deadline, in seconds")
     parser.add_argument("--goodput", type=float, default=2.0, metavar="SECONDS", help="what counts as in time")
     parser.add_argument(
-        "--budget", type=float, default=540.0, metavar="SECONDS", help="loads that do not fit are left out and named"
+        "--budget", type=float, default=510.0, metavar="SECONDS", help="loads that do not fit are left out and named"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "peers-demo.json")
     arguments = parser.parse_args()

@@ -159,7 +159,8 @@ def peers() -> str:
         f"{result['device']}, {result['seconds']:g} s a load, deadline {result['timeout']:g} s, "
         f"in time is within {result['goodput']:g} s, commit {str(result['commit'])[:12]}; {versions}"
     )
-    return f"{about}.\n\n{''.join(parts)}"
+    plot = "![Share of the requests answered in time, by load](../../benchmarks/results/peers-demo.svg)"
+    return f"{about}.\n\n{''.join(parts)}{plot}\n"
 
 
 def _peer(name: str, mix: str, result: dict[str, Any]) -> list[object]:

@@ -110,8 +110,12 @@ def plots(records: Sequence[Record], target_s: float | None) -> list[Plot]:
 def _distribution(records: Sequence[Record], kind: str) -> list[tuple[float, float]]:
     """A failed request is never ready: the line ends below 100 %."""
     of_kind = [record for record in records if record.kind == kind]
-    ready = sorted(record.total_s for record in of_kind if record.is_ok)
-    return [(0.0, 0.0), *((total, 100 * (rank + 1) / len(of_kind)) for rank, total in enumerate(ready))]
+    steps, share = [(0.0, 0.0)], 0.0
+    for rank, total_s in enumerate(sorted(record.total_s for record in of_kind if record.is_ok)):
+        steps.append((total_s, share))
+        share = 100 * (rank + 1) / len(of_kind)
+        steps.append((total_s, share))
+    return steps
 
 
 def _per_second(records: Sequence[Record]) -> Plot:
