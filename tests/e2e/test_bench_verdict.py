@@ -76,6 +76,17 @@ def test_a_deployment_is_measured_and_its_pictures_are_the_references(deployment
     assert page.is_file()
 
 
+@pytest.mark.parametrize("protocol", ["http", "mii"])
+def test_the_other_protocols_are_measured_and_checked_alike(protocol, deployment: Deployment, tmp_path: Path, capsys):
+    result = tmp_path / "a.json"
+    target = deployment.http if protocol == "http" else deployment.grpc
+    flags = ("--protocol", protocol, "--target", target, "--requests", "6", "--concurrency", "2")
+    assert bench(*flags, "--check", "2", "--check-model", "demo", "-o", str(result)) == 0, capsys.readouterr().err
+    written = json.loads(result.read_text())
+    assert written["summary"]["codes"] == {"OK": 6}
+    assert written["check"]["is_ok"] is True and len(written["check"]["pictures"]) == 2
+
+
 def test_a_fast_server_with_the_wrong_pictures_is_rejected(deployment: Deployment, tmp_path: Path, capsys):
     result = tmp_path / "a.json"
     with cheating(deployment.grpc) as target:
