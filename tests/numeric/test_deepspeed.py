@@ -253,6 +253,16 @@ class TestWorkspace:
         assert needed < 2 * operations.most_used, rows
         workspace.release()
 
+    def test_odd_sides_have_more_than_a_quarter_of_the_tokens_below(self, operations):
+        below = {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (32, 64),
+        }
+        before, injected, workspace = make_injected(max_cells=len(SAMPLE_OF_ROW) * 49, sides=range(7, 8), **below)
+        assert error(before, injected, (7, 7)) < RIGHT
+        workspace.release()
+
     def test_calls_of_all_sizes_leave_it_where_it_is(self, pair, operations):
         taken = operations.workspace
         for size in ((8, 8), (16, 16), (9, 7), (16, 16), (8, 8)):
