@@ -146,16 +146,14 @@ class TestInjection:
         assert error(before, injected) < RIGHT
         workspace.release()
 
-    def test_a_unet_laid_out_otherwise_is_read_as_it_lies(self):
-        """Then the tokens are a view of an image, channels first, and the kernels know no strides."""
-        unet = make_unet().to(memory_format=torch.contiguous_format)
-        inject(unet)
-        workspace = Workspace(unet, max_cells=3 * 64, sides=range(8, 9))
-        injected = DeepSpeedRowUNet(unet)
+    def test_tokens_laid_out_otherwise_are_not_read_as_they_lie(self, pair):
+        """Tokens may be a view of an image, channels first, and the kernels know no strides."""
+        injected = pair[1]
         embeds = torch.randn(3, NUM_TOKENS, 48).half()
-        made = injected(torch.randn(3, 4, 8, 8).half(), injected.embed_times(TIMES), embeds)
-        assert made.isfinite().all()
-        workspace.release()
+        call = injected._make_call(injected.embed_times(TIMES), embeds, None)
+        block, view = injected_blocks(injected._unet)[0], torch.randn(3, 32, 64).half().transpose(1, 2)
+        made, _ = call._block(block, view, view)
+        assert torch.equal(made, call._block(block, view.contiguous(), view)[0])
 
     def test_nothing_is_printed_where_results_go(self, capsys):
         inject(make_unet())
@@ -253,6 +251,16 @@ class TestWorkspace:
         needed = num_elements(injected._unet, max_cells=cells, sides=range(7, 17))
         assert operations.most_used <= needed <= operations.workspace.numel() < needed + 10_000
         assert needed < 2 * operations.most_used, rows
+        workspace.release()
+
+    def test_odd_sides_have_more_than_a_quarter_of_the_tokens_below(self, operations):
+        below = {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (32, 64),
+        }
+        before, injected, workspace = make_injected(max_cells=len(SAMPLE_OF_ROW) * 49, sides=range(7, 8), **below)
+        assert error(before, injected, (7, 7)) < RIGHT
         workspace.release()
 
     def test_calls_of_all_sizes_leave_it_where_it_is(self, pair, operations):
