@@ -85,6 +85,8 @@ def precision_of(config: DeployConfig) -> Precision:
 
 
 def _load(config: DeployConfig, device: str, dtype: Precision) -> LoadedModel:
+    if dtype == "fp32":  # left alone, PyTorch lets cuDNN take ten bits of a number's twenty-three
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return load_model(
         config.model,
         revision=config.revision,

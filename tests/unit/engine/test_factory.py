@@ -6,13 +6,14 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import torch
 from unit.engine.test_requirements import COMPLETE, LACKS
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import factory
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.engine.machine import Machine
-from mii_serve.errors import UnusableEngineError
+from mii_serve.errors import ModelError, UnusableEngineError
 
 
 @pytest.fixture
@@ -102,3 +103,19 @@ def test_kernels_that_prove_wrong_make_auto_load_the_model_again_for_native(mach
 def test_who_asks_for_native_is_not_told_about_deepspeed(machine):
     machine(COMPLETE)
     assert build(engine="native").note == ""
+
+
+def test_fp32_is_computed_in_fp32(monkeypatch):
+    seen = []
+
+    def load(*_, **settings):
+        seen.append((settings["dtype"], torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        raise ModelError("enough seen")
+
+    monkeypatch.setattr(factory, "load_model", load)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for engine in ("native", "reference"):
+        torch.backends.cudnn.allow_tf32 = True
+        with pytest.raises(ModelError):
+            factory.build_engine(DeployConfig.load({"engine": engine, "dtype": "fp32", "device": "cpu"}))
+    assert seen == [("fp32", False, False)] * 2
