@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -123,9 +123,10 @@ class Door:
         """`method` POST reads a JSON body. Only work counts against a key's limits."""
         return Route(path, _Doorway(self, f"{method} {path}", answer, dialect, is_work), methods=[method], name=path)
 
-    @contextlib.asynccontextmanager
-    async def entered(self, request: Request, method: str, reply: _Reply, *, is_work: bool) -> AsyncIterator[Call]:
-        """Let the call in while the block runs, and answer what it raises."""
+    async def attend(
+        self, request: Request, method: str, reply: _Reply, work: Callable[[Call], Awaitable[None]], *, is_work: bool
+    ) -> None:
+        """Let the call in, have the `work` done for it, and answer whatever is raised on the way."""
         headers = request.headers
         start, facts, ended = time.monotonic(), self._ledger.new_facts(method, headers), "CANCELLED"
         current_facts.set(facts)
@@ -138,7 +139,7 @@ class Door:
             with self._keys.admitted(authorization_of(headers), is_work=is_work) as key_name:
                 current_key_name.set(key_name)
                 host = request.client.host if request.client is not None else "unknown"
-                yield Call(
+                call = Call(
                     request=request,
                     request_id=request_id,
                     client=client_of(key_name, headers.get(CLIENT_ID_KEY), f"http {host}"),
@@ -147,6 +148,7 @@ class Door:
                     deadline=deadline_in(self._time_left_s(headers)),
                     started=start,
                 )
+                await work(call)
             ended = "OK"
         except MiiServeError as error:
             ended = error.grpc_code
@@ -181,12 +183,15 @@ class _Doorway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, reply = Request(scope, receive), _Reply(self._dialect, scope, receive, send)
-        async with self._door.entered(request, self._method, reply, is_work=self._is_work) as call:
+
+        async def work(call: Call) -> None:
             if request.method == "POST":
                 call.body = await read_json(request, self._door.settings.max_body_bytes)
-            await _while_there(receive, self._work(call, reply), reply)
+            await _while_there(receive, self._answered(call, reply), reply)
 
-    async def _work(self, call: Call, reply: _Reply) -> None:
+        await self._door.attend(request, self._method, reply, work, is_work=self._is_work)
+
+    async def _answered(self, call: Call, reply: _Reply) -> None:
         answer = await self._answer(call)
         if isinstance(answer, EventStream):
             await reply.stream(answer)

@@ -7,7 +7,8 @@ import base64
 import contextlib
 import io
 import json
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ async def web(
     behind: dict[str, Any] | None = None,
     **http: Any,
 ) -> AsyncIterator[Web]:
-    """`behind` goes to `running_server`; `http` are settings of that group."""
+    """`behind` goes to `running_server`; `http` are settings of that group. What escapes the application fails the test."""
     config = DeployConfig.load({"http_port": 0, "http": http})
     engine = engine or FakeEngine(max_slots=4)
     async with (
@@ -74,7 +75,23 @@ async def web(
         serve_http(config, server.desk, keys or KeyRing()) as address,
         httpx2.AsyncClient(base_url=f"http://{address}", timeout=TIMEOUT_S) as client,
     ):
-        yield Web(server, client, address)
+        with nothing_escapes():
+            yield Web(server, client, address)
+
+
+@contextlib.contextmanager
+def nothing_escapes() -> Iterator[None]:
+    """uvicorn logs an exception that an application lets out, after whatever it has answered."""
+    escaped: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: escaped.append(logging.Formatter().format(record))  # type: ignore[method-assign]
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    assert not (exceptions := [text for text in escaped if "Traceback" in text]), exceptions[0]
 
 
 def picture(text: str) -> Image.Image:
