@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationAsyncStub
 
 HELLO_TIMEOUT_S = 30.0
+PROBE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,19 @@ class Connection:
         """A call to it broke: it gets no new work until it is clear why."""
         self.work = 0
         self.num_running = 0
+
+    async def answers(self) -> bool:
+        """Whether the replica is there after all."""
+        try:
+            await self.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=PROBE_TIMEOUT_S)
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError):  # the latter: its channel has been closed
+            return False
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return False  # its channel was closed meanwhile, which looks as if somebody had cancelled us
+        return True
 
 
 class ReplicaLink:

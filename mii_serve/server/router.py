@@ -263,8 +263,9 @@ class Router:
         try:
             return await asyncio.wait_for(asyncio.shield(connection.lost), VERDICT_TIMEOUT_S)
         except TimeoutError:  # its process lives, or the supervisor would have said so by now
-            connection.is_suspect = False
-            await self.announce_change()
+            if await connection.answers():
+                connection.is_suspect = False
+                await self.announce_change()
             return Loss(reason="its connection broke, and nobody knows why", is_crash=False)
 
     def _judge(self, part: _Part, loss: Loss, *, was_alone: bool) -> None:
