@@ -16,6 +16,7 @@ from mii_serve import __version__
 from mii_serve.cli.connection import Connection
 from mii_serve.cli.exits import ExitCode, say
 from mii_serve.cli.files import check_output, output_paths, write_all
+from mii_serve.cli.interrupt import CtrlC
 from mii_serve.errors import DeadlineExceededError, InvalidRequestError
 from mii_serve.types import ImageFormat, OutputOptions, RequestedParams
 
@@ -62,6 +63,7 @@ def _ask(
     connection: Connection, asked: RequestedParams, options: OutputOptions, timeout: float | None, *, is_quiet: bool
 ) -> GenerationResult:
     with (
+        CtrlC() as ctrl_c,
         connection.open() as client,
         client.stream(
             asked.prompt,
@@ -78,6 +80,7 @@ def _ask(
             timeout=timeout,
         ) as stream,
     ):
+        ctrl_c.cancels(stream)
         _show(stream, is_quiet=is_quiet)
         return stream.result()
 

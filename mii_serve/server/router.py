@@ -169,28 +169,34 @@ class Router:
                 async for event in events:
                     yield event
             return
-        queue: asyncio.Queue[pb.GenerateEvent | MiiServeError | None] = asyncio.Queue(MERGE_BUFFER)
+        queue: asyncio.Queue[tuple[_Part, pb.GenerateEvent] | MiiServeError | None] = asyncio.Queue(MERGE_BUFFER)
 
         async def feed(part: _Part) -> None:
             try:
                 async with contextlib.aclosing(self._made(part)) as events:
                     async for event in events:
-                        await queue.put(event)
+                        await queue.put((part, event))
                 await queue.put(None)
             except MiiServeError as error:
                 await queue.put(error)
 
         tasks = [asyncio.create_task(feed(part)) for part in parts]
         try:
-            num_left = len(parts)
+            num_left, is_queued = len(parts), False
             while num_left:
                 news = await queue.get()
                 if isinstance(news, MiiServeError):
                     raise news
                 if news is None:
                     num_left -= 1
-                else:
-                    yield news
+                    continue
+                part, event = news
+                if event.HasField("queued"):
+                    # One place in line for the caller: whoever tells one first, then that of the first image.
+                    if is_queued and part.first != 0:
+                        continue
+                    is_queued = True
+                yield event
         finally:
             for task in tasks:
                 task.cancel()
@@ -305,9 +311,7 @@ class _Account:
 def _place(event: pb.GenerateEvent, part: _Part) -> bool:
     """Give the event the index its image has in the whole request; False for news of an image already delivered."""
     kind = event.WhichOneof("event")
-    if kind == "queued":
-        return part.first == 0  # one place in line for the caller: its first image's
-    if kind == "done":
+    if kind in ("queued", "done"):
         return True
     if kind == "image":
         event.image.index = index = event.image.index + part.first

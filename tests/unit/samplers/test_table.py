@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import diffusers
@@ -206,6 +207,7 @@ def test_a_table_is_compiled_once():
 
 def test_the_cache_is_bounded(monkeypatch):
     monkeypatch.setattr(table, "MAX_CACHED_TABLES", 3)
+    monkeypatch.setattr(table, "_cache", OrderedDict())
     for num_steps in range(1, 8):
         compile_table(CONFIG, "ddim", num_steps)
     assert len(table._cache) == 3
