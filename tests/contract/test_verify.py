@@ -22,6 +22,8 @@ from mii_serve.verify.drawing import draw
 from mii_serve.verify.limits import Stage
 from mii_serve.verify.truth import Truth, learn_truth
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {"model": "demo", "device": "cpu"}
 FEW_STEPS = 5
 """Of the pictures that are drawn where one stage is wrong: enough to see that later stages are asked too."""

@@ -249,6 +249,7 @@ async def test_a_sample_that_fails_by_itself_fails_its_request_only(two_slots):
     assert two_slots.loop.activity().num_running == two_slots.loop.activity().num_waiting == 0
 
 
+@pytest.mark.slow
 async def test_a_lost_replica_is_unavailable_not_a_riddle(server):
     server.engine.gate.clear()
     call = asyncio.create_task(refused(server.stub.Generate(request())))

@@ -165,6 +165,7 @@ class TestWhatACallerIsTold:
         assert server.loop.activity().num_steps == steps + 4
 
 
+@pytest.mark.slow
 async def test_two_thousand_requests_with_random_cancels_leave_nothing_behind():
     generator = random.Random(0)
     engine, engine_thread = FakeEngine(max_slots=8), ThreadPoolExecutor(1)

@@ -35,6 +35,7 @@ def _grade(prompt: GradedPrompt, *things: Thing, background: str = "white") -> G
     return grade(prompt, detect(render(Scene(background, things, "one"), random.Random(0))))
 
 
+@pytest.mark.slow
 def test_true_pictures_are_read_back() -> None:
     accuracy = detector_accuracy(150)
     assert accuracy.num_pictures == 150
@@ -42,6 +43,7 @@ def test_true_pictures_are_read_back() -> None:
     assert accuracy.background == 1.0
 
 
+@pytest.mark.slow
 def test_places_and_sizes_are_read_back() -> None:
     rng = random.Random(5)
     for _ in range(40):

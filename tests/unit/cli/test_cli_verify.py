@@ -18,6 +18,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_the_native_engine_passes_on_a_cpu_and_the_report_and_the_sheet_are_written(run: Run, tmp_path, one_thread) -> None:
     arguments = ("--engine", "native", "--device", "cpu", "--json", "report.json", "--picture", "sheet.png")
     ran = run("verify", "demo", *arguments)

@@ -99,6 +99,7 @@ def test_without_network_the_cache_is_the_hub(pristine: Path, tmp_path: Path) ->
     assert "revision v2" in unknown_revision["error"]
 
 
+@pytest.mark.slow
 def test_a_cached_model_loads_offline_with_its_commit_and_a_clean_stdout(pristine: Path, tmp_path: Path) -> None:
     fill_cache(tmp_path, pristine)
     assert run(LOAD, tmp_path, HF_HUB_OFFLINE="1") == f"{REPO} {COMMIT} torch.float32\n"

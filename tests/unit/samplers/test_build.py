@@ -33,6 +33,7 @@ def walk(name: str, num_inference_steps: int) -> torch.Tensor:
     return sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_what_passes_the_trial_ends_finite_and_the_rest_names_the_field(name):
     num_let_in = 0

@@ -88,6 +88,7 @@ def relative_difference(found: torch.Tensor, true: torch.Tensor) -> float:
     return float((found - true).norm() / true.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_table_makes_the_steps_that_the_scheduler_makes(sampler, prediction_type):
