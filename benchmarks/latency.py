@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What serving costs: seconds per picture over gRPC, beside the plain diffusers pipeline on the same weights in this session.
+"""What serving costs: seconds per picture over gRPC, beside the plain diffusers pipeline on the same weights in the same run.
 
     python benchmarks/latency.py                    the built-in model with its own defaults, one caller at a time
 
