@@ -174,6 +174,25 @@ class TestWhoGetsWhat:
             steps = [event.step.step for event in events if event.HasField("step") and event.step.image_index == index]
             assert steps and steps == sorted(steps) and steps[-1] == 4
 
+    async def test_a_parted_request_begins_with_its_place_in_line(self, three, monkeypatch):
+        """Whichever replica is heard first; then only that of the first image's is told."""
+        both_told, event = asyncio.Event(), pb.GenerateEvent
+
+        async def made(part):
+            if part.first == 0:
+                await both_told.wait()
+            yield event(queued=event.Queued(num_samples_ahead=10 + part.first))
+            yield event(started=event.Started(image_index=part.first))
+            if part.first == 2:
+                both_told.set()
+
+        monkeypatch.setattr(three.router, "_made", made)
+        parts = [router._Part(None, first, 1) for first in range(3)]
+        events = [event async for event in three.router._merged(parts)]
+        assert kinds(events)[0] == "queued" and kinds(events).count("started") == 3
+        places = [event.queued.num_samples_ahead for event in events if event.HasField("queued")]
+        assert len(places) == 2 and places[-1] == 10
+
     async def test_one_part_refused_is_the_whole_request_refused_and_the_others_stop(self, three):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await three.stub.Generate(request(num_images_per_prompt=3, scheduler="lcm", num_inference_steps=60))
@@ -324,6 +343,38 @@ class TestALostReplica:
             assert not single.router.is_up
             await single.router._verdict(single.router.links[0]._connection)
             assert single.router.is_up and kinds(await events_of(single.stub.GenerateStream(request())))[-1] == "done"
+
+    async def test_a_call_cancelled_with_its_channel_is_made_again(self, three, monkeypatch):
+        """grpc tells of a closed channel as CANCELLED, now by its error and now by asyncio's."""
+
+        class Closed:
+            def GenerateStream(self, *_, **__):  # noqa: N802
+                return self
+
+            def cancel(self) -> None:
+                pass
+
+            async def __aiter__(self):
+                raise grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata())
+                yield
+
+        first = three.router.links[0].connection
+        first.stub = Closed()
+        first.lost.set_result(KILLED)
+        try:
+            events = await asyncio.wait_for(events_of(three.stub.GenerateStream(request())), 20)
+            assert kinds(events).count("restarted") == 1 and kinds(events)[-1] == "done"
+        finally:
+            first.lost = asyncio.get_running_loop().create_future()
+
+    async def test_a_replica_that_does_not_answer_is_not_trusted_again(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(router, "VERDICT_TIMEOUT_S", 0.2)
+        async with deployment_of(tmp_path, 1) as single:
+            connection = single.router.links[0].connection
+            await single.replicas.pop(0).die()  # and nobody has noticed yet
+            await single.router._verdict(connection)
+            assert not single.router.is_up
+            await single.desk.detach(0, KILLED)
 
     async def test_in_a_crowd_a_kill_from_outside_is_nobodys_fault(self, three):
         three.hold()

@@ -26,7 +26,18 @@ HEAVY = ("torch", "diffusers", "transformers", "grpc", "pydantic", "PIL", "rich"
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["--version"], ["deploy", "--help"], ["generate", "-h"], ["status", "-h"], ["doctor", "-h"]]
+    "argv",
+    [
+        ["--help"],
+        ["--version"],
+        ["bench", "--help"],
+        ["bench", "compare", "--help"],
+        ["deploy", "--help"],
+        ["doctor", "-h"],
+        ["generate", "-h"],
+        ["status", "-h"],
+        ["verify", "-h"],
+    ],
 )
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     code = f"""
