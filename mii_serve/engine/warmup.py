@@ -6,7 +6,6 @@ from mii_serve.engine import Engine
 from mii_serve.errors import EngineError, InvalidRequestError
 from mii_serve.types import RequestedParams, Sample, SampleId, StepPlan
 
-
 FEW_STEPS = (2, 4, 6, 10, 20)
 
 
