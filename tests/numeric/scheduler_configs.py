@@ -1,7 +1,7 @@
 """Scheduler configs as model folders hold them, by name: what `scheduler/scheduler_config.json` says, `_class_name` included.
 
-`LINEAR` ones make each step out of a linear combination of what they remember, so an engine may compile them. `NOT_LINEAR` ones do
-not, or remember more than a table has room for, and have to be drawn through the scheduler object itself. `NAMED` are samplers
+`LINEAR` ones make each step out of a linear combination of what they remember, so an engine may compile them. `NOT_LINEAR` ones
+do not, or remember too much for a table, and have to be drawn through the scheduler object itself. `NAMED` are samplers
 that a request may ask for by name on any model, and what each means to a user of diffusers.
 """
 
@@ -208,7 +208,7 @@ NOT_LINEAR: Mapping[str, Config] = {
         **EPSILON_MODEL_SIGMAS,
     },
     "consistency": {"_class_name": "CMStochasticIterativeScheduler", "sigma_max": 14.6, "clip_denoised": False},
-    "dpm order 2 in reverse": _sigmas("DPMSolverMultistepInverseScheduler"),
+    "dpm inverse": _sigmas("DPMSolverMultistepInverseScheduler"),
 }
 """Or so they may be: an engine that can compile one of them may."""
 
