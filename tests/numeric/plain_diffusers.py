@@ -125,3 +125,7 @@ def faults(expected: Drawn, made: Drawn, allowed: int) -> dict[str, str]:
         elif (off := int(np.abs(ours - true).max())) > allowed:
             found[name] = f"{off} levels off"
     return found
+
+
+def told(wrong: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {fault}" for name, fault in wrong.items())

@@ -22,6 +22,7 @@ from plain_diffusers import (
     our_pictures,
     plain_picture,
     plain_pipeline,
+    told,
     with_named_sampler,
 )
 from scheduler_configs import LINEAR, NAMED, NOT_LINEAR, SCHEDULER_CONFIGS, Config
@@ -177,7 +178,7 @@ def test_a_request_that_names_no_scheduler_is_drawn_as_diffusers_draws_it(expect
     assert expected["default"] is not None
     assert len(set(expected["default"].flat)) > 64, "a picture with nothing on it would prove nothing"
     wrong = faults(expected, made_of(engine_name, name), LEVELS_OFF[engine_name])
-    assert wrong == {}
+    assert not wrong, told(wrong)
 
 
 @pytest.mark.parametrize("engine_name", LEVELS_OFF)
@@ -185,7 +186,7 @@ def test_a_request_that_names_no_scheduler_is_drawn_as_diffusers_draws_it(expect
 def test_named_samplers_are_drawn_as_diffusers_draws_them(expected_of, made_of, engine_name, name):
     expected = {sampler: picture for sampler, picture in expected_of(name).items() if sampler != "default"}
     wrong = faults(expected, made_of(engine_name, name), LEVELS_OFF[engine_name])
-    assert wrong == {}
+    assert not wrong, told(wrong)
 
 
 @pytest.mark.parametrize("engine_name", LEVELS_OFF)
@@ -193,4 +194,4 @@ def test_named_samplers_are_drawn_as_diffusers_draws_them(expected_of, made_of, 
 def test_a_prompt_and_nothing_else_is_drawn_as_diffusers_draws_it(folder_of, engine_name, name):
     expected = {"default": plain_picture(plain_pipeline(folder_of(name)))}
     wrong = faults(expected, our_pictures(our_engine(engine_name, folder_of(name)), {"default": {}}), LEVELS_OFF[engine_name])
-    assert wrong == {}
+    assert not wrong, told(wrong)
