@@ -15,7 +15,7 @@
     ├── EngineError              the device or the model failed                  INTERNAL             500
     │   ├── NotFiniteError       at this picture: it has values that are not numbers
     │   ├── EngineLostError      and the replica has to be started again
-    │   └── PoisonedRequestError this request took two replicas down
+    │   └── PoisonedRequestError replicas crash under this request
     ├── ConfigError              a setting breaks a rule; the server will not start
     │   └── UnusableEngineError  this engine cannot run here; another may
     ├── ModelError               the model cannot be found, read or used; the server will not start
