@@ -170,7 +170,8 @@ class Capabilities:
         for spelling in (name, name.lower(), name.lower().replace(" ", "_").replace("-", "_")):
             if (known := self.schedulers.get(spelling)) is not None:
                 return known
-        near = difflib.get_close_matches(name.lower(), self.schedulers, n=5, cutoff=0.4) or sorted(self.schedulers)[:5]
+        near = difflib.get_close_matches(name.lower(), self.schedulers, n=5, cutoff=0.4)
+        near = near or sorted(set(self.schedulers.values()), key=lambda known: (known[0].isupper(), known))[:5]
         rule = f"must be one of the {len(set(self.schedulers.values()))} this model has, such as {', '.join(near)}"
         raise InvalidRequestError("scheduler", rule, repr(name))
 
