@@ -55,7 +55,7 @@ KNOWN = (
     *("stream", "partial_images", *OURS, *IGNORED),
 )
 _SIZE = re.compile(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", re.ASCII)
-_PATHS = {"num_images_per_prompt": "n", "height": "size", "width": "size", "output.quality": "output_compression"}
+_PATHS = {"num_images_per_prompt": "n", "output.quality": "output_compression"}
 _STREAM_PATHS = {**_PATHS, "output.preview_every": "partial_images"}
 
 
@@ -120,9 +120,9 @@ class Images:
                 return await self._whole(call, asked)
             return await self._stream(call, asked, asked.num_partials)
         except InvalidRequestError as error:
+            rule = str(error).removeprefix(f"{error.field}: ")
             if error.field in ("height", "width"):
-                relocate(error, {error.field: f"size: {error.field}"})
-                error.field = "size"
+                raise InvalidRequestError("size", f"{error.field} {rule}") from None
             relocate(error, _STREAM_PATHS)
             raise
 
@@ -156,8 +156,8 @@ class Images:
                         yield b": working\n\n"
                     case "preview" if num_shown < num_partials:
                         told = _told("partial_image", asked, event.preview)
-                        extra: dict[str, Any] = {"partial_image_index": num_shown, "nsfw_content_detected": nsfw_flag(event.preview)}
-                        yield await asyncio.to_thread(_event, told["type"], {**told, **extra})
+                        told |= {"partial_image_index": num_shown, "nsfw_content_detected": nsfw_flag(event.preview)}
+                        yield await asyncio.to_thread(_event, told["type"], told)
                         num_shown += 1
                     case "image":
                         images.append(event.image)
