@@ -26,6 +26,9 @@ MAX_SCHEDULER_CHARS = 80
 DEFAULT_SCHEDULER = "default"
 """The sampler that is the model's own scheduler, every option of it."""
 
+RANDOM_SEED = -1
+"""In many clients: draw a seed. Protocols without types read it so; where a seed is unsigned, it is left out."""
+
 T = TypeVar("T")
 
 
@@ -436,6 +439,7 @@ class Preview:
     format: ImageFormat
     height: int
     width: int
+    nsfw_content_detected: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
