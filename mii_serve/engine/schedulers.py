@@ -9,6 +9,7 @@ from dataclasses import replace
 from mii_serve.errors import InvalidRequestError, ModelError
 from mii_serve.models import LoadedModel
 from mii_serve.samplers.build import ModelSchedulers, first_line
+from mii_serve.samplers.sampling import Uncompiled
 from mii_serve.types import Capabilities
 
 FEW_STEPS = 4
@@ -27,9 +28,11 @@ def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Call
     try:
         name = capabilities.scheduler_named(declared)
         try:
-            check(name, num_steps)
+            sampling = check(name, num_steps)
         except InvalidRequestError as error:
-            check(name, FEW_STEPS)  # a scheduler of a distilled model may have fewer steps than diffusers' default of 50
+            sampling = check(
+                name, FEW_STEPS
+            )  # a scheduler of a distilled model may have fewer steps than diffusers' default of 50
             logger.warning("a request that names no num_inference_steps will be refused: the default does not work: %s", error)
     except InvalidRequestError as error:
         is_own = declared not in schedulers.accepted_names or schedulers.accepted_names[declared] == declared
@@ -39,4 +42,10 @@ def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Call
             f"{model.name}: its {called} cannot draw: {reason}. Name another in mii_serve_defaults.json, for example"
             ' {"scheduler": "euler"}'
         ) from error
+    if isinstance(sampling, Uncompiled):
+        logger.warning(
+            "the model's default scheduler %s is not compiled: %s. Its samples are stepped one by one, in the same batch",
+            schedulers.describe(name, is_compiled=False).class_name,
+            sampling.reason,
+        )
     return replace(capabilities, defaults=replace(model.defaults, scheduler=name))
