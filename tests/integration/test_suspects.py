@@ -242,3 +242,28 @@ async def test_requests_that_arrive_together_see_each_others_work(tmp_path):
         await deployment.until(lambda: deployment.images_on() == {0: 4, 1: 4})
         deployment.release()
         await asyncio.gather(*calls)
+
+
+async def test_a_replica_that_is_emptied_for_a_suspect_takes_others_again_when_that_one_hangs_up(tmp_path):
+    async with deployment_of(tmp_path, 2) as deployment:
+        started: set[int] = set()
+
+        async def followed(seed: int) -> None:
+            async for event in deployment.stub.GenerateStream(request(seed=seed, num_inference_steps=500)):
+                if event.HasField("started"):
+                    started.add(seed)
+
+        suspect = asyncio.create_task(followed(0))
+        await deployment.until(lambda: started == {0})
+        running = asyncio.create_task(followed(1))
+        await deployment.until(lambda: started == {0, 1})
+        deployment.hold()
+        await deployment.lose(0, CRASHED)  # the first one of two that have nothing to do
+        await deployment.until(lambda: len(deployment.router._suspects) == 1)
+        other = called(deployment, seed=50)
+        await deployment.until(lambda: len(deployment.router._waiting) == 1)
+        suspect.cancel()
+        await deployment.until(lambda: sum(deployment.images_on().values()) == 2)
+        deployment.release()
+        assert_made(await other, {"seed": 50})
+        await running
