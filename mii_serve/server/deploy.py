@@ -29,11 +29,9 @@ from mii_serve.server.tls import Tls
 
 logger = logging.getLogger(__name__)
 
-TELL_CALLERS_S = 0.2
+TELL_CALLERS_S = 0.4
 """After a second signal, for those who can be told to be told, and for killed replicas to be gone."""
-FLUSH_S = 0.05
-ATTACH_AGAIN_S = 1.0
-"""A replica that is ready and did not answer is asked again; one that hangs is the supervisor's to end."""
+FLUSH_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +185,6 @@ async def _follow(
                     attached[index] = life
                 except grpc.aio.AioRpcError as error:  # it died just now; the supervisor will say so
                     logger.warning("replica %d does not answer: %s", index, error.code().name)
-                    asyncio.get_running_loop().call_later(ATTACH_AGAIN_S, changed.set)
         has_all = len(attached) == len(supervisors)
         await front.set_serving(bool(attached) and (has_been_ready or has_all))
         if has_all and info is not None and not has_been_ready:
@@ -215,7 +212,7 @@ async def _end_at_once(stop: _StopRequests, desk: Desk, running: Mapping[Replica
     for task in running.values():
         task.cancel()  # no replica is started again
     killing = [asyncio.create_task(supervisor.kill()) for supervisor in running]
-    await desk.until_idle(TELL_CALLERS_S)
+    await desk.drain(TELL_CALLERS_S)
     await asyncio.wait(killing, timeout=TELL_CALLERS_S)
     await asyncio.sleep(FLUSH_S)  # what the callers are told is on its way to them
     finish_logs(FLUSH_S)

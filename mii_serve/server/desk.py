@@ -68,8 +68,9 @@ class Desk:
         self._answers = Answers()
         self._is_draining = False
         self._is_stopping = False
-        self._active: dict[str, asyncio.Task[object] | None] = {}
-        """The requests, and who waits for the next event of each just now."""
+        self._active: set[str] = set()
+        self._waiting: set[asyncio.Task[object]] = set()
+        """Who waits for the next event of a request just now."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -105,21 +106,16 @@ class Desk:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False when some were left at the end."""
         self._is_draining = True
-        await self.until_idle(timeout_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         return not self._active
 
     def stop(self) -> None:
         """Refuse new requests, and tell the callers of the running ones that the server is stopping."""
         self._is_draining = self._is_stopping = True
-        for task in self._active.values():
-            if task is not None:
-                task.cancel()
-
-    async def until_idle(self, timeout_s: float) -> None:
-        """Wait for the running requests to end, for at most so long."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
+        for task in self._waiting:
+            task.cancel()
 
     async def events(self, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
         """All events of the request, `done` last. Leaving the iteration early cancels the work.
@@ -144,16 +140,16 @@ class Desk:
         visit.facts.learn_params(params)
         with self._counted(call.request_id):
             async with contextlib.aclosing(self._made(call, request, visit)) as events:
-                while (event := await self._next(call.request_id, events)) is not None:
+                while (event := await self._next(events)) is not None:
                     visit.facts.learn_event(event)
                     yield event
 
-    async def _next(self, request_id: str, events: AsyncGenerator[pb.GenerateEvent, None]) -> pb.GenerateEvent | None:
+    async def _next(self, events: AsyncGenerator[pb.GenerateEvent, None]) -> pb.GenerateEvent | None:
         """The request's next event; None after the last. Not waited for any longer once the server is stopping."""
         task = asyncio.current_task()
         if self._is_stopping or task is None:
             raise UnavailableError("the server is stopping")
-        self._active[request_id] = task
+        self._waiting.add(task)
         try:
             return await anext(events, None)
         except asyncio.CancelledError:
@@ -162,7 +158,7 @@ class Desk:
             task.uncancel()
             raise UnavailableError("the server is stopping") from None
         finally:
-            self._active[request_id] = None
+            self._waiting.discard(task)
 
     def _made(self, call: Call, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
         """The call's events; of the first call, where its idempotency key has been seen."""
@@ -209,12 +205,12 @@ class Desk:
     def _counted(self, request_id: str) -> Iterator[None]:
         if request_id in self._active:
             raise InvalidRequestError(REQUEST_ID_KEY, "must not be in use by a running request", repr(request_id))
-        self._active[request_id] = None
+        self._active.add(request_id)
         self._idle.clear()
         try:
             yield
         finally:
-            del self._active[request_id]
+            self._active.remove(request_id)
             if not self._active:
                 self._idle.set()
 

@@ -206,16 +206,16 @@ async def test_a_poison_that_comes_again_is_made_alone_from_the_start(tmp_path):
         assert "restarted" not in kinds(events) and deployment.num_crashes == 3
 
 
-async def test_in_a_crowd_that_is_killed_three_times_nobody_is_refused(tmp_path):
+async def test_a_crowd_that_is_killed_once_stays_one_and_killed_twice_is_made_one_at_a_time(tmp_path):
     """Whoever notices last that its replica is gone was not alone on it for that."""
     async with deployment_of(tmp_path, 1, max_slots=8) as deployment:
         deployment.hold()
         calls = [called(deployment, seed=seed) for seed in range(6)]
         await deployment.until(lambda: sum(deployment.images_on().values()) == 6)
-        for _ in range(2):
+        for num_images in (6, 1):
             await deployment.lose(0, KILLED)
             await deployment.start(0, is_held=True)
-            await deployment.until(lambda: sum(deployment.images_on().values()) >= 1)
+            await deployment.until(lambda num_images=num_images: sum(deployment.images_on().values()) == num_images)
         deployment.release()
         for seed, events in enumerate(await asyncio.gather(*calls)):
             assert_made(events, {"seed": seed})
@@ -242,3 +242,28 @@ async def test_requests_that_arrive_together_see_each_others_work(tmp_path):
         await deployment.until(lambda: deployment.images_on() == {0: 4, 1: 4})
         deployment.release()
         await asyncio.gather(*calls)
+
+
+async def test_a_replica_that_is_emptied_for_a_suspect_takes_others_again_when_that_one_hangs_up(tmp_path):
+    async with deployment_of(tmp_path, 2) as deployment:
+        started: set[int] = set()
+
+        async def followed(seed: int) -> None:
+            async for event in deployment.stub.GenerateStream(request(seed=seed, num_inference_steps=500)):
+                if event.HasField("started"):
+                    started.add(seed)
+
+        suspect = asyncio.create_task(followed(0))
+        await deployment.until(lambda: started == {0})
+        running = asyncio.create_task(followed(1))
+        await deployment.until(lambda: started == {0, 1})
+        deployment.hold()
+        await deployment.lose(0, CRASHED)  # the first one of two that have nothing to do
+        await deployment.until(lambda: len(deployment.router._suspects) == 1)
+        other = called(deployment, seed=50)
+        await deployment.until(lambda: len(deployment.router._waiting) == 1)
+        suspect.cancel()
+        await deployment.until(lambda: sum(deployment.images_on().values()) == 2)
+        deployment.release()
+        assert_made(await other, {"seed": 50})
+        await running
