@@ -12,6 +12,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from patience import PATIENCE_S
 from PIL import Image
 
 from mii_serve.engine.fake import FakeEngine
@@ -59,11 +60,11 @@ class Replica:
 class Deployment:
     """A front with replicas that a test may kill and start again, as the supervisor would tell of it."""
 
-    def __init__(self, folder: Path, count: int, max_slots: int = 4) -> None:
+    def __init__(self, folder: Path, count: int, max_slots: int = 4, patience_s: float = PATIENCE_S) -> None:
         self._folder = folder
         self._max_slots = max_slots
         self._lives = 0
-        self.router = Router(count, patience_s=1.0)
+        self.router = Router(count, patience_s=patience_s)
         self.desk = Desk(self.router)
         self.front = GrpcFront(self.desk)
         self.replicas: dict[int, Replica] = {}
@@ -82,7 +83,7 @@ class Deployment:
         await self.desk.detach(index, loss)
 
     async def until(self, condition) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not condition():  # noqa: ASYNC110 - there is no event for every condition a test may have
                 await asyncio.sleep(0.005)
 
@@ -101,8 +102,10 @@ class Deployment:
 
 
 @contextlib.asynccontextmanager
-async def deployment_of(folder: Path, count: int, max_slots: int = 4) -> AsyncIterator[Deployment]:
-    deployment = Deployment(folder, count, max_slots)
+async def deployment_of(
+    folder: Path, count: int, max_slots: int = 4, patience_s: float = PATIENCE_S
+) -> AsyncIterator[Deployment]:
+    deployment = Deployment(folder, count, max_slots, patience_s)
     try:
         for index in range(count):
             await deployment.start(index)
@@ -280,7 +283,7 @@ class TestALostReplica:
             assert kinds(await call)[-1] == "done"
 
     async def test_that_wait_has_a_bound(self, tmp_path):
-        async with deployment_of(tmp_path, 1) as single:
+        async with deployment_of(tmp_path, 1, patience_s=1.0) as single:
             _, call = await self.held_on_one(single)
             await single.lose(0, KILLED)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -291,8 +294,8 @@ class TestALostReplica:
     async def test_a_deadline_ends_that_wait(self, tmp_path):
         async with deployment_of(tmp_path, 1) as single:
             single.hold()
-            call = asyncio.create_task(events_of(single.stub.GenerateStream(request(), timeout=0.4)))
-            await single.until(lambda: sum(single.images_on().values()) == 1)
+            call = asyncio.create_task(events_of(single.stub.GenerateStream(request(), timeout=2.0)))
+            await single.until(lambda: call.done() or sum(single.images_on().values()) == 1)
             await single.lose(0, KILLED)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
@@ -362,7 +365,7 @@ class TestALostReplica:
         first.stub = Closed()
         first.lost.set_result(KILLED)
         try:
-            events = await asyncio.wait_for(events_of(three.stub.GenerateStream(request())), 20)
+            events = await asyncio.wait_for(events_of(three.stub.GenerateStream(request())), PATIENCE_S)
             assert kinds(events).count("restarted") == 1 and kinds(events)[-1] == "done"
         finally:
             first.lost = asyncio.get_running_loop().create_future()
