@@ -19,8 +19,13 @@ import psutil
 import pytest
 from patience import PATIENCE_S
 
+from mii_serve.client import Client
+from mii_serve.client.values import ReplicaInfo
+from mii_serve.errors import UnavailableError
+
 IDLE_S = 120.0
 """A process that for so long neither computes nor writes a line is not going to."""
+WITH_SPARE = {"MII_SERVE_ENABLE_SPARE_PROCESS": "1"}
 ENDLESS = {"num_inference_steps": 1000, "scheduler": "euler"}
 """Longer than any test waits, on a sampler that can make so many steps."""
 
@@ -33,19 +38,41 @@ class Deployment:
     lines: list[str] = field(default_factory=list)
 
     def replica_pids(self) -> list[int]:
-        return [child.pid for child in psutil.Process(self.process.pid).children()]
+        """Those that have their orders; a spare waits for one."""
+        return [child.pid for child in self._children() if not _is_spare(child)]
+
+    def spare_pids(self) -> list[int]:
+        return [child.pid for child in self._children() if _is_spare(child)]
+
+    def _children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.process.wait(PATIENCE_S)
 
 
+def _is_spare(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()[-1:] == ["spare"] and process.name() != "mii_replica"
+    return False
+
+
+def ready_replicas(client: Client) -> list[ReplicaInfo]:
+    """As the server tells it; it refuses to where there is none at all."""
+    with contextlib.suppress(UnavailableError):
+        return [replica for replica in client.server_info().replicas if replica.is_ready]
+    return []
+
+
 def start(*arguments: str, env: dict[str, str] | None = None, stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
+    """Without a spare process, which would take a core from most tests and serve none, unless `env` asks for one."""
     ports = ("--grpc-port", "0", "--http-port", "0")
     command = [sys.executable, "-m", "mii_serve", "deploy", *arguments]
     if "--grpc-port" not in arguments:
         command += ports
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, **(env or {})})
+    environment = {**os.environ, "MII_SERVE_ENABLE_SPARE_PROCESS": "0", **(env or {})}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
 
 
 @contextlib.contextmanager

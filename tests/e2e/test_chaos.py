@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import psutil
 import pytest
-from deployments import Deployment, deployed, until
+from deployments import WITH_SPARE, Deployment, deployed, ready_replicas, until
 from patience import PATIENCE_S
 
 from mii_serve.client import Client
@@ -75,13 +75,10 @@ class Storm:
     def _kill_one(self) -> None:
         num_made = len(self.made)
         until(lambda: len(self.made) > num_made or self._is_broken(), "another picture has come")
-        until(lambda: self._is_one_ready() or self._is_broken(), "a replica is ready")
+        until(lambda: ready_replicas(self._client) or self._is_broken(), "a replica is ready")
         victim = self._chance.choice(self._running.replica_pids())
         self.killed.append(victim)
         os.kill(victim, signal.SIGKILL)
-
-    def _is_one_ready(self) -> bool:
-        return any(replica.is_ready for replica in self._client.server_info().replicas)
 
 
 def difference(one: GenerationResult, other: GenerationResult) -> int:
@@ -92,7 +89,7 @@ def difference(one: GenerationResult, other: GenerationResult) -> int:
 
 @pytest.mark.slow
 def test_every_request_outlives_random_kills():
-    requests, patient = mixed_requests(), {"MII_SERVE_REPLICA_WAIT_S": str(PATIENCE_S)}
+    requests, patient = mixed_requests(), {**WITH_SPARE, "MII_SERVE_REPLICA_WAIT_S": str(PATIENCE_S)}
     with deployed("demo", "--replicas", "3", env=patient) as running, Client(running.grpc) as client:
         with ThreadPoolExecutor(NUM_CALLERS) as callers:
             calm = list(callers.map(lambda request: client.generate(**request, timeout=PATIENCE_S), requests))
@@ -103,7 +100,7 @@ def test_every_request_outlives_random_kills():
         for index, result in storm.made:
             assert result.seeds == calm[index].seeds
             assert difference(result, calm[index]) <= TOLERANCE
-        until(lambda: all(replica.is_ready for replica in client.server_info().replicas), "all are back")
+        until(lambda: len(ready_replicas(client)) == 3, "all are back")
         activity = client.server_info().activity
         assert activity.num_running + activity.num_waiting == 0
         replicas = running.replica_pids()
