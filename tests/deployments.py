@@ -71,7 +71,8 @@ def start(*arguments: str, env: dict[str, str] | None = None, stderr: int | IO[s
     command = [sys.executable, "-m", "mii_serve", "deploy", *arguments]
     if "--grpc-port" not in arguments:
         command += ports
-    environment = {**os.environ, "MII_SERVE_ENABLE_SPARE_PROCESS": "0", **(env or {})}
+    patient = {"MII_SERVE_REPLICA_WAIT_S": str(PATIENCE_S), "MII_SERVE_ENABLE_SPARE_PROCESS": "0"}
+    environment = {**os.environ, **patient, **(env or {})}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
 
 

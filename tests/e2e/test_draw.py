@@ -198,9 +198,9 @@ def test_generate_on_a_server_and_in_process_write_the_same_file(deployment, tmp
 
 
 def test_status_shows_a_serving_deployment(deployment):
-    result = run_command("status", "--target", deployment.grpc, "--json")
+    result = run_command("status", "--target", deployment.grpc, "--json", "--timeout", "600")
     assert result.returncode == 0, result.stderr
     assert "demo" in result.stdout
-    table = run_command("status", "--target", deployment.grpc).stdout
+    table = run_command("status", "--target", deployment.grpc, "--timeout", "600").stdout
     [row] = [line.split() for line in table.splitlines() if line.startswith("0 ")]
     assert row[1:3] == ["ready", "0"]

@@ -40,7 +40,7 @@ def test_a_deployment_lives_serves_and_ends_cleanly(tmp_path):
 
 
 def test_running_work_is_finished_before_the_end():
-    with deployed("demo") as running, Client(running.grpc) as client:
+    with deployed("demo", env={"MII_SERVE_DRAIN_TIMEOUT_S": str(PATIENCE_S)}) as running, Client(running.grpc) as client:
         stream = client.stream("a red circle", num_inference_steps=60)
         next(iter(stream))
         code: list[int] = []
