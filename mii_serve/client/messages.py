@@ -144,6 +144,9 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         device=message.device,
         has_safety_checker=message.has_safety_checker,
         engine_note=message.engine_note,
+        default_scheduler_class=message.default_scheduler_class,
+        default_scheduler_options=dict(message.default_scheduler_options),
+        is_default_scheduler_compiled=message.is_default_scheduler_compiled,
         defaults=capabilities.defaults,
         limits=capabilities.limits,
         schedulers=capabilities.schedulers,
@@ -250,8 +253,9 @@ def _if_all_known(flags: Sequence[bool | None]) -> list[bool] | None:
 
 
 def _done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:
+    told = {one.name: getattr(parameters, one.name) for one in fields(EffectiveParameters)}
     return Done(
-        parameters=EffectiveParameters(**{one.name: getattr(parameters, one.name) for one in fields(EffectiveParameters)}),
+        parameters=EffectiveParameters(**{**told, "scheduler_options": dict(parameters.scheduler_options)}),
         queued_s=timings.queued_s,
         total_s=timings.total_s,
     )

@@ -19,6 +19,7 @@ from mii_serve.types import (
     Sample,
     SampleId,
     SampleProgress,
+    SchedulerDescription,
     StepPlan,
 )
 
@@ -82,6 +83,9 @@ class FakeEngine:
         if params.scheduler == "lcm" and params.num_inference_steps > 50:
             raise InvalidRequestError("num_inference_steps", "the scheduler lcm refuses it")
         return params.num_inference_steps
+
+    def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
+        return SchedulerDescription(class_name="PNDMScheduler", options={"skip_prk_steps": "true"}, is_compiled=True)
 
     def warmup(self) -> None:
         pass

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from mii_serve.engine import Engine
-from mii_serve.errors import EngineError
+from mii_serve.errors import EngineError, InvalidRequestError
 from mii_serve.types import RequestedParams, Sample, SampleId, StepPlan
+
+FEW_STEPS = (2, 4, 6, 10, 20)
+
+
+def warm_up_request(engine: Engine) -> RequestedParams:
+    """A request for few steps of the default scheduler; some cannot make as few as two."""
+    for num_inference_steps in (*FEW_STEPS, engine.capabilities.defaults.num_inference_steps):
+        asked = RequestedParams(prompt="warm-up", num_inference_steps=num_inference_steps, seed=0)
+        try:
+            engine.check(engine.capabilities.resolve(asked, fallback_seed=0))
+        except InvalidRequestError:
+            continue
+        return asked
+    raise EngineError("the model's default scheduler cannot make a picture")
 
 
 def make_pictures(engine: Engine, asked: RequestedParams, *, count: int = 1) -> None:

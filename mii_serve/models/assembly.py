@@ -65,7 +65,6 @@ def _loaded(
     defaults, limits = settle(
         declared,
         bounds,
-        scheduler_class=type(pipeline.scheduler).__name__,
         sample_size=pipeline.unet.config.sample_size,
     )
     return LoadedModel(pipeline=pipeline, name=name, revision=revision, defaults=defaults, limits=limits)

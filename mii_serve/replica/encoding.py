@@ -39,6 +39,11 @@ def _metadata(effective: Effective, seed: int) -> PngInfo:
     params, engine = effective.params, effective.engine
     info = PngInfo()
     everything = {**asdict(params), "seed": seed, "num_images_per_prompt": 1, **asdict(engine)}
+    everything |= {
+        "scheduler_class": effective.scheduler.class_name,
+        "scheduler_options": dict(effective.scheduler.options),
+        "is_scheduler_compiled": effective.scheduler.is_compiled,
+    }
     info.add_itxt("mii_serve", json.dumps(everything, ensure_ascii=False))
     negative = f"\nNegative prompt: {params.negative_prompt}" if params.negative_prompt else ""
     settings = (

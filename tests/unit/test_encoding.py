@@ -20,7 +20,7 @@ PARAMS = ENGINE.capabilities.resolve(
     RequestedParams(prompt='a "red" circle\nünïcödé', negative_prompt="blurry", seed=5, num_images_per_prompt=3),
     fallback_seed=0,
 )
-EFFECTIVE = Effective(params=PARAMS, engine=ENGINE.description)
+EFFECTIVE = Effective(params=PARAMS, engine=ENGINE.description, scheduler=ENGINE.describe_scheduler(PARAMS))
 
 
 def encode(**output) -> bytes:
@@ -43,6 +43,7 @@ def test_metadata_tells_programs_and_people_how_the_picture_was_made():
     told = json.loads(texts["mii_serve"])
     assert (told["prompt"], told["seed"], told["num_images_per_prompt"]) == (PARAMS.prompt, 7, 1)
     assert (told["engine"], told["model"]) == ("fake", "fake")
+    assert (told["scheduler_class"], told["scheduler_options"]) == ("PNDMScheduler", {"skip_prk_steps": "true"})
     assert texts["parameters"] == (
         'a "red" circle\nünïcödé\nNegative prompt: blurry\n'
         "Steps: 4, Sampler: pndm, CFG scale: 7.5, Seed: 7, Size: 64x64, Model: fake"

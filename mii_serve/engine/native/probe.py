@@ -6,19 +6,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 
 from mii_serve.engine.native.denoiser import Denoiser
 from mii_serve.engine.native.prompts import PromptBank
+from mii_serve.engine.native.stepping import STAND_STILL
 from mii_serve.engine.native.times import TimeTable
 from mii_serve.engine.native.turn import Move
 from mii_serve.engine.probe import UNetCall, without_checker
-from mii_serve.samplers.table import INPUT_PLANES, STATE_PLANES
 from mii_serve.types import EngineCapacity
-
-STAND_STILL = np.zeros((STATE_PLANES, INPUT_PLANES), np.float32)
-"""A sampler's step for a sample that is of interest no longer than one call."""
 
 
 class NativeProbe:

@@ -93,6 +93,10 @@ def _image_told(image: pb.GeneratedImage) -> dict[str, object]:
 def _done_told(done: pb.GenerateEvent.Done) -> dict[str, object]:
     names = (*sorted(_FIELDS), *_ENGINE, "dropped_prompt", "dropped_negative_prompt")
     parameters = {name: getattr(done.parameters, name) for name in names} | {"seed": str(done.parameters.seed)}
+    parameters |= {
+        "scheduler_class": done.parameters.scheduler_class,
+        "scheduler_options": dict(done.parameters.scheduler_options),
+    }
     return {"parameters": parameters, "queued_s": done.timings.queued_s, "total_s": done.timings.total_s}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import pickle
@@ -57,7 +58,7 @@ def test_a_loaded_model_knows_its_name_revision_and_defaults(pristine: Path, loa
     model = load(pristine, limits=LimitsConfig(max_images_per_prompt=3))
     assert model.name == "tiny"
     assert model.revision.startswith("sha256:")
-    assert model.defaults == GenerationDefaults(scheduler="PNDMScheduler", height=64, width=64)
+    assert model.defaults == GenerationDefaults(scheduler="default", height=64, width=64)
     assert model.limits.max_images_per_prompt == 3
 
 
@@ -228,11 +229,19 @@ def test_a_scheduler_diffusers_does_not_have_is_refused(model_folder: Path, edit
         load(model_folder)
 
 
-def test_any_diffusers_scheduler_is_the_default_by_its_class_name(model_folder: Path, edit: EditFile, load: Load) -> None:
+def test_any_diffusers_scheduler_of_the_model_is_the_default(model_folder: Path, edit: EditFile, load: Load) -> None:
     name = "EulerDiscreteScheduler"
     edit(model_folder / "model_index.json", lambda index: index.update(scheduler=["diffusers", name]))
     model = load(model_folder)
-    assert type(model.pipeline.scheduler).__name__ == model.defaults.scheduler == name
+    assert type(model.pipeline.scheduler).__name__ == name
+    assert model.defaults.scheduler == "default"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchsde") is not None, reason="the package is here")
+def test_a_scheduler_that_lacks_a_package_names_the_package(model_folder: Path, edit: EditFile, load: Load) -> None:
+    edit(model_folder / "model_index.json", lambda index: index.update(scheduler=["diffusers", "DPMSolverSDEScheduler"]))
+    with pytest.raises(ModelError, match="torchsde"):
+        load(model_folder)
 
 
 def test_a_model_without_a_checker_loads_and_says_so(
