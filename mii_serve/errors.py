@@ -14,7 +14,7 @@
     │   └── ModerationFailedError content safety gave no verdict, so nothing leaves                   424
     ├── EngineError              the device or the model failed                  INTERNAL             500
     │   ├── EngineLostError      and the replica has to be started again
-    │   └── PoisonedRequestError this request took two replicas down
+    │   └── PoisonedRequestError replicas crash under this request
     ├── ConfigError              a setting breaks a rule; the server will not start
     │   └── UnusableEngineError  this engine cannot run here; another may
     ├── ModelError               the model cannot be found, read or used; the server will not start

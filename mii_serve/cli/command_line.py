@@ -6,6 +6,7 @@ argparse, because typer builds its parameters with pydantic: `--help` would take
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_serve import __version__
 from mii_serve.cli import bench_flags
-from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, say
+from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
+from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ MODELS = "hub id, diffusers folder, Azure ML model folder, or demo, the model in
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command named on the command line, and exit with its code."""
+    open_standard_streams()
+    os.environ[SAFE_PATH] = "1"  # for every Python that is started from here
     parser = build_parser()
     values = vars(parser.parse_args(argv))
     if (command := values.pop("command")) is None:

@@ -14,8 +14,6 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
-
 from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.metrics import FrontMetrics, together
 from mii_serve.proto.codec import decode_request
@@ -25,7 +23,7 @@ from mii_serve.safety.moderation import Moderator
 from mii_serve.server.answers import Answers
 from mii_serve.server.guard import Guard
 from mii_serve.server.ledger import Facts
-from mii_serve.server.link import Loss, ReplicaLink
+from mii_serve.server.link import Loss
 from mii_serve.server.router import Call, Router
 from mii_serve.types import Capabilities, draw_seed
 
@@ -69,7 +67,9 @@ class Desk:
         self._capabilities: Capabilities | None = None
         self._answers = Answers()
         self._is_draining = False
-        self._active: set[str] = set()
+        self._is_stopping = False
+        self._active: dict[str, asyncio.Task[object] | None] = {}
+        """The requests, and who waits for the next event of each just now."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -95,19 +95,31 @@ class Desk:
         info, self._capabilities = await link.attach(socket)
         self.metrics.replica_restarts.labels(str(index)).inc(max(0, num_restarts - link.num_restarts))
         link.num_restarts = num_restarts
-        await self._router.announce_change()
+        self._router.serve_waiting()
         return info
 
     async def detach(self, index: int = 0, loss: Loss | None = None) -> None:
         await self._router.links[index].detach(loss or Loss(reason="the server is stopping", is_crash=False))
+        self._router.serve_waiting()
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False when some were left at the end."""
         self._is_draining = True
+        await self.until_idle(timeout_s)
+        return not self._active
+
+    def stop(self) -> None:
+        """Refuse new requests, and tell the callers of the running ones that the server is stopping."""
+        self._is_draining = self._is_stopping = True
+        for task in self._active.values():
+            if task is not None:
+                task.cancel()
+
+    async def until_idle(self, timeout_s: float) -> None:
+        """Wait for the running requests to end, for at most so long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-        return not self._active
 
     async def events(self, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
         """All events of the request, `done` last. Leaving the iteration early cancels the work.
@@ -132,9 +144,25 @@ class Desk:
         visit.facts.learn_params(params)
         with self._counted(call.request_id):
             async with contextlib.aclosing(self._made(call, request, visit)) as events:
-                async for event in events:
+                while (event := await self._next(call.request_id, events)) is not None:
                     visit.facts.learn_event(event)
                     yield event
+
+    async def _next(self, request_id: str, events: AsyncGenerator[pb.GenerateEvent, None]) -> pb.GenerateEvent | None:
+        """The request's next event; None after the last. Not waited for any longer once the server is stopping."""
+        task = asyncio.current_task()
+        if self._is_stopping or task is None:
+            raise UnavailableError("the server is stopping")
+        self._active[request_id] = task
+        try:
+            return await anext(events, None)
+        except asyncio.CancelledError:
+            if not self._is_stopping:
+                raise
+            task.uncancel()
+            raise UnavailableError("the server is stopping") from None
+        finally:
+            self._active[request_id] = None
 
     def _made(self, call: Call, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
         """The call's events; of the first call, where its idempotency key has been seen."""
@@ -159,7 +187,7 @@ class Desk:
         """
         _ = self.capabilities
         links = self._router.links
-        answers = await asyncio.gather(*(_info(link) for link in links))
+        answers = await asyncio.gather(*(link.info(INFO_TIMEOUT_S) for link in links))
         known = [info for info in answers if info is not None]
         if not known:
             raise UnavailableError("no replica answers; they are being restarted")
@@ -181,12 +209,12 @@ class Desk:
     def _counted(self, request_id: str) -> Iterator[None]:
         if request_id in self._active:
             raise InvalidRequestError(REQUEST_ID_KEY, "must not be in use by a running request", repr(request_id))
-        self._active.add(request_id)
+        self._active[request_id] = None
         self._idle.clear()
         try:
             yield
         finally:
-            self._active.remove(request_id)
+            del self._active[request_id]
             if not self._active:
                 self._idle.set()
 
@@ -201,16 +229,6 @@ def client_of(key_name: str | None, named: str | None, peer: str) -> str:
     if key_name is not None:
         return f"key {key_name}"
     return f"named {named}" if named else f"peer {peer}"
-
-
-async def _info(link: ReplicaLink) -> pb.GetServerInfoResponse | None:
-    """What a replica says of itself; None when it is not there."""
-    if (connection := link.connection) is None:
-        return None
-    with contextlib.suppress(grpc.aio.AioRpcError):
-        info: pb.GetServerInfoResponse = await connection.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=INFO_TIMEOUT_S)
-        return info
-    return None
 
 
 def _together(parts: list[pb.GetServerInfoResponse.Activity]) -> pb.GetServerInfoResponse.Activity:

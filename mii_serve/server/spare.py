@@ -46,6 +46,7 @@ async def spawn(environment: Mapping[str, str], *arguments: str) -> Child:
             stdout=sys.stderr,  # our stdout belongs to the ready line
             pass_fds=(write_fd,),
             env=dict(environment),
+            process_group=0,  # Ctrl-C in a terminal is for us; what becomes of the replica we say
         )
     except BaseException:
         os.close(read_fd)
