@@ -31,6 +31,7 @@ def test_a_deployment_lives_serves_and_ends_cleanly(tmp_path):
     with deployed("demo", "--deployment-name", "mine") as running:
         assert [http_status(running.http, path) for path in ("/livez", "/readyz", "/")] == [200, 200, 200]
         [replica] = running.replica_pids()
+        assert running.spare_pids() == [], "there is one only where the setting says so"
         command_line = " ".join(psutil.Process(replica).cmdline())
         assert "mine" not in command_line, "the configuration does not travel on argv"
         with Client(running.grpc) as client:
@@ -60,13 +61,6 @@ def test_a_second_signal_ends_at_once():
         assert running.process.wait(PATIENCE_S) == 0
         with pytest.raises(UnavailableError):
             stream.result()
-
-
-def test_a_killed_front_leaves_no_process_behind():
-    with deployed("demo") as running:
-        replicas = running.replica_pids()
-        running.process.kill()
-        until(lambda: not any(psutil.pid_exists(pid) for pid in replicas), "no orphan is left")
 
 
 def test_a_killed_replica_is_replaced_and_its_request_made_again():

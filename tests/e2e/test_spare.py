@@ -43,14 +43,8 @@ def test_a_spare_takes_a_lost_replicas_place_and_is_replaced():
         assert not psutil.pid_exists(last)
 
 
-def test_a_killed_front_leaves_no_spare_behind():
+def test_a_killed_front_leaves_no_process_behind():
     with deployed("demo", env=WITH_SPARE) as running:
-        spare = spare_of(running)
+        processes = [spare_of(running), *running.replica_pids()]
         running.process.kill()
-        until(lambda: not psutil.pid_exists(spare), "the spare is gone")
-
-
-def test_without_the_setting_there_is_none():
-    with deployed("demo", env={"MII_SERVE_ENABLE_SPARE_PROCESS": "false"}) as running, Client(running.grpc) as client:
-        client.generate(**ASKED)
-        assert running.spare_pids() == []
+        until(lambda: not any(psutil.pid_exists(pid) for pid in processes), "no orphan is left")
