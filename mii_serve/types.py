@@ -26,6 +26,9 @@ MAX_SCHEDULER_CHARS = 80
 DEFAULT_SCHEDULER = "default"
 """The sampler that is the model's own scheduler, every option of it."""
 
+RANDOM_SEED = -1
+"""In many clients: draw a seed. Protocols without types read it so; where a seed is unsigned, it is left out."""
+
 T = TypeVar("T")
 
 
@@ -170,7 +173,8 @@ class Capabilities:
         for spelling in (name, name.lower(), name.lower().replace(" ", "_").replace("-", "_")):
             if (known := self.schedulers.get(spelling)) is not None:
                 return known
-        near = difflib.get_close_matches(name.lower(), self.schedulers, n=5, cutoff=0.4) or sorted(self.schedulers)[:5]
+        near = difflib.get_close_matches(name.lower(), self.schedulers, n=5, cutoff=0.4)
+        near = near or sorted(set(self.schedulers.values()), key=lambda known: (known[0].isupper(), known))[:5]
         rule = f"must be one of the {len(set(self.schedulers.values()))} this model has, such as {', '.join(near)}"
         raise InvalidRequestError("scheduler", rule, repr(name))
 
@@ -435,6 +439,7 @@ class Preview:
     format: ImageFormat
     height: int
     width: int
+    nsfw_content_detected: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from mii_serve.engine.decode import decode, is_finite, not_finite
 from mii_serve.engine.probe import UNetCall, without_checker
 from mii_serve.engine.schedulers import capabilities_of
 from mii_serve.engine.stages import SAMPLE_ERRORS, StageClock
 from mii_serve.engine.text import dropped_text
 from mii_serve.engine.warmup import make_pictures, warm_up_request
-from mii_serve.errors import EngineError
+from mii_serve.errors import EngineError, NotFiniteError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import checked_pictures
 from mii_serve.samplers.build import ModelSchedulers, step_kwargs, try_scheduler
@@ -164,6 +165,9 @@ class ReferenceEngine:
     def _or_failed(self, do: Callable[..., SampleProgress], running: _Running, *arguments: bool) -> SampleProgress:
         try:
             return do(running, *arguments)
+        except NotFiniteError as error:
+            self._running.pop(running.sample.id, None)
+            return replace(running.progress, error=error)
         except SAMPLE_ERRORS as error:
             logger.exception("a sample failed, request_id=%s", running.sample.id.request_id)
             self._running.pop(running.sample.id, None)
@@ -188,7 +192,7 @@ class ReferenceEngine:
         preview = None
         if is_shown:
             x0 = torch.from_numpy(x0_coefficients(scheduler)[running.step - 1 : running.step]).to(self._device)
-            preview = self._picture(running, estimate_x0(model_input[:1], noise_pred, x0))
+            preview = self._preview(running, estimate_x0(model_input[:1], noise_pred, x0))
         return replace(running.progress, preview=preview)
 
     def _finish(self, running: _Running) -> SampleProgress:
@@ -196,12 +200,23 @@ class ReferenceEngine:
         del self._running[running.sample.id]
         return replace(running.progress, picture=picture)
 
+    def _preview(self, running: _Running, x0: torch.Tensor) -> Picture | None:
+        """None where only the estimate is not finite, as of a v-prediction model's first step: the sample is well."""
+        try:
+            return self._picture(running, x0)
+        except NotFiniteError:
+            if is_finite(running.latents):
+                return None
+            raise
+
     def _picture(self, running: _Running, latents: torch.Tensor) -> Picture:
         params = running.sample.params
         with self._clock.time("decode"):
-            images = _decode(self._pipeline.vae, latents, running.generator)
+            decoded = decode(self._pipeline.vae, latents, running.generator)
+        if (fault := decoded.faults[0]) is not None:
+            raise not_finite(fault, step=running.step, vae=self._pipeline.vae, unet=self._pipeline.unet)
         with self._clock.time("safety"):
-            pictures, flags = checked_pictures(self._pipeline, images)
+            pictures, flags = checked_pictures(self._pipeline, decoded.images)
         picture = pictures[0].convert("RGB")
         tokenizer = self._pipeline.tokenizer
         return Picture(
@@ -236,7 +251,7 @@ class ReferenceProbe:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        images = [_decode(self._pipeline.vae, one[None].to(self._device)) for one in latents]
+        images = [decode(self._pipeline.vae, one[None].to(self._device)).images for one in latents]
         return torch.cat(images).cpu()
 
     def without_checker(self) -> AbstractContextManager[None]:
@@ -254,9 +269,3 @@ class ReferenceProbe:
             return noise_pred[0]
         noise_pred_uncond, noise_pred_text = noise_pred
         return noise_pred_uncond + call.guidance_scale * (noise_pred_text - noise_pred_uncond)
-
-
-def _decode(vae: Any, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Images in [-1, 1], as `StableDiffusionPipeline.__call__` makes them."""
-    images: torch.Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False, generator=generator)[0]
-    return images

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from mii_serve.errors import InvalidRequestError, ModelError
 from mii_serve.models import LoadedModel
-from mii_serve.samplers.build import ModelSchedulers
+from mii_serve.samplers.build import ModelSchedulers, first_line
 from mii_serve.types import Capabilities
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,9 @@ def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Call
     except InvalidRequestError as error:
         is_own = declared not in schedulers.accepted_names or schedulers.accepted_names[declared] == declared
         called = f"default scheduler, {schedulers.own_class}," if is_own else f"default scheduler {declared!r}"
+        reason = error.rule if error.__cause__ is None else f"{type(error.__cause__).__name__}: {first_line(error.__cause__)}"
         raise ModelError(
-            f"{model.name}: its {called} cannot draw: {error}. Name another in the model's mii_serve_defaults.json, for example"
+            f"{model.name}: its {called} cannot draw: {reason}. Name another in mii_serve_defaults.json, for example"
             ' {"scheduler": "euler"}'
         ) from error
     return replace(capabilities, defaults=replace(model.defaults, scheduler=name))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mii_serve.engine import Engine
-from mii_serve.errors import EngineError, InvalidRequestError
-from mii_serve.types import RequestedParams, Sample, SampleId, StepPlan
+from mii_serve.errors import EngineError, InvalidRequestError, NotFiniteError
+from mii_serve.types import RequestedParams, Sample, SampleId, SampleProgress, StepPlan
 
 FEW_STEPS = (2, 4, 6, 10, 20)
 
@@ -25,17 +25,24 @@ def make_pictures(engine: Engine, asked: RequestedParams, *, count: int = 1) -> 
     """Run `count` samples together from their first call to their pictures; they must fit into the engine.
 
     Raises:
-        EngineError: the engine failed, or a picture is empty.
+        EngineError: the engine failed, or a picture is empty or not finite.
     """
     params = engine.capabilities.resolve(asked, fallback_seed=0)
     samples = tuple(Sample(id=SampleId("warm-up", i), params=params) for i in range(count))
     ids = tuple(sample.id for sample in samples)
     for step in range(engine.check(params)):
         for progress in engine.run(StepPlan(joins=() if step else samples, steps=ids)):
-            if progress.error is not None:
-                raise progress.error
+            _raise_error(progress)
     decodes = engine.capacity.max_decodes
     for start in range(0, count, decodes):
         for progress in engine.run(StepPlan(decodes=ids[start : start + decodes])):
+            _raise_error(progress)
             if progress.picture is None or not progress.picture.rgb:
                 raise EngineError("a warm-up picture is empty")
+
+
+def _raise_error(progress: SampleProgress) -> None:
+    if isinstance(progress.error, NotFiniteError):
+        raise EngineError(f"the warm-up picture is not finite, so the model cannot be served like this: {progress.error}")
+    if progress.error is not None:
+        raise progress.error

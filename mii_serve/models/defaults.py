@@ -43,6 +43,12 @@ class DeclaredDefaults(BaseModel):
     max_size_px: int | None = Field(None, ge=LATENT_SCALE, multiple_of=LATENT_SCALE)
 
 
+def defaults_files(folder: Path) -> tuple[Path, ...]:
+    """The file where there is one: what it says changes pictures."""
+    file = folder / DEFAULTS_FILE
+    return (file,) if file.is_file() else ()
+
+
 def read_defaults(folder: Path) -> DeclaredDefaults:
     """What the model declares; nothing where it has no such file.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from mii_serve.engine.decode import Decoded, decode, is_finite, not_finite
 from mii_serve.engine.native.denoiser import Denoiser
 from mii_serve.engine.native.kernels import KernelSet
 from mii_serve.engine.native.lattice import TurnSize, declare
@@ -28,7 +29,7 @@ from mii_serve.engine.native.unet import RowUNet
 from mii_serve.engine.schedulers import capabilities_of
 from mii_serve.engine.stages import SAMPLE_ERRORS, StageClock
 from mii_serve.engine.warmup import make_pictures, warm_up_request
-from mii_serve.errors import EngineError
+from mii_serve.errors import EngineError, NotFiniteError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import checked_pictures
 from mii_serve.samplers.build import ModelSchedulers
@@ -264,16 +265,24 @@ class NativeEngine:
                     running.stepping.after(running.step, bank.state[running.slot], noise_pred)
                 except SAMPLE_ERRORS as error:
                     failed[running.sample.id] = self._failed(running, error)
-        previews: dict[SampleId, Picture] = {}
+        for running in group:
+            running.step += 1
+        previews: dict[SampleId, Picture | NotFiniteError] = {}
         if seen_ids := [sample_id for sample_id in shown if sample_id not in failed]:
             rows = [ids.index(sample_id) for sample_id in seen_ids]
             seen = [group[row] for row in rows]
-            x0 = torch.tensor([running.stepping.x0(running.step) for running in seen], device=self._device)
+            x0 = torch.tensor([running.stepping.x0(running.step - 1) for running in seen], device=self._device)
             previews = self._pictures(seen, estimate_x0(model_input[rows], prediction[rows], x0))
-        for running in group:
-            running.step += 1
-        made = {one.sample.id: replace(one.progress, preview=previews.get(one.sample.id)) for one in group}
-        return made | failed
+        return {one.sample.id: failed.get(one.sample.id) or self._stepped(one, previews.get(one.sample.id)) for one in group}
+
+    def _stepped(self, running: _Running, preview: Picture | NotFiniteError | None) -> SampleProgress:
+        """Where only the preview is not finite, as of a v-prediction model's first step, it is left out: the sample is well."""
+        if not isinstance(preview, NotFiniteError):
+            return replace(running.progress, preview=preview)
+        if is_finite(self._denoiser.bank(running.shape).state[running.slot, 0]):
+            return running.progress
+        self._forget(running.sample.id)
+        return replace(running.progress, error=preview)
 
     def _failed(self, running: _Running, error: Exception) -> SampleProgress:
         """What the sample's own scheduler object raised costs that sample only."""
@@ -302,21 +311,35 @@ class NativeEngine:
         for sample_id in ids:
             if (running := self._running.get(sample_id)) is not None:
                 by_shape.setdefault(running.shape, []).append(running)
-        pictures: dict[SampleId, Picture] = {}
+        made: dict[SampleId, SampleProgress] = {}
         for shape, group in by_shape.items():
             slots = torch.tensor([running.slot for running in group], device=self._device)
-            pictures |= self._pictures(group, self._denoiser.bank(shape).state[slots, 0])
-        made = {sample_id: replace(self._running[sample_id].progress, picture=pictures[sample_id]) for sample_id in pictures}
+            for sample_id, picture in self._pictures(group, self._denoiser.bank(shape).state[slots, 0]).items():
+                progress = self._running[sample_id].progress
+                if isinstance(picture, NotFiniteError):
+                    made[sample_id] = replace(progress, error=picture)
+                else:
+                    made[sample_id] = replace(progress, picture=picture)
         for sample_id in made:
             self._forget(sample_id)
         return made
 
-    def _pictures(self, group: Sequence[_Running], latents: torch.Tensor) -> dict[SampleId, Picture]:
+    def _pictures(self, group: Sequence[_Running], latents: torch.Tensor) -> dict[SampleId, Picture | NotFiniteError]:
+        """Of each sample its picture, or why it has none."""
         with self._clock.time("decode"):
-            images = self._decode(latents)
+            decoded = self._decode(latents)
+        vae, unet = self._pipeline.vae, self._pipeline.unet
+        made: dict[SampleId, Picture | NotFiniteError] = {
+            running.sample.id: not_finite(fault, step=running.step, vae=vae, unet=unet)
+            for running, fault in zip(group, decoded.faults, strict=True)
+            if fault is not None
+        }
+        good = [group[index] for index in decoded.good]
+        if not good:
+            return made
         with self._clock.time("safety"):
-            pictures, flags = checked_pictures(self._pipeline, images)
-        return {
+            pictures, flags = checked_pictures(self._pipeline, decoded.good_images)
+        return made | {
             running.sample.id: Picture(
                 width=picture.width,
                 height=picture.height,
@@ -325,11 +348,9 @@ class NativeEngine:
                 dropped_prompt=running.prompt.dropped,
                 dropped_negative_prompt=running.negative_prompt.dropped if running.negative_prompt else "",
             )
-            for index, (running, picture) in enumerate(zip(group, pictures, strict=True))
+            for index, (running, picture) in enumerate(zip(good, pictures, strict=True))
         }
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1] from latents in float32."""
-        vae = self._pipeline.vae
-        images: torch.Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
-        return images
+    def _decode(self, latents: torch.Tensor) -> Decoded:
+        """Images from latents in float32."""
+        return decode(self._pipeline.vae, latents)

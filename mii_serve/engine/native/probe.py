@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mii_serve.engine.decode import Decoded
 from mii_serve.engine.native.denoiser import Denoiser
 from mii_serve.engine.native.prompts import PromptBank
 from mii_serve.engine.native.stepping import STAND_STILL
@@ -27,7 +28,7 @@ class NativeProbe:
         times: TimeTable,
         denoiser: Denoiser,
         capacity: EngineCapacity,
-        decode: Callable[[torch.Tensor], torch.Tensor],
+        decode: Callable[[torch.Tensor], Decoded],
     ) -> None:
         self._pipeline = pipeline
         self._device = prompts.key_values.device
@@ -53,7 +54,7 @@ class NativeProbe:
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         batches = latents.to(self._device).split(self._capacity.max_decodes)
-        return torch.cat([_answer(self._decode(batch)) for batch in batches])
+        return torch.cat([_answer(self._decode(batch).images) for batch in batches])
 
     def without_checker(self) -> AbstractContextManager[None]:
         return without_checker(self._pipeline)

@@ -75,16 +75,20 @@ def test_declared_defaults_are_read_and_checked(model_folder: Path, load: Load) 
 def test_the_revision_follows_the_content_and_not_the_place(pristine: Path, model_folder: Path, load: Load) -> None:
     before = load(pristine).revision
     assert load(model_folder).revision == before
+    (model_folder / "mii_serve_defaults.json").write_text(json.dumps({"num_inference_steps": 7}))
+    with_defaults = load(model_folder).revision
+    assert with_defaults != before
     rewrite(weight_file(model_folder, "vae"), lambda state: {name: value + 1 for name, value in state.items()})
-    assert load(model_folder).revision != before
+    assert load(model_folder).revision not in (before, with_defaults)
 
 
-def test_a_snapshot_of_a_hub_cache_is_known_by_its_commit(pristine: Path, tmp_path: Path, load: Load) -> None:
+def test_a_copied_snapshot_is_known_by_its_commit_and_its_content(pristine: Path, tmp_path: Path, load: Load) -> None:
     commit = "a" * 40
     folder = tmp_path / "models--org--tiny" / "snapshots" / commit
     shutil.copytree(pristine, folder)
     model = load(folder)
-    assert (model.name, model.revision) == ("org/tiny", commit)
+    assert model.name == "org/tiny"
+    assert model.revision == f"{commit}+{load(pristine).revision}", "a copy without links to blobs proves no commit"
 
 
 @pytest.mark.parametrize("stored", ["fp32", "fp16"])
