@@ -30,9 +30,9 @@ from mii_serve.server.tls import Tls
 
 logger = logging.getLogger(__name__)
 
-TELL_CALLERS_S = 0.2
+TELL_CALLERS_S = 0.4
 """After a second signal, for those who can be told to be told, and for killed replicas to be gone."""
-FLUSH_S = 0.05
+FLUSH_S = 0.1
 ATTACH_AGAIN_S = 1.0
 """A replica that is ready and did not answer is asked again; one that hangs is the supervisor's to end."""
 

@@ -124,6 +124,22 @@ def test_a_replica_that_answers_no_signal_does_not_outlive_the_second_one(tmp_pa
         assert "Traceback" not in running.log.read_text()
 
 
+def test_a_caller_who_sends_slowly_is_told_too_when_the_server_has_waited_long_enough(tmp_path):
+    with Logged(tmp_path, "demo") as running:
+        _, http = running.ready()
+        host, _, port = http.rpartition(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(f"POST /score HTTP/1.1\r\nhost: {http}\r\ncontent-type: application/json\r\n".encode())
+            slow.sendall(b"content-length: 100\r\n\r\n{")
+            assert status_of(http, "/readyz") == 200
+            running.process.send_signal(signal.SIGTERM)
+            slow.settimeout(60)
+            answer = slow.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 503 "), answer
+        assert running.process.wait(60) == 0
+        assert "Traceback" not in running.log.read_text()
+
+
 @pytest.mark.parametrize(
     ("signals", "is_spawned"),
     [

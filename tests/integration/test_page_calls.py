@@ -17,6 +17,7 @@ from patience import PATIENCE_S
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine.fake import FakeEngine
+from mii_serve.errors import UnavailableError
 from mii_serve.gateway.app import serve_http
 from mii_serve.gateway.page.calls import PageCalls
 from mii_serve.gateway.page.files import ASSETS
@@ -254,4 +255,18 @@ async def test_any_number_of_pages_asks_the_replicas_only_now_and_then(site, mon
     calls = PageCalls(site.server.desk)
     answers = await asyncio.gather(*(calls.state(None) for _ in range(50)))
     assert {json.loads(answer.body)["max_slots"] for answer in answers} == {2}
+    assert len(asked) == 1
+
+
+async def test_pages_do_not_queue_up_to_ask_replicas_that_say_nothing(site, monkeypatch):
+    asked = []
+
+    async def refused() -> pb.GetServerInfoResponse:
+        asked.append(None)
+        raise UnavailableError("no replica answers")
+
+    monkeypatch.setattr(site.server.desk, "server_info", refused)
+    calls = PageCalls(site.server.desk)
+    outcomes = await asyncio.gather(*(calls.state(None) for _ in range(50)), return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {UnavailableError}
     assert len(asked) == 1

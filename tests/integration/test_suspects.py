@@ -206,16 +206,16 @@ async def test_a_poison_that_comes_again_is_made_alone_from_the_start(tmp_path):
         assert "restarted" not in kinds(events) and deployment.num_crashes == 3
 
 
-async def test_in_a_crowd_that_is_killed_three_times_nobody_is_refused(tmp_path):
+async def test_a_crowd_that_is_killed_once_stays_one_and_killed_twice_is_made_one_at_a_time(tmp_path):
     """Whoever notices last that its replica is gone was not alone on it for that."""
     async with deployment_of(tmp_path, 1, max_slots=8) as deployment:
         deployment.hold()
         calls = [called(deployment, seed=seed) for seed in range(6)]
         await deployment.until(lambda: sum(deployment.images_on().values()) == 6)
-        for _ in range(2):
+        for num_images in (6, 1):
             await deployment.lose(0, KILLED)
             await deployment.start(0, is_held=True)
-            await deployment.until(lambda: sum(deployment.images_on().values()) >= 1)
+            await deployment.until(lambda num_images=num_images: sum(deployment.images_on().values()) == num_images)
         deployment.release()
         for seed, events in enumerate(await asyncio.gather(*calls)):
             assert_made(events, {"seed": seed})
