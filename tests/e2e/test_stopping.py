@@ -136,7 +136,7 @@ def test_a_caller_who_sends_slowly_is_told_too_when_the_server_has_waited_long_e
             slow.settimeout(60)
             answer = slow.recv(65536)
             assert answer.startswith(b"HTTP/1.1 503 "), answer
-        assert running.process.wait(60) == 0
+        assert running.process.wait(PATIENCE_S) == 0
         assert "Traceback" not in running.log.read_text()
 
 
