@@ -10,7 +10,7 @@ import pytest
 from deployments import finished, read_line
 
 SILENT = "import time; time.sleep(3600)"
-COMPUTES = "import time\nwhile time.process_time() < 4: pass\nprint('done', flush=True)"
+COMPUTES = "import time\nwhile time.process_time() < 3: pass\nprint('done', flush=True)"
 
 
 @pytest.fixture
