@@ -24,6 +24,7 @@ from mii_serve.server.front import GrpcFront, bracketed
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.placement import place
 from mii_serve.server.router import Router
+from mii_serve.server.spare import Spares
 from mii_serve.server.supervisor import ReplicaSupervisor
 from mii_serve.server.tls import Tls
 
@@ -109,8 +110,10 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
             listener.on_ready(Ready(grpc=address, http=http or "off", info=info))
 
         changed = asyncio.Event()
+        spares = Spares(is_on=config.enable_spare_process)
         supervisors = [
-            ReplicaSupervisor(config, index=index, environment=environment) for index, environment in enumerate(environments)
+            ReplicaSupervisor(config, index=index, environment=environment, spares=spares)
+            for index, environment in enumerate(environments)
         ]
         running = [asyncio.create_task(supervisor.run(changed)) for supervisor in supervisors]
         following = asyncio.create_task(_follow(supervisors, changed, desk, front, on_first_ready))
@@ -126,6 +129,7 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
             for task in (*running, following, draining):
                 task.cancel()
             await asyncio.gather(*running, following, draining, return_exceptions=True)
+            await spares.close()
             await front.stop(0)
             for supervisor in supervisors:
                 await desk.detach(supervisor.index)
@@ -190,6 +194,9 @@ async def _follow(
         if has_all and info is not None and not has_been_ready:
             has_been_ready = True
             on_first_ready(info)
+        if has_all:
+            for supervisor in supervisors:
+                supervisor.prepare_spare()
 
 
 async def _drain(config: DeployConfig, desk: Desk, front: GrpcFront) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from integration.conftest import RunningServer, running_server
+from patience import PATIENCE_S
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine.fake import FakeEngine
@@ -51,7 +52,7 @@ class Site:
     address: str
 
     async def ask(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
-        async with asyncio.timeout(20), self.line() as (reader, writer):
+        async with asyncio.timeout(PATIENCE_S), self.line() as (reader, writer):
             await self.say(writer, method, path, body, {"connection": "close", **(headers or {})})
             head, _, rest = (await reader.read()).partition(b"\r\n\r\n")
         status, *lines = head.decode().split("\r\n")
