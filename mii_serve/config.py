@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -52,6 +52,8 @@ OF_KUBERNETES = re.compile(r"CONTENT_SAFETY_(SERVICE_(HOST|PORT(_.*)?)|PORT(_.*)
 """What Kubernetes sets in every container beside a service named content-safety."""
 MAX_MODERATED_CHARS = 10_000
 """Azure AI Content Safety reads no more of a text."""
+HOST_PATTERN = r"^(\*|(\*\.)?[0-9A-Za-z_-]{1,63}(\.[0-9A-Za-z_-]{1,63}){0,20}\.?|\[?[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{0,40}\]?)$"
+"""A name, perhaps with a wildcard in front, or an address; without a port."""
 CLOSE = 0.8
 """How alike two names are, of 1, for one to be taken for the other misspelt."""
 
@@ -59,7 +61,9 @@ CLOSE = 0.8
 class HttpConfig(BaseModel):
     """Bounds on one HTTP request, and what a refused picture looks like there.
 
-    `max_images` and `max_steps` are of all its prompts together, a step being one denoising step of one image.
+    `allowed_hosts` are the names this server answers to, `*.example.com` for all below one and `*` for any; left out, a server
+    on a loopback address answers to this machine's names, and another to any. `max_images` and `max_steps` are of all its
+    prompts together, a step being one denoising step of one image.
     `refuse_blocked_score` answers `/score` with 400 where content safety blocked a prompt, instead of Azure's empty object;
     `refuse_flagged_images` refuses an OpenAI request of which every picture was flagged, instead of sending black ones.
     """
@@ -72,6 +76,13 @@ class HttpConfig(BaseModel):
     timeout_s: float = Field(900.0, gt=0, allow_inf_nan=False)
     refuse_blocked_score: bool = False
     refuse_flagged_images: bool = True
+    allowed_hosts: tuple[Annotated[str, Field(pattern=HOST_PATTERN)], ...] | None = Field(None, min_length=1)
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """A variable of the environment may name several with commas."""
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 class LimitsConfig(BaseModel):

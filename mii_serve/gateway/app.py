@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Match, Route
@@ -23,7 +25,9 @@ from mii_serve.config import DeployConfig, HttpConfig
 from mii_serve.errors import MiiServeError
 from mii_serve.gateway.connections import BoundedConnection
 from mii_serve.gateway.door import Door
+from mii_serve.gateway.hosts import HostCheck, Hosts
 from mii_serve.gateway.huggingface import HuggingFaceDialect, TextToImage
+from mii_serve.gateway.listening import NUM_IDLE, BoundedListener, Connections, WorkCheck
 from mii_serve.gateway.names import ModelNames
 from mii_serve.gateway.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.openapi import Description
@@ -35,14 +39,21 @@ from mii_serve.metrics import CONTENT_TYPE
 from mii_serve.server.desk import Desk
 from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.keys import KeyRing
+from mii_serve.server.open_files import MAX_CONNECTIONS
 from mii_serve.server.tls import Tls
 
 GRACE_S = 5
 """At the end, callers who send or take in slowly are waited for so long; the pictures are made by then."""
 
 
-def build_app(desk: Desk, keys: KeyRing, settings: HttpConfig | None = None) -> Starlette:
-    """What is answered over HTTP."""
+def build_app(
+    desk: Desk,
+    keys: KeyRing,
+    settings: HttpConfig | None = None,
+    hosts: Hosts | None = None,
+    max_connections: int = MAX_CONNECTIONS,
+) -> Starlette:
+    """What is answered over HTTP, to those who name one of the `hosts`, over so many connections."""
     settings, files = settings or HttpConfig(), PageFiles()
 
     async def livez(request: Request) -> Response:
@@ -61,7 +72,8 @@ def build_app(desk: Desk, keys: KeyRing, settings: HttpConfig | None = None) -> 
     routes = [Route(path, answer) for path, answer in answers.items()]
     door = Door(desk, keys, settings)
     calls = [*_calls(desk, door, settings), *page_routes(desk, door, files)]
-    app = Starlette(routes=[*routes, *calls], exception_handlers={HTTPException: _no_such_route})
+    checks = [Middleware(HostCheck, hosts or Hosts()), Middleware(WorkCheck, max_connections - NUM_IDLE)]
+    app = Starlette(routes=[*routes, *calls], middleware=checks, exception_handlers={HTTPException: _no_such_route})
     app.router.redirect_slashes = False
     return app
 
@@ -122,14 +134,17 @@ def _encrypted(tls: Tls) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def serve_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None = None) -> AsyncIterator[str]:
+async def serve_http(
+    config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None = None, max_connections: int = MAX_CONNECTIONS
+) -> AsyncIterator[str]:
     """Serve while the block runs; gives HOST:PORT. Without `tls` it is plain text.
 
     Raises:
         ConfigError: the address cannot be bound.
     """
-    listener = bind_tcp("http_port", config.host, config.http_port)
-    app = build_app(desk, keys, config.http)
+    connections = Connections(max_connections)
+    listener = BoundedListener.of(bind_tcp("http_port", config.host, config.http_port), connections)
+    app = build_app(desk, keys, config.http, Hosts.of(config), max_connections)
     listener.listen()  # who connects before the server has started waits for it
     settings = uvicorn.Config(
         app,
@@ -137,7 +152,7 @@ async def serve_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls |
         log_level="warning",
         access_log=False,
         server_header=False,
-        http=BoundedConnection,
+        http=functools.partial(BoundedConnection, connections),  # type: ignore[arg-type]  # called like a class
         timeout_graceful_shutdown=GRACE_S,
         lifespan="off",
         **({} if tls is None else _encrypted(tls)),

@@ -23,8 +23,8 @@ MAX_BYTES = 256 * 1024 * 1024
 GRACE_S = 10.0
 """Work that nobody waits for goes on for so long, in case its caller comes back."""
 
-Key = tuple[str, str]
-"""Whose key, where API keys tell; and the key. One caller cannot see another's pictures by guessing."""
+Key = tuple[str, str, int | None]
+"""Whose key, where API keys tell; the key; which request of its call. One caller cannot see another's pictures by guessing."""
 Make = Callable[[], AsyncGenerator[pb.GenerateEvent, None]]
 
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -19,7 +19,7 @@ import grpc
 from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.metrics import FrontMetrics, together
 from mii_serve.proto.codec import decode_request
-from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, REQUEST_ID_KEY, check_idempotency_key
+from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, check_idempotency_key
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.safety.moderation import Moderator
 from mii_serve.server.answers import Answers
@@ -38,8 +38,9 @@ METRICS_TIMEOUT_S = 2.0
 class Visit:
     """One request's circumstances: who asks, and how long they wait.
 
-    `request_id` is nobody else's while the request runs. `client` is whose share of a busy server it takes. `deadline` is on
-    `time.monotonic`'s clock. `key_name` is the API key it came with, None where the server wants none.
+    `request_id` is for logs and answers; many may have the same. `client` is whose share of a busy server it takes, as
+    `Request.client` is read. `deadline` is on `time.monotonic`'s clock. `key_name` is the API key it came with, None where the
+    server wants none. `part` tells requests of one call with one idempotency key apart.
     """
 
     request_id: str
@@ -47,7 +48,12 @@ class Visit:
     deadline: float | None = None
     key_name: str | None = None
     idempotency_key: str | None = None
+    part: int | None = None
     facts: Facts = field(default_factory=Facts)
+
+    def named_part(self, suffix: str) -> Visit:
+        """The same for one request of several, which the log tells apart by the suffix."""
+        return replace(self, request_id=f"{self.request_id}{suffix}")
 
 
 class Desk:
@@ -63,13 +69,13 @@ class Desk:
         self.grpc_port: int | None = None
         """Where this deployment answers gRPC, for code that is shown to callers; None before it listens."""
         self.metrics.replicas_ready.set_function(lambda: sum(link.is_up for link in self._router.links))
-        self.metrics.requests_running.set_function(lambda: len(self._active))
+        self.metrics.requests_running.set_function(lambda: self._num_active)
         for link in self._router.links:
             self.metrics.replica_restarts.labels(str(link.index))
         self._capabilities: Capabilities | None = None
         self._answers = Answers()
         self._is_draining = False
-        self._active: set[str] = set()
+        self._num_active = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -107,7 +113,7 @@ class Desk:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-        return not self._active
+        return not self._num_active
 
     async def events(self, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
         """All events of the request, `done` last. Leaving the iteration early cancels the work.
@@ -130,10 +136,11 @@ class Desk:
             deadline=visit.deadline,
         )
         visit.facts.learn_params(params)
-        with self._counted(call.request_id):
+        with self._counted():
             async with contextlib.aclosing(self._made(call, request, visit)) as events:
                 async for event in events:
                     visit.facts.learn_event(event)
+                    event.request_id = visit.request_id  # an answer that is repeated was another call's
                     yield event
 
     def _made(self, call: Call, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
@@ -149,7 +156,7 @@ class Desk:
             raise InvalidRequestError("output.preview_every", f"cannot go with {IDEMPOTENCY_KEY}: previews are not kept")
         owner = call.client if visit.key_name is not None else ""
         fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-        return self._answers.events((owner, check_idempotency_key(key)), fingerprint, make)
+        return self._answers.events((owner, check_idempotency_key(key), visit.part), fingerprint, make)
 
     async def server_info(self) -> pb.GetServerInfoResponse:
         """What runs here and how busy it is, of all replicas together.
@@ -178,16 +185,14 @@ class Desk:
         return together(self.metrics, {link.index: text for link, text in zip(links, texts, strict=True) if text is not None})
 
     @contextlib.contextmanager
-    def _counted(self, request_id: str) -> Iterator[None]:
-        if request_id in self._active:
-            raise InvalidRequestError(REQUEST_ID_KEY, "must not be in use by a running request", repr(request_id))
-        self._active.add(request_id)
+    def _counted(self) -> Iterator[None]:
+        self._num_active += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self._active.remove(request_id)
-            if not self._active:
+            self._num_active -= 1
+            if not self._num_active:
                 self._idle.set()
 
 
@@ -196,11 +201,13 @@ def deadline_in(left_s: float | None) -> float | None:
     return None if left_s is None else time.monotonic() + left_s
 
 
-def client_of(key_name: str | None, named: str | None, peer: str) -> str:
-    """Whose share a request takes: the API key's; where the server wants none, whom the caller names; else the connection's."""
+def client_of(key_name: str | None, named: str | None, address: str) -> str:
+    """Whose share a request takes, as `Request.client` is read: the API key's; where the server wants none, the address's, in
+    which whom the caller names has a share. Names alone would give whoever makes up a new one each time a share each time.
+    """
     if key_name is not None:
-        return f"key {key_name}"
-    return f"named {named}" if named else f"peer {peer}"
+        return f"key {key_name}".encode("ascii", "backslashreplace").decode()
+    return f"{address}/{named}" if named else address
 
 
 async def _info(link: ReplicaLink) -> pb.GetServerInfoResponse | None:

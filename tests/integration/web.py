@@ -42,7 +42,9 @@ class Web:
         host, _, port = self.address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         raw = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+        )
         writer.write(head.encode() + raw)
         await writer.drain()
         return reader, writer
@@ -54,7 +56,7 @@ class Web:
 
 def await_free(server: RunningServer) -> bool:
     activity = server.loop.activity()
-    return not activity.num_running and not activity.num_waiting and not server.desk._active
+    return not activity.num_running and not activity.num_waiting and not server.desk._num_active
 
 
 @contextlib.asynccontextmanager
