@@ -52,7 +52,9 @@ OF_KUBERNETES = re.compile(r"CONTENT_SAFETY_(SERVICE_(HOST|PORT(_.*)?)|PORT(_.*)
 """What Kubernetes sets in every container beside a service named content-safety."""
 MAX_MODERATED_CHARS = 10_000
 """Azure AI Content Safety reads no more of a text."""
-HOST_PATTERN = r"^(\*|(\*\.)?[0-9A-Za-z_-]{1,63}(\.[0-9A-Za-z_-]{1,63}){0,20}\.?|\[?[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{0,40}\]?)$"
+_LABEL = r"[0-9A-Za-z_-]{1,63}"
+_IPV6 = r"\[?[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{0,40}\]?"
+HOST_PATTERN = rf"^(\*|(\*\.)?{_LABEL}(\.{_LABEL}){{0,20}}\.?|{_IPV6})$"
 """A name, perhaps with a wildcard in front, or an address; without a port."""
 CLOSE = 0.8
 """How alike two names are, of 1, for one to be taken for the other misspelt."""

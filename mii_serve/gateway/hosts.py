@@ -24,6 +24,8 @@ from mii_serve.server.front import is_loopback
 ALL = "*"
 LOOPBACK_NAMES = ("localhost", "*.localhost")
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+MAX_HOST_CHARS = 300
+"""No name of the DNS is as long, port and brackets included."""
 SHOWN_CHARS = 80
 
 
@@ -52,7 +54,7 @@ class Hosts:
     def allows(self, header: str) -> bool:
         if self.allow_all:
             return True
-        host = _without_port(header)
+        host = _without_port(header) if len(header) <= MAX_HOST_CHARS else None
         if host is None:
             return False
         if self._allow_loopback_addresses and _is_loopback_address(host):
@@ -63,7 +65,7 @@ class Hosts:
     def allows_origin(self, header: str) -> bool:
         """`header` is a page's origin, `https://name:port`, or `null` for one that is nobody's."""
         try:
-            return self.allow_all or self.allows(urlsplit(header).netloc)
+            return self.allow_all or (len(header) <= 2 * MAX_HOST_CHARS and self.allows(urlsplit(header).netloc))
         except ValueError:  # brackets that hold no address
             return False
 

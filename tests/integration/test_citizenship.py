@@ -56,7 +56,7 @@ async def test_one_id_may_have_several_requests_at_once(server):
     assert [dict(await call.initial_metadata())["x-request-id"] for call in calls] == ["same"] * 3
 
 
-@pytest.mark.parametrize("forged", ["victim 1", "victim 12", "a\tb"])
+@pytest.mark.parametrize("forged", ["victim 1", "victim 12", " ", "victim 1 1"])
 async def test_ids_as_the_front_gives_them_are_not_for_callers(server, forged):
     with pytest.raises((grpc.aio.AioRpcError, ValueError)) as caught:
         await server.stub.Generate(pb.GenerateRequest(prompt="p"), metadata=(("x-request-id", forged),))
