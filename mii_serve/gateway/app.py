@@ -152,6 +152,7 @@ async def serve_http(
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # who may be believed about other addresses is not ours to guess, and addresses have shares
         http=functools.partial(BoundedConnection, connections),  # type: ignore[arg-type]  # called like a class
         timeout_graceful_shutdown=GRACE_S,
         lifespan="off",

@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 import socket
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -73,10 +74,12 @@ def close_connection(peer: str) -> int:
         return 0
     num_closed = 0
     for file in OPEN_FILES.iterdir():
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(file.name))) as connection:
-            if connection.family in (socket.AF_INET, socket.AF_INET6) and _seen_as(connection.getpeername()) == wanted:
-                connection.shutdown(socket.SHUT_RDWR)
-                num_closed += 1
+        with contextlib.suppress(OSError):  # it was closed meanwhile, or has no peer
+            if stat.S_ISSOCK(os.fstat(int(file.name)).st_mode):
+                with socket.socket(fileno=os.dup(int(file.name))) as connection:
+                    if connection.family != socket.AF_UNIX and _seen_as(connection.getpeername()) == wanted:
+                        connection.shutdown(socket.SHUT_RDWR)
+                        num_closed += 1
     return num_closed
 
 

@@ -17,6 +17,9 @@ MAX_NEW_SERIES = 400
 """For whatever a caller without pictures can bring about."""
 
 
+MADE_UP = [("x-client-id", "n{}"), ("x-forwarded-for", "10.0.0.{}"), ("forwarded", "for=10.0.0.{}")]
+
+
 @pytest.fixture
 async def served(tmp_path):
     async with web(tmp_path, FakeEngine(max_slots=1)) as running:
@@ -28,12 +31,13 @@ def client_from(served, address: str) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(base_url=f"http://{served.address}", transport=transport, timeout=60.0)
 
 
-async def test_a_crowd_of_made_up_names_does_not_hold_up_another_address(served):
+@pytest.mark.parametrize(("header", "name"), MADE_UP)
+async def test_a_crowd_of_made_up_names_does_not_hold_up_another_address(served, header, name):
     served.server.engine.gate.clear()
     async with client_from(served, "127.0.0.1") as greedy, client_from(served, "127.0.0.2") as modest:
         crowd = [
             asyncio.create_task(
-                greedy.post("/", json={"inputs": "a"}, headers={"x-client-id": f"n{i}", "x-request-id": "greedy"})
+                greedy.post("/", json={"inputs": "a"}, headers={header: name.format(i), "x-request-id": "greedy"})
             )
             for i in range(NUM_EACH)
         ]

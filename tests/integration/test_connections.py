@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import socket
+import stat
 from pathlib import Path
 
 import httpx2
@@ -66,10 +67,12 @@ def num_server_sockets() -> int:
     """Sockets of this process that have a peer; half of them are the server's."""
     found = 0
     for file in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(file.name))) as one:
-            if one.family == socket.AF_INET:
-                one.getpeername()
-                found += 1
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(int(file.name)).st_mode):
+                with socket.socket(fileno=os.dup(int(file.name))) as one:
+                    if one.family == socket.AF_INET:
+                        one.getpeername()
+                        found += 1
     return found
 
 

@@ -52,6 +52,10 @@ async def call_unread(server: RunningServer, method: str, message: bytes) -> tup
     return reader, writer
 
 
+def num_open_files() -> int:
+    return len(list(writing.OPEN_FILES.iterdir()))
+
+
 BIG = {"prompt": "a", "height": 512, "width": 512, "num_images_per_prompt": 4}
 RAW = pb.OutputOptions(format=pb.IMAGE_FORMAT_RAW_RGB)
 CALLS = {
@@ -75,6 +79,8 @@ async def impatient(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", CALLS)
 async def test_who_takes_in_nothing_is_given_up_and_hung_up_on(impatient, name):
     method, message = CALLS[name]
+    await impatient.stub.GetServerInfo(pb.GetServerInfoRequest())
+    before = num_open_files()
     callers = [await call_unread(impatient, method, message.SerializeToString()) for _ in range(3)]
     ended = impatient.desk.metrics.requests.labels(name, "CANCELLED")
     await impatient.until(lambda: ended._value.get() == 3)
@@ -85,6 +91,7 @@ async def test_who_takes_in_nothing_is_given_up_and_hung_up_on(impatient, name):
                 received = await reader.read()  # to the end, which there is only when the server has hung up
                 assert len(received) < 10_000
             writer.close()
+    await impatient.until(lambda: num_open_files() <= before)
     assert (await impatient.stub.Generate(pb.GenerateRequest(prompt="a"))).images, "others are served as before"
 
 
