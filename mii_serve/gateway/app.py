@@ -27,7 +27,7 @@ from mii_serve.gateway.connections import BoundedConnection
 from mii_serve.gateway.door import Door
 from mii_serve.gateway.hosts import HostCheck, Hosts
 from mii_serve.gateway.huggingface import HuggingFaceDialect, TextToImage
-from mii_serve.gateway.listening import NUM_IDLE, BoundedListener, Connections, WorkCheck
+from mii_serve.gateway.listening import BoundedListener, Connections, WorkCheck
 from mii_serve.gateway.names import ModelNames
 from mii_serve.gateway.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.openapi import Description
@@ -51,9 +51,9 @@ def build_app(
     keys: KeyRing,
     settings: HttpConfig | None = None,
     hosts: Hosts | None = None,
-    max_connections: int = MAX_CONNECTIONS,
+    connections: Connections | None = None,
 ) -> Starlette:
-    """What is answered over HTTP, to those who name one of the `hosts`, over so many connections."""
+    """What is answered over HTTP, to those who name one of the `hosts`, over these connections."""
     settings, files = settings or HttpConfig(), PageFiles()
 
     async def livez(request: Request) -> Response:
@@ -72,7 +72,7 @@ def build_app(
     routes = [Route(path, answer) for path, answer in answers.items()]
     door = Door(desk, keys, settings)
     calls = [*_calls(desk, door, settings), *page_routes(desk, door, files)]
-    checks = [Middleware(HostCheck, hosts or Hosts()), Middleware(WorkCheck, max_connections - NUM_IDLE)]
+    checks = [Middleware(HostCheck, hosts or Hosts()), Middleware(WorkCheck, connections or Connections(MAX_CONNECTIONS))]
     app = Starlette(routes=[*routes, *calls], middleware=checks, exception_handlers={HTTPException: _no_such_route})
     app.router.redirect_slashes = False
     return app
@@ -144,12 +144,13 @@ async def serve_http(
     """
     connections = Connections(max_connections)
     listener = BoundedListener.of(bind_tcp("http_port", config.host, config.http_port), connections)
-    app = build_app(desk, keys, config.http, Hosts.of(config), max_connections)
+    app = build_app(desk, keys, config.http, Hosts.of(config), connections)
     listener.listen()  # who connects before the server has started waits for it
     settings = uvicorn.Config(
         app,
         log_config=None,
-        log_level="warning",
+        log_level="error",  # strangers decide how often there is a warning: it is about what is no request
+        ws="none",
         access_log=False,
         server_header=False,
         proxy_headers=False,  # who may be believed about other addresses is not ours to guess, and addresses have shares

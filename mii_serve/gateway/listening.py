@@ -1,7 +1,8 @@
 """The HTTP port's connections, bounded: at the bound, the one that has been idle longest makes room for a new one.
 
-Idle are connections without a request in work: between two requests, in the middle of a head, or of a TLS handshake. So many
-of them do not silence the probes; and requests in work are bounded below the number of connections, so that some are idle.
+Idle are connections without a request in work: between two requests, in the middle of a head or of a TLS handshake, with an
+answer to a probe that is not taken in. So many of them do not silence the probes; and requests in work are bounded below the
+number of connections, so that some are idle.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import socket
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,6 +23,8 @@ from mii_serve.gateway.hosts import refusal_for
 
 logger = logging.getLogger(__name__)
 
+CONNECTION = "mii_serve.connection"
+"""Key of a scope: the file number of the connection that the request came by."""
 NUM_IDLE = 16
 """Connections that are kept out of the reach of requests in work."""
 NUM_CLOSING = 16
@@ -59,12 +63,21 @@ class Connections:
         self._idle.pop(number, None)
         self._closing.discard(number)
 
-    def mark(self, number: int, *, is_idle: bool) -> None:
-        """Note whether a request is in work on this connection."""
-        if not is_idle:
-            self._idle.pop(number, None)
-        elif number not in self._idle and number in self._open and number not in self._closing:
-            self._idle[number] = self._open[number]
+    @contextlib.contextmanager
+    def in_work(self, number: int) -> Iterator[None]:
+        """While the block runs, a request is in work on this connection."""
+        connection = self._open.get(number)
+        self._idle.pop(number, None)
+        try:
+            yield
+        finally:
+            if connection is not None and self._open.get(number) is connection and number not in self._closing:
+                self._idle[number] = connection
+
+    def refresh(self, number: int) -> None:
+        """A request was answered on this connection: it has been idle only since now."""
+        if number in self._idle:
+            self._idle.move_to_end(number)
 
     def close_idlest(self) -> bool:
         """Begin to close the one that has been idle longest; False where none is idle."""
@@ -160,9 +173,10 @@ class BoundedListener(socket.socket):
 class WorkCheck:
     """ASGI middleware: so many requests may be in work at once; probes are answered beyond that."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+    def __init__(self, app: ASGIApp, connections: Connections) -> None:
         self._app = app
-        self._most = most
+        self._connections = connections
+        self._most = connections.most - NUM_IDLE
         self._num_running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -176,6 +190,7 @@ class WorkCheck:
             return
         self._num_running += 1
         try:
-            await self._app(scope, receive, send)
+            with self._connections.in_work(scope.get(CONNECTION, -1)):
+                await self._app(scope, receive, send)
         finally:
             self._num_running -= 1

@@ -1,4 +1,4 @@
-"""Many connections to the HTTP port: bounded, and no number of them silences the probes."""
+"""Many connections to either port: bounded, and no number of them silences the probes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import socket
 import stat
 from pathlib import Path
 
+import grpc
 import httpx2
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from integration.conftest import running_server
 from integration.web import Web
 
@@ -20,12 +22,15 @@ from mii_serve.config import DeployConfig
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.gateway.app import serve_http
 from mii_serve.gateway.listening import NUM_CLOSING, NUM_IDLE, BoundedListener, Connections
-from mii_serve.server.front import bind_tcp
+from mii_serve.server.desk import Desk
+from mii_serve.server.front import GrpcFront, bind_tcp
 from mii_serve.server.keys import KeyRing
 
 NUM_IN_WORK = 8
 MOST = NUM_IDLE + NUM_IN_WORK
 PROBES = ("/livez", "/readyz", "/", "/metrics")
+UNREAD_PROBES = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+"""More than the buffers of both ends hold of the answers."""
 OPEN_BODY = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
 
 
@@ -78,8 +83,8 @@ def num_server_sockets() -> int:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n", OPEN_BODY, b"\x16\x03\x01"],
-    ids=["nothing", "half a head", "kept alive", "half a body", "TLS"],
+    [UNREAD_PROBES, b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n", OPEN_BODY, b"\x16\x03\x01"],
+    ids=["unread probes", "nothing", "half a head", "kept alive", "half a body", "TLS"],
 )
 async def test_idle_ones_make_room_for_others(small, raw):
     before = num_server_sockets()
@@ -141,3 +146,29 @@ def test_a_lack_of_files_ends_nothing_and_is_told_once(caplog):
     accepted, _ = listener.accept()
     for one in (late, accepted, listener):
         one.close()
+
+
+async def test_grpc_takes_no_more_than_its_bound_and_again_as_soon_as_one_goes():
+    front = GrpcFront(Desk(), max_connections=4)
+    port = await front.listen("127.0.0.1", 0)
+    settings = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
+    callers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+    for _, writer in callers:
+        writer.write(settings)
+
+    async def is_taken(reader: asyncio.StreamReader) -> bool:
+        with contextlib.suppress(ConnectionError):
+            return bool(await reader.read(9))  # the server's settings, or the end
+        return False
+
+    async with asyncio.timeout(20):
+        assert sum(await asyncio.gather(*(is_taken(reader) for reader, _ in callers))) == 4
+    for _, writer in callers:
+        writer.close()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            answer = await check(health_pb2.HealthCheckRequest(), timeout=20, wait_for_ready=True)
+            assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    finally:
+        await front.stop(0)

@@ -55,6 +55,21 @@ async def test_a_head_that_never_ends_or_begins_is_given_up(served, monkeypatch)
     writer.close()
 
 
+async def test_who_takes_in_no_answer_is_cut_off(served, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.1)
+    _, writer = await connected(served, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3000)
+    writer.transport.pause_reading()
+    async with asyncio.timeout(SLACK_S):
+        with contextlib.suppress(ConnectionError):
+            while True:  # the server takes nothing more, and then is gone
+                writer.write(b"\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+                if writer.transport.is_closing():
+                    break
+    writer.close()
+
+
 async def test_who_leaves_in_the_middle_of_a_body_is_forgotten(served):
     _, writer = await connected(served, HEAD + b"{")
     writer.close()
