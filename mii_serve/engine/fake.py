@@ -107,7 +107,7 @@ class FakeEngine:
 
     def _step(self, running: _Running, is_shown: bool) -> SampleProgress:
         sample = running.sample
-        if sample.id.request_id.partition(" ")[0] == self._fails_sample:
+        if self._fails_sample in (sample.id.request_id, sample.id.request_id.rpartition(" ")[0]):
             del self._running[sample.id]
             return replace(_progress(running), error=EngineError("told to fail"))
         running.step += 1
