@@ -44,9 +44,6 @@ class Connections:
         self._closing: set[int] = set()
         self._logged_at = float("-inf")
 
-    def __len__(self) -> int:
-        return len(self._open)
-
     @property
     def is_full(self) -> bool:
         return len(self._open) - len(self._closing) >= self.most
