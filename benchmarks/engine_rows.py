@@ -24,7 +24,7 @@ from mii_serve.engine.native import NativeEngine
 from mii_serve.engine.stages import StageClock
 from mii_serve.errors import MiiServeError
 from mii_serve.models import load_model
-from mii_serve.samplers.build import make_scheduler
+from mii_serve.samplers.build import ModelSchedulers
 from mii_serve.types import GenerationParams, RequestedParams, Sample, SampleId, StepPlan
 
 
@@ -101,7 +101,7 @@ class PipelineRow:
         limits = DeployConfig.load({"model": place.model}).limits
         loaded = load_model(place.model, revision=None, dtype=place.dtype, device=place.device, limits=limits)
         self._defaults, self._clock = loaded.defaults, StageClock()
-        self._config = dict(loaded.pipeline.scheduler.config)
+        self._schedulers = ModelSchedulers(loaded.pipeline.scheduler)
         self._pipeline = pipeline = change(loaded.pipeline)
         for holder, name, stage in (
             (pipeline, "encode_prompt", "encode"),
@@ -123,7 +123,7 @@ class PipelineRow:
     def burst(self, asked: RequestedParams, count: int) -> list[Image.Image]:
         defaults = self._defaults
         steps = asked.num_inference_steps or defaults.num_inference_steps
-        scheduler = make_scheduler(self._config, asked.scheduler or defaults.scheduler, steps, torch.device(self._device))
+        scheduler = self._schedulers.make(asked.scheduler or defaults.scheduler, steps, torch.device(self._device))
         self._pipeline.scheduler = scheduler
         with torch.inference_mode():
             made = self._pipeline(

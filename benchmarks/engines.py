@@ -172,10 +172,10 @@ def unet_flops_per_row(unet: Any, height: int, width: int) -> int:
     return int(counter.get_total_flops())
 
 
-def num_unet_calls(sampler: str, num_steps: int, config: dict[str, Any]) -> int:
-    from mii_serve.samplers.table import compile_table
+def num_unet_calls(sampler: str, num_steps: int, model_scheduler: Any) -> int:
+    from mii_serve.samplers.build import ModelSchedulers, try_scheduler
 
-    return compile_table(config, sampler, num_steps).num_calls
+    return try_scheduler(ModelSchedulers(model_scheduler), sampler, num_steps)
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def on_weights(model: str, device: str, dtype: str, folder: Path) -> tuple[Place
         "unet_gflop_per_row": round(unet_flops_per_row(pipeline.unet, defaults.height, defaults.width) / 1e9, 3),
         "matmul_peak_tflops": {name: round(matmul_peak(device, kind) / 1e12, 3) for name, kind in {dtype: torch_dtype}.items()},
         "model_revision": loaded.revision,
-        "calls": {sampler: num_unet_calls(sampler, steps, dict(pipeline.scheduler.config)) for sampler, steps in SAMPLERS},
+        "calls": {sampler: num_unet_calls(sampler, steps, pipeline.scheduler) for sampler, steps in SAMPLERS},
     }
     if model == RANDOM_SD_V1_4:  # made here in float32, and read by every row in its own precision
         pipeline.save_pretrained(folder)

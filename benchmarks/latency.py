@@ -41,8 +41,9 @@ def timed(call: Callable[[], Any]) -> float:
 
 def plain_pipeline(sampler: str) -> Any:
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(DEMO)
-    spec = SAMPLERS[sampler]
-    pipeline.scheduler = getattr(diffusers, spec.class_name).from_config(pipeline.scheduler.config, **spec.overrides)
+    if sampler in SAMPLERS:
+        spec = SAMPLERS[sampler]
+        pipeline.scheduler = getattr(diffusers, spec.class_name).from_config(pipeline.scheduler.config, **spec.overrides)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -13,8 +13,9 @@
     ├── UnavailableError         not ready, draining, or unreachable             UNAVAILABLE          503
     │   └── ModerationFailedError content safety gave no verdict, so nothing leaves                   424
     ├── EngineError              the device or the model failed                  INTERNAL             500
+    │   ├── NotFiniteError       at this picture: it has values that are not numbers
     │   ├── EngineLostError      and the replica has to be started again
-    │   └── PoisonedRequestError this request took two replicas down
+    │   └── PoisonedRequestError replicas crash under this request
     ├── ConfigError              a setting breaks a rule; the server will not start
     │   └── UnusableEngineError  this engine cannot run here; another may
     ├── ModelError               the model cannot be found, read or used; the server will not start
@@ -125,6 +126,10 @@ class EngineError(MiiServeError):
     """The device or the model failed at this."""
 
 
+class NotFiniteError(EngineError):
+    """This picture overflowed on its way and cannot be shown; the text says where and what to do. Others are unharmed."""
+
+
 class EngineLostError(EngineError):
     """The replica is finished. Nothing is known against the request, so it can be made again elsewhere."""
 
@@ -169,7 +174,7 @@ def error_for_grpc_code(code: str, reason: str = "") -> type[MiiServeError]:
 
 _BY_REASON: dict[tuple[str, str], type[MiiServeError]] = {
     (error.grpc_code, error.__name__): error
-    for error in (EngineLostError, ModerationFailedError, PoisonedRequestError, RateLimitedError)
+    for error in (EngineLostError, ModerationFailedError, NotFiniteError, PoisonedRequestError, RateLimitedError)
 }
 
 

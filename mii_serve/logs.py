@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
+import os
 import queue
 import sys
 import threading
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 LogFormat = Literal["text", "json"]
@@ -43,6 +46,7 @@ class PatientHandler(logging.Handler):
         super().__init__()
         self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING_LINES)
         self._num_dropped = 0
+        self._is_broken = False
         self._writer = threading.Thread(target=self._write, name="log-writer", daemon=True)
         self._writer.start()
         atexit.register(self.finish)
@@ -55,13 +59,16 @@ class PatientHandler(logging.Handler):
         except Exception:  # noqa: BLE001 - what `logging` asks of a handler: a line that cannot be formatted ends nothing
             self.handleError(record)
 
-    def finish(self) -> None:
-        """Write what waits, for at most `FLUSH_AT_EXIT_S` seconds."""
+    def finish(self, timeout_s: float = FLUSH_AT_EXIT_S) -> None:
+        """Write what waits, for at most so long."""
         try:
-            self._lines.put(None, timeout=FLUSH_AT_EXIT_S)
+            self._lines.put(None, timeout=timeout_s)
         except queue.Full:
             return
-        self._writer.join(FLUSH_AT_EXIT_S)
+        self._writer.join(timeout_s)
+        if self._is_broken:  # else Python's own flush at exit fails on what is left, and with it the exit code
+            with Path(os.devnull).open("w") as nowhere, contextlib.suppress(OSError, ValueError):
+                os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
@@ -71,8 +78,9 @@ class PatientHandler(logging.Handler):
             try:
                 sys.stderr.write(line + "\n")
                 sys.stderr.flush()
+                self._is_broken = False
             except (OSError, ValueError):  # closed: nobody is there to be told
-                continue
+                self._is_broken = True
 
     def _told(self, num_dropped: int) -> str:
         message = f"{num_dropped} lines were dropped: nobody read them in time"
@@ -86,6 +94,13 @@ def configure_logs(level: str, log_format: LogFormat) -> None:
     handler = PatientHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def finish_logs(timeout_s: float) -> None:
+    """Write what waits to be written, for at most so long, before an end that runs no exit handlers."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PatientHandler):
+            handler.finish(timeout_s)
 
 
 def current_format() -> LogFormat:

@@ -7,6 +7,7 @@ the engine answers with a `SampleProgress` for every sample that moved.
 
 from __future__ import annotations
 
+import difflib
 import math
 import secrets
 from collections.abc import Mapping
@@ -20,6 +21,13 @@ LATENT_SCALE = 8
 """Pixels per latent cell; heights and widths are multiples of it."""
 
 MAX_SEED = 2**64 - 1
+MAX_SCHEDULER_CHARS = 80
+
+DEFAULT_SCHEDULER = "default"
+"""The sampler that is the model's own scheduler, every option of it."""
+
+RANDOM_SEED = -1
+"""In many clients: draw a seed. Protocols without types read it so; where a seed is unsigned, it is left out."""
 
 T = TypeVar("T")
 
@@ -149,16 +157,26 @@ class Capabilities:
             num_images_per_prompt=_count(
                 "num_images_per_prompt", _or(asked.num_images_per_prompt, 1), limits.max_images_per_prompt
             ),
-            scheduler=self._scheduler(_or(asked.scheduler, defaults.scheduler)),
+            scheduler=self.scheduler_named(_or(asked.scheduler, defaults.scheduler)),
             seed=_seed(_or(asked.seed, fallback_seed)),
         )
 
-    def _scheduler(self, name: str) -> str:
-        known = self.schedulers.get(name) or self.schedulers.get(name.lower())
-        if known is None:
-            names = ", ".join(sorted(set(self.schedulers.values())))
-            raise InvalidRequestError("scheduler", f"must be one of {names} or a diffusers class name", repr(name[:80]))
-        return known
+    def scheduler_named(self, name: str) -> str:
+        """The name that is answered with for one of the accepted spellings.
+
+        Raises:
+            InvalidRequestError
+        """
+        if not isinstance(name, str):
+            raise InvalidRequestError("scheduler", "must be text", type(name).__name__)
+        name = name[:MAX_SCHEDULER_CHARS]
+        for spelling in (name, name.lower(), name.lower().replace(" ", "_").replace("-", "_")):
+            if (known := self.schedulers.get(spelling)) is not None:
+                return known
+        near = difflib.get_close_matches(name.lower(), self.schedulers, n=5, cutoff=0.4)
+        near = near or sorted(set(self.schedulers.values()), key=lambda known: (known[0].isupper(), known))[:5]
+        rule = f"must be one of the {len(set(self.schedulers.values()))} this model has, such as {', '.join(near)}"
+        raise InvalidRequestError("scheduler", rule, repr(name))
 
 
 def draw_seed() -> int:
@@ -351,6 +369,18 @@ class EngineCapacity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerDescription:
+    """What the name of a sampler stands for: the diffusers class, and its options that are not the class's defaults, as JSON.
+
+    A compiled sampler steps by a table of numbers, another by a scheduler object of its own; the pictures are the same.
+    """
+
+    class_name: str
+    options: Mapping[str, str]
+    is_compiled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDescription:
     """What really runs, told to every caller with every picture.
 
@@ -410,6 +440,7 @@ class Preview:
     format: ImageFormat
     height: int
     width: int
+    nsfw_content_detected: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,6 +462,7 @@ class Effective:
 
     params: GenerationParams
     engine: EngineDescription
+    scheduler: SchedulerDescription
     dropped_prompt: str = field(default="", repr=False)
     dropped_negative_prompt: str = field(default="", repr=False)
 

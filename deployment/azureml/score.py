@@ -100,6 +100,7 @@ def _start(lock: int, deadline: float) -> None:
     _address_file.unlink(missing_ok=True)
     python = os.environ.get("MII_SERVE_PYTHON", sys.executable)
     environment = {name: value for name, value in os.environ.items() if name not in NOT_OURS}
+    environment["PYTHONSAFEPATH"] = "1"  # the folder of this script is the caller's code, not the deployment's
     process = subprocess.Popen(
         [python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(lock,), env=environment, text=True
     )

@@ -6,6 +6,7 @@ argparse, because typer builds its parameters with pydantic: `--help` would take
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_serve import __version__
 from mii_serve.cli import bench_flags
-from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, say
+from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
+from mii_serve.safe_path import SAFE_PATH
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
@@ -26,6 +28,8 @@ MODELS = "hub id, diffusers folder, Azure ML model folder, or demo, the model in
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command named on the command line, and exit with its code."""
+    open_standard_streams()
+    os.environ[SAFE_PATH] = "1"  # for every Python that is started from here
     parser = build_parser()
     values = vars(parser.parse_args(argv))
     if (command := values.pop("command")) is None:
@@ -114,6 +118,12 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*names, default=argparse.SUPPRESS, help=help, **settings)
 
     add("model", nargs="?", metavar="MODEL", help=MODELS)
+    add(
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="what callers call the model; give it several times for several names, the first is the one that is told",
+    )
     add("--engine", metavar=ENGINES, help="how pictures are computed")
     add("--replicas", type=int, metavar="N", help="copies of the model")
     add("--tensor-parallel", type=int, metavar="N", help="devices for each copy")

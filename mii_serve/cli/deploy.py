@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii_serve import __version__
-from mii_serve.cli.exits import say
+from mii_serve.cli.exits import ExitCode, say, silence
 from mii_serve.logs import LogFormat, configure_logs
 from mii_serve.tracing import flush_traces, start_tracing
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from mii_serve.server.tls import Tls
 
 EXAMPLE_PROMPT = "a red circle on a blue background"
+logger = logging.getLogger(__name__)
+
 HTTP_PACKAGES = ("starlette", "uvicorn")
 
 
@@ -31,6 +36,7 @@ def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: Lo
         ConfigError: a setting breaks a rule.
         ModelError: the model cannot be used.
     """
+    _end_on_signals()  # until the deployment can drain, and again after it
     if "model" in flags:
         _announce(flags["model"])  # now, because the imports below take a moment
     from mii_serve.config import DeployConfig
@@ -45,7 +51,14 @@ def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: Lo
     try:
         return run_deployment(config, Listener(on_listening=_tell_address, on_ready=_tell_ready, open_http=_open_http))
     finally:
+        _end_on_signals()
         flush_traces()
+
+
+def _end_on_signals() -> None:
+    """Nothing is served, so SIGTERM and Ctrl-C end the process at once, and in good order."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(ExitCode.OK))
 
 
 def _in_our_words(file: Path | None, mii_file: Path) -> dict[str, Any]:
@@ -74,7 +87,11 @@ def _tell_ready(ready: Ready) -> None:
     checker = "with a safety checker" if info.has_safety_checker else "WITHOUT a safety checker"
     say(f"serving {info.model} {info.model_revision} by {info.engine} {info.dtype} on {info.device}, {checker}")
     say(f'try: mii_serve generate "{EXAMPLE_PROMPT}" --target {ready.grpc}')
-    print(f"ready grpc={ready.grpc} http={ready.http}", flush=True)
+    try:
+        print(f"ready grpc={ready.grpc} http={ready.http}", flush=True)
+    except OSError as error:
+        logger.warning("stdout takes no ready line: %s", error.strerror)
+        silence(sys.stdout)
 
 
 def _open_http(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
+from pathlib import Path
+from typing import TextIO
 
 from mii_serve.errors import (
     ConfigError,
@@ -55,7 +57,35 @@ def exit_code_of(error: MiiServeError) -> ExitCode:
 
 def say(text: str) -> None:
     """One line for the person at the terminal; stdout is for results."""
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    try:
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
+    except OSError:  # whoever read stderr has gone, or its disk is full
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is written to this stream go nowhere; else Python's own flush at exit fails too, and with it the exit code."""
+    with Path(os.devnull).open("w") as nowhere, suppress(OSError, ValueError):
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def open_standard_streams() -> None:
+    """Open what the caller has closed of stdin, stdout and stderr, to nowhere.
+
+    A closed descriptor is given to the next file or socket, and what is printed would go there.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened == number:
+                os.set_inheritable(number, True)
+            else:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 @contextmanager
@@ -65,8 +95,7 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        # Whoever read stdout has gone; without this, Python's own flush at exit complains about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)  # whoever read it has gone
         sys.exit(ExitCode.FAILED)
     except KeyboardInterrupt:
         say("interrupted")

@@ -85,6 +85,12 @@ def _occupancy(activity: Activity) -> str:
     return f"{activity.num_steps / activity.num_turns:.1f}" if activity.num_turns else "-"
 
 
+def _default_scheduler(info: ServerInfo) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in sorted(info.default_scheduler_options.items()))
+    how = "" if info.is_default_scheduler_compiled else "; not compiled"
+    return f"{info.defaults.scheduler} ({info.default_scheduler_class}{': ' if options else ''}{options}{how})"
+
+
 def _rows(info: ServerInfo) -> list[tuple[str, str]]:
     defaults, limits, activity = info.defaults, info.limits, info.activity
     return [
@@ -96,7 +102,7 @@ def _rows(info: ServerInfo) -> list[tuple[str, str]]:
         ("safety checker", "on" if info.has_safety_checker else "none: images are not checked"),
         (
             "defaults",
-            f"{defaults.scheduler}, {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}, "
+            f"{_default_scheduler(info)}, {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}, "
             f"{defaults.width}x{defaults.height}",
         ),
         (
@@ -105,7 +111,7 @@ def _rows(info: ServerInfo) -> list[tuple[str, str]]:
             f"{limits.min_size_px} to {limits.max_size_px} px, {limits.max_images_per_prompt} images, "
             f"{limits.max_prompt_chars} characters",
         ),
-        ("schedulers", ", ".join(sorted(set(info.schedulers.values())))),
+        ("schedulers", f"{len(set(info.schedulers.values()))}; --json lists them"),
         ("up for", str(timedelta(seconds=round(activity.uptime_s)))),
         ("slots", f"{activity.num_running} of {activity.max_slots} in use, {activity.num_waiting} images waiting"),
         (

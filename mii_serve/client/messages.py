@@ -144,6 +144,9 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         device=message.device,
         has_safety_checker=message.has_safety_checker,
         engine_note=message.engine_note,
+        default_scheduler_class=message.default_scheduler_class,
+        default_scheduler_options=dict(message.default_scheduler_options),
+        is_default_scheduler_compiled=message.is_default_scheduler_compiled,
         defaults=capabilities.defaults,
         limits=capabilities.limits,
         schedulers=capabilities.schedulers,
@@ -250,8 +253,9 @@ def _if_all_known(flags: Sequence[bool | None]) -> list[bool] | None:
 
 
 def _done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:
+    told = {one.name: getattr(parameters, one.name) for one in fields(EffectiveParameters)}
     return Done(
-        parameters=EffectiveParameters(**{one.name: getattr(parameters, one.name) for one in fields(EffectiveParameters)}),
+        parameters=EffectiveParameters(**{**told, "scheduler_options": dict(parameters.scheduler_options)}),
         queued_s=timings.queued_s,
         total_s=timings.total_s,
     )
@@ -269,8 +273,13 @@ def _picture(message: pb.GeneratedImage) -> PictureReady:
 
 
 def _preview(message: pb.GenerateEvent.Preview) -> PreviewReady:
-    image = _pixels(message, message.image_index)
-    return PreviewReady(image_index=message.image_index, step=message.step, image=image, encoded=message.data)
+    return PreviewReady(
+        image_index=message.image_index,
+        step=message.step,
+        image=_pixels(message, message.image_index),
+        encoded=message.data,
+        nsfw_content_detected=message.nsfw_content_detected if message.HasField("nsfw_content_detected") else None,
+    )
 
 
 def _pixels(message: pb.GeneratedImage | pb.GenerateEvent.Preview, index: int) -> Image.Image:

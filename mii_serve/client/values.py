@@ -14,7 +14,12 @@ from mii_serve.types import GenerationDefaults, Limits, Queued, Started, Step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EffectiveParameters:
-    """What was really done, after defaults, and by what. The dropped texts are what the text encoder had no room for."""
+    """What was really done, after defaults, and by what. The dropped texts are what the text encoder had no room for.
+
+    `scheduler_class` is the diffusers class that `scheduler` stood for, `scheduler_options` its options that are not the
+    class's defaults, as JSON. `is_scheduler_compiled` is False where a scheduler object stepped the samples, which takes
+    longer.
+    """
 
     prompt: str = field(repr=False)
     negative_prompt: str = field(repr=False)
@@ -32,6 +37,9 @@ class EffectiveParameters:
     model_revision: str
     dropped_prompt: str = field(repr=False)
     dropped_negative_prompt: str = field(repr=False)
+    scheduler_class: str
+    scheduler_options: Mapping[str, str]
+    is_scheduler_compiled: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +64,17 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreviewReady:
-    """What an unfinished image would look like if it ended after `step` UNet calls."""
+    """What an unfinished image would look like if it ended after `step` UNet calls.
+
+    `nsfw_content_detected` is None where the model has no safety checker; where it is True, this preview is entirely black.
+    A preview that the server's content safety blocks is not sent.
+    """
 
     image_index: int
     step: int
     image: Image.Image
     encoded: bytes = field(repr=False)
+    nsfw_content_detected: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +123,8 @@ class ServerInfo:
     """What runs behind a target, what it accepts and how busy it is.
 
     `schedulers` maps every accepted name to the name the server answers with. `activity` is that of all replicas together.
-    `engine_note` says why this engine runs and not the preferred one, where that could not.
+    `engine_note` says why this engine runs and not the preferred one, where that could not. `default_scheduler_class` and its
+    options are what a request that names no scheduler gets, as in `EffectiveParameters`.
     """
 
     version: str
@@ -127,3 +141,6 @@ class ServerInfo:
     activity: Activity
     replicas: tuple[ReplicaInfo, ...] = ()
     engine_note: str = ""
+    default_scheduler_class: str = ""
+    default_scheduler_options: Mapping[str, str] = field(default_factory=dict)
+    is_default_scheduler_compiled: bool = True

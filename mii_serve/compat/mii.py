@@ -35,6 +35,7 @@ from mii_serve.errors import ConfigError, InvalidRequestError, MiiServeError, Un
 from mii_serve.proto.interceptor import MII_PACKAGES
 from mii_serve.proto.mii import pictures_pb2 as messages
 from mii_serve.proto.mii_codec import encode_mii_request
+from mii_serve.safe_path import safe_environment
 
 __all__ = ["DeploymentType", "ImageResponse", "MIIClient", "TaskType", "deploy", "mii_query_handle", "terminate"]
 
@@ -244,7 +245,7 @@ def _spawn(entry: Entry, environment: Mapping[str, str]) -> subprocess.Popen[byt
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=log,
-            env={**os.environ, **environment},
+            env=safe_environment({**os.environ, **environment}),
             start_new_session=True,  # Ctrl-C in the script's terminal is not for the server
         )
 

@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mii_serve.errors import ConfigError
+from mii_serve.safe_path import safe_environment
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +268,7 @@ def _ask_mii(flat: Mapping[str, Any]) -> None:
             capture_output=True,
             text=True,
             timeout=CHECK_TIMEOUT_S,
-            env=environment,
+            env=safe_environment(environment),
             check=True,
         )
         verdict = json.loads(ran.stdout.splitlines()[-1])

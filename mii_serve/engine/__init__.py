@@ -10,6 +10,7 @@ from mii_serve.types import (
     EngineDescription,
     GenerationParams,
     SampleProgress,
+    SchedulerDescription,
     StepPlan,
 )
 
@@ -47,6 +48,10 @@ class Engine(Protocol):
         Raises:
             InvalidRequestError: this model's schedulers cannot do it; names the field and the rule.
         """
+        ...
+
+    def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
+        """What the scheduler of such a request is; of parameters that `check` has let pass."""
         ...
 
     def warmup(self) -> None:

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from mii_serve.engine.decode import decode, is_finite, not_finite
 from mii_serve.engine.probe import UNetCall, without_checker
-from mii_serve.engine.stages import StageClock
+from mii_serve.engine.schedulers import capabilities_of
+from mii_serve.engine.stages import SAMPLE_ERRORS, StageClock
 from mii_serve.engine.text import dropped_text
-from mii_serve.engine.warmup import make_pictures
-from mii_serve.errors import EngineError
+from mii_serve.engine.warmup import make_pictures, warm_up_request
+from mii_serve.errors import EngineError, NotFiniteError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import checked_pictures
-from mii_serve.samplers.build import make_scheduler, step_kwargs, try_scheduler
-from mii_serve.samplers.names import ACCEPTED_NAMES, short_name
-from mii_serve.samplers.table import x0_coefficients
+from mii_serve.samplers.build import ModelSchedulers, step_kwargs, try_scheduler
+from mii_serve.samplers.preview import x0_coefficients
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
     LATENT_SCALE,
@@ -33,17 +34,14 @@ from mii_serve.types import (
     EngineDescription,
     GenerationParams,
     Picture,
-    RequestedParams,
     Sample,
     SampleId,
     SampleProgress,
+    SchedulerDescription,
     StepPlan,
 )
 
 logger = logging.getLogger(__name__)
-
-_SAMPLE_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""Raised by Python code about one sample's values; what a device raises is a RuntimeError."""
 
 
 @dataclass(slots=True)
@@ -72,15 +70,11 @@ class ReferenceEngine:
         """`note` becomes the description's."""
         self._pipeline = model.pipeline
         self._device = torch.device(model.pipeline.device)
-        self._scheduler_config = dict(model.pipeline.scheduler.config)
+        self._schedulers = ModelSchedulers(model.pipeline.scheduler)
         self._clock = StageClock()
         self._running: dict[SampleId, _Running] = {}
         self._num_calls: dict[tuple[str, int], int] = {}  # at most 1000 step counts of each sampler
-        self._capabilities = Capabilities(
-            limits=model.limits,
-            defaults=replace(model.defaults, scheduler=short_name(model.defaults.scheduler)),
-            schedulers=ACCEPTED_NAMES,
-        )
+        self._capabilities = capabilities_of(model, self._schedulers, self._count_calls)
         self._description = EngineDescription(
             engine="reference",
             dtype="fp32",
@@ -107,13 +101,19 @@ class ReferenceEngine:
         return self._clock.take()
 
     def check(self, params: GenerationParams) -> int:
-        asked = (params.scheduler, params.num_inference_steps)
+        return self._count_calls(params.scheduler, params.num_inference_steps)
+
+    def _count_calls(self, scheduler: str, num_inference_steps: int) -> int:
+        asked = scheduler, num_inference_steps
         if asked not in self._num_calls:
-            self._num_calls[asked] = try_scheduler(self._scheduler_config, *asked)
+            self._num_calls[asked] = try_scheduler(self._schedulers, *asked)
         return self._num_calls[asked]
 
+    def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
+        return self._schedulers.describe(params.scheduler, is_compiled=False)
+
     def warmup(self) -> None:
-        make_pictures(self, RequestedParams(prompt="warm-up", num_inference_steps=2, seed=0))
+        make_pictures(self, warm_up_request(self))
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
         try:
@@ -141,7 +141,7 @@ class ReferenceEngine:
 
     def _start(self, sample: Sample) -> _Running:
         params, pipeline = sample.params, self._pipeline
-        scheduler = make_scheduler(self._scheduler_config, params.scheduler, params.num_inference_steps, self._device)
+        scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device)
         is_guided = params.is_guided
         with self._clock.time("encode"):
             prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
@@ -165,7 +165,10 @@ class ReferenceEngine:
     def _or_failed(self, do: Callable[..., SampleProgress], running: _Running, *arguments: bool) -> SampleProgress:
         try:
             return do(running, *arguments)
-        except _SAMPLE_ERRORS as error:
+        except NotFiniteError as error:
+            self._running.pop(running.sample.id, None)
+            return replace(running.progress, error=error)
+        except SAMPLE_ERRORS as error:
             logger.exception("a sample failed, request_id=%s", running.sample.id.request_id)
             self._running.pop(running.sample.id, None)
             reason = EngineError(f"this image failed after step {running.step}: {type(error).__name__}: {error}")
@@ -188,8 +191,8 @@ class ReferenceEngine:
         running.step += 1
         preview = None
         if is_shown:
-            x0 = x0_coefficients(scheduler, float(timestep)).to(self._device)
-            preview = self._picture(running, estimate_x0(model_input[:1], noise_pred, x0))
+            x0 = torch.from_numpy(x0_coefficients(scheduler)[running.step - 1 : running.step]).to(self._device)
+            preview = self._preview(running, estimate_x0(model_input[:1], noise_pred, x0))
         return replace(running.progress, preview=preview)
 
     def _finish(self, running: _Running) -> SampleProgress:
@@ -197,12 +200,23 @@ class ReferenceEngine:
         del self._running[running.sample.id]
         return replace(running.progress, picture=picture)
 
+    def _preview(self, running: _Running, x0: torch.Tensor) -> Picture | None:
+        """None where only the estimate is not finite, as of a v-prediction model's first step: the sample is well."""
+        try:
+            return self._picture(running, x0)
+        except NotFiniteError:
+            if is_finite(running.latents):
+                return None
+            raise
+
     def _picture(self, running: _Running, latents: torch.Tensor) -> Picture:
         params = running.sample.params
         with self._clock.time("decode"):
-            images = _decode(self._pipeline.vae, latents, running.generator)
+            decoded = decode(self._pipeline.vae, latents, running.generator)
+        if (fault := decoded.faults[0]) is not None:
+            raise not_finite(fault, step=running.step, vae=self._pipeline.vae, unet=self._pipeline.unet)
         with self._clock.time("safety"):
-            pictures, flags = checked_pictures(self._pipeline, images)
+            pictures, flags = checked_pictures(self._pipeline, decoded.images)
         picture = pictures[0].convert("RGB")
         tokenizer = self._pipeline.tokenizer
         return Picture(
@@ -237,7 +251,7 @@ class ReferenceProbe:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        images = [_decode(self._pipeline.vae, one[None].to(self._device)) for one in latents]
+        images = [decode(self._pipeline.vae, one[None].to(self._device)).images for one in latents]
         return torch.cat(images).cpu()
 
     def without_checker(self) -> AbstractContextManager[None]:
@@ -255,9 +269,3 @@ class ReferenceProbe:
             return noise_pred[0]
         noise_pred_uncond, noise_pred_text = noise_pred
         return noise_pred_uncond + call.guidance_scale * (noise_pred_text - noise_pred_uncond)
-
-
-def _decode(vae: Any, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Images in [-1, 1], as `StableDiffusionPipeline.__call__` makes them."""
-    images: torch.Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False, generator=generator)[0]
-    return images

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 from mii_serve.engine import Engine
-from mii_serve.errors import EngineError
-from mii_serve.types import RequestedParams, Sample, SampleId, StepPlan
+from mii_serve.errors import EngineError, InvalidRequestError, NotFiniteError
+from mii_serve.types import RequestedParams, Sample, SampleId, SampleProgress, StepPlan
+
+FEW_STEPS = (2, 4, 6, 10, 20)
+
+
+def warm_up_request(engine: Engine) -> RequestedParams:
+    """A request for few steps of the default scheduler; some cannot make as few as two."""
+    for num_inference_steps in (*FEW_STEPS, engine.capabilities.defaults.num_inference_steps):
+        asked = RequestedParams(prompt="warm-up", num_inference_steps=num_inference_steps, seed=0)
+        try:
+            engine.check(engine.capabilities.resolve(asked, fallback_seed=0))
+        except InvalidRequestError:
+            continue
+        return asked
+    raise EngineError("the model's default scheduler cannot make a picture")
 
 
 def make_pictures(engine: Engine, asked: RequestedParams, *, count: int = 1) -> None:
     """Run `count` samples together from their first call to their pictures; they must fit into the engine.
 
     Raises:
-        EngineError: the engine failed, or a picture is empty.
+        EngineError: the engine failed, or a picture is empty or not finite.
     """
     params = engine.capabilities.resolve(asked, fallback_seed=0)
     samples = tuple(Sample(id=SampleId("warm-up", i), params=params) for i in range(count))
     ids = tuple(sample.id for sample in samples)
     for step in range(engine.check(params)):
         for progress in engine.run(StepPlan(joins=() if step else samples, steps=ids)):
-            if progress.error is not None:
-                raise progress.error
+            _raise_error(progress)
     decodes = engine.capacity.max_decodes
     for start in range(0, count, decodes):
         for progress in engine.run(StepPlan(decodes=ids[start : start + decodes])):
+            _raise_error(progress)
             if progress.picture is None or not progress.picture.rgb:
                 raise EngineError("a warm-up picture is empty")
+
+
+def _raise_error(progress: SampleProgress) -> None:
+    if isinstance(progress.error, NotFiniteError):
+        raise EngineError(f"the warm-up picture is not finite, so the model cannot be served like this: {progress.error}")
+    if progress.error is not None:
+        raise progress.error

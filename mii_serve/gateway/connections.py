@@ -55,7 +55,9 @@ class BoundedConnection(H11Protocol):
         self._unsent = unsent
         if self._num_unread_looks >= UNREAD_LOOKS:
             self.transport.abort()  # to close it would be to wait for what is unsent
-        is_waiting = self.cycle is None or self.cycle.response_complete
+        # An idle connection between two requests is uvicorn's to close, in its own time; a head that has begun is ours.
+        is_idle = self.timeout_keep_alive_task is not None and not self.conn.trailing_data[0]
+        is_waiting = self.cycle is None or (self.cycle.response_complete and not is_idle)
         if is_waiting and self._was_waiting and self.cycle is self._head_after:
             self.transport.close()
         self._was_waiting, self._head_after = is_waiting, self.cycle

@@ -44,7 +44,7 @@ RANDOM_SD_V1_4 = "random-sd-v1-4"
 class LoadedModel:
     """A pipeline on its device, in evaluation mode, every part in the precision asked for.
 
-    `revision` is the hub commit where it is known, otherwise `sha256:` and a fingerprint of the files (`fingerprint.py`).
+    `revision` is the hub commit where the files prove it, otherwise `sha256:` and a fingerprint of them (`fingerprint.py`).
     """
 
     pipeline: StableDiffusionPipeline = field(repr=False)

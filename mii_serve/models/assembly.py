@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from mii_serve.errors import ModelError
 from mii_serve.models import RANDOM_SD_V1_4, LoadedModel
 from mii_serve.models.check import CheckedFolder, check_folder
-from mii_serve.models.defaults import DeclaredDefaults, read_defaults, settle
-from mii_serve.models.fingerprint import fingerprint
+from mii_serve.models.defaults import DeclaredDefaults, defaults_files, read_defaults, settle
+from mii_serve.models.fingerprint import revision_of
 from mii_serve.models.loading import check_device, load_pipeline
 from mii_serve.models.random_init import load_random
 from mii_serve.models.source import FoundModel, find_model
@@ -51,12 +52,17 @@ def load(
             found.folder, dtype=dtype, allow_pickle=allow_pickle, enable_safety_checker=enable_safety_checker
         )
         declared = read_defaults(found.folder)
-        named = found.commit or fingerprint(checked.folder, checked.files)
+        _tell_about_the_checker(found, checked, enable_safety_checker)
+        with ThreadPoolExecutor(1, thread_name_prefix="revision") as beside:
+            # Both read the same files, so that the second to come finds them in memory.
+            named = beside.submit(revision_of, found.folder, (*checked.files, *defaults_files(found.folder)), found.commit)
+            pipeline = load_pipeline(checked, dtype=dtype, device=on_device)
+            revision_name = named.result()
     except OSError as error:
         raise ModelError(f"{found.folder} cannot be read: {error}. Check its permissions and its disk") from error
-    _tell_about_the_checker(found, checked, enable_safety_checker)
-    pipeline = load_pipeline(checked, dtype=dtype, device=on_device)
-    return _loaded(pipeline, found.name, named, declared, limits)
+    if found.commit not in (None, revision_name):
+        _logger.warning("%s: the files are not, or not provably, those of commit %s", found.name, found.commit)
+    return _loaded(pipeline, found.name, revision_name, declared, limits)
 
 
 def _loaded(
@@ -65,7 +71,6 @@ def _loaded(
     defaults, limits = settle(
         declared,
         bounds,
-        scheduler_class=type(pipeline.scheduler).__name__,
         sample_size=pipeline.unet.config.sample_size,
     )
     return LoadedModel(pipeline=pipeline, name=name, revision=revision, defaults=defaults, limits=limits)

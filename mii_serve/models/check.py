@@ -37,7 +37,10 @@ _CONFIG_FILES = {
     "scheduler": "scheduler_config.json",
     "feature_extractor": "preprocessor_config.json",
 }
+_ALTERNATIVE_CONFIG_FILES = {"feature_extractor": ("processor_config.json",)}
+"""Read before the usual one, where they are there."""
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CHECKPOINTS = (".safetensors", ".ckpt")
 _INTERRUPTED = "the download was interrupted. Fetch the model again; an interrupted `hf download` continues where it stopped"
 
@@ -96,7 +99,7 @@ def check_folder(
             class_name=class_name,
             folder=folder / name,
             weights=weights,
-            files=(*_config_files(folder / name, name), *(weights.files if weights else ())),
+            files=(*_config_files(folder / name, name), *(weights.all_files if weights else ())),
         )
     return CheckedFolder(folder=folder, parts=parts)
 
@@ -166,13 +169,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _config_files(folder: Path, part: str) -> tuple[Path, ...]:
     if part != "tokenizer":
-        return (folder / _CONFIG_FILES.get(part, "config.json"),)
+        others = (folder / name for name in _ALTERNATIVE_CONFIG_FILES.get(part, ()))
+        return (folder / _CONFIG_FILES.get(part, "config.json"), *(file for file in others if file.is_file()))
     for names in _TOKENIZER_FILES:
         if all((folder / name).is_file() for name in names):
-            present = [folder / name for names in _TOKENIZER_FILES for name in names if (folder / name).is_file()]
+            known = (*(name for names in _TOKENIZER_FILES for name in names), *_TOKENIZER_OPTIONS)
+            present = tuple(folder / name for name in known if (folder / name).is_file())
             for file in present:
                 check_not_a_pointer(file)
-            return tuple(present)
+            return present
     wanted = " or ".join(" with ".join(names) for names in _TOKENIZER_FILES)
     raise ModelError(f"tokenizer: {folder} has no {wanted}. Fetch or copy the model again")
 

@@ -2,7 +2,7 @@
 
 Every key may be left out:
 
-    scheduler              a name requests can use        else the model's own scheduler class
+    scheduler              a name requests can use        else `default`, the model's own scheduler
     num_inference_steps                                   else 50, as in diffusers
     guidance_scale                                        else 7.5
     height, width          multiples of 8                 else the size the UNet was trained for
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mii_serve.config import LimitsConfig
 from mii_serve.errors import ConfigError, ModelError
 from mii_serve.models.check import read_json
-from mii_serve.types import LATENT_SCALE, GenerationDefaults, Limits
+from mii_serve.types import DEFAULT_SCHEDULER, LATENT_SCALE, GenerationDefaults, Limits
 
 DEFAULTS_FILE = "mii_serve_defaults.json"
 
@@ -41,6 +41,12 @@ class DeclaredDefaults(BaseModel):
     width: int | None = Field(None, ge=LATENT_SCALE, multiple_of=LATENT_SCALE)
     min_size_px: int | None = Field(None, ge=LATENT_SCALE, multiple_of=LATENT_SCALE)
     max_size_px: int | None = Field(None, ge=LATENT_SCALE, multiple_of=LATENT_SCALE)
+
+
+def defaults_files(folder: Path) -> tuple[Path, ...]:
+    """The file where there is one: what it says changes pictures."""
+    file = folder / DEFAULTS_FILE
+    return (file,) if file.is_file() else ()
 
 
 def read_defaults(folder: Path) -> DeclaredDefaults:
@@ -71,7 +77,7 @@ def read_defaults(folder: Path) -> DeclaredDefaults:
 
 
 def settle(
-    declared: DeclaredDefaults, bounds: LimitsConfig, *, scheduler_class: str, sample_size: int | Sequence[int] | None
+    declared: DeclaredDefaults, bounds: LimitsConfig, *, sample_size: int | Sequence[int] | None
 ) -> tuple[GenerationDefaults, Limits]:
     """Put the model's declaration, its configuration and the operator's bounds together.
 
@@ -80,7 +86,7 @@ def settle(
     """
     limits = _limits(declared, bounds)
     height, width = _trained_size(sample_size)
-    usual = GenerationDefaults(scheduler=scheduler_class)
+    usual = GenerationDefaults(scheduler=DEFAULT_SCHEDULER)
     wanted = GenerationDefaults(
         scheduler=declared.scheduler or usual.scheduler,
         num_inference_steps=declared.num_inference_steps or usual.num_inference_steps,

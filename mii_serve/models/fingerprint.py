@@ -1,38 +1,78 @@
-"""Name a folder's content where no hub commit does: `sha256:` and twelve hex digits.
+"""Name what a model's pictures are made from: the hub's commit where it is proven, otherwise `sha256:` and twelve hex digits.
 
-The hash covers, for every file the pipeline is loaded from (weights, configurations, tokenizer; sorted by path within the
-folder), its path, its size and its content. Where the files are more than `WHOLE_LIMIT_BYTES` together, only the first and
-the last `EDGE_BYTES` of each stand for its content: reading gigabytes at every start would cost more than it tells. Two
-such models that differ only in the middle of a file of equal size have the same fingerprint.
+The fingerprint covers, for every file the pipeline is loaded from (weights, configurations, tokenizer, declared defaults;
+sorted by path within the folder), its path, its size and every byte of it. Two folders of one name draw the same pictures.
+
+A folder of the hub's cache says which commit it is, but anybody may have edited it since. It is proven by its files: the cache
+keeps each as a link to a blob, named by the hash that the hub gave it. Where a file is no such link, or its content has another
+hash, the name is the commit, a `+` and the fingerprint. That a file has been taken away from such a folder is not seen.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-WHOLE_LIMIT_BYTES = 64 * 2**20
-EDGE_BYTES = 2**20
+NUM_READERS = 4
+"""Threads; a gigabyte takes one of them about a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Digest:
+    size: int
+    sha256: str
+
+
+def revision_of(folder: Path, files: Iterable[Path], commit: str | None) -> str:
+    """What names the files' content; `commit` is what the folder's place says it is, None where it says nothing."""
+    digests = _digests(folder, files)
+    if commit is None:
+        return _named(digests)
+    if all(_is_the_hubs(folder / name, digest) for name, digest in digests.items()):
+        return commit
+    return f"{commit}+{_named(digests)}"
 
 
 def fingerprint(folder: Path, files: Iterable[Path]) -> str:
     """The same files give the same name, wherever the folder lies."""
-    by_name = {file.relative_to(folder).as_posix(): file for file in files}
-    sizes = {name: file.stat().st_size for name, file in by_name.items()}
-    hash_whole = sum(sizes.values()) <= WHOLE_LIMIT_BYTES
-    digest = hashlib.sha256()
-    for name in sorted(by_name):
-        digest.update(f"{name}\0{sizes[name]}\0".encode())
-        with by_name[name].open("rb") as stream:
-            if hash_whole or sizes[name] <= 2 * EDGE_BYTES:
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(EDGE_BYTES))
-                stream.seek(-EDGE_BYTES, 2)
-                digest.update(stream.read())
-    return short_digest(digest.hexdigest())
+    return _named(_digests(folder, files))
 
 
 def short_digest(hex_digest: str) -> str:
     return f"sha256:{hex_digest[:12]}"
+
+
+def _digests(folder: Path, files: Iterable[Path]) -> dict[str, _Digest]:
+    by_name = {file.relative_to(folder).as_posix(): file for file in files}
+    with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="fingerprint") as pool:
+        return dict(zip(by_name, pool.map(_digest, by_name.values()), strict=True))
+
+
+def _digest(file: Path) -> _Digest:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        return _Digest(stream.tell(), digest.hexdigest())
+
+
+def _named(digests: Mapping[str, _Digest]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(digests):
+        whole.update(f"{name}\0{digests[name].size}\0{digests[name].sha256}\0".encode())
+    return short_digest(whole.hexdigest())
+
+
+def _is_the_hubs(file: Path, digest: _Digest) -> bool:
+    """Blobs are named by the SHA-256 of large files, and of small ones by what git calls them."""
+    blob = file.resolve()
+    if not file.is_symlink() or blob.parent.name != "blobs":
+        return False
+    return blob.name in (digest.sha256, _git_name(blob, digest.size))
+
+
+def _git_name(file: Path, size: int) -> str:
+    if size > 100 * 2**20:
+        return ""  # the hub keeps no file of such a size in git
+    return hashlib.sha1(f"blob {size}\0".encode() + file.read_bytes(), usedforsecurity=False).hexdigest()

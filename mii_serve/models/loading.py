@@ -108,6 +108,10 @@ def _load_weights(part: Part, dtype: torch.dtype, device: torch.device) -> Any:
 
 def _scheduler_class(part: Part) -> Any:
     cls = getattr(diffusers, part.class_name, None)
+    if missing := getattr(cls, "_backends", None):  # what diffusers exports where a package is not there
+        raise ModelError(
+            f"scheduler in {part.folder}: {part.class_name} needs the packages {' and '.join(missing)}. Install them with pip"
+        )
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise ModelError(
             f"scheduler in {part.folder}: diffusers {diffusers.__version__} has no {part.class_name}. Name another in"

@@ -57,9 +57,16 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
+    """`index` says which tensor is in which of the `files`, where there are several."""
+
     files: tuple[Path, ...]
     variant: str | None
     is_pickle: bool
+    index: Path | None = None
+
+    @property
+    def all_files(self) -> tuple[Path, ...]:
+        return self.files if self.index is None else (*self.files, self.index)
 
 
 def candidates(part: str, dtype: Precision, *, allow_pickle: bool) -> tuple[Candidate, ...]:
@@ -87,7 +94,8 @@ def find_weights(folder: Path, part: str, dtype: Precision, *, allow_pickle: boo
                 check_not_a_pointer(file)
                 if not candidate.is_pickle:
                     _check_safetensors(file)
-            return Weights(files=files, variant=candidate.variant, is_pickle=candidate.is_pickle)
+            index = None if files == (folder / candidate.file,) else folder / candidate.index
+            return Weights(files=files, variant=candidate.variant, is_pickle=candidate.is_pickle, index=index)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_ENDINGS)
     if pickles and not allow_pickle:
         raise ModelError(

@@ -23,6 +23,7 @@ from mii_serve.types import (
     Priority,
     Queued,
     RequestedParams,
+    SchedulerDescription,
     Started,
     Step,
 )
@@ -210,6 +211,7 @@ def encode_event(request_id: str, event: Event) -> pb.GenerateEvent:
                     format=_FORMATS[event.format],
                     height=event.height,
                     width=event.width,
+                    nsfw_content_detected=event.nsfw_content_detected,
                 )
             )
         case ImageReady():
@@ -243,6 +245,9 @@ def _encode_effective(effective: Effective) -> pb.EffectiveParameters:
         model_revision=engine.model_revision,
         dropped_prompt=effective.dropped_prompt,
         dropped_negative_prompt=effective.dropped_negative_prompt,
+        scheduler_class=effective.scheduler.class_name,
+        scheduler_options=effective.scheduler.options,
+        is_scheduler_compiled=effective.scheduler.is_compiled,
     )
 
 
@@ -279,7 +284,13 @@ class Activity:
 
 
 def encode_server_info(
-    *, version: str, deployment_name: str, engine: EngineDescription, capabilities: Capabilities, activity: Activity
+    *,
+    version: str,
+    deployment_name: str,
+    engine: EngineDescription,
+    capabilities: Capabilities,
+    default_scheduler: SchedulerDescription,
+    activity: Activity,
 ) -> pb.GetServerInfoResponse:
     limits, defaults = capabilities.limits, capabilities.defaults
     info = pb.GetServerInfoResponse
@@ -296,6 +307,9 @@ def encode_server_info(
         defaults=info.Defaults(**{name: getattr(defaults, name) for name in GenerationDefaults.__dataclass_fields__}),
         limits=info.Limits(**{name: getattr(limits, name) for name in Limits.__dataclass_fields__}),
         schedulers=capabilities.schedulers,
+        default_scheduler_class=default_scheduler.class_name,
+        default_scheduler_options=default_scheduler.options,
+        is_default_scheduler_compiled=default_scheduler.is_compiled,
         activity=info.Activity(**{name: getattr(activity, name) for name in Activity.__dataclass_fields__}),
     )
 

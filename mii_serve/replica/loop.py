@@ -307,6 +307,7 @@ class ReplicaLoop:
         effective = Effective(
             params=caller.request.params,
             engine=self._engine.description,
+            scheduler=self._engine.describe_scheduler(caller.request.params),
             dropped_prompt=picture.dropped_prompt,
             dropped_negative_prompt=picture.dropped_negative_prompt,
         )
@@ -334,6 +335,7 @@ class ReplicaLoop:
                 format=caller.output.format,
                 height=picture.height,
                 width=picture.width,
+                nsfw_content_detected=picture.nsfw_content_detected,
             )
         )
 

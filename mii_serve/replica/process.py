@@ -36,7 +36,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, name="end").start())
-    order = json.loads(sys.stdin.readline())
+    if not (line := sys.stdin.readline()):
+        return 1  # the parent is gone already
+    order = json.loads(line)
     threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
     configure_logs(order["log_level"], order["log_format"])
     start_tracing()

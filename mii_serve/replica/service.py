@@ -24,7 +24,7 @@ from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer
 from mii_serve.proto.writing import Context
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.tracing import TRACEPARENT_KEY
-from mii_serve.types import draw_seed
+from mii_serve.types import RequestedParams, draw_seed
 
 
 def replica_server(loop: ReplicaLoop, deployment_name: str, socket: Path) -> grpc.aio.Server:
@@ -51,6 +51,9 @@ class ReplicaService(ImageGenerationServicer):
     def __init__(self, loop: ReplicaLoop, deployment_name: str) -> None:
         self._loop = loop
         self._deployment_name = deployment_name
+        engine = loop.engine
+        usual = engine.capabilities.resolve(RequestedParams(prompt="the default scheduler"), fallback_seed=0)
+        self._default_scheduler = engine.describe_scheduler(usual)
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:  # noqa: N802
         params, output, priority = decode_request(request, self._loop.engine.capabilities, fallback_seed=draw_seed())
@@ -80,5 +83,6 @@ class ReplicaService(ImageGenerationServicer):
             deployment_name=self._deployment_name,
             engine=engine.description,
             capabilities=engine.capabilities,
+            default_scheduler=self._default_scheduler,
             activity=self._loop.activity(),
         )

@@ -1,38 +1,156 @@
-"""Builds the diffusers scheduler object a request names, from the model's own scheduler config, and tries it out first."""
+"""The diffusers scheduler objects a model runs by: its own, and those that a request names, built from the model's config.
+
+Every one is as `StableDiffusionPipeline` would hold it: the pipeline repairs old configs (`steps_offset` becomes 1,
+`clip_sample` False), and the pipeline's own code does it here too, so that a repair also reaches a scheduler a request names.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
+import json
+import logging
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
 import torch
+from diffusers import StableDiffusionPipeline
 
 from mii_serve.errors import InvalidRequestError
-from mii_serve.samplers.names import SAMPLERS
+from mii_serve.samplers.names import CLASS_NAMES, OTHER_NAMES, SAMPLERS, SamplerSpec
+from mii_serve.types import DEFAULT_SCHEDULER, SchedulerDescription
 
-REFUSALS = (ArithmeticError, LookupError, RuntimeError, ValueError)
-"""What diffusers' schedulers raise for a number of steps they cannot make."""
+for _name in ("diffusers.schedulers", "diffusers.configuration_utils"):
+    # They warn at every object that is made: a log line per request that no one can act on.
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What diffusers' schedulers raise for a config or a number of steps they cannot work with."""
 
 
-def make_scheduler(model_config: dict[str, Any], name: str, num_inference_steps: int, device: torch.device) -> Any:
-    """A fresh scheduler with its timesteps set.
+class ModelSchedulers:
+    """Makes schedulers for one model. Safe to use from several threads."""
 
-    `name` is a key of `SAMPLERS`. Settings the sampler does not override are the model's own.
+    def __init__(self, model_scheduler: Any) -> None:
+        """`model_scheduler` is the scheduler of a loaded `StableDiffusionPipeline`; it is copied."""
+        self._own = copy.deepcopy(model_scheduler)
+        self._own_class = type(model_scheduler).__name__
+        self._built: dict[str, Any] = {DEFAULT_SCHEDULER: self._own}
+        self._described: dict[str, SchedulerDescription] = {}
+        self._lock = threading.Lock()
+        self.accepted_names = self._accepted_names()
 
-    Raises:
-        InvalidRequestError: the sampler cannot make that many steps.
-    """
-    spec = SAMPLERS[name]
-    scheduler = getattr(diffusers, spec.class_name).from_config(model_config, **spec.overrides)
-    try:
-        scheduler.set_timesteps(num_inference_steps, device=device)
-    except REFUSALS as error:
-        raise refusal(name, num_inference_steps, str(error).splitlines()[0][:200]) from error
-    if hasattr(scheduler, "set_begin_index"):
-        # With so many steps that timesteps repeat, it would otherwise look its first one up, find the second, and run out.
-        scheduler.set_begin_index(0)
-    return scheduler
+    @property
+    def own_class(self) -> str:
+        """The class of the model's own scheduler."""
+        return self._own_class
+
+    def make(self, name: str, num_inference_steps: int, device: torch.device) -> Any:
+        """A fresh scheduler with its timesteps set. `name` is a value of `accepted_names`.
+
+        Raises:
+            InvalidRequestError: this model's config allows no such scheduler, or it cannot make that many steps.
+        """
+        scheduler = copy.deepcopy(self._template(name))
+        try:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        except REFUSALS as error:
+            raise steps_refusal(name, num_inference_steps, first_line(error)) from error
+        if hasattr(scheduler, "set_begin_index"):
+            # With so many steps that timesteps repeat, it would otherwise look its first one up, find the second, and run out.
+            scheduler.set_begin_index(0)
+        return scheduler
+
+    def describe(self, name: str, *, is_compiled: bool) -> SchedulerDescription:
+        """What the name stands for: the class, and its settings that are not the class's defaults."""
+        key = f"{name} {is_compiled}"
+        if key not in self._described:
+            template = self._template(name)
+            self._described[key] = SchedulerDescription(
+                class_name=type(template).__name__, options=_options(template), is_compiled=is_compiled
+            )
+        return self._described[key]
+
+    def _template(self, name: str) -> Any:
+        with self._lock:
+            if name not in self._built:
+                self._built[name] = self._build(name)
+            return self._built[name]
+
+    def _build(self, name: str) -> Any:
+        spec = SAMPLERS.get(name) or SamplerSpec(name)
+        cls = getattr(diffusers, spec.class_name, None)
+        if cls is None:
+            raise InvalidRequestError("scheduler", f"needs a diffusers that has {spec.class_name}", repr(name))
+        if missing := missing_packages(cls):
+            raise InvalidRequestError("scheduler", f"needs the package {' and '.join(missing)} on the server", repr(name))
+        try:
+            with _quiet():
+                return repaired(cls.from_config(self._own.config, **spec.overrides))
+        except REFUSALS as error:
+            rule = f"must be one that this model's scheduler config allows ({first_line(error)})"
+            raise InvalidRequestError("scheduler", rule, repr(name)) from error
+
+    def _accepted_names(self) -> Mapping[str, str]:
+        """Every accepted spelling, and the name it is answered with."""
+        names = {DEFAULT_SCHEDULER: DEFAULT_SCHEDULER} | {name: name for name in SAMPLERS} | dict(OTHER_NAMES)
+        for class_name in CLASS_NAMES:
+            names[class_name] = names[class_name.lower()] = class_name
+        names[self._own_class] = names[self._own_class.lower()] = DEFAULT_SCHEDULER
+        return MappingProxyType(names)
+
+
+def repaired(scheduler: Any) -> Any:
+    """The scheduler as a pipeline that was made with it holds it."""
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"))
+    with _quiet():
+        return StableDiffusionPipeline(**nothing, scheduler=scheduler, requires_safety_checker=False).scheduler
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' notes on deprecated configs: repairing them is what is done here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def missing_packages(cls: Any) -> list[str]:
+    """The packages a diffusers class needs and does not find: without them a stand-in is exported under its name."""
+    if isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin):
+        return []
+    return [name for name in getattr(cls, "_backends", ()) if not _is_available(name)]
+
+
+def _is_available(package: str) -> bool:
+    from diffusers.utils import import_utils
+
+    return bool(getattr(import_utils, f"is_{package}_available", lambda: True)())
+
+
+def _options(scheduler: Any) -> Mapping[str, str]:
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    found = {
+        name: json.dumps(value, default=str)
+        for name, value in sorted(scheduler.config.items())
+        if name in parameters and value != parameters[name].default
+    }
+    return MappingProxyType({name: value for name, value in found.items() if len(value) <= 80})
 
 
 def step_kwargs(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
@@ -42,31 +160,45 @@ def step_kwargs(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
     return {name: value for name, value in offered.items() if name in accepted}
 
 
-def try_scheduler(model_config: dict[str, Any], name: str, num_inference_steps: int) -> int:
+def try_scheduler(schedulers: ModelSchedulers, name: str, num_inference_steps: int) -> int:
     """Count the UNet calls by running through them on four numbers: some schedulers fail, or divide by zero, only on the way.
 
     PNDM with v1-4's `steps_offset` asks for a timestep beyond the last one when it makes 1000 steps; DPM-Solver++ gets the same
-    timestep twice near there. Takes about 40 microseconds a step.
+    timestep twice near there. It runs twice, because one that draws from another source than the request's generator would make
+    another picture each time. Takes about 80 microseconds a step.
 
     Raises:
-        InvalidRequestError: the sampler cannot make that many steps.
+        InvalidRequestError: the sampler cannot make that many steps, or not the same ones twice.
     """
-    scheduler = make_scheduler(model_config, name, num_inference_steps, torch.device("cpu"))
+    first, second = (_tried(schedulers, name, num_inference_steps) for _ in range(2))
+    if not torch.equal(first[0], second[0]):
+        rule = "must draw its noise from the request's generator, or no seed would make a picture again"
+        raise InvalidRequestError("scheduler", rule, repr(name))
+    return first[1]
+
+
+def _tried(schedulers: ModelSchedulers, name: str, num_inference_steps: int) -> tuple[torch.Tensor, int]:
+    scheduler = schedulers.make(name, num_inference_steps, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     kwargs = step_kwargs(scheduler, generator)
-    sample = torch.randn(1, 4, 1, 1, generator=generator) * scheduler.init_noise_sigma
     try:
+        sample = torch.randn(1, 4, 1, 1, generator=generator) * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             scheduler.scale_model_input(sample, timestep)
             model_output = torch.randn(sample.shape, generator=generator)
             sample = scheduler.step(model_output, timestep, sample, **kwargs, return_dict=False)[0]
     except REFUSALS as error:
-        raise refusal(name, num_inference_steps, f"{type(error).__name__} on the way") from error
+        raise steps_refusal(name, num_inference_steps, f"{type(error).__name__} on the way: {first_line(error)}") from error
     if not sample.isfinite().all():
-        raise refusal(name, num_inference_steps, "its result would not be finite")
-    return len(scheduler.timesteps)
+        raise steps_refusal(name, num_inference_steps, "its result would not be finite")
+    return sample, len(scheduler.timesteps)
 
 
-def refusal(name: str, num_inference_steps: int, reason: str) -> InvalidRequestError:
+def steps_refusal(name: str, num_inference_steps: int, reason: str) -> InvalidRequestError:
     rule = f"must be a number of steps that the scheduler {name} can make with this model ({reason})"
     return InvalidRequestError("num_inference_steps", rule, str(num_inference_steps))
+
+
+def first_line(error: BaseException) -> str:
+    """Enough of an error's text to put into another's."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -1,15 +1,23 @@
-"""The names a request can call a sampler by. No torch: the front process reads this table too.
+"""The names a request can call a sampler by. No torch, so that the names alone cost nothing to import.
 
-Short names follow what image-generation tools commonly show; the diffusers class names are accepted as well.
+A name is a solver and, after it, how the noise levels are spaced: `euler`, `heun_karras`, `dpm++_3m_sde_exponential`.
+
+- Solvers with orders say the order (`unipc_3`); without it the model's own order stays (`unipc`).
+- DPM-Solver says its kind: `dpm++` or `dpm` (the older algorithm, which ends at the last noise level of the training), the
+  order, `m` for multistep or `s` for singlestep, and `sde` for the stochastic variant.
+- Spacings are `karras`, `exponential`, `beta`, `lu` (uniform log-SNR) and `flow`, for the classes that have them. A name
+  without one means none of the first four, whatever the model's config says; flow is a property of the model and stays unless
+  named.
+
+Every other setting is the model's own. The model's scheduler itself, every option of it, is called `default`, and a diffusers
+class name means that class with the model's config and nothing else (`samplers/build.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-
-from mii_serve.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,59 +28,87 @@ class SamplerSpec:
     overrides: Mapping[str, object] = field(default_factory=dict)
 
 
-def _dpm(order: int, algorithm: str = "dpmsolver++", *, karras: bool = False) -> SamplerSpec:
-    overrides = {"algorithm_type": algorithm, "solver_order": order, "use_karras_sigmas": karras}
-    return SamplerSpec("DPMSolverMultistepScheduler", overrides)
+_SPACINGS = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+    "lu": "use_lu_lambdas",
+    "flow": "use_flow_sigmas",
+}
+_THREE = ("karras", "exponential", "beta")
+_SPACINGS_OF: Mapping[str, tuple[str, ...]] = {
+    "EulerDiscreteScheduler": _THREE,
+    "HeunDiscreteScheduler": _THREE,
+    "KDPM2DiscreteScheduler": _THREE,
+    "KDPM2AncestralDiscreteScheduler": _THREE,
+    "LMSDiscreteScheduler": _THREE,
+    "DPMSolverMultistepScheduler": (*_THREE, "lu", "flow"),
+    "DPMSolverSinglestepScheduler": (*_THREE, "flow"),
+    "UniPCMultistepScheduler": (*_THREE, "flow"),
+    "DEISMultistepScheduler": (*_THREE, "flow"),
+    "SASolverScheduler": (*_THREE, "flow"),
+    "DPMSolverSDEScheduler": _THREE,
+}
+_ORDERS = (1, 2, 3)
 
 
-SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType(
-    {
-        "pndm": SamplerSpec("PNDMScheduler"),
-        "ddim": SamplerSpec("DDIMScheduler"),
-        "ddpm": SamplerSpec("DDPMScheduler"),
-        "euler": SamplerSpec("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
-        "euler_karras": SamplerSpec("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
-        "euler_a": SamplerSpec("EulerAncestralDiscreteScheduler"),
-        "heun": SamplerSpec("HeunDiscreteScheduler", {"use_karras_sigmas": False}),
-        "kdpm2": SamplerSpec("KDPM2DiscreteScheduler", {"use_karras_sigmas": False}),
-        "kdpm2_a": SamplerSpec("KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": False}),
-        "lms": SamplerSpec("LMSDiscreteScheduler", {"use_karras_sigmas": False}),
-        "dpm++_2m": _dpm(2),
-        "dpm++_2m_karras": _dpm(2, karras=True),
-        "dpm++_3m": _dpm(3),
-        "dpm++_2m_sde": _dpm(2, "sde-dpmsolver++"),
-        "dpm++_2m_sde_karras": _dpm(2, "sde-dpmsolver++", karras=True),
-        "dpm++_2s": SamplerSpec("DPMSolverSinglestepScheduler", {"use_karras_sigmas": False}),
-        "unipc": SamplerSpec("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
-        "deis": SamplerSpec("DEISMultistepScheduler", {"use_karras_sigmas": False}),
-        "lcm": SamplerSpec("LCMScheduler"),
-        "tcd": SamplerSpec("TCDScheduler"),
-    }
+def _solvers() -> Iterator[tuple[str, SamplerSpec]]:
+    """The names before their spacings. What an algorithm cannot be without, in whatever config, is among its settings."""
+    # As Stable Diffusion means them: its pipeline never clips, and its PNDM never takes Runge-Kutta steps.
+    yield "pndm", SamplerSpec("PNDMScheduler", {"skip_prk_steps": True})
+    yield "ddim", SamplerSpec("DDIMScheduler")
+    yield "ddpm", SamplerSpec("DDPMScheduler")
+    yield "euler", SamplerSpec("EulerDiscreteScheduler")
+    yield "euler_a", SamplerSpec("EulerAncestralDiscreteScheduler")
+    yield "heun", SamplerSpec("HeunDiscreteScheduler")
+    yield "kdpm2", SamplerSpec("KDPM2DiscreteScheduler")
+    yield "kdpm2_a", SamplerSpec("KDPM2AncestralDiscreteScheduler")
+    yield "lms", SamplerSpec("LMSDiscreteScheduler")
+    yield "ipndm", SamplerSpec("IPNDMScheduler")
+    yield "lcm", SamplerSpec("LCMScheduler")
+    yield "tcd", SamplerSpec("TCDScheduler")
+    yield "sa_solver", SamplerSpec("SASolverScheduler", {"algorithm_type": "data_prediction"})
+    yield "dpm++_sde", SamplerSpec("DPMSolverSDEScheduler")
+    yield from _dpm("++", "dpmsolver++", {})
+    yield from _dpm("", "dpmsolver", {"final_sigmas_type": "sigma_min"})
+    for name, class_name, settings in (
+        ("unipc", "UniPCMultistepScheduler", {}),
+        ("deis", "DEISMultistepScheduler", {"algorithm_type": "deis"}),
+    ):
+        yield name, SamplerSpec(class_name, settings)
+        for order in _ORDERS:
+            yield f"{name}_{order}", SamplerSpec(class_name, {**settings, "solver_order": order})
+
+
+def _dpm(mark: str, algorithm: str, settings: Mapping[str, object]) -> Iterator[tuple[str, SamplerSpec]]:
+    for order in _ORDERS:
+        for suffix, kind in (("", ""), ("_sde", "sde-")):
+            for letter, class_name in (("m", "DPMSolverMultistepScheduler"), ("s", "DPMSolverSinglestepScheduler")):
+                if kind and (letter == "s" or not mark) and (order == 3 or (not mark and letter == "s")):
+                    continue  # diffusers has no such solver
+                overrides = {**settings, "algorithm_type": kind + algorithm, "solver_order": order}
+                if letter == "m" and not mark:
+                    overrides["euler_at_final"] = True  # a higher order would divide by the last step's length, which is zero
+                yield f"dpm{mark}_{order}{letter}{suffix}", SamplerSpec(class_name, overrides)
+
+
+def _samplers() -> Iterator[tuple[str, SamplerSpec]]:
+    for name, solver in _solvers():
+        spacings = _SPACINGS_OF.get(solver.class_name, ())
+        none = {_SPACINGS[spacing]: False for spacing in spacings if spacing != "flow"}
+        yield name, SamplerSpec(solver.class_name, {**solver.overrides, **none})
+        for spacing in spacings:
+            yield f"{name}_{spacing}", SamplerSpec(solver.class_name, {**solver.overrides, **none, _SPACINGS[spacing]: True})
+
+
+SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType(dict(_samplers()))
+
+OTHER_CLASSES = ("DDIMParallelScheduler", "DDPMParallelScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+"""Classes that are known by their class name only."""
+
+CLASS_NAMES = tuple(sorted({spec.class_name for spec in SAMPLERS.values()} | set(OTHER_CLASSES)))
+
+OTHER_NAMES: Mapping[str, str] = MappingProxyType(
+    {"euler_ancestral": "euler_a", "dpm2": "kdpm2", "dpm2_a": "kdpm2_a", "dpm++": "dpm++_2m"}
 )
-
-_OTHER_NAMES = {"euler_ancestral": "euler_a", "dpm2": "kdpm2", "dpm2_a": "kdpm2_a", "dpm++": "dpm++_2m"}
-
-
-def _accepted_names() -> Mapping[str, str]:
-    names = {name: name for name in SAMPLERS} | _OTHER_NAMES
-    for name, spec in SAMPLERS.items():
-        names.setdefault(spec.class_name, name)
-        names.setdefault(spec.class_name.lower(), name)
-    return MappingProxyType(names)
-
-
-ACCEPTED_NAMES = _accepted_names()
-"""Every accepted spelling, and the short name it stands for."""
-
-
-def short_name(model_scheduler: str) -> str:
-    """The short name of the scheduler a model declares.
-
-    Raises:
-        ModelError: it is not one of `SAMPLERS`.
-    """
-    name = ACCEPTED_NAMES.get(model_scheduler)
-    if name is None:
-        known = ", ".join(sorted({spec.class_name for spec in SAMPLERS.values()}))
-        raise ModelError(f"the model's default scheduler {model_scheduler!r} is not supported; supported are {known}")
-    return name
+"""Spellings that image-generation tools show for the same samplers."""

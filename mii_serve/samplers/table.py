@@ -1,31 +1,28 @@
 """Compiles a linear diffusers scheduler into one small matrix per UNet call, by running the scheduler itself.
 
-Every sampler this server knows makes its step out of seven things: the latents now and one call ago, three remembered history
-entries, the model output, and fresh noise. What it makes of them are two linear combinations:
+Every linear sampler makes its step out of seven things: the latents now and one call ago, three remembered history entries, the
+model output, and fresh noise. What it makes of them are two linear combinations:
 
     history  h_k     = p·x_k + q·out_k                      (the model output, or the clean latents or slope it stands for)
     latents  x_{k+1} = a·x_k + a'·x_{k-1} + b0·h_k + b1·h_{k-1} + b2·h_{k-2} + b3·h_{k-3} + n·noise
 
-The coefficients come from a run of the real scheduler on random probe vectors: what `step` returns lies in the span of vectors
-we know, and least squares names it. A second run on other, large vectors proves the table; a scheduler that clips, thresholds
-or is not linear in another way does not pass. Nothing of a sampler is written down here, so that fixes in diffusers come along.
+The coefficients come from a run of the real scheduler on random probe vectors: what `step` returns lies in the span of
+vectors we know, and least squares names it. A second run on other, large vectors proves the table; a scheduler that clips,
+thresholds or is not linear in another way does not pass, and its samples are stepped by scheduler objects
+(`samplers/sampling.py`). Nothing of a sampler is written down here, so that fixes in diffusers come along.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import threading
-from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mii_serve.errors import InvalidRequestError
-from mii_serve.samplers.build import REFUSALS, make_scheduler, refusal, step_kwargs
+from mii_serve.samplers.build import REFUSALS, ModelSchedulers, first_line, step_kwargs
+from mii_serve.samplers.preview import clean_latents, x0_coefficients
 
 Array = npt.NDArray[np.float64]
 
@@ -41,7 +38,9 @@ SIMPLE_ENOUGH = 2e-7
 LINEAR_ENOUGH = 1e-5
 """Relative residual of the proof; float32 inside a scheduler stays two orders below, clipping two orders above."""
 
-MAX_CACHED_TABLES = 512
+
+class NotCompiledError(Exception):
+    """The scheduler cannot be compiled; the text says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,54 +66,40 @@ class SamplerTable:
         return len(self.timesteps)
 
 
-_cache: OrderedDict[tuple[str, str, int], SamplerTable] = OrderedDict()
-_cache_lock = threading.Lock()
-
-
-def compile_table(model_config: dict[str, Any], sampler: str, num_inference_steps: int) -> SamplerTable:
-    """The table of a sampler of `SAMPLERS` for the model's scheduler config, from the cache where it has been made before.
-
-    Raises:
-        InvalidRequestError: the sampler cannot make that many steps, or is not linear with this model's settings.
-    """
-    key = json.dumps(model_config, sort_keys=True, default=str), sampler, num_inference_steps
-    with _cache_lock:
-        if key in _cache:
-            _cache.move_to_end(key)
-            return _cache[key]
-    table = _compile(model_config, sampler, num_inference_steps)
-    with _cache_lock:
-        _cache[key] = table
-        while len(_cache) > MAX_CACHED_TABLES:
-            _cache.popitem(last=False)
-    return table
-
-
 @dataclass(slots=True)
 class _Run:
     """A recorded run of the real scheduler; all vectors are rows of float64, `noise` is None where none was drawn."""
 
     scheduler: Any
     x: list[Array]
-    out: list[Array]
-    noise: list[Array | None]
-    scaled: list[Array]
+    out: list[Array] = field(default_factory=list)
+    noise: list[Array | None] = field(default_factory=list)
+    scaled: list[Array] = field(default_factory=list)
+    kept: list[dict[str, Array]] = field(default_factory=list)
 
 
-def _compile(model_config: dict[str, Any], sampler: str, num_inference_steps: int) -> SamplerTable:
-    run = _record(model_config, sampler, num_inference_steps, seed=1, amplitude=1.0)
-    proof = _record(model_config, sampler, num_inference_steps, seed=2, amplitude=30.0)
+def compile_table(schedulers: ModelSchedulers, sampler: str, num_inference_steps: int) -> SamplerTable:
+    """The table of a sampler of `ModelSchedulers.accepted_names`.
+
+    Raises:
+        InvalidRequestError: the sampler cannot make that many steps, or this model's config has no such sampler.
+        NotCompiledError: it is not linear, or fails on the way; then it may still work as an object.
+    """
+    run = _record(schedulers, sampler, num_inference_steps, seed=1, amplitude=1.0)
+    proof = _record(schedulers, sampler, num_inference_steps, seed=2, amplitude=30.0)
     worst = np.inf
-    for history in _histories(run.scheduler, len(run.out)):
+    for history in _histories(run):
         coefficients = [_solve(run, k, history) for k in range(len(run.out))]
         residuals = [_residual(_explained(proof, k, history, c), proof.x[k + 1]) for k, c in enumerate(coefficients)]
         if (worst := min(worst, max(residuals))) <= LINEAR_ENOUGH:
             return _table(run, sampler, num_inference_steps, history, coefficients)
-    raise _not_linear(run.scheduler, sampler, float(worst))
+    guilty = [option for option in ("clip_sample", "thresholding") if run.scheduler.config.get(option)]
+    cause = " and ".join(f"{option}=True" for option in guilty) or f"residual {worst:.1e}"
+    raise NotCompiledError(f"it is not linear in the model output ({cause})")
 
 
-def _record(model_config: dict[str, Any], sampler: str, num_inference_steps: int, *, seed: int, amplitude: float) -> _Run:
-    scheduler = make_scheduler(model_config, sampler, num_inference_steps, torch.device("cpu"))
+def _record(schedulers: ModelSchedulers, sampler: str, num_inference_steps: int, *, seed: int, amplitude: float) -> _Run:
+    scheduler = schedulers.make(sampler, num_inference_steps, torch.device("cpu"))
     # Different seeds: noise that repeats a probe could not be told from it.
     probes, generator = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1000)
     kwargs = step_kwargs(scheduler, generator)
@@ -123,9 +108,9 @@ def _record(model_config: dict[str, Any], sampler: str, num_inference_steps: int
     def probe() -> torch.Tensor:
         return amplitude * torch.randn(shape, generator=probes, dtype=torch.float64)
 
-    sample = probe() * scheduler.init_noise_sigma
-    run = _Run(scheduler, [_row(sample)], [], [], [])
     try:
+        sample = probe() * scheduler.init_noise_sigma
+        run = _Run(scheduler, [_row(sample)])
         for timestep in scheduler.timesteps:
             run.scaled.append(_row(scheduler.scale_model_input(sample, timestep)))
             model_output = probe()
@@ -134,12 +119,13 @@ def _record(model_config: dict[str, Any], sampler: str, num_inference_steps: int
             run.out.append(_row(model_output))
             run.noise.append(_drawn_since(before, generator, shape))
             run.x.append(_row(sample))
+            run.kept.append(_kept(scheduler, shape))
             # Some schedulers answer in float32; carrying on in float64 keeps the columns of the next call exact.
             sample = sample.double()
     except REFUSALS as error:
-        raise refusal(sampler, num_inference_steps, f"{type(error).__name__} on the way: {str(error)[:100]}") from error
+        raise NotCompiledError(f"{type(error).__name__} on the way: {first_line(error)}") from error
     if not all(np.isfinite(x).all() for x in run.x):
-        raise refusal(sampler, num_inference_steps, "its result would not be finite")
+        raise NotCompiledError("its result would not be finite")
     return run
 
 
@@ -158,30 +144,53 @@ def _drawn_since(before: torch.Tensor, generator: torch.Generator, shape: tuple[
         noise = torch.randn(shape, generator=again, dtype=dtype)
         if torch.equal(again.get_state(), after):
             return _row(noise)
-    raise InvalidRequestError("scheduler", "must draw its noise in one piece of the latents' shape")
+    raise NotCompiledError("it does not draw its noise in one piece of the latents' shape")
 
 
-def _histories(scheduler: Any, num_calls: int) -> list[Array]:
-    """(p, q) per call: the model output; then, where the scheduler goes by noise levels, what it makes of the output."""
-    histories = [np.tile([0.0, 1.0], (num_calls, 1))]
+def _kept(scheduler: Any, shape: tuple[int, ...]) -> dict[str, Array]:
+    """What the scheduler keeps of this call in lists for later ones, by attribute."""
+    lists = {name: value for name, value in vars(scheduler).items() if isinstance(value, list) and value}
+    newest = {name: next((one for one in reversed(value) if one is not None), None) for name, value in lists.items()}
+    return {name: _row(one) for name, one in newest.items() if isinstance(one, torch.Tensor) and one.shape == shape}
+
+
+def _histories(run: _Run) -> list[Array]:
+    """(p, q) per call: the model output; what the scheduler makes of it by its noise levels; what it was seen to keep."""
+    scheduler, num_calls = run.scheduler, len(run.out)
+    return [np.tile([0.0, 1.0], (num_calls, 1)), *_levels(scheduler, num_calls), *_seen(run)]
+
+
+def _seen(run: _Run) -> list[Array]:
+    """For every list the scheduler keeps: the latents and the model output its newest entry is made of."""
+    histories = []
+    for name in run.kept[-1]:
+        pairs = []
+        for x, out, kept in zip(run.x, run.out, run.kept, strict=False):
+            if name not in kept:
+                break
+            columns = np.stack([x, out]).T
+            pair = np.linalg.lstsq(columns, kept[name], rcond=None)[0]
+            if _residual(columns @ pair, kept[name]) > SIMPLE_ENOUGH:
+                break
+            pairs.append(pair)
+        if len(pairs) == len(run.out):
+            histories.append(np.array(pairs))
+    return histories
+
+
+def _levels(scheduler: Any, num_calls: int) -> list[Array]:
+    histories: list[Array] = []
     if not hasattr(scheduler, "sigmas"):
         return histories
-    kind, sigmas = scheduler.config.prediction_type, np.array(scheduler.sigmas[:num_calls], dtype=np.float64)
+    kind, sigmas = scheduler.config.get("prediction_type"), np.array(scheduler.sigmas[:num_calls], dtype=np.float64)
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         levels = [scheduler._sigma_to_alpha_sigma_t(torch.tensor(sigma)) for sigma in sigmas]
-        histories.append(np.array([_clean(kind, float(alpha), float(sigma)) for alpha, sigma in levels]))
+        histories.append(np.array([clean_latents(kind, float(alpha), float(sigma)) for alpha, sigma in levels]))
     elif kind == "v_prediction":
         histories.append(np.stack([sigmas / (sigmas**2 + 1), 1 / np.sqrt(sigmas**2 + 1)], axis=1))
     elif kind == "sample":
         histories.append(np.stack([1 / sigmas, -1 / sigmas], axis=1))
     return histories
-
-
-def _clean(prediction_type: str, alpha: float, sigma: float) -> tuple[float, float]:
-    """Clean latents = first × noisy latents + second × model output (Salimans and Ho 2022, appendix D)."""
-    if prediction_type == "epsilon":
-        return 1 / alpha, -sigma / alpha
-    return (alpha, -sigma) if prediction_type == "v_prediction" else (0.0, 1.0)
 
 
 def _columns(run: _Run, k: int, history: Array) -> list[Array]:
@@ -224,7 +233,7 @@ def _table(run: _Run, sampler: str, num_inference_steps: int, history: Array, co
         matrices[k, 2, [0, 5]] = p, q
         matrices[k, 3, 2] = matrices[k, 4, 3] = 1  # the history moves on
     timesteps = np.array([float(t) for t in run.scheduler.timesteps])
-    scales = [scaled @ x / (x @ x) for scaled, x in zip(run.scaled, run.x[:-1], strict=True)]
+    scales = [float(scaled @ x / (x @ x)) for scaled, x in zip(run.scaled, run.x[:-1], strict=True)]
     return SamplerTable(
         sampler=sampler,
         num_inference_steps=num_inference_steps,
@@ -232,27 +241,6 @@ def _table(run: _Run, sampler: str, num_inference_steps: int, history: Array, co
         timesteps=timesteps,
         input_scale=np.array(scales, dtype=np.float32),
         matrices=matrices.astype(np.float32),
-        x0=x0_coefficients(run.scheduler, *timesteps.tolist()).numpy(),
+        x0=x0_coefficients(run.scheduler, scales),
         draws_noise=tuple(noise is not None for noise in run.noise),
     )
-
-
-def x0_coefficients(scheduler: Any, *timesteps: float) -> torch.Tensor:
-    """What `estimate_x0` needs, N × 2 in float32.
-
-    Whatever a sampler's own scaling is, its UNet input has variance-preserving noise of the level of its timestep.
-    """
-    alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
-    at = np.interp(timesteps, np.arange(len(alphas_cumprod)), alphas_cumprod)
-    kind = scheduler.config.prediction_type
-    return torch.tensor([_clean(kind, a**0.5, (1 - a) ** 0.5) for a in at.tolist()], dtype=torch.float32)
-
-
-def _not_linear(scheduler: Any, sampler: str, residual: float) -> InvalidRequestError:
-    guilty = [option for option in ("clip_sample", "thresholding") if scheduler.config.get(option)]
-    cause = " and ".join(f"{option}=True" for option in guilty) or f"unknown, residual {residual:.1e}"
-    others = ", ".join(itertools.islice((n for n in ("euler", "dpm++_2m", "pndm") if n != sampler), 2))
-    rule = (
-        f"must be linear in the model output, which {sampler} is not with this model's scheduler config ({cause}); try {others}"
-    )
-    return InvalidRequestError("scheduler", rule, repr(sampler))

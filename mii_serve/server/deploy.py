@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import grpc
 
 from mii_serve.config import DeployConfig
 from mii_serve.errors import ConfigError
+from mii_serve.logs import finish_logs
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.safety.azure import open_moderator
 from mii_serve.safety.moderation import Moderator
@@ -27,7 +29,11 @@ from mii_serve.server.tls import Tls
 
 logger = logging.getLogger(__name__)
 
+TELL_CALLERS_S = 0.2
+"""After a second signal, for those who can be told to be told, and for killed replicas to be gone."""
+FLUSH_S = 0.05
 ATTACH_AGAIN_S = 1.0
+"""A replica that is ready and did not answer is asked again; one that hangs is the supervisor's to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,20 +118,21 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
         running = [asyncio.create_task(supervisor.run(changed)) for supervisor in supervisors]
         following = asyncio.create_task(_follow(supervisors, changed, desk, front, on_first_ready))
         draining = asyncio.create_task(stop.drain.wait())
-        tasks = (*running, following, draining)
+        hurrying = asyncio.create_task(_end_at_once(stop, desk, dict(zip(supervisors, running, strict=True))))
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((*running, following, draining), return_when=asyncio.FIRST_COMPLETED)
             for ended in (*running, following):
-                if ended.done():
+                if ended.done() and not ended.cancelled():
                     ended.result()  # raises why the deployment cannot go on
-            await _drain(config, desk, front, stop)
+            await _drain(config, desk, front)
         finally:
-            for task in tasks:
+            for task in (*running, following, draining):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*running, following, draining, return_exceptions=True)
             await front.stop(0)
             for supervisor in supervisors:
                 await desk.detach(supervisor.index)
+    hurrying.cancel()
     return 0
 
 
@@ -180,13 +187,28 @@ async def _follow(
             on_first_ready(info)
 
 
-async def _drain(config: DeployConfig, desk: Desk, front: GrpcFront, stop: _StopRequests) -> None:
+async def _drain(config: DeployConfig, desk: Desk, front: GrpcFront) -> None:
+    logger.info("draining: no new requests, and the end when the running ones are done; a second signal ends it at once")
     await front.set_serving(False)
-    drained = asyncio.create_task(desk.drain(config.drain_timeout_s))
-    at_once = asyncio.create_task(stop.at_once.wait())
-    await asyncio.wait((drained, at_once), return_when=asyncio.FIRST_COMPLETED)
-    if not (drained.done() and drained.result()):
+    if not await desk.drain(config.drain_timeout_s):
         logger.warning("stopping with requests still running")
-    drained.cancel()
-    at_once.cancel()
-    await front.stop(1.0 if not stop.at_once.is_set() else 0)
+        desk.stop()
+    await front.stop(1.0)
+
+
+async def _end_at_once(stop: _StopRequests, desk: Desk, running: Mapping[ReplicaSupervisor, asyncio.Task[None]]) -> None:
+    """At a second signal: tell the callers, kill the replicas, and end this process from here.
+
+    What else it may be waiting for (a slow reader, a replica that does not end, a thread) is not waited for.
+    """
+    await stop.at_once.wait()
+    logger.warning("stopping at once: a second signal came")
+    desk.stop()
+    for task in running.values():
+        task.cancel()  # no replica is started again
+    killing = [asyncio.create_task(supervisor.kill()) for supervisor in running]
+    await desk.until_idle(TELL_CALLERS_S)
+    await asyncio.wait(killing, timeout=TELL_CALLERS_S)
+    await asyncio.sleep(FLUSH_S)  # what the callers are told is on its way to them
+    finish_logs(FLUSH_S)
+    os._exit(0)

@@ -14,8 +14,6 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import grpc
-
 from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.metrics import FrontMetrics, together
 from mii_serve.proto.codec import decode_request
@@ -25,7 +23,7 @@ from mii_serve.safety.moderation import Moderator
 from mii_serve.server.answers import Answers
 from mii_serve.server.guard import Guard
 from mii_serve.server.ledger import Facts
-from mii_serve.server.link import Loss, ReplicaLink
+from mii_serve.server.link import Loss
 from mii_serve.server.router import Call, Router
 from mii_serve.types import Capabilities, draw_seed
 
@@ -69,13 +67,15 @@ class Desk:
         self.grpc_port: int | None = None
         """Where this deployment answers gRPC, for code that is shown to callers; None before it listens."""
         self.metrics.replicas_ready.set_function(lambda: sum(link.is_up for link in self._router.links))
-        self.metrics.requests_running.set_function(lambda: self._num_active)
+        self.metrics.requests_running.set_function(lambda: len(self._active))
         for link in self._router.links:
             self.metrics.replica_restarts.labels(str(link.index))
         self._capabilities: Capabilities | None = None
         self._answers = Answers()
         self._is_draining = False
-        self._num_active = 0
+        self._is_stopping = False
+        self._active: dict[object, asyncio.Task[object] | None] = {}
+        """The requests, and who waits for the next event of each just now."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -101,19 +101,31 @@ class Desk:
         info, self._capabilities = await link.attach(socket)
         self.metrics.replica_restarts.labels(str(index)).inc(max(0, num_restarts - link.num_restarts))
         link.num_restarts = num_restarts
-        await self._router.announce_change()
+        self._router.serve_waiting()
         return info
 
     async def detach(self, index: int = 0, loss: Loss | None = None) -> None:
         await self._router.links[index].detach(loss or Loss(reason="the server is stopping", is_crash=False))
+        self._router.serve_waiting()
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False when some were left at the end."""
         self._is_draining = True
+        await self.until_idle(timeout_s)
+        return not self._active
+
+    def stop(self) -> None:
+        """Refuse new requests, and tell the callers of the running ones that the server is stopping."""
+        self._is_draining = self._is_stopping = True
+        for task in self._active.values():
+            if task is not None:
+                task.cancel()
+
+    async def until_idle(self, timeout_s: float) -> None:
+        """Wait for the running requests to end, for at most so long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-        return not self._num_active
 
     async def events(self, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
         """All events of the request, `done` last. Leaving the iteration early cancels the work.
@@ -136,12 +148,28 @@ class Desk:
             deadline=visit.deadline,
         )
         visit.facts.learn_params(params)
-        with self._counted():
+        with self._counted() as active:
             async with contextlib.aclosing(self._made(call, request, visit)) as events:
-                async for event in events:
+                while (event := await self._next(active, events)) is not None:
                     visit.facts.learn_event(event)
                     event.request_id = visit.request_id  # an answer that is repeated was another call's
                     yield event
+
+    async def _next(self, active: object, events: AsyncGenerator[pb.GenerateEvent, None]) -> pb.GenerateEvent | None:
+        """The request's next event; None after the last. Not waited for any longer once the server is stopping."""
+        task = asyncio.current_task()
+        if self._is_stopping or task is None:
+            raise UnavailableError("the server is stopping")
+        self._active[active] = task
+        try:
+            return await anext(events, None)
+        except asyncio.CancelledError:
+            if not self._is_stopping:
+                raise
+            task.uncancel()
+            raise UnavailableError("the server is stopping") from None
+        finally:
+            self._active[active] = None
 
     def _made(self, call: Call, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
         """The call's events; of the first call, where its idempotency key has been seen."""
@@ -166,7 +194,7 @@ class Desk:
         """
         _ = self.capabilities
         links = self._router.links
-        answers = await asyncio.gather(*(_info(link) for link in links))
+        answers = await asyncio.gather(*(link.info(INFO_TIMEOUT_S) for link in links))
         known = [info for info in answers if info is not None]
         if not known:
             raise UnavailableError("no replica answers; they are being restarted")
@@ -185,14 +213,15 @@ class Desk:
         return together(self.metrics, {link.index: text for link, text in zip(links, texts, strict=True) if text is not None})
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._num_active += 1
+    def _counted(self) -> Iterator[object]:
+        """While the block runs, a request is active; gives what tells it from others."""
+        self._active[active := object()] = None
         self._idle.clear()
         try:
-            yield
+            yield active
         finally:
-            self._num_active -= 1
-            if not self._num_active:
+            del self._active[active]
+            if not self._active:
                 self._idle.set()
 
 
@@ -208,16 +237,6 @@ def client_of(key_name: str | None, named: str | None, address: str) -> str:
     if key_name is not None:
         return f"key {key_name}".encode("ascii", "backslashreplace").decode()
     return f"{address}/{named}" if named else address
-
-
-async def _info(link: ReplicaLink) -> pb.GetServerInfoResponse | None:
-    """What a replica says of itself; None when it is not there."""
-    if (connection := link.connection) is None:
-        return None
-    with contextlib.suppress(grpc.aio.AioRpcError):
-        info: pb.GetServerInfoResponse = await connection.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=INFO_TIMEOUT_S)
-        return info
-    return None
 
 
 def _together(parts: list[pb.GetServerInfoResponse.Activity]) -> pb.GetServerInfoResponse.Activity:

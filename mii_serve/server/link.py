@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
@@ -18,8 +18,12 @@ from mii_serve.types import Capabilities
 if TYPE_CHECKING:
     from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationAsyncStub
 
+_Answer = TypeVar("_Answer")
+
 HELLO_TIMEOUT_S = 30.0
 PROBE_TIMEOUT_S = 5.0
+REPLICA_CHANNEL_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.client_idle_timeout_ms", 2**31 - 1))
+"""A connection is kept as long as its replica lives: for another one, the socket's file may have been cleaned away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,23 +45,46 @@ class Connection:
         self.channel = channel
         self.stub: ImageGenerationAsyncStub = ImageGenerationStub(channel)
         self.lost: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
-        self.is_suspect = False
+        self.is_broken = False
         """A call to it broke: it gets no new work until it is clear why."""
         self.work = 0
         self.num_running = 0
+        self.num_running_at_break: int | None = None
+        """How many calls it had when the first of them broke; None before."""
+        self.is_isolated = False
+        """It makes one suspect and takes nothing else."""
+
+    def note_break(self) -> None:
+        """A call to it broke, so its replica may be lost."""
+        self.is_broken = True
+        if self.num_running_at_break is None:
+            self.num_running_at_break = self.num_running
 
     async def answers(self) -> bool:
         """Whether the replica is there after all."""
-        try:
-            await self.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=PROBE_TIMEOUT_S)
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError):  # the latter: its channel has been closed
-            return False
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            return False  # its channel was closed meanwhile, which looks as if somebody had cancelled us
-        return True
+        return await self.info(PROBE_TIMEOUT_S) is not None
+
+    async def info(self, timeout_s: float) -> pb.GetServerInfoResponse | None:
+        """What the replica says of itself; None when it does not answer."""
+        return await _answered(self.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout_s))
+
+    async def metrics(self, timeout_s: float) -> bytes | None:
+        """Its metrics as Prometheus text; None when it does not answer."""
+        ask: Any = self.channel.unary_unary(GET_METRICS)
+        return await _answered(ask(b"", timeout=timeout_s))
+
+
+async def _answered(call: Awaitable[_Answer]) -> _Answer | None:
+    """The answer; None where the replica gives none, its channel being closed meanwhile included."""
+    try:
+        return await call
+    except (grpc.aio.AioRpcError, grpc.aio.UsageError):
+        return None
+    except asyncio.CancelledError:  # a closed channel looks as if somebody had cancelled us
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return None
 
 
 class ReplicaLink:
@@ -71,7 +98,7 @@ class ReplicaLink:
     @property
     def connection(self) -> Connection | None:
         """Where new work may go; None from the first sign of its loss on."""
-        return None if self._connection is None or self._connection.is_suspect else self._connection
+        return None if self._connection is None or self._connection.is_broken else self._connection
 
     @property
     def is_up(self) -> bool:
@@ -92,7 +119,7 @@ class ReplicaLink:
             grpc.aio.AioRpcError: nobody answers there.
         """
         await self.detach(Loss(reason="it was replaced", is_crash=False))
-        connection = Connection(grpc.aio.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS))
+        connection = Connection(grpc.aio.insecure_channel(f"unix:{socket}", options=REPLICA_CHANNEL_OPTIONS))
         try:
             info: pb.GetServerInfoResponse = await connection.stub.GetServerInfo(
                 pb.GetServerInfoRequest(), timeout=HELLO_TIMEOUT_S, wait_for_ready=True
@@ -113,10 +140,8 @@ class ReplicaLink:
 
     async def metrics(self, timeout_s: float) -> bytes | None:
         """Its metrics as Prometheus text; None when it is not there."""
-        if (connection := self.connection) is None:
-            return None
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            ask: Any = connection.channel.unary_unary(GET_METRICS)
-            text: bytes = await ask(b"", timeout=timeout_s)
-            return text
-        return None
+        return None if (connection := self.connection) is None else await connection.metrics(timeout_s)
+
+    async def info(self, timeout_s: float) -> pb.GetServerInfoResponse | None:
+        """What it says of itself; None when it is not there."""
+        return None if (connection := self.connection) is None else await connection.info(timeout_s)

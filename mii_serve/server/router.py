@@ -2,7 +2,7 @@
 
 An image is a pure function of its parameters, and image i of a request is image 0 of the same request with seed + i. So a
 request can be parted between replicas, and what a lost replica had is made again elsewhere from the start: the caller sees a
-later answer, never another one.
+later answer, never another one. What was on a replica that crashed is a suspect and is made again alone (`assignment.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import grpc
@@ -22,20 +23,20 @@ from mii_serve.errors import (
     EngineLostError,
     MiiServeError,
     PoisonedRequestError,
+    QueueFullError,
     UnavailableError,
 )
 from mii_serve.proto.codec import encode_request
 from mii_serve.proto.interceptor import CLIENT_ID_KEY, REQUEST_ID_KEY
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server.assignment import Evidence, empty_for_suspects, not_reserved, shares
 from mii_serve.server.link import Connection, Loss, ReplicaLink
 from mii_serve.tracing import TRACEPARENT_KEY, current_traceparent
 from mii_serve.types import GenerationParams, OutputOptions, Priority
 
 logger = logging.getLogger(__name__)
 
-MAX_BLAME = 2
-"""Replicas that may crash under a request before it is refused."""
 MAX_LOSSES = 20
 """Replicas of any kind of end that a request may see; a machine that loses so many is not serving."""
 VERDICT_TIMEOUT_S = 10.0
@@ -43,6 +44,10 @@ VERDICT_TIMEOUT_S = 10.0
 _NUMBERS = itertools.count(1)
 MERGE_BUFFER = 8
 """Events of a parted request that wait for a slow caller; then the replicas keep them."""
+MAX_WAITING = 4096
+"""New requests that wait here while no replica takes any; those after them are refused."""
+MAX_REMEMBERED = 1024
+"""Kinds of request that are made alone from the start, because one like them has crashed replicas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +79,8 @@ class _Part:
     left: dict[int, int] = field(default_factory=dict)
     delivered: set[int] = field(default_factory=set)
     started: bool = False
-    blame: int = 0
-    num_losses: int = 0
+    evidence: Evidence = field(default_factory=Evidence)
+    account: _Account | None = None
 
     @property
     def indexes(self) -> range:
@@ -90,13 +95,28 @@ class _Part:
         params = self.call.params
         return replace(params, seed=params.seed_of(self.first), num_images_per_prompt=self.count)
 
+    def release(self) -> None:
+        """Give its place on a replica back, if it has one."""
+        account, self.account = self.account, None
+        if account is not None:
+            account.close()
+
 
 class _ReplicaLostError(Exception):
-    """Internal: the stream of a part broke with its replica. `was_alone`: nothing else was on it."""
+    """Internal: the stream of a part broke with its replica. `was_alone`: nothing else was on it when the first one broke."""
 
     def __init__(self, connection: Connection) -> None:
+        connection.note_break()
         self.connection = connection
-        self.was_alone = connection.num_running == 1
+        self.was_alone = connection.num_running_at_break == 1
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """Somebody who waits for replicas; `take` is told which ones, at once when they are there."""
+
+    take: Callable[[Sequence[Connection]], None]
+    served: asyncio.Future[None]
 
 
 def _metadata(part: _Part) -> tuple[tuple[str, str], ...]:
@@ -112,16 +132,27 @@ class Router:
         """`patience_s` is how long a request waits for any replica to come back when all are lost."""
         self.links = [ReplicaLink(index) for index in range(num_replicas)]
         self._patience_s = patience_s
-        self._changed = asyncio.Condition()
+        self._waiting: dict[_Waiter, None] = {}
+        self._suspects: dict[_Waiter, None] = {}
+        self._down_since: float | None = time.monotonic()
+        self._poisoned: OrderedDict[int, None] = OrderedDict()
 
     @property
     def is_up(self) -> bool:
         return any(link.is_up for link in self.links)
 
-    async def announce_change(self) -> None:
-        """A replica was attached or detached: those who wait for one look again."""
-        async with self._changed:
-            self._changed.notify_all()
+    def serve_waiting(self) -> None:
+        """Give replicas to those who wait for some. Called whenever a replica comes, goes or has less to do."""
+        up = [connection for link in self.links if (connection := link.connection)]
+        if up:
+            self._down_since = None
+        elif self._down_since is None:
+            self._down_since = time.monotonic()
+        for waiter, empty in list(zip(self._suspects, empty_for_suspects(up, len(self._suspects)), strict=False)):
+            _serve(self._suspects, waiter, [empty])
+        if free := not_reserved(up, len(self._suspects)):
+            for waiter in list(self._waiting):
+                _serve(self._waiting, waiter, free)
 
     async def events(self, call: Call) -> AsyncGenerator[pb.GenerateEvent, None]:
         """All events of the call, `done` last. Leaving the iteration early cancels the work.
@@ -132,40 +163,55 @@ class Router:
             PoisonedRequestError: replicas crash under it.
         """
         accepted_at, started_at, done = time.monotonic(), None, None
-        parts = await self._parts(call)
-        async with contextlib.aclosing(self._merged(parts)) as events:
-            async for event in events:
-                kind = event.WhichOneof("event")
-                event.request_id = call.request_id
-                if kind == "started":
-                    started_at = started_at or time.monotonic()
-                if kind == "done":
-                    done = event
-                else:
-                    yield event
+        parts: list[_Part] = []
+        try:
+            await self._part(call, parts)
+            async with contextlib.aclosing(self._merged(parts)) as events:
+                async for event in events:
+                    kind = event.WhichOneof("event")
+                    event.request_id = call.request_id
+                    if kind == "started":
+                        started_at = started_at or time.monotonic()
+                    if kind == "done":
+                        done = event
+                    else:
+                        yield event
+        except PoisonedRequestError:
+            self._remember(call.params)
+            raise
+        finally:
+            for part in parts:
+                part.release()
         assert done is not None
+        self._poisoned.pop(_kind_of(call.params), None)
         done.done.parameters.seed = call.params.seed
         done.done.parameters.num_images_per_prompt = call.params.num_images_per_prompt
         done.done.timings.queued_s = (started_at or time.monotonic()) - accepted_at
         done.done.timings.total_s = time.monotonic() - accepted_at
         yield done
 
-    async def _parts(self, call: Call) -> list[_Part]:
-        """Give each image to whoever would have least to do, so that none finishes late; neighbours stay together."""
-        await self._any_up(call)
-        up = [link for link in self.links if link.is_up]
-        work = {link.index: link.work for link in up}
-        counts = dict.fromkeys(work, 0)
-        for _ in range(call.params.num_images_per_prompt):
-            index = min(work, key=lambda index: (work[index], counts[index]))
-            counts[index] += 1
-            work[index] += call.params.work_per_call * call.params.num_inference_steps
-        parts, first = [], 0
-        for count in counts.values():
-            if count:
+    async def _part(self, call: Call, parts: list[_Part]) -> None:
+        """Part the images between replicas, neighbours together, and book each part where it will be made."""
+        num_images = call.params.num_images_per_prompt
+        if _kind_of(call.params) in self._poisoned:
+            parts.append(_Part(call, 0, num_images, evidence=Evidence(num_crashes=1, is_suspect=True)))
+            return
+        if len(self._waiting) >= MAX_WAITING:
+            raise QueueFullError(f"{MAX_WAITING} requests wait for a replica already")
+
+        def take(replicas: Sequence[Connection]) -> None:
+            first = 0
+            for replica, count in shares(replicas, num_images, call.params.work_per_call * call.params.num_inference_steps):
                 parts.append(_Part(call, first, count))
+                self._book(parts[-1], replica)
                 first += count
-        return parts
+
+        await self._served(call, self._waiting, take)
+
+    def _remember(self, params: GenerationParams) -> None:
+        self._poisoned[_kind_of(params)] = None
+        while len(self._poisoned) > MAX_REMEMBERED:
+            self._poisoned.popitem(last=False)
 
     async def _merged(self, parts: Sequence[_Part]) -> AsyncGenerator[pb.GenerateEvent, None]:
         if len(parts) == 1:
@@ -209,9 +255,9 @@ class Router:
     async def _made(self, part: _Part) -> AsyncGenerator[pb.GenerateEvent, None]:
         """A part's events, on as many replicas as it takes."""
         while True:
-            connection = await self._least_busy(part.call)
+            account = part.account or await self._booked(part)
             try:
-                async with contextlib.aclosing(self._on(connection, part)) as events:
+                async with contextlib.aclosing(self._on(account, part)) as events:
                     async for event in events:
                         yield event
                 return
@@ -220,14 +266,11 @@ class Router:
             again = [index for index in part.indexes if index not in part.delivered]
             yield pb.GenerateEvent(restarted=pb.GenerateEvent.Restarted(image_indexes=again))
 
-    async def _on(self, connection: Connection, part: _Part) -> AsyncGenerator[pb.GenerateEvent, None]:
-        """A part's events from one replica, its work on that replica's account meanwhile."""
-        params = part.params
-        part.left = dict.fromkeys(part.indexes, params.num_inference_steps)
-        part.started = False
-        account = _Account(connection, part)
+    async def _on(self, account: _Account, part: _Part) -> AsyncGenerator[pb.GenerateEvent, None]:
+        """A part's events from the replica that it is booked on."""
+        connection = account.connection
         call = connection.stub.GenerateStream(
-            encode_request(params, part.call.output, part.call.priority),
+            encode_request(part.params, part.call.output, part.call.priority),
             timeout=part.call.left_s,
             metadata=_metadata(part),
         )
@@ -249,55 +292,87 @@ class Router:
             raise _ReplicaLostError(connection) from None
         finally:
             call.cancel()  # the caller may have gone away in the middle
-            account.close()
+            part.release()
 
-    async def _least_busy(self, call: Call) -> Connection:
-        await self._any_up(call)
-        return min((up for link in self.links if (up := link.connection)), key=lambda connection: connection.work)
+    async def _booked(self, part: _Part) -> _Account:
+        """Wait for a replica and book the part there: the one with the least work or, for a suspect, one of its own."""
+        line = self._suspects if part.evidence.is_suspect else self._waiting
+        await self._served(part.call, line, lambda replicas: self._book(part, min(replicas, key=lambda r: r.work)))
+        assert part.account is not None
+        return part.account
 
-    async def _any_up(self, call: Call) -> None:
-        if self.is_up:
-            return
-        left_s = call.left_s
-        patience_s = self._patience_s if left_s is None else min(self._patience_s, left_s)
+    def _book(self, part: _Part, connection: Connection) -> None:
+        part.left = dict.fromkeys(part.indexes, part.call.params.num_inference_steps)
+        part.started = False
+        part.account = _Account(connection, part, on_close=self.serve_waiting)
+
+    async def _served(self, call: Call, line: dict[_Waiter, None], take: Callable[[Sequence[Connection]], None]) -> None:
+        """Wait in this line until `take` has been told its replicas.
+
+        Raises:
+            DeadlineExceededError: the call's time ran out.
+            UnavailableError: there was no replica at all for too long. A busy one is waited for.
+        """
+        waiter, entered_at = _Waiter(take, asyncio.get_running_loop().create_future()), time.monotonic()
+        line[waiter] = None
+        self.serve_waiting()
         try:
-            async with asyncio.timeout(patience_s), self._changed:
-                await self._changed.wait_for(lambda: self.is_up)
-        except TimeoutError:
-            if left_s is not None and left_s <= patience_s:
-                raise DeadlineExceededError("no replica was ready in time") from None
-            raise UnavailableError(f"no replica came back within {self._patience_s:g} s") from None
+            while not waiter.served.done():
+                left_s, patience_s = call.left_s, self._patience_s
+                if self._down_since is not None:
+                    patience_s -= time.monotonic() - max(entered_at, self._down_since)
+                if left_s is not None and left_s <= 0:
+                    raise DeadlineExceededError("no replica was ready in time")
+                if patience_s <= 0:
+                    raise UnavailableError(f"no replica came back within {self._patience_s:g} s")
+                await asyncio.wait((waiter.served,), timeout=patience_s if left_s is None else min(patience_s, left_s))
+        finally:
+            if line.pop(waiter, waiter) is None:
+                self.serve_waiting()  # a replica may have been kept empty for this one
 
     async def _verdict(self, connection: Connection) -> Loss:
-        connection.is_suspect = True
+        connection.note_break()
+        self.serve_waiting()
         try:
             return await asyncio.wait_for(asyncio.shield(connection.lost), VERDICT_TIMEOUT_S)
         except TimeoutError:  # its process lives, or the supervisor would have said so by now
             if await connection.answers():
-                connection.is_suspect = False
-                await self.announce_change()
+                connection.is_broken, connection.num_running_at_break = False, None
+                self.serve_waiting()
             return Loss(reason="its connection broke, and nobody knows why", is_crash=False)
 
     def _judge(self, part: _Part, loss: Loss, *, was_alone: bool) -> None:
-        """Count a loss against the part if it was running; refuse it when it is to blame for too many.
-
-        A kill from outside is nobody's fault, unless there was nobody else: the kernel kills who takes too much memory.
-        """
-        part.num_losses += 1
-        part.blame += part.started and (loss.is_crash or was_alone)
+        """Note a loss against the part, and refuse it when it is to blame."""
+        evidence = part.evidence
+        is_to_blame = evidence.add(is_crash=loss.is_crash, was_alone=was_alone, had_started=part.started)
         logger.warning("a replica was lost (%s), request_id=%s is made again", loss.reason, part.call.request_id)
-        if part.blame >= MAX_BLAME:
-            raise PoisonedRequestError(f"{part.blame} replicas crashed while they worked on this request, last: {loss.reason}")
-        if part.num_losses >= MAX_LOSSES:
-            raise UnavailableError(f"{part.num_losses} replicas were lost during this request, last: {loss.reason}")
+        if is_to_blame:
+            raise PoisonedRequestError(
+                f"{evidence.num_losses} replicas crashed while they worked on this request, last: {loss.reason}"
+            )
+        if evidence.num_losses >= MAX_LOSSES:
+            raise UnavailableError(f"{evidence.num_losses} replicas were lost during this request, last: {loss.reason}")
+
+
+def _serve(line: dict[_Waiter, None], waiter: _Waiter, replicas: Sequence[Connection]) -> None:
+    del line[waiter]
+    waiter.take(replicas)
+    waiter.served.set_result(None)
+
+
+def _kind_of(params: GenerationParams) -> int:
+    """The same for requests that differ in nothing but their seeds and number of images."""
+    return hash(replace(params, seed=0, num_images_per_prompt=1))
 
 
 class _Account:
-    """Keeps a connection's work in step with what a part has left."""
+    """Keeps a connection's work in step with what a part has left, and the connection to itself if the part is a suspect."""
 
-    def __init__(self, connection: Connection, part: _Part) -> None:
-        self._connection, self._part, self._booked = connection, part, 0
+    def __init__(self, connection: Connection, part: _Part, on_close: Callable[[], None]) -> None:
+        self.connection = connection
+        self._part, self._on_close, self._booked = part, on_close, 0
         connection.num_running += 1
+        connection.is_isolated = part.evidence.is_suspect
         self.update()
 
     def update(self) -> None:
@@ -305,10 +380,12 @@ class _Account:
 
     def close(self) -> None:
         self._book(0)
-        self._connection.num_running -= 1
+        self.connection.num_running -= 1
+        self.connection.is_isolated = False
+        self._on_close()
 
     def _book(self, work: int) -> None:
-        self._connection.work += work - self._booked
+        self.connection.work += work - self._booked
         self._booked = work
 
 

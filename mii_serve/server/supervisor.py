@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,9 @@ from mii_serve import errors
 from mii_serve.config import ENV_PREFIX, DeployConfig
 from mii_serve.errors import EngineError, MiiServeError
 from mii_serve.logs import current_format
+from mii_serve.safe_path import safe_environment
 from mii_serve.server.link import Loss
+from mii_serve.server.sockets import new_socket_folder
 from mii_serve.server.watch import until_hung
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class ReplicaSupervisor:
         self.index = index
         self._config = config
         self._environment = replica_environment(environment or {})
-        self._folder = tempfile.TemporaryDirectory(prefix="mii_serve-")  # mode 0700: the socket is private
+        self._folder = new_socket_folder(_socket_name(index))
         self._loss = Loss(reason="it has not started", is_crash=False)
         self._ready = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
@@ -47,7 +48,7 @@ class ReplicaSupervisor:
 
     @property
     def socket(self) -> Path:
-        return Path(self._folder.name) / f"replica-{self.index}.sock"
+        return Path(self._folder.name) / _socket_name(self.index)
 
     @property
     def loss(self) -> Loss:
@@ -99,7 +100,7 @@ class ReplicaSupervisor:
             self._folder.cleanup()
 
     async def _start(self) -> None:
-        self.socket.unlink(missing_ok=True)
+        self._make_room_for_socket()
         read_fd, write_fd = os.pipe()
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -111,6 +112,7 @@ class ReplicaSupervisor:
                 stdout=sys.stderr,  # our stdout belongs to the ready line
                 pass_fds=(write_fd,),
                 env=self._environment,
+                process_group=0,  # Ctrl-C in a terminal is for us; what becomes of the replica we say
             )
         except BaseException:
             os.close(read_fd)
@@ -130,6 +132,12 @@ class ReplicaSupervisor:
             stdin.write(json.dumps(order).encode() + b"\n")
             await stdin.drain()
         await self._await_ready(read_fd)
+
+    def _make_room_for_socket(self) -> None:
+        if Path(self._folder.name).is_dir():
+            self.socket.unlink(missing_ok=True)
+        else:  # whoever cleans up temporary files has been here
+            self._folder = new_socket_folder(_socket_name(self.index))
 
     async def _await_ready(self, status_fd: int) -> None:
         reader = asyncio.StreamReader()
@@ -175,6 +183,15 @@ class ReplicaSupervisor:
         code = await self._process.wait()
         return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
+    async def kill(self) -> None:
+        """End the replica at once, whatever it is doing. The way to end it in good order is to cancel `run`."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        self._folder.cleanup()
+
     async def _stop(self) -> None:
         process = self._process
         if process is None or process.returncode is not None:
@@ -191,10 +208,17 @@ class ReplicaSupervisor:
 
 
 def replica_environment(added: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without what is about content safety: replicas moderate nothing and need not know the key."""
+    """This process's environment without what is about content safety: replicas moderate nothing and need not know the key.
+
+    And with a safe import path: the folder that the server was started in may be a model's.
+    """
     own = os.environ.items()
     kept = {name: value for name, value in own if not name.upper().removeprefix(ENV_PREFIX).startswith("CONTENT_SAFETY")}
-    return {**kept, **added}
+    return safe_environment({**kept, **added})
+
+
+def _socket_name(index: int) -> str:
+    return f"replica-{index}.sock"
 
 
 def _rebuilt(class_name: str, message: str) -> MiiServeError:

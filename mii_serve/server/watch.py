@@ -8,9 +8,9 @@ from pathlib import Path
 
 import grpc
 
-from mii_serve.proto.codec import CHANNEL_OPTIONS
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
+from mii_serve.server.link import REPLICA_CHANNEL_OPTIONS
 
 LOOKS_PER_BOUND = 10
 LONGEST_PAUSE_S = 5.0
@@ -24,7 +24,7 @@ async def until_hung(socket: Path, bound_s: float) -> str:
     """
     pause_s = min(LONGEST_PAUSE_S, bound_s / LOOKS_PER_BOUND)
     last_moved_at, last_turns = time.monotonic(), -1
-    async with grpc.aio.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS) as channel:
+    async with grpc.aio.insecure_channel(f"unix:{socket}", options=REPLICA_CHANNEL_OPTIONS) as channel:
         stub = ImageGenerationStub(channel)
         while True:
             await asyncio.sleep(pause_s)

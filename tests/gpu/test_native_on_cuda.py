@@ -7,12 +7,12 @@ import pytest
 import torch
 from buckets import worst_bucket
 from drawing import draw, run_alone
+from samplers import USUAL
 
 from mii_serve.config import LimitsConfig
 from mii_serve.engine.native import NativeEngine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.models import load_model
-from mii_serve.samplers.names import SAMPLERS
 from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -74,7 +74,7 @@ def crowd(engine: NativeEngine, asked: list[dict[str, object]]) -> list[Picture]
     return [pictures[sample.id] for sample in samples]
 
 
-@pytest.mark.parametrize("scheduler", SAMPLERS)
+@pytest.mark.parametrize("scheduler", USUAL)
 def test_fp32_through_graphs_draws_what_the_reference_draws(reference, fp32, scheduler):
     made, true = (draw(engine, scheduler=scheduler, num_inference_steps=10) for engine in (fp32, reference))
     assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32

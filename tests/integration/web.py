@@ -56,7 +56,7 @@ class Web:
 
 def await_free(server: RunningServer) -> bool:
     activity = server.loop.activity()
-    return not activity.num_running and not activity.num_waiting and not server.desk._num_active
+    return not activity.num_running and not activity.num_waiting and not server.desk._active
 
 
 @contextlib.asynccontextmanager

@@ -35,6 +35,7 @@ from mii_serve.types import (
     Priority,
     Queued,
     RequestedParams,
+    SchedulerDescription,
     Started,
     Step,
 )
@@ -133,7 +134,12 @@ def test_a_stream_amounts_to_the_unary_answer():
         )
         for i in (1, 0)
     ]
-    effective = Effective(params=params, engine=FakeEngine().description, dropped_prompt="the rest")
+    effective = Effective(
+        params=params,
+        engine=FakeEngine().description,
+        scheduler=SchedulerDescription(class_name="PNDMScheduler", options={"steps_offset": "1"}, is_compiled=True),
+        dropped_prompt="the rest",
+    )
     events = [Queued(num_samples_ahead=1), *images, Done(effective=effective, queued_s=1.0, total_s=2.0)]
     response = gather_response(encode_event("r", event) for event in events)
     assert [image.index for image in response.images] == [0, 1]
@@ -141,6 +147,12 @@ def test_a_stream_amounts_to_the_unary_answer():
     assert not response.images[1].HasField("nsfw_content_detected"), "no checker: absent, not false"
     assert response.request_id == "r"
     assert response.parameters.dropped_prompt == "the rest"
+    told = response.parameters
+    assert (told.scheduler_class, told.scheduler_options["steps_offset"], told.is_scheduler_compiled) == (
+        "PNDMScheduler",
+        "1",
+        True,
+    )
     assert (response.parameters.engine, response.timings.total_s) == ("fake", 2.0)
 
 
@@ -148,7 +160,12 @@ def test_capabilities_survive_the_wire():
     engine = FakeEngine()
     activity = Activity(**dict.fromkeys(Activity.__dataclass_fields__, 1))
     message = encode_server_info(
-        version="1", deployment_name="d", engine=engine.description, capabilities=engine.capabilities, activity=activity
+        version="1",
+        deployment_name="d",
+        engine=engine.description,
+        capabilities=engine.capabilities,
+        default_scheduler=SchedulerDescription(class_name="PNDMScheduler", options={}, is_compiled=True),
+        activity=activity,
     )
     assert decode_capabilities(pb.GetServerInfoResponse.FromString(message.SerializeToString())) == engine.capabilities
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -20,7 +21,7 @@ PARAMS = ENGINE.capabilities.resolve(
     RequestedParams(prompt='a "red" circle\nünïcödé', negative_prompt="blurry", seed=5, num_images_per_prompt=3),
     fallback_seed=0,
 )
-EFFECTIVE = Effective(params=PARAMS, engine=ENGINE.description)
+EFFECTIVE = Effective(params=PARAMS, engine=ENGINE.description, scheduler=ENGINE.describe_scheduler(PARAMS))
 
 
 def encode(**output) -> bytes:
@@ -43,10 +44,23 @@ def test_metadata_tells_programs_and_people_how_the_picture_was_made():
     told = json.loads(texts["mii_serve"])
     assert (told["prompt"], told["seed"], told["num_images_per_prompt"]) == (PARAMS.prompt, 7, 1)
     assert (told["engine"], told["model"]) == ("fake", "fake")
+    assert (told["scheduler_class"], told["scheduler_options"]) == ("PNDMScheduler", {"skip_prk_steps": "true"})
     assert texts["parameters"] == (
         'a "red" circle\nünïcödé\nNegative prompt: blurry\n'
         "Steps: 4, Sampler: pndm, CFG scale: 7.5, Seed: 7, Size: 64x64, Model: fake"
     )
+
+
+def test_metadata_says_nothing_of_the_host():
+    note = "not deepspeed: no nvcc; pip install --force-reinstall /home/op/wheels/deepspeed.whl"
+    engine = replace(ENGINE.description, note=note, device="cuda:3")
+    file = encode_picture(PICTURE, OutputOptions(embed_metadata=True), replace(EFFECTIVE, engine=engine), seed=7)
+    texts = Image.open(io.BytesIO(file)).text
+    assert set(json.loads(texts["mii_serve"])) == {
+        *RequestedParams.__dataclass_fields__,
+        *("engine", "dtype", "model", "model_revision"),
+    }
+    assert not any(word in text for word in ("/home", "cuda", "deepspeed") for text in texts.values())
 
 
 def test_without_being_asked_a_file_tells_nothing():

@@ -1,34 +1,39 @@
 """Makes a turn: prompts of those who join, one UNet call for all who step, pictures of those who end.
 
 The UNet takes a timestep per row, so samples at different steps of different samplers share a call; the samplers are tables
-(`samplers/table.py`), and one small matrix product updates all of them. With its own kernels, what differs from the `reference`
-engine is only the order of float operations: a picture is within one level of 255 of the reference's in float32. Other kernels
-(`kernels.py`) go under the same loop.
+(`samplers/table.py`), and one small matrix product updates all of them; what is no table is stepped by a scheduler object.
+With its own kernels, what differs from the `reference` engine is only the order of float operations: a picture is within one
+level of 255 of the reference's in float32. Other kernels (`kernels.py`) go under the same loop.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from mii_serve.engine.decode import Decoded, decode, is_finite, not_finite
 from mii_serve.engine.native.denoiser import Denoiser
 from mii_serve.engine.native.kernels import KernelSet
 from mii_serve.engine.native.lattice import TurnSize, declare
 from mii_serve.engine.native.probe import NativeProbe
 from mii_serve.engine.native.prompts import Prompt, PromptBank
+from mii_serve.engine.native.slots import SlotBank
+from mii_serve.engine.native.stepping import ObjectStepping, Stepping, TableStepping
 from mii_serve.engine.native.times import TimeTable
 from mii_serve.engine.native.turn import Move
 from mii_serve.engine.native.unet import RowUNet
-from mii_serve.engine.stages import StageClock
-from mii_serve.engine.warmup import make_pictures
-from mii_serve.errors import EngineError
+from mii_serve.engine.schedulers import capabilities_of
+from mii_serve.engine.stages import SAMPLE_ERRORS, StageClock
+from mii_serve.engine.warmup import make_pictures, warm_up_request
+from mii_serve.errors import EngineError, NotFiniteError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import checked_pictures
-from mii_serve.samplers.names import ACCEPTED_NAMES, short_name
-from mii_serve.samplers.table import SamplerTable, compile_table
+from mii_serve.samplers.build import ModelSchedulers
+from mii_serve.samplers.sampling import Samplings, Uncompiled
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
     LATENT_SCALE,
@@ -37,12 +42,14 @@ from mii_serve.types import (
     EngineDescription,
     GenerationParams,
     Picture,
-    RequestedParams,
     Sample,
     SampleId,
     SampleProgress,
+    SchedulerDescription,
     StepPlan,
 )
+
+logger = logging.getLogger(__name__)
 
 CPU_SLOTS, CUDA_SLOTS = 8, 16
 """Samples at once unless the operator says otherwise: where a larger batch stops to pay."""
@@ -56,8 +63,7 @@ Shape = tuple[int, int]
 @dataclass(slots=True, eq=False)
 class _Running:
     sample: Sample
-    table: SamplerTable
-    generator: torch.Generator
+    stepping: Stepping
     prompt: Prompt
     negative_prompt: Prompt | None
     slot: int
@@ -65,7 +71,7 @@ class _Running:
 
     @property
     def progress(self) -> SampleProgress:
-        return SampleProgress(id=self.sample.id, step=self.step, num_steps=self.table.num_calls)
+        return SampleProgress(id=self.sample.id, step=self.step, num_steps=self.stepping.num_calls)
 
     @property
     def shape(self) -> Shape:
@@ -95,15 +101,13 @@ class NativeEngine:
         self._pipeline = pipeline = model.pipeline
         self._device = torch.device(pipeline.device)
         self._channels = pipeline.unet.config.in_channels
-        self._scheduler_config = dict(pipeline.scheduler.config)
+        self._schedulers = ModelSchedulers(pipeline.scheduler)
+        self._samplings = Samplings(self._schedulers)
         is_cuda = self._device.type == "cuda"
         slots = max_slots or (CUDA_SLOTS if is_cuda else CPU_SLOTS)
         self._max_slots = slots
-        self._capabilities = Capabilities(
-            limits=model.limits,
-            defaults=replace(model.defaults, scheduler=short_name(model.defaults.scheduler)),
-            schedulers=ACCEPTED_NAMES,
-        )
+        self._capabilities = capabilities_of(model, self._schedulers, self._samplings.of)
+        self._say_if_uncompiled()
         if lattice is None:
             defaults = model.defaults
             lattice = declare(slots, defaults.height // LATENT_SCALE, defaults.width // LATENT_SCALE) if is_cuda else ()
@@ -157,13 +161,17 @@ class NativeEngine:
         return self._clock.take()
 
     def check(self, params: GenerationParams) -> int:
-        return compile_table(self._scheduler_config, params.scheduler, params.num_inference_steps).num_calls
+        return self._samplings.of(params.scheduler, params.num_inference_steps).num_calls
+
+    def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
+        sampling = self._samplings.of(params.scheduler, params.num_inference_steps)
+        return self._schedulers.describe(params.scheduler, is_compiled=not isinstance(sampling, Uncompiled))
 
     def warmup(self) -> None:
         """Capture the lattice, and make pictures through every size of it."""
         with torch.inference_mode():
             self._denoiser.prepare()
-        asked = RequestedParams(prompt="warm-up", num_inference_steps=2, seed=0)
+        asked = warm_up_request(self)
         make_pictures(self, asked)
         for size in self._lattice:
             make_pictures(
@@ -211,51 +219,90 @@ class NativeEngine:
         negatives = iter(prompts[len(joins) :])
         for sample, prompt in zip(joins, prompts, strict=False):  # the negative ones follow
             params = sample.params
-            table = compile_table(self._scheduler_config, params.scheduler, params.num_inference_steps)
             generator = torch.Generator("cpu").manual_seed(sample.seed)
+            stepping = self._stepping(params, generator)
             # In float32 whatever the UNet computes in, so that every engine starts from the same noise.
             size = (1, self._channels, *params.latent_shape)
-            latents = randn_tensor(size, generator=generator, dtype=torch.float32)[0] * table.init_noise_sigma
+            latents = randn_tensor(size, generator=generator, dtype=torch.float32)[0] * stepping.init_noise_sigma
             self._running[sample.id] = _Running(
                 sample=sample,
-                table=table,
-                generator=generator,
+                stepping=stepping,
                 prompt=prompt,
                 negative_prompt=next(negatives) if params.is_guided else None,
                 slot=self._denoiser.bank(params.latent_shape).take(latents.to(self._device)),
             )
 
+    def _stepping(self, params: GenerationParams, generator: torch.Generator) -> Stepping:
+        sampling = self._samplings.of(params.scheduler, params.num_inference_steps)
+        if not isinstance(sampling, Uncompiled):
+            return TableStepping(sampling, generator)
+        scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device)
+        return ObjectStepping(scheduler, generator)
+
+    def _say_if_uncompiled(self) -> None:
+        defaults = self._capabilities.defaults
+        sampling = self._samplings.of(defaults.scheduler, defaults.num_inference_steps)
+        if isinstance(sampling, Uncompiled):
+            used = self._schedulers.describe(defaults.scheduler, is_compiled=False).class_name
+            logger.warning(
+                "the model's default scheduler %s is not compiled: %s. Its samples are stepped one by one, in the same batch",
+                used,
+                sampling.reason,
+            )
+
     def _step(self, ids: Sequence[SampleId], shown: Sequence[SampleId]) -> dict[SampleId, SampleProgress]:
         if not ids:
             return {}
+        failed: dict[SampleId, SampleProgress] = {}
         group = [self._running[sample_id] for sample_id in ids]
+        bank = self._denoiser.bank(group[0].shape)
         with self._clock.time("denoise"):
-            times = self._times.rows([float(running.table.timesteps[running.step]) for running in group])
-            moves = [self._move(running, time) for running, time in zip(group, times, strict=True)]
+            times = self._times.rows([running.stepping.timestep(running.step) for running in group])
+            moves = [self._move(running, time, bank) for running, time in zip(group, times, strict=True)]
             model_input, prediction = self._denoiser.step(moves, group[0].shape)
-        previews: dict[SampleId, Picture] = {}
-        if shown:
-            rows = [ids.index(sample_id) for sample_id in shown]
-            seen = [group[row] for row in rows]
-            x0 = torch.tensor([running.table.x0[running.step].tolist() for running in seen], device=self._device)
-            previews = self._pictures(seen, estimate_x0(model_input[rows], prediction[rows], x0))
+            for running, noise_pred in zip(group, prediction, strict=True):
+                try:
+                    running.stepping.after(running.step, bank.state[running.slot], noise_pred)
+                except SAMPLE_ERRORS as error:
+                    failed[running.sample.id] = self._failed(running, error)
         for running in group:
             running.step += 1
-        return {running.sample.id: replace(running.progress, preview=previews.get(running.sample.id)) for running in group}
+        previews: dict[SampleId, Picture | NotFiniteError] = {}
+        if seen_ids := [sample_id for sample_id in shown if sample_id not in failed]:
+            rows = [ids.index(sample_id) for sample_id in seen_ids]
+            seen = [group[row] for row in rows]
+            x0 = torch.tensor([running.stepping.x0(running.step - 1) for running in seen], device=self._device)
+            previews = self._pictures(seen, estimate_x0(model_input[rows], prediction[rows], x0))
+        return {one.sample.id: failed.get(one.sample.id) or self._stepped(one, previews.get(one.sample.id)) for one in group}
 
-    def _move(self, running: _Running, time: int) -> Move:
-        """The sample's next step. Noise comes from its own generator when its sampler draws, as diffusers draws it."""
-        params, table, step = running.sample.params, running.table, running.step
-        size = (1, self._channels, *running.shape)
+    def _stepped(self, running: _Running, preview: Picture | NotFiniteError | None) -> SampleProgress:
+        """Where only the preview is not finite, as of a v-prediction model's first step, it is left out: the sample is well."""
+        if not isinstance(preview, NotFiniteError):
+            return replace(running.progress, preview=preview)
+        if is_finite(self._denoiser.bank(running.shape).state[running.slot, 0]):
+            return running.progress
+        self._forget(running.sample.id)
+        return replace(running.progress, error=preview)
+
+    def _failed(self, running: _Running, error: Exception) -> SampleProgress:
+        """What the sample's own scheduler object raised costs that sample only."""
+        logger.exception("a sample failed, request_id=%s", running.sample.id.request_id)
+        self._forget(running.sample.id)
+        reason = EngineError(f"this image failed after step {running.step}: {type(error).__name__}: {error}")
+        return replace(running.progress, error=reason)
+
+    def _move(self, running: _Running, time: int, bank: SlotBank) -> Move:
+        """The sample's next step."""
+        input_scale, matrix, noise = running.stepping.before(running.step, bank.state[running.slot])
         return Move(
             slot=running.slot,
             time=time,
             prompt=running.prompt.row,
             negative_prompt=None if running.negative_prompt is None else running.negative_prompt.row,
-            guidance_scale=params.guidance_scale,
-            input_scale=float(table.input_scale[step]),
-            matrix=table.matrices[step],
-            noise=torch.randn(size, generator=running.generator)[0] if table.draws_noise[step] else None,
+            guidance_scale=running.sample.params.guidance_scale,
+            input_scale=input_scale,
+            matrix=matrix,
+            noise=noise,
         )
 
     def _finish(self, ids: Sequence[SampleId]) -> dict[SampleId, SampleProgress]:
@@ -264,21 +311,35 @@ class NativeEngine:
         for sample_id in ids:
             if (running := self._running.get(sample_id)) is not None:
                 by_shape.setdefault(running.shape, []).append(running)
-        pictures: dict[SampleId, Picture] = {}
+        made: dict[SampleId, SampleProgress] = {}
         for shape, group in by_shape.items():
             slots = torch.tensor([running.slot for running in group], device=self._device)
-            pictures |= self._pictures(group, self._denoiser.bank(shape).state[slots, 0])
-        made = {sample_id: replace(self._running[sample_id].progress, picture=pictures[sample_id]) for sample_id in pictures}
+            for sample_id, picture in self._pictures(group, self._denoiser.bank(shape).state[slots, 0]).items():
+                progress = self._running[sample_id].progress
+                if isinstance(picture, NotFiniteError):
+                    made[sample_id] = replace(progress, error=picture)
+                else:
+                    made[sample_id] = replace(progress, picture=picture)
         for sample_id in made:
             self._forget(sample_id)
         return made
 
-    def _pictures(self, group: Sequence[_Running], latents: torch.Tensor) -> dict[SampleId, Picture]:
+    def _pictures(self, group: Sequence[_Running], latents: torch.Tensor) -> dict[SampleId, Picture | NotFiniteError]:
+        """Of each sample its picture, or why it has none."""
         with self._clock.time("decode"):
-            images = self._decode(latents)
+            decoded = self._decode(latents)
+        vae, unet = self._pipeline.vae, self._pipeline.unet
+        made: dict[SampleId, Picture | NotFiniteError] = {
+            running.sample.id: not_finite(fault, step=running.step, vae=vae, unet=unet)
+            for running, fault in zip(group, decoded.faults, strict=True)
+            if fault is not None
+        }
+        good = [group[index] for index in decoded.good]
+        if not good:
+            return made
         with self._clock.time("safety"):
-            pictures, flags = checked_pictures(self._pipeline, images)
-        return {
+            pictures, flags = checked_pictures(self._pipeline, decoded.good_images)
+        return made | {
             running.sample.id: Picture(
                 width=picture.width,
                 height=picture.height,
@@ -287,11 +348,9 @@ class NativeEngine:
                 dropped_prompt=running.prompt.dropped,
                 dropped_negative_prompt=running.negative_prompt.dropped if running.negative_prompt else "",
             )
-            for index, (running, picture) in enumerate(zip(group, pictures, strict=True))
+            for index, (running, picture) in enumerate(zip(good, pictures, strict=True))
         }
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1] from latents in float32."""
-        vae = self._pipeline.vae
-        images: torch.Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
-        return images
+    def _decode(self, latents: torch.Tensor) -> Decoded:
+        """Images from latents in float32."""
+        return decode(self._pipeline.vae, latents)

@@ -6,19 +6,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 
+from mii_serve.engine.decode import Decoded
 from mii_serve.engine.native.denoiser import Denoiser
 from mii_serve.engine.native.prompts import PromptBank
+from mii_serve.engine.native.stepping import STAND_STILL
 from mii_serve.engine.native.times import TimeTable
 from mii_serve.engine.native.turn import Move
 from mii_serve.engine.probe import UNetCall, without_checker
-from mii_serve.samplers.table import INPUT_PLANES, STATE_PLANES
 from mii_serve.types import EngineCapacity
-
-STAND_STILL = np.zeros((STATE_PLANES, INPUT_PLANES), np.float32)
-"""A sampler's step for a sample that is of interest no longer than one call."""
 
 
 class NativeProbe:
@@ -31,7 +28,7 @@ class NativeProbe:
         times: TimeTable,
         denoiser: Denoiser,
         capacity: EngineCapacity,
-        decode: Callable[[torch.Tensor], torch.Tensor],
+        decode: Callable[[torch.Tensor], Decoded],
     ) -> None:
         self._pipeline = pipeline
         self._device = prompts.key_values.device
@@ -57,7 +54,7 @@ class NativeProbe:
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         batches = latents.to(self._device).split(self._capacity.max_decodes)
-        return torch.cat([_answer(self._decode(batch)) for batch in batches])
+        return torch.cat([_answer(self._decode(batch).images) for batch in batches])
 
     def without_checker(self) -> AbstractContextManager[None]:
         return without_checker(self._pipeline)

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mii_serve.errors import InvalidRequestError, MiiServeError, QueueFullError
+from mii_serve.errors import InvalidRequestError, MiiServeError, QueueFullError, UnavailableError
 from mii_serve.gateway.door import Call, Door, EventStream
 from mii_serve.gateway.page.files import PLACE, PageFiles
 from mii_serve.gateway.page.messages import event_told, info_told, read_request, state_told
@@ -60,7 +60,7 @@ class PageCalls:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._asking = asyncio.Lock()
-        self._known: pb.GetServerInfoResponse | None = None
+        self._known: pb.GetServerInfoResponse | UnavailableError | None = None
         self._known_at = float("-inf")
 
     async def info(self, call: Call) -> Response:
@@ -69,8 +69,13 @@ class PageCalls:
     async def state(self, call: Call) -> Response:
         async with self._asking:
             if self._known is None or time.monotonic() - self._known_at > FRESH_S:
-                self._known = await self._desk.server_info()
+                try:
+                    self._known = await self._desk.server_info()
+                except UnavailableError as error:  # replicas that hang take their time to say nothing
+                    self._known = error
                 self._known_at = time.monotonic()
+        if isinstance(self._known, UnavailableError):
+            raise UnavailableError(str(self._known))
         return JSONResponse(state_told(self._known), headers=_NO_STORE)
 
     async def generate(self, call: Call) -> EventStream:

@@ -90,7 +90,14 @@ class GeneratedImage(_message.Message):
     def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., seed: _Optional[int] = ..., nsfw_content_detected: _Optional[bool] = ..., moderation_blocked: _Optional[bool] = ...) -> None: ...
 
 class EffectiveParameters(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "engine", "dtype", "device", "model", "model_revision", "dropped_prompt", "dropped_negative_prompt")
+    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "engine", "dtype", "device", "model", "model_revision", "dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "is_scheduler_compiled")
+    class SchedulerOptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +114,9 @@ class EffectiveParameters(_message.Message):
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
     DROPPED_PROMPT_FIELD_NUMBER: _ClassVar[int]
     DROPPED_NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULER_CLASS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULER_OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    IS_SCHEDULER_COMPILED_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     height: int
@@ -123,7 +133,10 @@ class EffectiveParameters(_message.Message):
     model_revision: str
     dropped_prompt: str
     dropped_negative_prompt: str
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dropped_prompt: _Optional[str] = ..., dropped_negative_prompt: _Optional[str] = ...) -> None: ...
+    scheduler_class: str
+    scheduler_options: _containers.ScalarMap[str, str]
+    is_scheduler_compiled: bool
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dropped_prompt: _Optional[str] = ..., dropped_negative_prompt: _Optional[str] = ..., scheduler_class: _Optional[str] = ..., scheduler_options: _Optional[_Mapping[str, str]] = ..., is_scheduler_compiled: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "images", "parameters", "timings")
@@ -171,20 +184,22 @@ class GenerateEvent(_message.Message):
         estimated_left_s: float
         def __init__(self, image_index: _Optional[int] = ..., step: _Optional[int] = ..., num_steps: _Optional[int] = ..., estimated_left_s: _Optional[float] = ...) -> None: ...
     class Preview(_message.Message):
-        __slots__ = ("image_index", "step", "data", "format", "height", "width")
+        __slots__ = ("image_index", "step", "data", "format", "height", "width", "nsfw_content_detected")
         IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
         STEP_FIELD_NUMBER: _ClassVar[int]
         DATA_FIELD_NUMBER: _ClassVar[int]
         FORMAT_FIELD_NUMBER: _ClassVar[int]
         HEIGHT_FIELD_NUMBER: _ClassVar[int]
         WIDTH_FIELD_NUMBER: _ClassVar[int]
+        NSFW_CONTENT_DETECTED_FIELD_NUMBER: _ClassVar[int]
         image_index: int
         step: int
         data: bytes
         format: ImageFormat
         height: int
         width: int
-        def __init__(self, image_index: _Optional[int] = ..., step: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+        nsfw_content_detected: bool
+        def __init__(self, image_index: _Optional[int] = ..., step: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., nsfw_content_detected: _Optional[bool] = ...) -> None: ...
     class Restarted(_message.Message):
         __slots__ = ("image_indexes",)
         IMAGE_INDEXES_FIELD_NUMBER: _ClassVar[int]
@@ -220,8 +235,15 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity", "replicas", "engine_note")
+    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity", "replicas", "engine_note", "default_scheduler_class", "default_scheduler_options", "is_default_scheduler_compiled")
     class SchedulersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class DefaultSchedulerOptionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -306,6 +328,9 @@ class GetServerInfoResponse(_message.Message):
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_NOTE_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SCHEDULER_CLASS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SCHEDULER_OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    IS_DEFAULT_SCHEDULER_COMPILED_FIELD_NUMBER: _ClassVar[int]
     version: str
     deployment_name: str
     model: str
@@ -320,4 +345,7 @@ class GetServerInfoResponse(_message.Message):
     activity: GetServerInfoResponse.Activity
     replicas: _containers.RepeatedCompositeFieldContainer[GetServerInfoResponse.Replica]
     engine_note: str
-    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[GetServerInfoResponse.Replica, _Mapping]]] = ..., engine_note: _Optional[str] = ...) -> None: ...
+    default_scheduler_class: str
+    default_scheduler_options: _containers.ScalarMap[str, str]
+    is_default_scheduler_compiled: bool
+    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[GetServerInfoResponse.Replica, _Mapping]]] = ..., engine_note: _Optional[str] = ..., default_scheduler_class: _Optional[str] = ..., default_scheduler_options: _Optional[_Mapping[str, str]] = ..., is_default_scheduler_compiled: _Optional[bool] = ...) -> None: ...

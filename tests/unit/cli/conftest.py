@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 from unit.client.scripted_server import RunningServer, running
 
 from mii_serve.cli import main
+from mii_serve.safe_path import SAFE_PATH
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,16 @@ class Ran:
 
 
 Run = Callable[..., Ran]
+
+
+@pytest.fixture(autouse=True)
+def process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The command has a process of its own; here it leaves signals and environment as it found them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setenv(SAFE_PATH, os.environ.get(SAFE_PATH, ""))
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -35,7 +35,6 @@ def settled(
     return settle(
         declared,
         LimitsConfig(**bounds),  # type: ignore[arg-type]
-        scheduler_class="PNDMScheduler",
         sample_size=sample_size,
     )
 
@@ -49,7 +48,7 @@ def test_a_full_declaration_is_what_requests_get(tmp_path: Path) -> None:
 def test_without_a_declaration_diffusers_defaults_hold(tmp_path: Path) -> None:
     defaults, limits = settled(read_defaults(tmp_path))
     assert defaults == GenerationDefaults(
-        scheduler="PNDMScheduler", num_inference_steps=50, guidance_scale=7.5, height=512, width=512
+        scheduler="default", num_inference_steps=50, guidance_scale=7.5, height=512, width=512
     )
     assert limits == Limits(min_size_px=64, max_size_px=1024)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import pickle
@@ -57,7 +58,7 @@ def test_a_loaded_model_knows_its_name_revision_and_defaults(pristine: Path, loa
     model = load(pristine, limits=LimitsConfig(max_images_per_prompt=3))
     assert model.name == "tiny"
     assert model.revision.startswith("sha256:")
-    assert model.defaults == GenerationDefaults(scheduler="PNDMScheduler", height=64, width=64)
+    assert model.defaults == GenerationDefaults(scheduler="default", height=64, width=64)
     assert model.limits.max_images_per_prompt == 3
 
 
@@ -74,16 +75,20 @@ def test_declared_defaults_are_read_and_checked(model_folder: Path, load: Load) 
 def test_the_revision_follows_the_content_and_not_the_place(pristine: Path, model_folder: Path, load: Load) -> None:
     before = load(pristine).revision
     assert load(model_folder).revision == before
+    (model_folder / "mii_serve_defaults.json").write_text(json.dumps({"num_inference_steps": 7}))
+    with_defaults = load(model_folder).revision
+    assert with_defaults != before
     rewrite(weight_file(model_folder, "vae"), lambda state: {name: value + 1 for name, value in state.items()})
-    assert load(model_folder).revision != before
+    assert load(model_folder).revision not in (before, with_defaults)
 
 
-def test_a_snapshot_of_a_hub_cache_is_known_by_its_commit(pristine: Path, tmp_path: Path, load: Load) -> None:
+def test_a_copied_snapshot_is_known_by_its_commit_and_its_content(pristine: Path, tmp_path: Path, load: Load) -> None:
     commit = "a" * 40
     folder = tmp_path / "models--org--tiny" / "snapshots" / commit
     shutil.copytree(pristine, folder)
     model = load(folder)
-    assert (model.name, model.revision) == ("org/tiny", commit)
+    assert model.name == "org/tiny"
+    assert model.revision == f"{commit}+{load(pristine).revision}", "a copy without links to blobs proves no commit"
 
 
 @pytest.mark.parametrize("stored", ["fp32", "fp16"])
@@ -228,11 +233,19 @@ def test_a_scheduler_diffusers_does_not_have_is_refused(model_folder: Path, edit
         load(model_folder)
 
 
-def test_any_diffusers_scheduler_is_the_default_by_its_class_name(model_folder: Path, edit: EditFile, load: Load) -> None:
+def test_any_diffusers_scheduler_of_the_model_is_the_default(model_folder: Path, edit: EditFile, load: Load) -> None:
     name = "EulerDiscreteScheduler"
     edit(model_folder / "model_index.json", lambda index: index.update(scheduler=["diffusers", name]))
     model = load(model_folder)
-    assert type(model.pipeline.scheduler).__name__ == model.defaults.scheduler == name
+    assert type(model.pipeline.scheduler).__name__ == name
+    assert model.defaults.scheduler == "default"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchsde") is not None, reason="the package is here")
+def test_a_scheduler_that_lacks_a_package_names_the_package(model_folder: Path, edit: EditFile, load: Load) -> None:
+    edit(model_folder / "model_index.json", lambda index: index.update(scheduler=["diffusers", "DPMSolverSDEScheduler"]))
+    with pytest.raises(ModelError, match="torchsde"):
+        load(model_folder)
 
 
 def test_a_model_without_a_checker_loads_and_says_so(

@@ -118,7 +118,7 @@ def test_it_loads_by_name_with_the_demo_models_tokenizer(pristine: Path, load: A
     model = load("random-sd-v1-4", dtype="bf16")
     assert model.name == "random-sd-v1-4"
     assert model.revision.startswith("sha256:")
-    assert (model.defaults.scheduler, model.defaults.num_inference_steps) == ("PNDMScheduler", 50)
+    assert (model.defaults.scheduler, model.defaults.num_inference_steps) == ("default", 50)
     assert model.pipeline.unet.dtype == torch.bfloat16
     assert load("random-sd-v1-4", enable_safety_checker=False).pipeline.safety_checker is None
     with pytest.raises(ModelError, match="not from the hub"):

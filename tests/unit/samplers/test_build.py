@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+
+import diffusers
 import pytest
 import torch
+from samplers import ALL, USUAL, schedulers
 
-from mii_serve.errors import InvalidRequestError, ModelError
-from mii_serve.samplers.build import make_scheduler, step_kwargs, try_scheduler
-from mii_serve.samplers.names import ACCEPTED_NAMES, SAMPLERS, short_name
+from mii_serve.errors import InvalidRequestError
+from mii_serve.samplers.build import step_kwargs, try_scheduler
+from mii_serve.samplers.names import CLASS_NAMES, SAMPLERS
 
 SD_V1_CONFIG = {
     "beta_start": 0.00085,
@@ -19,10 +24,11 @@ SD_V1_CONFIG = {
     "steps_offset": 1,
     "clip_sample": False,
 }
+SD_V1 = schedulers(SD_V1_CONFIG)
 
 
 def walk(name: str, num_inference_steps: int) -> torch.Tensor:
-    scheduler = make_scheduler(SD_V1_CONFIG, name, num_inference_steps, torch.device("cpu"))
+    scheduler = SD_V1.make(name, num_inference_steps, torch.device("cpu"))
     generator = torch.Generator().manual_seed(5)
     sample = torch.randn(1, 4, 2, 2, generator=generator) * scheduler.init_noise_sigma
     kwargs = step_kwargs(scheduler, generator)
@@ -34,12 +40,12 @@ def walk(name: str, num_inference_steps: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", USUAL)
 def test_what_passes_the_trial_ends_finite_and_the_rest_names_the_field(name):
     num_let_in = 0
     for num_inference_steps in (1, 2, 3, 4, 5, 10, 50, 999, 1000):
         try:
-            try_scheduler(SD_V1_CONFIG, name, num_inference_steps)
+            try_scheduler(SD_V1, name, num_inference_steps)
         except InvalidRequestError as error:
             assert error.field == "num_inference_steps"
             assert name in error.rule
@@ -55,22 +61,96 @@ def test_what_passes_the_trial_ends_finite_and_the_rest_names_the_field(name):
 )
 def test_known_dead_ends_are_refused(name, num_inference_steps):
     with pytest.raises(InvalidRequestError):
-        try_scheduler(SD_V1_CONFIG, name, num_inference_steps)
+        try_scheduler(SD_V1, name, num_inference_steps)
 
 
 @pytest.mark.parametrize("name", ["pndm", "ddim", "euler"])
 def test_the_most_steps_that_work_are_let_in(name):
-    try_scheduler(SD_V1_CONFIG, name, 1000 if name == "euler" else 999)
+    try_scheduler(SD_V1, name, 1000 if name == "euler" else 999)
 
 
 def test_every_name_leads_to_a_sampler_and_every_sampler_has_its_own_name():
-    assert set(ACCEPTED_NAMES.values()) == set(SAMPLERS)
-    assert all(ACCEPTED_NAMES[name] == name for name in SAMPLERS)
-    assert ACCEPTED_NAMES["PNDMScheduler"] == "pndm"
-    assert ACCEPTED_NAMES["DPMSolverMultistepScheduler"] == "dpm++_2m"
+    accepted = SD_V1.accepted_names
+    assert set(accepted.values()) == {"default", *SAMPLERS, *CLASS_NAMES} - {"PNDMScheduler"}
+    assert all(accepted[name] == name for name in SAMPLERS)
+    assert accepted["DPMSolverMultistepScheduler"] == "DPMSolverMultistepScheduler"
+    assert accepted["PNDMScheduler"] == "default", "the model's own class, with the model's own options"
 
 
-def test_a_model_with_an_unknown_scheduler_is_refused_by_name():
-    assert short_name("EulerDiscreteScheduler") == "euler"
-    with pytest.raises(ModelError, match="MyScheduler"):
-        short_name("MyScheduler")
+def test_the_grammar_has_every_spacing_of_every_solver():
+    assert set(SAMPLERS) >= {"heun_karras", "dpm++_3m_sde_exponential", "unipc_3_beta", "lms_exponential", "dpm++_2m_lu"}
+    assert set(SAMPLERS) >= {"kdpm2_a_karras", "dpm++_1s_beta", "deis_2_flow", "sa_solver_karras", "dpm_2m", "dpm++_sde_karras"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_name_sets_what_it_says_and_leaves_the_rest_to_the_model(name):
+    """Also on a config that says the opposite: diffusers allows one spacing at a time."""
+    class_name, config = "EulerDiscreteScheduler", {**SD_V1_CONFIG, "use_exponential_sigmas": True, "beta_end": 0.013}
+    made = schedulers(config, class_name).make(name, 8, torch.device("cpu"))
+    assert type(made).__name__ == SAMPLERS[name].class_name
+    for option, value in SAMPLERS[name].overrides.items():
+        assert made.config[option] == value
+    assert made.config.get("beta_end", 0.013) == 0.013
+    known = inspect.signature(type(made).__init__).parameters
+    spacings = [option for option in known if option.startswith("use_") and made.config[option]]
+    assert len(spacings) == (name.rsplit("_", 1)[-1] in {"karras", "exponential", "beta", "lu", "flow"}), spacings
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "lcm", "tcd"])
+def test_a_named_scheduler_is_repaired_as_the_pipeline_repairs_its_own(name):
+    bare = {key: value for key, value in SD_V1_CONFIG.items() if key not in ("clip_sample", "steps_offset", "skip_prk_steps")}
+    made = schedulers(bare, "EulerDiscreteScheduler").make(name, 8, torch.device("cpu"))
+    assert made.config.clip_sample is False
+    assert made.config.get("steps_offset", 1) == 1
+
+
+def test_pndm_on_a_modern_config_takes_no_runge_kutta_steps():
+    made = schedulers({"beta_schedule": "scaled_linear"}, "EulerDiscreteScheduler").make("pndm", 8, torch.device("cpu"))
+    assert made.config.skip_prk_steps is True
+    assert len(made.timesteps) == 9
+
+
+def test_the_models_own_scheduler_keeps_every_option():
+    config = {**SD_V1_CONFIG, "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True, "solver_order": 3}
+    found = schedulers(config, "DPMSolverMultistepScheduler")
+    for name in ("default", found.accepted_names["DPMSolverMultistepScheduler"]):
+        made = found.make(name, 8, torch.device("cpu"))
+        assert (made.config.algorithm_type, made.config.use_karras_sigmas, made.config.solver_order) == (
+            "sde-dpmsolver++",
+            True,
+            3,
+        )
+    described = found.describe("default", is_compiled=True)
+    assert described.class_name == "DPMSolverMultistepScheduler"
+    assert described.options.items() >= {"use_karras_sigmas": "true", "solver_order": "3", "beta_end": "0.012"}.items()
+    assert "prediction_type" not in described.options
+
+
+def test_a_class_that_the_models_config_does_not_allow_is_the_callers_error_by_field():
+    found = schedulers({**SD_V1_CONFIG, "algorithm_type": "sde-dpmsolver++"}, "DPMSolverMultistepScheduler")
+    with pytest.raises(InvalidRequestError, match="sde-dpmsolver") as caught:
+        found.make("DEISMultistepScheduler", 8, torch.device("cpu"))
+    assert caught.value.field == "scheduler"
+    found.make("deis", 8, torch.device("cpu"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchsde") is not None, reason="torchsde is installed")
+def test_a_missing_package_is_named():
+    with pytest.raises(InvalidRequestError, match="needs the package torchsde") as caught:
+        SD_V1.make("dpm++_sde", 8, torch.device("cpu"))
+    assert caught.value.field == "scheduler"
+
+
+class DrawsElsewhere(diffusers.DDIMScheduler):
+    """Takes noise that no seed of a request decides."""
+
+    def step(self, *args, **kwargs):
+        made = super().step(*args, **kwargs)
+        return (made[0] + 0.1 * torch.randn(made[0].shape), *made[1:])
+
+
+def test_a_scheduler_that_draws_from_another_source_is_refused():
+    found = schedulers(SD_V1_CONFIG)
+    found._built["default"] = DrawsElsewhere.from_config(SD_V1_CONFIG)
+    with pytest.raises(InvalidRequestError, match="generator"):
+        try_scheduler(found, "default", 5)

@@ -1,0 +1,36 @@
+"""What an engine says about its model's schedulers: the names requests can use, and whether the default one can run at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from mii_serve.errors import InvalidRequestError, ModelError
+from mii_serve.models import LoadedModel
+from mii_serve.samplers.build import ModelSchedulers, first_line
+from mii_serve.types import Capabilities
+
+logger = logging.getLogger(__name__)
+
+
+def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Callable[[str, int], object]) -> Capabilities:
+    """The model's limits and defaults with the names of its schedulers. `check` tries a name out with a number of steps.
+
+    Raises:
+        ModelError: the scheduler that a request gets which names none cannot draw; speaks to the operator.
+    """
+    declared = model.defaults.scheduler
+    capabilities = Capabilities(limits=model.limits, defaults=model.defaults, schedulers=schedulers.accepted_names)
+    try:
+        name = capabilities.scheduler_named(declared)
+        check(name, model.defaults.num_inference_steps)
+    except InvalidRequestError as error:
+        is_own = declared not in schedulers.accepted_names or schedulers.accepted_names[declared] == declared
+        called = f"default scheduler, {schedulers.own_class}," if is_own else f"default scheduler {declared!r}"
+        reason = error.rule if error.__cause__ is None else f"{type(error.__cause__).__name__}: {first_line(error.__cause__)}"
+        raise ModelError(
+            f"{model.name}: its {called} cannot draw: {reason}. Name another in mii_serve_defaults.json, for example"
+            ' {"scheduler": "euler"}'
+        ) from error
+    return replace(capabilities, defaults=replace(model.defaults, scheduler=name))

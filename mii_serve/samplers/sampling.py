@@ -1,0 +1,55 @@
+"""How a sample is stepped: by a compiled table where its scheduler is linear, else by a scheduler object of its own.
+
+Both make the same number of calls with the same noise. An object costs the host a few small operations a call and keeps nobody
+else from the batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from mii_serve.samplers.build import ModelSchedulers, try_scheduler
+from mii_serve.samplers.table import NotCompiledError, SamplerTable, compile_table
+
+MAX_CACHED = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Uncompiled:
+    """A sampler whose every sample needs a scheduler object."""
+
+    num_calls: int
+    reason: str
+
+
+class Samplings:
+    """Finds out how to step each (sampler, number of steps), once. Safe to use from several threads."""
+
+    def __init__(self, schedulers: ModelSchedulers) -> None:
+        self._schedulers = schedulers
+        self._cache: OrderedDict[tuple[str, int], SamplerTable | Uncompiled] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, sampler: str, num_inference_steps: int) -> SamplerTable | Uncompiled:
+        """How to step it.
+
+        Raises:
+            InvalidRequestError: it cannot be done with this model.
+        """
+        key = sampler, num_inference_steps
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        found: SamplerTable | Uncompiled
+        try:
+            found = compile_table(self._schedulers, *key)
+        except NotCompiledError as error:
+            found = Uncompiled(try_scheduler(self._schedulers, *key), str(error))
+        with self._lock:
+            self._cache[key] = found
+            while len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
+        return found

@@ -1,0 +1,72 @@
+"""A request that crashes real replica processes: it alone is refused."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from deployments import deployed, until
+
+from mii_serve.client import Client
+from mii_serve.errors import PoisonedRequestError, UnavailableError
+
+POISON = "poison"
+CRASHING_ENGINE = f"""
+import os, signal, sys, time
+
+if any("mii_serve.replica" in argument for argument in sys.orig_argv):
+    from mii_serve.replica import local
+
+    build = local.build_warm_engine
+
+    def build_crashing(*arguments, **named):
+        engine = build(*arguments, **named)
+        run = engine.run
+
+        def run_or_crash(plan):
+            if any(sample.params.prompt == {POISON!r} for sample in plan.joins):
+                os.kill(os.getpid(), signal.SIGSEGV)
+            return run(plan)
+
+        engine.run = run_or_crash
+        return engine
+
+    local.build_warm_engine = build_crashing
+"""
+"""As `sitecustomize`, on the operator's PYTHONPATH, which replicas keep to."""
+TIMEOUT_S = 300.0
+
+
+def are_all_ready(client: Client) -> bool:
+    try:
+        return all(replica.is_ready for replica in client.server_info().replicas)
+    except UnavailableError:
+        return False
+
+
+def test_of_the_requests_on_two_replicas_only_the_one_that_crashes_them_is_refused(tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text(CRASHING_ENGINE)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    with deployed("demo", "--replicas", "2", env={"PYTHONPATH": path}) as running, Client(running.grpc) as client:
+
+        def make(seed: int):
+            return client.generate("a red circle", num_inference_steps=40, scheduler="euler", seed=seed, timeout=TIMEOUT_S)
+
+        def poison() -> str:
+            try:
+                client.generate(POISON, num_inference_steps=40, timeout=TIMEOUT_S)
+            except PoisonedRequestError as error:
+                return str(error)
+            return "it was made"
+
+        with ThreadPoolExecutor(9) as callers:
+            innocents = [callers.submit(make, seed) for seed in range(8)]
+            until(lambda: client.server_info().activity.num_running >= 4, "they are in work")
+            told = callers.submit(poison).result()
+            results = [innocent.result() for innocent in innocents]
+        assert "replicas crashed" in told
+        assert [list(result.seeds) for result in results] == [[seed] for seed in range(8)]
+        assert all(len(result.images) == 1 for result in results)
+        until(lambda: are_all_ready(client), "both are back", 120)
+        assert sum(replica.num_restarts for replica in client.server_info().replicas) <= 3

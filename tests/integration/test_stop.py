@@ -1,0 +1,79 @@
+"""A server that stops with requests still running: each caller is told so, whatever their request is waiting for."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+from replicas import KILLED, Deployment, deployment_of, events_of, request
+
+from mii_serve.errors import UnavailableError
+from mii_serve.proto.v1 import image_generation_pb2 as pb
+
+
+async def assert_told(call: asyncio.Task) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+
+
+def called(deployment: Deployment, metadata: tuple = (), **fields) -> asyncio.Task:
+    return asyncio.create_task(events_of(deployment.stub.GenerateStream(request(**fields), metadata=metadata)))
+
+
+@pytest.mark.parametrize("num_images", [1, 4])
+async def test_work_in_hand_and_in_line(tmp_path: Path, num_images: int):
+    async with deployment_of(tmp_path, 2, max_slots=1) as deployment:
+        deployment.hold()
+        calls = [called(deployment, seed=seed, num_images_per_prompt=num_images) for seed in range(3)]
+        await deployment.until(lambda: sum(deployment.images_on().values()) == 3 * num_images)
+        deployment.desk.stop()
+        for call in calls:
+            await assert_told(call)
+        assert [(link.work, link.num_running) for link in deployment.router.links] == [(0, 0), (0, 0)]
+        deployment.release()
+
+
+async def test_a_request_that_waits_for_a_replica_to_come_back(tmp_path: Path):
+    async with deployment_of(tmp_path, 1) as deployment:
+        await deployment.lose(0, KILLED)
+        deployment.router._patience_s = 60.0
+        call = called(deployment)
+        await deployment.until(lambda: deployment.router._waiting)
+        deployment.desk.stop()
+        await assert_told(call)
+        assert not deployment.router._waiting
+
+
+async def test_all_who_wait_for_the_same_work(tmp_path: Path):
+    async with deployment_of(tmp_path, 1) as deployment:
+        deployment.hold()
+        calls = [called(deployment, (("x-idempotency-key", "once"),)) for _ in range(3)]
+        await deployment.until(lambda: len(deployment.desk._active) == 3)
+        await deployment.until(lambda: sum(deployment.images_on().values()) == 1)
+        deployment.desk.stop()
+        for call in calls:
+            await assert_told(call)
+        deployment.release()
+
+
+async def test_new_requests_are_refused(tmp_path: Path):
+    async with deployment_of(tmp_path, 1) as deployment:
+        deployment.desk.stop()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await deployment.stub.Generate(request())
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_asking_a_replica_whose_connection_is_just_closed_is_unavailable_and_no_defect(tmp_path: Path):
+    """A closed channel looks to its caller as if somebody had cancelled the call."""
+    async with deployment_of(tmp_path, 1) as deployment:
+        calls = [asyncio.create_task(deployment.desk.server_info()) for _ in range(20)]
+        texts = [asyncio.create_task(deployment.desk.metrics_text()) for _ in range(20)]
+        await asyncio.sleep(0)  # all of them have asked
+        await deployment.desk.detach(0, KILLED)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(outcome, pb.GetServerInfoResponse | UnavailableError) for outcome in outcomes), outcomes
+        assert all(isinstance(text, bytes) for text in await asyncio.gather(*texts))
