@@ -22,7 +22,7 @@ from starlette.requests import Request
 
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import MiiServeError
-from mii_serve.gateway import bodies, door, hosts, huggingface, openai, score
+from mii_serve.gateway import bodies, door, hosts, huggingface, openai, parameters, paths, score
 from mii_serve.gateway.page import messages
 from mii_serve.proto import codec, interceptor, mii_codec, writing
 from mii_serve.proto.mii import pictures_pb2 as mii
@@ -155,6 +155,7 @@ DIALECTS: dict[str, tuple[Callable[[Any], object], Callable[[int], bytes]]] = {
     "members of /score": (score.parse, keys),
     "members of OpenAI's": (openai_body, keys),
     "a long size": (openai_body, lambda n: json.dumps({"prompt": "a", "size": "1" * n + "x"}).encode()),
+    "a size of spaces": (openai_body, lambda n: json.dumps({"prompt": "a", "size": " " * n + "1" + " " * n}).encode()),
     "a long model": (openai_body, lambda n: json.dumps({"prompt": "a", "model": "m" * n, "n": 1}).encode()),
     "a long format": (openai_body, lambda n: json.dumps({"prompt": "a", "output_format": "p" * n}).encode()),
     "members of Hugging Face's": (huggingface._parsed, keys),
@@ -227,6 +228,10 @@ def headers(raw: bytes) -> Headers:
     return Headers(raw=[(b"x%d" % i, b"1") for i in range(len(raw))])
 
 
+def plain_path(path: str) -> object:
+    return paths._plain({"path": path, "raw_path": path.encode(), "headers": [(b"host", b"a")]})
+
+
 HEADERS: dict[str, tuple[Callable[[Any], object], Callable[[int], object]]] = {
     "a head": (heads, lambda n: b"GET / HTTP/1.1\r\nHost: a\r\nx: " + b"y" * n),
     "a head of many lines": (heads, lambda n: b"GET / HTTP/1.1\r\nHost: a\r\n" + b"x: y\r\n" * (n // 4) + b"\r\n"),
@@ -245,6 +250,8 @@ HEADERS: dict[str, tuple[Callable[[Any], object], Callable[[int], object]]] = {
     "a request id": (interceptor.check_request_id, lambda n: "i" * n),
     "a client id": (interceptor.check_client_id, lambda n: " i" * n),
     "an idempotency key": (interceptor.check_idempotency_key, lambda n: "k" * n),
+    "a path": (plain_path, lambda n: "//a" * n + "/" * n),
+    "a whole address": (plain_path, lambda n: "http://" + "a:" * n + "//b" * n),
     "an address": (writing.network_of, lambda n: "1:" * n),
 }
 
@@ -275,7 +282,7 @@ def test_the_meter_sees_a_square():
         )
 
 
-MODULES = (bodies, door, hosts, huggingface, openai, score, messages, codec, interceptor, mii_codec, writing)
+MODULES = (bodies, door, hosts, huggingface, openai, parameters, paths, score, messages, codec, interceptor, mii_codec, writing)
 UNBOUNDED_INSIDE_UNBOUNDED = re.compile(r"[+*}]\)[+*{]")
 
 
