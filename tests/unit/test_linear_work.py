@@ -288,5 +288,5 @@ UNBOUNDED_INSIDE_UNBOUNDED = re.compile(r"[+*}]\)[+*{]")
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_no_pattern_for_outside_text_repeats_a_repetition(module):
-    patterns = [value.pattern for value in vars(module).values() if isinstance(value, re.Pattern)]
+    patterns = [str(value.pattern) for value in vars(module).values() if isinstance(value, re.Pattern)]
     assert not [pattern for pattern in patterns if UNBOUNDED_INSIDE_UNBOUNDED.search(pattern)]
