@@ -42,7 +42,7 @@ class Hosts:
         other to every name: probes and load balancers come by addresses and names that it does not know.
         """
         if config.http.allowed_hosts is not None:
-            return cls(config.http.allowed_hosts, allow_loopback_addresses=True)
+            return cls((*LOOPBACK_NAMES, *config.http.allowed_hosts), allow_loopback_addresses=True)
         if not is_loopback(config.host):
             return cls()
         return cls((*LOOPBACK_NAMES, config.host), allow_loopback_addresses=True)
