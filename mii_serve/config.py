@@ -53,10 +53,15 @@ OF_KUBERNETES = re.compile(r"CONTENT_SAFETY_(SERVICE_(HOST|PORT(_.*)?)|PORT(_.*)
 """What Kubernetes sets in every container beside a service named content-safety."""
 MAX_MODERATED_CHARS = 10_000
 """Azure AI Content Safety reads no more of a text."""
+_LABEL = r"[0-9A-Za-z_-]{1,63}"
+_IPV6 = r"\[?[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{0,40}\]?"
+HOST_PATTERN = rf"^(\*|(\*\.)?{_LABEL}(\.{_LABEL}){{0,20}}\.?|{_IPV6})$"
+"""A name, perhaps with a wildcard in front, or an address; without a port."""
 CLOSE = 0.8
 """How alike two names are, of 1, for one to be taken for the other misspelt."""
 
 
+HostName = Annotated[str, Field(pattern=HOST_PATTERN)]
 ServedName = Annotated[str, Field(pattern=r"^[!-~]([ -~]*[!-~])?$", max_length=200)]
 """A name for the model that callers may say: printable ASCII, because it stands in paths and logs."""
 
@@ -73,7 +78,9 @@ def _names(given: object) -> object:
 class HttpConfig(BaseModel):
     """Bounds on one HTTP request, and what a refused picture looks like there.
 
-    `max_images` and `max_steps` are of all its prompts together, a step being one denoising step of one image.
+    `allowed_hosts` are the names this server answers to, `*.example.com` for all below one and `*` for any; left out, a server
+    on a loopback address answers to this machine's names, and another to any. `max_images` and `max_steps` are of all its
+    prompts together, a step being one denoising step of one image.
     `refuse_blocked_score` answers `/score` with 400 where content safety blocked a prompt, instead of Azure's empty object;
     `refuse_flagged_images` refuses an OpenAI request of which every picture was flagged, instead of sending black ones.
     `keep_alive_s` is how long an idle connection stays open between requests; proxies that pool connections must give theirs
@@ -90,6 +97,7 @@ class HttpConfig(BaseModel):
     public_url: str | None = Field(None, pattern=r"^https?://[^\s?#@]+$")
     refuse_blocked_score: bool = False
     refuse_flagged_images: bool = True
+    allowed_hosts: Annotated[tuple[HostName, ...] | None, NoDecode, BeforeValidator(_names)] = Field(None, min_length=1)
 
 
 class LimitsConfig(BaseModel):

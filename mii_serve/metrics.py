@@ -1,11 +1,13 @@
 """Prometheus instruments of the front and of a replica, each on a registry that is passed in.
 
-No prompt, request id or API key is ever a label. Names follow https://prometheus.io/docs/practices/naming/.
+No prompt, request id or API key is ever a label, and no caller can make series: of what they choose there are few classes.
+Names follow https://prometheus.io/docs/practices/naming/.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
@@ -94,8 +96,9 @@ class ReplicaMetrics:
         self.batch_size = Histogram("mii_serve_batch_size", "Images per UNet call.", buckets=BATCH_BUCKETS, registry=registry)
         self._steps = Histogram(
             "mii_serve_step_duration_seconds",
-            "One UNet call with its sampler update; batch is the images in it, up to the next power of two.",
-            ("engine", "height", "width", "batch"),
+            "One UNet call with its sampler update; size_px is the side of a square of as many pixels, batch the images in it;"
+            " both up to the next power of two.",
+            ("engine", "size_px", "batch"),
             buckets=STEP_BUCKETS_S,
             registry=registry,
         )
@@ -140,15 +143,25 @@ class ReplicaMetrics:
             self.stage(stage, seconds)
         if batch:
             self.batch_size.observe(batch)
-            height, width = shape_px
-            bucket = 1 << (batch - 1).bit_length()
-            self._steps.labels(engine, str(height), str(width), str(bucket)).observe(stages.get("denoise", 0.0))
+            self._steps.labels(engine, str(size_class_px(*shape_px)), str(_power_of_two(batch))).observe(
+                stages.get("denoise", 0.0)
+            )
 
     def stage(self, name: str, seconds: float) -> None:
         self._stages.labels(name).observe(seconds)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def size_class_px(height: int, width: int) -> int:
+    """The side of the smallest square, of those whose side is a power of two, that has as many pixels as this picture."""
+    return _power_of_two(math.isqrt(height * width - 1) + 1)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest one that is no less."""
+    return 1 << (number - 1).bit_length()
 
 
 def together(front: FrontMetrics, replicas: Mapping[int, bytes]) -> bytes:

@@ -291,7 +291,8 @@ class Sample:
 class Request:
     """What the scheduler needs to know of a request; `deadline` is a point on the caller's monotonic clock, in seconds.
 
-    `num_calls` are the UNet calls each image takes, as `Engine.check` counts them. Requests of one `client` share one part.
+    `num_calls` are the UNet calls each image takes, as `Engine.check` counts them. Requests of one `client` share one part of a
+    busy replica. Clients of one address, `ADDRESS/NAME` and `ADDRESS`, have the address's part together.
     """
 
     id: str

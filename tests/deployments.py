@@ -36,6 +36,12 @@ class Deployment:
     grpc: str
     http: str
     lines: list[str] = field(default_factory=list)
+    log: IO[str] | None = None
+
+    def logged(self) -> str:
+        """What its log says at the end."""
+        assert self.log is not None
+        return _end_of(self.log)
 
     def replica_pids(self) -> list[int]:
         """Those that have their orders; a spare waits for one."""
@@ -65,7 +71,12 @@ def ready_replicas(client: Client) -> list[ReplicaInfo]:
     return []
 
 
-def start(*arguments: str, env: dict[str, str] | None = None, stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
+def start(
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    stderr: int | IO[str] = subprocess.PIPE,
+    max_files: int | None = None,
+) -> subprocess.Popen[str]:
     """Without a spare process, which would take a core from most tests and serve none, unless `env` asks for one."""
     ports = ("--grpc-port", "0", "--http-port", "0")
     command = [sys.executable, "-m", "mii_serve", "deploy", *arguments]
@@ -73,18 +84,20 @@ def start(*arguments: str, env: dict[str, str] | None = None, stderr: int | IO[s
         command += ports
     patient = {"MII_SERVE_REPLICA_WAIT_S": str(PATIENCE_S), "MII_SERVE_ENABLE_SPARE_PROCESS": "0"}
     environment = {**os.environ, **patient, **(env or {})}
+    if max_files is not None:
+        command = ["sh", "-c", f'ulimit -n {max_files}; exec "$@"', "sh", *command]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
 
 
 @contextlib.contextmanager
-def deployed(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Deployment]:
+def deployed(*arguments: str, env: dict[str, str] | None = None, max_files: int | None = None) -> Iterator[Deployment]:
     """A deployment that is ready. Its log goes to a file: a pipe that nobody empties would be a fault of the test's own."""
-    with tempfile.TemporaryFile("w+") as log, start(*arguments, env=env, stderr=log) as process:
+    with tempfile.TemporaryFile("w+") as log, start(*arguments, env=env, stderr=log, max_files=max_files) as process:
         try:
             line = read_line(process, log)
             match = re.fullmatch(r"ready grpc=(\S+:\d+) http=(\S+:\d+)\n", line)
             assert match, f"not a ready line: {line!r}"
-            yield Deployment(process, match[1], match[2])
+            yield Deployment(process, match[1], match[2], log=log)
         except BaseException:
             print(f"the deployment's log ends:\n{_end_of(log)}", file=sys.stderr)
             raise

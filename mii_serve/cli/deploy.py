@@ -94,7 +94,9 @@ def _tell_ready(ready: Ready) -> None:
         silence(sys.stdout)
 
 
-def _open_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None) -> AbstractAsyncContextManager[str | None]:
+def _open_http(
+    config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None, max_connections: int
+) -> AbstractAsyncContextManager[str | None]:
     try:
         from mii_serve.gateway.app import serve_http
     except ModuleNotFoundError as error:
@@ -102,7 +104,7 @@ def _open_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None)
             raise
         say("HTTP is off: it needs the extra mii-serve[http]")
         return _no_http()
-    return serve_http(config, desk, keys, tls)
+    return serve_http(config, desk, keys, tls, max_connections)
 
 
 @asynccontextmanager

@@ -75,7 +75,7 @@ class FakeEngine:
         self._fails_next = True
 
     def fail_sample_of(self, request_id: str) -> None:
-        """Let the next step of this request's samples fail by itself."""
+        """Let the next step of the samples of what a caller calls so fail by itself."""
         self._fails_sample = request_id
 
     def stage_seconds(self) -> dict[str, float]:
@@ -113,7 +113,7 @@ class FakeEngine:
 
     def _step(self, running: _Running, is_shown: bool) -> SampleProgress:
         sample = running.sample
-        if sample.id.request_id == self._fails_sample:
+        if self._fails_sample in (sample.id.request_id, sample.id.request_id.rpartition(" ")[0]):
             del self._running[sample.id]
             return replace(_progress(running), error=EngineError("told to fail"))
         running.step += 1

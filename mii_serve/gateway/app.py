@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ssl
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -24,8 +25,10 @@ from mii_serve.config import DeployConfig, HttpConfig
 from mii_serve.errors import MiiServeError
 from mii_serve.gateway.door import Door
 from mii_serve.gateway.hangups import ListeningConnection
+from mii_serve.gateway.hosts import HostCheck, Hosts
 from mii_serve.gateway.huggingface import HuggingFaceDialect, TextToImage
 from mii_serve.gateway.links import PLACE, KeptPictures
+from mii_serve.gateway.listening import BoundedListener, Connections, WorkCheck
 from mii_serve.gateway.names import ModelNames
 from mii_serve.gateway.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.openapi import Description
@@ -38,14 +41,26 @@ from mii_serve.metrics import CONTENT_TYPE
 from mii_serve.server.desk import Desk
 from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.keys import KeyRing
+from mii_serve.server.open_files import MAX_CONNECTIONS
 from mii_serve.server.tls import Tls
 
 GRACE_S = 5
 """At the end, callers who send or take in slowly are waited for so long; the pictures are made by then."""
 
 
-def build_app(desk: Desk, keys: KeyRing, settings: HttpConfig | None = None, served: Sequence[str] = ()) -> Starlette:
-    """What is answered over HTTP. `served` are the operator's names for the model."""
+def build_app(
+    desk: Desk,
+    keys: KeyRing,
+    settings: HttpConfig | None = None,
+    served: Sequence[str] = (),
+    *,
+    hosts: Hosts | None = None,
+    connections: Connections | None = None,
+) -> Starlette:
+    """What is answered over HTTP, to those who name one of the `hosts`, over these connections.
+
+    `served` are the operator's names for the model.
+    """
     settings, files = settings or HttpConfig(), PageFiles()
 
     async def livez(request: Request) -> Response:
@@ -64,10 +79,11 @@ def build_app(desk: Desk, keys: KeyRing, settings: HttpConfig | None = None, ser
     routes = [Route(path, answer) for path, answer in answers.items()]
     door = Door(desk, keys, settings)
     calls = [*_calls(desk, door, settings, ModelNames(desk, served)), *page_routes(desk, door, files)]
+    checks = [Middleware(HostCheck, hosts or Hosts()), Middleware(WorkCheck, connections or Connections(MAX_CONNECTIONS))]
     app = Starlette(
         routes=[*routes, *calls],
         exception_handlers={HTTPException: _no_such_route},
-        middleware=[Middleware(PlainPaths)],
+        middleware=[Middleware(PlainPaths), *checks],
     )
     app.router.redirect_slashes = False
     return app
@@ -131,22 +147,27 @@ def _encrypted(tls: Tls) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def serve_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None = None) -> AsyncIterator[str]:
+async def serve_http(
+    config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None = None, max_connections: int = MAX_CONNECTIONS
+) -> AsyncIterator[str]:
     """Serve while the block runs; gives HOST:PORT. Without `tls` it is plain text.
 
     Raises:
         ConfigError: the address cannot be bound.
     """
-    listener = bind_tcp("http_port", config.host, config.http_port)
-    app = build_app(desk, keys, config.http, config.served_model_name)
+    connections = Connections(max_connections)
+    listener = BoundedListener.of(bind_tcp("http_port", config.host, config.http_port), connections)
+    app = build_app(desk, keys, config.http, config.served_model_name, hosts=Hosts.of(config), connections=connections)
     listener.listen()  # who connects before the server has started waits for it
     settings = uvicorn.Config(
         app,
         log_config=None,
-        log_level="warning",
+        log_level="error",  # strangers decide how often there is a warning: it is about what is no request
+        ws="none",
         access_log=False,
         server_header=False,
-        http=ListeningConnection,
+        proxy_headers=False,  # who may be believed about other addresses is not ours to guess, and addresses have shares
+        http=functools.partial(ListeningConnection, connections),  # type: ignore[arg-type]  # called like a class
         timeout_keep_alive=config.http.keep_alive_s,  # type: ignore[arg-type]  # it is handed to the loop, which takes any number
         timeout_graceful_shutdown=GRACE_S,
         lifespan="off",

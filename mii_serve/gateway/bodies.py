@@ -86,10 +86,17 @@ async def _read(request: Request, max_bytes: int) -> bytes:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidRequestError(BODY, "must not have a key twice in one object", shown(twice))
+        raise InvalidRequestError(BODY, "must not have a key twice in one object", shown(_first_twice(pairs)))
     return found
+
+
+def _first_twice(pairs: list[tuple[str, Any]]) -> str | None:
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _no_constant(text: str) -> NoReturn:

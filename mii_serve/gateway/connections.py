@@ -1,23 +1,48 @@
-"""HTTP/1.1 connections with a bound on what uvicorn leaves open: a head that never ends, or never begins."""
+"""HTTP/1.1 connections with a bound on what uvicorn leaves open: a head that never ends, or never begins,
+and an answer that is never taken in.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from mii_serve.gateway.listening import CONNECTION, Connections
+
 HEAD_TIMEOUT_S = 15.0
 """A connection that is seen waiting for the same head twice, so far apart, is closed."""
+
+UNREAD_LOOKS = 4
+"""A connection whose caller has taken in nothing between so many looks and the one before is cut."""
 
 
 class BoundedConnection(H11Protocol):
     _looking: asyncio.TimerHandle | None = None
     _head_after: RequestResponseCycle | None = None
     _was_waiting = False
+    _number = -1
+    _unsent = 0
+    _num_unread_looks = 0
+
+    def __init__(self, connections: Connections, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._connections = connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._number = transport.get_extra_info("socket").fileno()
         self._look_again()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.scope is not None:
+            cast(dict[str, Any], self.scope)[CONNECTION] = self._number
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._connections.refresh(self._number)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._looking is not None:
@@ -25,12 +50,16 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def _look(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        self._num_unread_looks = self._num_unread_looks + 1 if 0 < self._unsent <= unsent else 0
+        self._unsent = unsent
+        if self._num_unread_looks >= UNREAD_LOOKS:
+            self.transport.abort()  # to close it would be to wait for what is unsent
         # An idle connection between two requests is uvicorn's to close, in its own time; a head that has begun is ours.
         is_idle = self.timeout_keep_alive_task is not None and not self.conn.trailing_data[0]
         is_waiting = self.cycle is None or (self.cycle.response_complete and not is_idle)
         if is_waiting and self._was_waiting and self.cycle is self._head_after:
             self.transport.close()
-            return
         self._was_waiting, self._head_after = is_waiting, self.cycle
         self._look_again()
 

@@ -29,11 +29,15 @@ from mii_serve.gateway.problems import HeaderTooLongError
 from mii_serve.proto.interceptor import (
     CLIENT_ID_KEY,
     IDEMPOTENCY_KEY,
+    MAX_ID_CHARS,
     REQUEST_ID_KEY,
+    check_client_id,
+    check_request_id,
     current_facts,
     current_key_name,
     current_request_id,
 )
+from mii_serve.proto.writing import network_of
 from mii_serve.server.desk import Desk, Visit, client_of, deadline_in
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.ledger import Facts, Ledger
@@ -45,7 +49,6 @@ OLD_REQUEST_ID = "x-ms-request-id"
 TRACE_ID = "traceid"
 TIMEOUT_HEADER = "x-request-timeout-s"
 """Seconds the caller waits at most; the configured bound where it is left out."""
-MAX_ID_CHARS = 100
 SERVER_VERSION = f"mii_serve/{__version__}"
 KEEPALIVE_S = 15.0
 """Proxies hang up on connections that say nothing for a while; a wait in line is long and silent."""
@@ -53,7 +56,6 @@ SEND_TIMEOUT_S = 60.0
 """A caller who takes in nothing for so long is taken to have gone."""
 LAST_WORD_S = 0.5
 """For a caller to be told that the server is stopping."""
-_REQUEST_ID = re.compile(r"[!-~]{1,100}")
 _TIMEOUT = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 
@@ -77,21 +79,17 @@ class Call:
 
     def visit(self, part: int | None = None) -> Visit:
         """The circumstances of the call's one request, or of one `part` of many."""
-        request_id, key = (
-            self.request_id,
-            self.request.headers.get(IDEMPOTENCY_KEY, self.request.headers.get("idempotency-key")),
-        )
-        if part is not None:
-            request_id = _within(f"{request_id}.{part}")
-            key = None if key is None else _within(f"{key}.{part}")
-        return Visit(
-            request_id=request_id,
+        headers = self.request.headers
+        visit = Visit(
+            request_id=self.request_id,
             client=self.client,
             deadline=self.deadline,
             key_name=self.key_name,
-            idempotency_key=key,
+            idempotency_key=headers.get(IDEMPOTENCY_KEY, headers.get("idempotency-key")),
+            part=part,
             facts=self.facts,
         )
+        return visit if part is None else visit.named_part(f".{part}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +121,7 @@ class Door:
 
     def route(self, path: str, answer: Answer, dialect: Dialect, *, method: str = "POST", is_work: bool = True) -> Route:
         """`method` POST reads a JSON body. Only work counts against a key's limits."""
-        return Route(path, _Doorway(self, f"{method} {path}", answer, dialect, is_work), methods=[method], name=path)
+        return Route(path, Doorway(self, f"{method} {path}", answer, dialect, is_work), methods=[method], name=path)
 
     async def attend(
         self, request: Request, method: str, reply: _Reply, work: Callable[[Call], Awaitable[None]], *, is_work: bool
@@ -141,10 +139,11 @@ class Door:
             with self._keys.admitted(authorization_of(headers), is_work=is_work) as key_name:
                 current_key_name.set(key_name)
                 host = request.client.host if request.client is not None else "unknown"
+                named = check_client_id(headers.get(CLIENT_ID_KEY))
                 call = Call(
                     request=request,
                     request_id=request_id,
-                    client=client_of(key_name, headers.get(CLIENT_ID_KEY), f"http {host}"),
+                    client=client_of(key_name, named, network_of(host)),
                     key_name=key_name,
                     facts=facts,
                     deadline=deadline_in(self._time_left_s(headers)),
@@ -178,18 +177,18 @@ class Door:
         return min(float(text), self.settings.timeout_s)
 
 
-class _Doorway:
+class Doorway:
     """One route: an ASGI application, because how a call ends is known only after its last byte."""
 
     def __init__(self, door: Door, method: str, answer: Answer, dialect: Dialect, is_work: bool) -> None:
         self._door = door
         self._method = method
         self._answer = answer
-        self._dialect = dialect
+        self.dialect = dialect
         self._is_work = is_work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, reply = Request(scope, receive), _Reply(self._dialect, scope, receive, send)
+        request, reply = Request(scope, receive), _Reply(self.dialect, scope, receive, send)
 
         async def work(call: Call) -> None:
             if request.method == "POST":
@@ -318,10 +317,10 @@ def _request_id(headers: Headers) -> tuple[str, MiiServeError | None]:
     asked = headers.get(REQUEST_ID_KEY)
     if asked is None:
         return str(uuid.uuid4()), None
-    if not _REQUEST_ID.fullmatch(asked):
-        rule = "must be 1 to 100 printable ASCII characters without spaces"
-        return str(uuid.uuid4()), InvalidRequestError(REQUEST_ID_KEY, rule)
-    return asked, None
+    try:
+        return check_request_id(asked), None
+    except InvalidRequestError as problem:
+        return str(uuid.uuid4()), problem
 
 
 def _id_headers(headers: Headers, request_id: str) -> dict[str, str]:
@@ -333,7 +332,3 @@ def _id_headers(headers: Headers, request_id: str) -> dict[str, str]:
     if trace := headers.get(TRACE_ID, "")[:MAX_ID_CHARS]:
         found["TraceId"] = trace
     return found
-
-
-def _within(name: str) -> str:
-    return name if len(name) <= MAX_ID_CHARS else uuid.uuid5(uuid.NAMESPACE_OID, name).hex

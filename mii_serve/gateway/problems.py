@@ -67,6 +67,18 @@ class OverLimitError(InvalidRequestError):
     http_status = 422
 
 
+class OtherHostError(InvalidRequestError):
+    """The request is meant for a server of another name."""
+
+    http_status = 421
+
+
+class OtherOriginError(InvalidRequestError):
+    """A page of another site asks, through its visitor's browser."""
+
+    http_status = 403
+
+
 class HeaderTooLongError(InvalidRequestError):
     http_status = 431
 
@@ -87,10 +99,12 @@ Blocked = ContentBlockedError | ImagesHeldBackError
 
 _CODES: dict[int, str] = {
     401: "invalid_api_key",
+    403: "forbidden_origin",
     405: "method_not_allowed",
     406: "not_acceptable",
     413: "request_too_large",
     415: "unsupported_media_type",
+    421: "misdirected_request",
     422: "limit_exceeded",
     429: "rate_limit_exceeded",
     431: "header_too_long",

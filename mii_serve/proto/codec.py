@@ -39,6 +39,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 
+MAX_TOLD_FIELDS = 5
+"""Of unknown ones: an error's text is metadata, and has a bound."""
+
 GET_METRICS = "/replica.Internal/GetMetrics"
 """Empty in, Prometheus text out; on a replica's private socket only, so no part of the public service."""
 
@@ -138,7 +141,9 @@ def decode_request(
         InvalidRequestError: naming the field and the rule it breaks.
     """
     if unknown := _unknown_field_numbers(message):
-        raise InvalidRequestError("request", "has fields this server does not know", f"field numbers {unknown}")
+        raise InvalidRequestError(
+            "request", "has fields this server does not know", f"field numbers {unknown[:MAX_TOLD_FIELDS]}"
+        )
     asked = RequestedParams(
         prompt=message.prompt,
         **{name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)},

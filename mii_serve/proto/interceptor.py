@@ -15,22 +15,28 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc
 from google.protobuf.message import DecodeError
 
-from mii_serve.errors import InvalidRequestError, MiiServeError, RequestCancelledError
+from mii_serve.errors import InvalidRequestError, MiiServeError
 from mii_serve.proto.status import encode_error
+from mii_serve.proto.writing import CallerTakesNothingError, Context, end_unread, write
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
+"""A caller's name for a call: echoed and logged, never used to tell calls apart, so that many calls may have the same one."""
 CLIENT_ID_KEY = "x-client-id"
-"""On whose behalf a call is made. Callers share a busy server fairly; without it, each connection is a caller."""
+"""On whose behalf a call is made: how one address shares its part of a busy server among those it calls for."""
 IDEMPOTENCY_KEY = "x-idempotency-key"
 """A caller's own name for a piece of work: the same name is worked on once and answered alike."""
 MII_PACKAGES = ("legacymodelresponse", "modelresponse")
 """DeepSpeed-MII's, since 0.1.1 and before."""
 _OWN = ("/mii_serve.", *(f"/{package}.ModelResponse/" for package in MII_PACKAGES))
 _WORK = frozenset({"Generate", "GenerateStream", "Txt2ImgReply"})
-_REQUEST_ID = re.compile(r"[!-~]{1,100}( [0-9]+)?")
-"""The number is not for callers: the front writes it where it parts a request between replicas."""
+MAX_ID_CHARS = 100
+_ID = re.compile(rf"[!-~]{{1,{MAX_ID_CHARS}}}")
+_CLIENT_ID = re.compile(rf"[ -~]{{1,{MAX_ID_CHARS}}}")
+_INNER_ID = re.compile(rf"[!-~]{{1,{MAX_ID_CHARS + 20}}}( [0-9]+)?")
+"""As the front calls requests towards its replicas: a number makes them unique, and no caller can write a space. The front may
+also have added which part of a call it is."""
 
 
 def is_work(method: str) -> bool:
@@ -41,15 +47,38 @@ def is_work(method: str) -> bool:
     return method.rpartition("/")[2] in _WORK or method.startswith("POST ")
 
 
-def check_idempotency_key(key: str) -> str:
+def check_request_id(given: str) -> str:
+    """The id, if it is one.
+
+    Raises:
+        InvalidRequestError: it breaks the rule.
+    """
+    return _checked(REQUEST_ID_KEY, given, _ID)
+
+
+def check_idempotency_key(given: str) -> str:
     """The key, if it is one.
 
     Raises:
         InvalidRequestError: it breaks the rule.
     """
-    if not isinstance(key, str) or not re.fullmatch(r"[!-~]{1,100}", key):
-        raise InvalidRequestError(IDEMPOTENCY_KEY, "must be 1 to 100 printable ASCII characters without spaces")
-    return key
+    return _checked(IDEMPOTENCY_KEY, given, _ID)
+
+
+def check_client_id(given: str | None) -> str | None:
+    """The id, if it is one or there is none.
+
+    Raises:
+        InvalidRequestError: it breaks the rule.
+    """
+    return None if given is None else _checked(CLIENT_ID_KEY, given, _CLIENT_ID, may_have_spaces=True)
+
+
+def _checked(name: str, given: object, pattern: re.Pattern[str], *, may_have_spaces: bool = False) -> str:
+    if not isinstance(given, str) or not pattern.fullmatch(given):
+        rule = f"must be 1 to {MAX_ID_CHARS} printable ASCII characters" + ("" if may_have_spaces else " without spaces")
+        raise InvalidRequestError(name, rule)
+    return given
 
 
 current_request_id: ContextVar[str] = ContextVar("current_request_id", default="-")
@@ -84,9 +113,8 @@ def open_gate(method: str, metadata: Mapping[str, str]) -> AbstractContextManage
 
 if TYPE_CHECKING:  # grpc's classes are generic in their type stubs only
     Handler = grpc.RpcMethodHandler[Any, Any] | None
-    Context = grpc.aio.ServicerContext[Any, Any]
 else:
-    Handler, Context = grpc.RpcMethodHandler, grpc.aio.ServicerContext
+    Handler = grpc.RpcMethodHandler
 
 
 Entrance = Callable[[Context], AbstractAsyncContextManager[None]]
@@ -99,9 +127,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     the caller, the traceback for the log.
     """
 
-    def __init__(self, gate: Gate = open_gate, watcher: Watcher | None = None) -> None:
+    def __init__(self, gate: Gate = open_gate, watcher: Watcher | None = None, *, is_inner: bool = False) -> None:
+        """`is_inner`: the callers are fronts. They number their ids, and give up slow callers themselves."""
         self._gate = gate
         self._watcher = watcher or _Nobody()
+        self._is_inner = is_inner
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
@@ -113,14 +143,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         def entered(context: Context) -> AbstractAsyncContextManager[None]:
             gate = self._gate(details.method, metadata)
-            return _entered(context, details.method, metadata, gate, self._watcher)
+            id_pattern = _INNER_ID if self._is_inner else _ID
+            return _entered(context, details.method, metadata, gate, self._watcher, id_pattern)
 
         parse = _checked_parser(handler.request_deserializer)
-        if handler.response_streaming:
-            call = _wrap_stream(handler.unary_stream, parse, entered)
-            return grpc.unary_stream_rpc_method_handler(call, None, handler.response_serializer)
-        call = _wrap_unary(handler.unary_unary, parse, entered)
-        return grpc.unary_unary_rpc_method_handler(call, None, handler.response_serializer)
+        wrap = _wrap_stream if handler.response_streaming else _wrap_unary
+        method = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        # One answer is a stream of one on the wire too, and only what a handler writes by itself can be given up.
+        call = wrap(method, parse, entered, is_bounded=not self._is_inner)
+        return grpc.unary_stream_rpc_method_handler(call, None, handler.response_serializer)
 
 
 def _checked_parser(parse: Any) -> Callable[[bytes], Any]:
@@ -135,48 +166,48 @@ def _checked_parser(parse: Any) -> Callable[[bytes], Any]:
     return checked
 
 
-def _wrap_unary(method: Any, parse: Callable[[bytes], Any], entered: Entrance) -> Any:
-    async def call(wire: bytes, context: Context) -> Any:
+def _wrap_unary(method: Any, parse: Callable[[bytes], Any], entered: Entrance, *, is_bounded: bool) -> Any:
+    async def call(wire: bytes, context: Context) -> None:
         async with entered(context):
-            return await method(parse(wire), context)
+            await write(context, await method(parse(wire), context), is_bounded=is_bounded)
 
     return call
 
 
-def _wrap_stream(method: Any, parse: Callable[[bytes], Any], entered: Entrance) -> Any:
+def _wrap_stream(method: Any, parse: Callable[[bytes], Any], entered: Entrance, *, is_bounded: bool) -> Any:
     # Not a generator: a call cancelled in the middle of a write closes the messages here, and not when the collector comes.
     async def call(wire: bytes, context: Context) -> None:
         async with entered(context), contextlib.aclosing(method(parse(wire), context)) as messages:
             async for message in messages:
-                await _write(context, message)
+                await write(context, message, is_bounded=is_bounded)
 
     return call
 
 
-async def _write(context: Context, message: Any) -> None:
-    try:
-        await context.write(message)
-    except grpc.aio.BaseError:  # only a call that is over cannot be written to
-        raise RequestCancelledError("the caller has gone away") from None
-
-
 @contextlib.asynccontextmanager
 async def _entered(
-    context: Context, method: str, metadata: Mapping[str, str], gate: AbstractContextManager[str | None], watcher: Watcher
+    context: Context,
+    method: str,
+    metadata: Mapping[str, str],
+    gate: AbstractContextManager[str | None],
+    watcher: Watcher,
+    id_pattern: re.Pattern[str],
 ) -> AsyncIterator[None]:
     start, facts, ended = time.monotonic(), watcher.new_facts(method, metadata), "CANCELLED"
     current_facts.set(facts)
     asked_id = metadata.get(REQUEST_ID_KEY)
-    request_id = asked_id if asked_id is not None and _REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex
+    request_id = asked_id if asked_id is not None and id_pattern.fullmatch(asked_id) else uuid.uuid4().hex
     current_request_id.set(request_id)
     try:
-        if asked_id not in (None, request_id):
-            raise InvalidRequestError(REQUEST_ID_KEY, "must be 1 to 100 printable ASCII characters without spaces")
+        if asked_id is not None:
+            _checked(REQUEST_ID_KEY, asked_id, id_pattern)
         await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
         with gate as key_name:
             current_key_name.set(key_name)
             yield
         ended = "OK"
+    except CallerTakesNothingError as error:
+        await end_unread(context, grpc.StatusCode.CANCELLED, str(error))
     except MiiServeError as error:
         code, text, trailing = encode_error(error)
         ended = error.grpc_code

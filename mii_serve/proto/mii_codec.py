@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from mii_serve.errors import InvalidRequestError
+from mii_serve.proto.codec import MAX_TOLD_FIELDS
 from mii_serve.proto.mii import pictures_pb2 as mii
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.types import MAX_SEED, RANDOM_SEED, Capabilities, GenerationParams, RequestedParams
@@ -86,7 +87,9 @@ def parse_mii_request(wire: bytes) -> MiiRequest:
     """
     message = mii.PictureRequest.FromString(wire)
     if unknown := _unknown_field_numbers(message):
-        raise InvalidRequestError("request", "has fields this server does not know", f"field numbers {unknown}")
+        raise InvalidRequestError(
+            "request", "has fields this server does not know", f"field numbers {unknown[:MAX_TOLD_FIELDS]}"
+        )
     if len(message.prompt) > MAX_PICTURES_PER_CALL:
         raise InvalidRequestError("prompt", f"must be at most {MAX_PICTURES_PER_CALL} in one call", str(len(message.prompt)))
     if not message.query_kwargs and (entries := _as_entries(message.second)) is not None:

@@ -18,9 +18,10 @@ from mii_serve.proto.codec import (
     encode_server_info,
     gather_response,
 )
-from mii_serve.proto.interceptor import CLIENT_ID_KEY, CallInterceptor, Context, current_request_id
+from mii_serve.proto.interceptor import CLIENT_ID_KEY, CallInterceptor, current_request_id
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer, add_ImageGenerationServicer_to_server
+from mii_serve.proto.writing import Context
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.tracing import TRACEPARENT_KEY
 from mii_serve.types import RequestedParams, draw_seed
@@ -28,7 +29,7 @@ from mii_serve.types import RequestedParams, draw_seed
 
 def replica_server(loop: ReplicaLoop, deployment_name: str, socket: Path) -> grpc.aio.Server:
     """A server, not yet started, that speaks for this loop on a private socket."""
-    server = grpc.aio.server(interceptors=(CallInterceptor(),), options=CHANNEL_OPTIONS)
+    server = grpc.aio.server(interceptors=(CallInterceptor(is_inner=True),), options=CHANNEL_OPTIONS)
     add_ImageGenerationServicer_to_server(ReplicaService(loop, deployment_name), server)
     server.add_generic_rpc_handlers((_internal_handler(loop),))
     server.add_insecure_port(f"unix:{socket}")

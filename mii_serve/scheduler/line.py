@@ -4,6 +4,9 @@ Self-clocked fair queueing (Golestani, "A Self-Clocked Fair Queueing Scheme for 
 (client, priority) is a flow. A sample's tag is its work over its priority's weight, added to the later of its flow's last tag
 and the line's clock, which is the tag of whoever was let in last; the smallest tag goes first. A caller with five hundred
 requests thus delays a caller with one by about one sample, and low priority is slowed, never starved.
+
+The callers of one address (`ADDRESS/NAME`) share that address's part: with k of them in line a sample counts k times. So a name
+made up for each request gains nothing: the n-th counts as the n-th request of one caller does.
 """
 
 from __future__ import annotations
@@ -24,9 +27,13 @@ class Waiting:
     """One sample in line; `tag` and then arrival decide."""
 
     tag: float
+    depth: int
+    """How many of its own flow were in line before it: of equal tags, those of who waits for least go first."""
     arrival: int
     sample: Sample = field(compare=False)
     request: Request = field(compare=False)
+    start: float = field(compare=False)
+    """Where its flow would be without it."""
     is_gone: bool = field(default=False, compare=False)
 
     @property
@@ -41,6 +48,7 @@ class Line:
         self._heap: list[Waiting] = []
         self._of_request: dict[str, list[Waiting]] = {}
         self._last_tag: dict[Flow, float] = {}
+        self._waiting: dict[Flow, dict[str, int]] = {}  # by address: how many samples each of its clients has in line
         self._clock = 0.0
         self._num_arrived = 0
         self._count = 0
@@ -53,14 +61,18 @@ class Line:
 
     def entries_for(self, request: Request) -> list[Waiting]:
         """What `push` would put in line, one entry for each image."""
-        share = request.num_calls * request.params.work_per_call / WEIGHTS[request.priority]
+        waiting = self._waiting.get(_address_of(request), {})
+        depth, num_clients = waiting.get(request.client, 0), len(waiting.keys() | {request.client})
+        share = num_clients * request.num_calls * request.params.work_per_call / WEIGHTS[request.priority]
         start = max(self._clock, self._last_tag.get((request.client, request.priority), 0.0))
         return [
             Waiting(
                 start + (i + 1) * share,
+                depth + i,
                 self._num_arrived + i,
                 Sample(id=SampleId(request.id, i), params=request.params),
                 request,
+                start + i * share,
             )
             for i in range(request.params.num_images_per_prompt)
         ]
@@ -69,7 +81,7 @@ class Line:
         self._last_tag[request.client, request.priority] = entries[-1].tag
         self._of_request[request.id] = entries
         self._num_arrived += len(entries)
-        self._count += len(entries)
+        self._count_waiting(request, len(entries))
         for entry in entries:
             heapq.heappush(self._heap, entry)
 
@@ -88,10 +100,10 @@ class Line:
             return
         for entry in entries:
             entry.is_gone = True
-        self._count -= len(entries)
+        self._count_waiting(entries[0].request, -len(entries))
         flow = entries[0].request.client, entries[0].request.priority
         if self._last_tag.get(flow) == entries[-1].tag:
-            self._last_tag[flow] = entries[0].tag - entries[0].work / WEIGHTS[flow[1]]
+            self._last_tag[flow] = entries[0].start
         self._forget_past(flow)
         if len(self._heap) > 2 * self._count + 64:
             self._heap = self.all()
@@ -116,12 +128,22 @@ class Line:
 
     def _forget(self, entry: Waiting) -> None:
         entry.is_gone = True
-        self._count -= 1
+        self._count_waiting(entry.request, -1)
         entries = self._of_request[entry.request.id]
         entries.remove(entry)
         if not entries:
             del self._of_request[entry.request.id]
         self._forget_past((entry.request.client, entry.request.priority))
+
+    def _count_waiting(self, request: Request, change: int) -> None:
+        self._count += change
+        address = _address_of(request)
+        waiting = self._waiting.setdefault(address, {})
+        waiting[request.client] = waiting.get(request.client, 0) + change
+        if not waiting[request.client]:
+            del waiting[request.client]
+        if not waiting:
+            del self._waiting[address]
 
     def _forget_past(self, flow: Flow) -> None:
         if self._last_tag.get(flow, 0.0) <= self._clock:
@@ -133,3 +155,7 @@ class Line:
             self._heap.clear()
             self._last_tag.clear()
             self._clock = 0.0
+
+
+def _address_of(request: Request) -> Flow:
+    return request.client.partition("/")[0], request.priority

@@ -23,17 +23,17 @@ MAX_BYTES = 256 * 1024 * 1024
 GRACE_S = 10.0
 """Work that nobody waits for goes on for so long, in case its caller comes back."""
 
-Key = tuple[str, str]
-"""Whose key, where API keys tell; and the key. One caller cannot see another's pictures by guessing."""
+Key = tuple[str, str, int | None]
+"""Whose key, where API keys tell; the key; which request of its call. One caller cannot see another's pictures by guessing."""
 Make = Callable[[], AsyncGenerator[pb.GenerateEvent, None]]
 
 
 @dataclass(slots=True, eq=False)
 class _Work:
-    """One run and all that it has said."""
+    """One run and all that it has said; None where later news of the same kind has replaced it."""
 
     fingerprint: bytes
-    events: list[pb.GenerateEvent] = field(default_factory=list)
+    events: list[pb.GenerateEvent | None] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     task: asyncio.Task[None] | None = None
     error: MiiServeError | None = None
@@ -77,9 +77,16 @@ class Answers:
                     raise
 
     async def _run(self, key: Key, work: _Work, make: Make) -> None:
+        news: dict[tuple[str, int], int] = {}
         try:
             async with contextlib.aclosing(make()) as events:
                 async for event in events:
+                    kind = event.WhichOneof("event")
+                    if kind in ("step", "queued"):  # whoever reads slowly or late needs the latest only
+                        of = kind, event.step.image_index
+                        if (old := news.get(of)) is not None:
+                            work.events[old] = None
+                        news[of] = len(work.events)
                     work.events.append(event)
                     await _announce(work)
         except MiiServeError as error:
@@ -93,7 +100,7 @@ class Answers:
                 del self._works[key]
             else:
                 self._works.move_to_end(key)
-                work.num_bytes = sum(event.ByteSize() for event in work.events)
+                work.num_bytes = sum(event.ByteSize() for event in work.events if event is not None)
                 self._forget_old()
             await _announce(work)
 
@@ -127,6 +134,8 @@ async def _read(work: _Work) -> AsyncGenerator[pb.GenerateEvent, None]:
         while position < len(work.events):
             event = work.events[position]
             position += 1
+            if event is None:
+                continue
             if not only_answer or event.WhichOneof("event") in ("image", "done"):
                 copy = pb.GenerateEvent()
                 copy.CopyFrom(event)
@@ -146,7 +155,7 @@ async def _announce(work: _Work) -> None:
 
 
 def _is_whole(work: _Work) -> bool:
-    return bool(work.events) and work.events[-1].HasField("done")
+    return bool(work.events) and (last := work.events[-1]) is not None and last.HasField("done")
 
 
 def _stop_if_left(work: _Work) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
@@ -20,8 +19,9 @@ from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.safety.azure import open_moderator
 from mii_serve.safety.moderation import Moderator
 from mii_serve.server.desk import Desk
-from mii_serve.server.front import GrpcFront, bracketed
+from mii_serve.server.front import GrpcFront, bracketed, is_loopback
 from mii_serve.server.keys import KeyRing
+from mii_serve.server.open_files import connection_limits
 from mii_serve.server.placement import place
 from mii_serve.server.router import Router
 from mii_serve.server.spare import Spares
@@ -62,12 +62,13 @@ class Listener:
     """Who is told what while a deployment starts, and who serves HTTP beside it.
 
     `on_listening` gets the gRPC address as soon as it is open; `on_ready` is called once, after the warm-up picture;
-    `open_http` serves while its context is open and gives its HOST:PORT, or None where HTTP is not installed.
+    `open_http` serves, over so many connections at most, while its context is open, and gives its HOST:PORT, or None where HTTP
+    is not installed.
     """
 
     on_listening: Callable[[str], None]
     on_ready: Callable[[Ready], None]
-    open_http: Callable[[DeployConfig, Desk, KeyRing, Tls | None], AbstractAsyncContextManager[str | None]]
+    open_http: Callable[[DeployConfig, Desk, KeyRing, Tls | None, int], AbstractAsyncContextManager[str | None]]
 
 
 def run_deployment(config: DeployConfig, listener: Listener) -> int:
@@ -91,17 +92,17 @@ async def _deploy(config: DeployConfig, listener: Listener) -> int:
 
 
 async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator | None) -> int:
-    environments = place(config)
+    environments, most = place(config), connection_limits(config.replicas)
     stop = _StopRequests()
     desk = Desk(Router(config.replicas, patience_s=config.replica_wait_s), moderator=moderator)
     tls, keys = Tls.of(config), KeyRing(config.api_key_file)
     on_terminate = stop.drain.set if config.enable_mii_terminate else None
-    front = GrpcFront(desk, gate=keys.gate, tls=tls, on_terminate=on_terminate)
+    front = GrpcFront(desk, gate=keys.gate, tls=tls, on_terminate=on_terminate, max_connections=most.grpc)
     if config.api_key_file is not None or tls is not None:
         _reload_on_sighup(keys, tls)
-    if not _is_loopback(config.host):
+    if not is_loopback(config.host):
         _warn_of_what_is_open(config)
-    async with listener.open_http(config, desk, keys, tls) as http:
+    async with listener.open_http(config, desk, keys, tls, most.http) as http:
         desk.grpc_port = await front.listen(config.host, config.grpc_port)
         address = f"{bracketed(config.host)}:{desk.grpc_port}"
         listener.on_listening(address)
@@ -155,15 +156,6 @@ def _warn_of_what_is_open(config: DeployConfig) -> None:
         logger.warning("prompts, pictures and API keys reach %s in plain text; see --tls-cert", config.host)
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 async def _follow(
     supervisors: Sequence[ReplicaSupervisor],
     changed: asyncio.Event,
@@ -187,7 +179,7 @@ async def _follow(
                 try:
                     info = await desk.attach(supervisor.socket, index, num_restarts=life)
                     attached[index] = life
-                except grpc.aio.AioRpcError as error:  # it died just now; the supervisor will say so
+                except grpc.aio.AioRpcError as error:  # it died just now, and the supervisor will say so; or it is tried again
                     logger.warning("replica %d does not answer: %s", index, error.code().name)
         has_all = len(attached) == len(supervisors)
         await front.set_serving(bool(attached) and (has_been_ready or has_all))

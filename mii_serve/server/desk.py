@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import time
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.metrics import FrontMetrics, together
 from mii_serve.proto.codec import decode_request
-from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, REQUEST_ID_KEY, check_idempotency_key
+from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, check_idempotency_key
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.safety.moderation import Moderator
 from mii_serve.server.answers import Answers
@@ -36,8 +36,9 @@ METRICS_TIMEOUT_S = 2.0
 class Visit:
     """One request's circumstances: who asks, and how long they wait.
 
-    `request_id` is nobody else's while the request runs. `client` is whose share of a busy server it takes. `deadline` is on
-    `time.monotonic`'s clock. `key_name` is the API key it came with, None where the server wants none.
+    `request_id` is for logs and answers; many may have the same. `client` is whose share of a busy server it takes, as
+    `Request.client` is read. `deadline` is on `time.monotonic`'s clock. `key_name` is the API key it came with, None where the
+    server wants none. `part` tells requests of one call with one idempotency key apart.
     """
 
     request_id: str
@@ -45,7 +46,12 @@ class Visit:
     deadline: float | None = None
     key_name: str | None = None
     idempotency_key: str | None = None
+    part: int | None = None
     facts: Facts = field(default_factory=Facts)
+
+    def named_part(self, suffix: str) -> Visit:
+        """The same for one request of several, which the log tells apart by the suffix."""
+        return replace(self, request_id=f"{self.request_id}{suffix}")
 
 
 class Desk:
@@ -68,7 +74,7 @@ class Desk:
         self._answers = Answers()
         self._is_draining = False
         self._is_stopping = False
-        self._active: set[str] = set()
+        self._active: set[object] = set()
         self._waiting: set[asyncio.Task[object]] = set()
         """Who waits for the next event of a request just now."""
         self._idle = asyncio.Event()
@@ -138,10 +144,11 @@ class Desk:
             deadline=visit.deadline,
         )
         visit.facts.learn_params(params)
-        with self._counted(call.request_id):
+        with self._counted():
             async with contextlib.aclosing(self._made(call, request, visit)) as events:
                 while (event := await self._next(events)) is not None:
                     visit.facts.learn_event(event)
+                    event.request_id = visit.request_id  # an answer that is repeated was another call's
                     yield event
 
     async def _next(self, events: AsyncGenerator[pb.GenerateEvent, None]) -> pb.GenerateEvent | None:
@@ -173,7 +180,7 @@ class Desk:
             raise InvalidRequestError("output.preview_every", f"cannot go with {IDEMPOTENCY_KEY}: previews are not kept")
         owner = call.client if visit.key_name is not None else ""
         fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-        return self._answers.events((owner, check_idempotency_key(key)), fingerprint, make)
+        return self._answers.events((owner, check_idempotency_key(key), visit.part), fingerprint, make)
 
     async def server_info(self) -> pb.GetServerInfoResponse:
         """What runs here and how busy it is, of all replicas together.
@@ -202,15 +209,14 @@ class Desk:
         return together(self.metrics, {link.index: text for link, text in zip(links, texts, strict=True) if text is not None})
 
     @contextlib.contextmanager
-    def _counted(self, request_id: str) -> Iterator[None]:
-        if request_id in self._active:
-            raise InvalidRequestError(REQUEST_ID_KEY, "must not be in use by a running request", repr(request_id))
-        self._active.add(request_id)
+    def _counted(self) -> Iterator[None]:
+        """While the block runs, a request is active."""
+        self._active.add(active := object())
         self._idle.clear()
         try:
             yield
         finally:
-            self._active.remove(request_id)
+            self._active.remove(active)
             if not self._active:
                 self._idle.set()
 
@@ -220,11 +226,13 @@ def deadline_in(left_s: float | None) -> float | None:
     return None if left_s is None else time.monotonic() + left_s
 
 
-def client_of(key_name: str | None, named: str | None, peer: str) -> str:
-    """Whose share a request takes: the API key's; where the server wants none, whom the caller names; else the connection's."""
+def client_of(key_name: str | None, named: str | None, address: str) -> str:
+    """Whose share a request takes, as `Request.client` is read: the API key's; where the server wants none, the address's, in
+    which whom the caller names has a share. Names alone would give whoever makes up a new one each time a share each time.
+    """
     if key_name is not None:
-        return f"key {key_name}"
-    return f"named {named}" if named else f"peer {peer}"
+        return f"key {key_name}".encode("ascii", "backslashreplace").decode()
+    return f"{address}/{named}" if named else address
 
 
 def _together(parts: list[pb.GetServerInfoResponse.Activity]) -> pb.GetServerInfoResponse.Activity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Callable
 
@@ -17,10 +18,15 @@ from mii_serve.proto.v1.image_generation_pb2_grpc import add_ImageGenerationServ
 from mii_serve.server.desk import Desk
 from mii_serve.server.ledger import Ledger
 from mii_serve.server.mii import MII_SERVICES, MiiService
+from mii_serve.server.open_files import MAX_CONNECTIONS
 from mii_serve.server.service import FrontService
 from mii_serve.server.tls import Tls
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name
+IDLE_TIMEOUT_MS = 60_000
+HANDSHAKE_TIMEOUT_MS = 15_000
+MAX_STREAMS = 1024
+"""Calls at once over one connection; a client keeps the others back until there is room."""
 _SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -31,6 +37,10 @@ _SERVER_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     # Clients may ping as often as every ten seconds; gRPC's own bound, five minutes, hangs up on those behind a strict proxy.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # Connections are few: those without a call make room for others. A client that calls again connects again by itself.
+    ("grpc.max_connection_idle_ms", IDLE_TIMEOUT_MS),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
 )
 
 
@@ -44,13 +54,15 @@ class GrpcFront:
         gate: Gate = open_gate,
         tls: Tls | None = None,
         on_terminate: Callable[[], None] | None = None,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         """Health and reflection are open to all; the gate is for what costs something. Without `tls` it is plain text.
 
         `on_terminate` is what DeepSpeed-MII's `Terminate` does; without it, the call is refused.
         """
         self._tls = tls
-        self._server = grpc.aio.server(interceptors=(CallInterceptor(gate, Ledger(desk.metrics)),), options=_SERVER_OPTIONS)
+        options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
+        self._server = grpc.aio.server(interceptors=(CallInterceptor(gate, Ledger(desk.metrics)),), options=options)
         self._health = health.aio.HealthServicer()
         add_ImageGenerationServicer_to_server(FrontService(desk), self._server)
         self._server.add_generic_rpc_handlers(MiiService(desk, on_terminate).handlers())
@@ -87,6 +99,16 @@ class GrpcFront:
 def bracketed(host: str) -> str:
     """An IPv6 address needs brackets before a port."""
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on this host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def bind_tcp(setting: str, host: str, port: int) -> socket.socket:

@@ -120,9 +120,13 @@ class ReplicaLink:
         """
         await self.detach(Loss(reason="it was replaced", is_crash=False))
         connection = Connection(grpc.aio.insecure_channel(f"unix:{socket}", options=REPLICA_CHANNEL_OPTIONS))
-        info: pb.GetServerInfoResponse = await connection.stub.GetServerInfo(
-            pb.GetServerInfoRequest(), timeout=HELLO_TIMEOUT_S, wait_for_ready=True
-        )
+        try:
+            info: pb.GetServerInfoResponse = await connection.stub.GetServerInfo(
+                pb.GetServerInfoRequest(), timeout=HELLO_TIMEOUT_S, wait_for_ready=True
+            )
+        except BaseException:
+            await connection.channel.close()
+            raise
         capabilities = decode_capabilities(info)
         self._connection = connection
         return info, capabilities

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -20,9 +19,10 @@ from google.protobuf import empty_pb2
 from mii_serve.errors import InvalidRequestError, PermissionDeniedError, UnsupportedError
 from mii_serve.proto.codec import encode_request, gather_response
 from mii_serve.proto.dropped import dropped_headers
-from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, MII_PACKAGES, REQUEST_ID_KEY, Context
+from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, MII_PACKAGES
 from mii_serve.proto.mii_codec import MiiRequest, encode_mii_reply, parse_mii_request, resolve_mii_request
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.proto.writing import Context
 from mii_serve.server.desk import Desk, Visit
 from mii_serve.server.service import visit_of
 from mii_serve.types import GenerationParams, ImageFormat, OutputOptions, draw_seed
@@ -45,7 +45,6 @@ NOT_SERVED = (
 )
 """MII's other tasks. Its own server runs the picture pipeline for some of them and sends back the text of a Python object."""
 
-MAX_ID_CHARS = 100
 _RAW = OutputOptions(format=ImageFormat.RAW_RGB)
 
 
@@ -71,7 +70,7 @@ class MiiService:
         if visit.idempotency_key is not None:
             raise InvalidRequestError(IDEMPOTENCY_KEY, "is not for MII's calls; Generate takes it")
         wanted = resolve_mii_request(request, self._desk.capabilities, fallback_seed=draw_seed())
-        visits = _visits(visit, len(wanted))
+        visits = [visit] if len(wanted) == 1 else [visit.named_part(f"-{i}") for i in range(len(wanted))]
         visit.facts["num_prompts"] = len(wanted)
         try:
             async with asyncio.TaskGroup() as group:
@@ -109,14 +108,3 @@ def _refusal_of(name: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
         raise UnsupportedError(f"{name} is not served here: this server makes pictures from text, with Txt2ImgReply")
 
     return refuse
-
-
-def _visits(visit: Visit, num_prompts: int) -> list[Visit]:
-    """A visit for each prompt: an id of its own, everything else the call's."""
-    if num_prompts == 1:
-        return [visit]
-    ids = [f"{visit.request_id}-{i}" for i in range(num_prompts)]
-    if len(ids[-1]) > MAX_ID_CHARS:
-        rule = f"must be at most {MAX_ID_CHARS - len(str(num_prompts - 1)) - 1} characters, so that each prompt gets one"
-        raise InvalidRequestError(REQUEST_ID_KEY, rule)
-    return [replace(visit, request_id=request_id) for request_id in ids]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import OrderedDict
@@ -40,6 +41,7 @@ MAX_LOSSES = 20
 """Replicas of any kind of end that a request may see; a machine that loses so many is not serving."""
 VERDICT_TIMEOUT_S = 10.0
 """For the supervisor to say how a replica ended."""
+_NUMBERS = itertools.count(1)
 MERGE_BUFFER = 8
 """Events of a parted request that wait for a slow caller; then the replicas keep them."""
 MAX_WAITING = 4096
@@ -50,7 +52,10 @@ MAX_REMEMBERED = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """A checked request on its way to replicas. `deadline` is on `time.monotonic`'s clock."""
+    """A checked request on its way to replicas. `deadline` is on `time.monotonic`'s clock.
+
+    `request_id` is what the caller calls it, and perhaps others of theirs; towards replicas each part gets an id of its own.
+    """
 
     request_id: str
     client: str
@@ -81,10 +86,9 @@ class _Part:
     def indexes(self) -> range:
         return range(self.first, self.first + self.count)
 
-    @property
-    def request_id(self) -> str:
-        is_whole = self.count == self.call.params.num_images_per_prompt
-        return self.call.request_id if is_whole else f"{self.call.request_id} {self.first}"
+    def new_request_id(self) -> str:
+        """New each time it is asked for: a replica may not have noticed yet that an earlier attempt was given up."""
+        return f"{self.call.request_id} {next(_NUMBERS)}"
 
     @property
     def params(self) -> GenerationParams:
@@ -118,7 +122,7 @@ class _Waiter:
 def _metadata(part: _Part) -> tuple[tuple[str, str], ...]:
     traceparent = current_traceparent.get()
     trace = () if traceparent is None else ((TRACEPARENT_KEY, traceparent),)
-    return ((REQUEST_ID_KEY, part.request_id), (CLIENT_ID_KEY, part.call.client), *trace)
+    return ((REQUEST_ID_KEY, part.new_request_id()), (CLIENT_ID_KEY, part.call.client), *trace)
 
 
 class Router:

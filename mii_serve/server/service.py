@@ -10,13 +10,14 @@ from mii_serve.proto.codec import gather_response
 from mii_serve.proto.interceptor import (
     CLIENT_ID_KEY,
     IDEMPOTENCY_KEY,
-    Context,
+    check_client_id,
     current_facts,
     current_key_name,
     current_request_id,
 )
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer
+from mii_serve.proto.writing import Context, address_of
 from mii_serve.server.desk import Desk, Visit, client_of, deadline_in
 from mii_serve.server.ledger import Facts
 
@@ -43,12 +44,16 @@ class FrontService(ImageGenerationServicer):
 
 
 def visit_of(context: Context) -> Visit:
-    """The circumstances of the call that is being answered."""
+    """The circumstances of the call that is being answered.
+
+    Raises:
+        InvalidRequestError: its metadata breaks a rule.
+    """
     metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
     key_name, facts = current_key_name.get(), current_facts.get(None)
     return Visit(
         request_id=current_request_id.get(),
-        client=client_of(key_name, metadata.get(CLIENT_ID_KEY), str(context.peer())),
+        client=client_of(key_name, check_client_id(metadata.get(CLIENT_ID_KEY)), address_of(str(context.peer()))),
         deadline=deadline_in(context.time_remaining()),
         key_name=key_name,
         idempotency_key=metadata.get(IDEMPOTENCY_KEY),

@@ -92,9 +92,11 @@ class ReplicaSupervisor:
                     on_change.set()
                     self._loss = await self._ended()
                     logger.error("replica %d is gone: %s", self.index, self._loss.reason)
-                except MiiServeError as error:
+                except (MiiServeError, OSError) as error:  # the latter: no file or no memory left for a child
                     if self.num_restarts == 0:
-                        raise
+                        raise (
+                            error if isinstance(error, MiiServeError) else EngineError(f"no replica starts: {error}")
+                        ) from None
                     self._loss = Loss(reason=str(error), is_crash=True)
                     logger.error("replica %d did not start: %s", self.index, error)
                 finally:

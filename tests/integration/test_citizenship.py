@@ -44,17 +44,25 @@ async def test_an_unusable_request_id_is_refused(server, bad):
     assert caught.value.details().startswith("x-request-id: ")
 
 
-async def test_a_request_id_in_use_is_refused_and_its_owner_unharmed(server):
+async def test_one_id_may_have_several_requests_at_once(server):
     server.engine.gate.clear()
     metadata = (("x-request-id", "same"),)
-    first = server.stub.GenerateStream(pb.GenerateRequest(prompt="p"), metadata=metadata)
-    queued = await anext(events := aiter(first))
-    assert queued.WhichOneof("event") == "queued"
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await server.stub.Generate(pb.GenerateRequest(prompt="p"), metadata=metadata)
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    requests = [pb.GenerateRequest(prompt="p", seed=seed) for seed in range(3)]
+    calls = [server.stub.Generate(request, metadata=metadata) for request in requests]
+    await server.until(lambda: server.loop.activity().num_requests == 3)
     server.engine.gate.set()
-    assert [event.WhichOneof("event") async for event in events][-1] == "done"
+    answers = [await call for call in calls]
+    assert [(answer.request_id, answer.images[0].seed) for answer in answers] == [("same", 0), ("same", 1), ("same", 2)]
+    assert [dict(await call.initial_metadata())["x-request-id"] for call in calls] == ["same"] * 3
+
+
+@pytest.mark.parametrize("forged", ["victim 1", "victim 12", " ", "victim 1 1"])
+async def test_ids_as_the_front_gives_them_are_not_for_callers(server, forged):
+    with pytest.raises((grpc.aio.AioRpcError, ValueError)) as caught:
+        await server.stub.Generate(pb.GenerateRequest(prompt="p"), metadata=(("x-request-id", forged),))
+    if isinstance(caught.value, grpc.aio.AioRpcError):
+        assert caught.value.details().startswith("x-request-id: ")
+    assert server.loop.activity().num_requests == 0
 
 
 async def test_server_info_tells_defaults_limits_and_schedulers(server):

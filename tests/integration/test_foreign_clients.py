@@ -43,7 +43,12 @@ async def raw(served: Web, head: str, body: bytes = b"", *, ends: bool = False) 
 
 def post(path: str, body: dict, *more: str, version: str = "1.1") -> tuple[str, bytes]:
     content = json.dumps(body).encode()
-    lines = (f"POST {path} HTTP/{version}", "Host: x", "Content-Type: application/json", f"Content-Length: {len(content)}")
+    lines = (
+        f"POST {path} HTTP/{version}",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(content)}",
+    )
     return "\n".join((*lines, *more)), content
 
 
@@ -188,8 +193,10 @@ async def test_addresses_in_every_spelling(served):
     for path in (f"{PATH}/", "/v1//images/generations"):
         assert (await served.post(path, {"prompt": "a"})).status_code == 200, path
     assert (await served.client.get("/openapi.json")).json() == (await served.client.get("/swagger.json")).json()
-    answer = await raw(served, "GET http://elsewhere:80/v1/models?x=1 HTTP/1.1\nHost: x\nConnection: close")
+    answer = await raw(served, "GET http://LOCALHOST:80/v1/models?x=1 HTTP/1.1\nHost: elsewhere\nConnection: close")
     assert answer.startswith(b"HTTP/1.1 200") and b'"object":"list"' in answer
+    foreign = await raw(served, "GET http://elsewhere/livez HTTP/1.1\nHost: localhost\nConnection: close")
+    assert foreign.startswith(b"HTTP/1.1 421"), "a whole address says which host is meant"
     assert (await served.client.get("/no/such/")).status_code == 404
 
 
@@ -231,14 +238,14 @@ async def test_who_sends_no_more_gets_the_answer(served):
         *interim, last = (await raw(served, head, content, ends=True)).split(b"HTTP/1.1 100 Continue\r\n\r\n")
         assert not any(interim) and len(interim) <= 5
         assert last.startswith(b"HTTP/1.1 200") and b"b64_json" in last
-    answer = await raw(served, "GET /livez HTTP/1.1\nHost: x", ends=True)
+    answer = await raw(served, "GET /livez HTTP/1.1\nHost: localhost", ends=True)
     assert answer.endswith(b"ok")
 
 
 async def test_who_sends_two_requests_and_no_more_gets_both_answers(served):
     head, content = post(PATH, {"prompt": "a"})
     first = "\r\n".join((*head.splitlines(), "", "")).encode() + content
-    answer = await raw(served, "GET /livez HTTP/1.1\nHost: x", first, ends=True)
+    answer = await raw(served, "GET /livez HTTP/1.1\nHost: localhost", first, ends=True)
     assert answer.count(b"HTTP/1.1 200") == 2 and b"b64_json" in answer
 
 
@@ -261,7 +268,7 @@ async def test_an_idle_connection_stays_for_its_time(tmp_path, monkeypatch):
     from mii_serve.gateway import connections
 
     monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.05)
-    whole = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    whole = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
     async with web(tmp_path, keep_alive_s=2) as served:
         host, _, port = served.address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))

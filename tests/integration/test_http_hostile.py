@@ -11,7 +11,7 @@ from patience import PATIENCE_S
 
 from mii_serve.gateway import app, bodies, connections, door, openai
 
-HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+HEAD = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ async def test_a_body_that_trickles_in_is_given_up(served, monkeypatch):
 
 async def test_a_head_that_never_ends_or_begins_is_given_up(served, monkeypatch):
     monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.2)
-    whole = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    whole = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
     for raw in (b"", b"GET /livez HT", whole + b"GET /livez HTTP/1.1\r\nx: "):
         reader, writer = await connected(served, raw)
         async with asyncio.timeout(PATIENCE_S):
@@ -51,6 +51,21 @@ async def test_a_head_that_never_ends_or_begins_is_given_up(served, monkeypatch)
     served.server.engine.gate.set()
     async with asyncio.timeout(PATIENCE_S):
         assert b"200 OK" in await reader.readline(), "a long answer is no head that is waited for"
+    writer.close()
+
+
+async def test_who_takes_in_no_answer_is_cut_off(served, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.1)
+    _, writer = await connected(served, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3000)
+    writer.transport.pause_reading()
+    async with asyncio.timeout(PATIENCE_S):
+        with contextlib.suppress(ConnectionError):
+            while True:  # the server takes nothing more, and then is gone
+                writer.write(b"\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+                if writer.transport.is_closing():
+                    break
     writer.close()
 
 
@@ -78,7 +93,7 @@ async def test_a_reader_who_takes_in_nothing_is_given_up(served, monkeypatch):
     [
         b"\x16\x03\x01\x02\x00",
         b"GET / HTTP/9.9\r\n\r\n",
-        b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
         b"\r\n" * 100,
     ],
     ids=["TLS", "a version", "a length", "nothing"],

@@ -39,6 +39,17 @@ async def test_asking_while_it_runs_joins(server, client):
     assert server.loop.activity().num_requests == 1
 
 
+async def test_of_what_passes_only_the_latest_is_kept(server, client):
+    server.engine.gate.clear()
+    call = asyncio.create_task(client.generate("a", num_inference_steps=200, num_images_per_prompt=2, idempotency_key="k"))
+    await server.until(lambda: server.loop.activity().num_running == 1)
+    server.engine.gate.set()
+    await call
+    [work] = server.desk._answers._works.values()
+    kinds = [event.WhichOneof("event") for event in work.events if event is not None]
+    assert sorted(kinds) == sorted(["queued", *["started", "step", "image"] * 2, "done"])
+
+
 async def test_a_caller_who_was_cut_off_may_come_back(server, client):
     server.engine.gate.clear()
     first = asyncio.create_task(client.generate("a", idempotency_key="k"))

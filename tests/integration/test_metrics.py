@@ -59,7 +59,7 @@ async def test_what_was_done_is_counted(two):
     assert total(samples, "mii_serve_images_flagged_total") == 1
     assert total(samples, "mii_serve_engine_info", engine="fake", dtype="fp32", is_fallback="false") == 2
     assert total(samples, "mii_serve_batch_size_sum") == 5 * 4, "images × steps"
-    assert total(samples, "mii_serve_step_duration_seconds_count", engine="fake", height="64", width="64") > 0
+    assert total(samples, "mii_serve_step_duration_seconds_count", engine="fake", size_px="64") > 0
     assert total(samples, "mii_serve_stage_duration_seconds_count", stage="encode_image") == 5
     assert total(samples, "mii_serve_stage_duration_seconds_count", stage="denoise") > 0
     assert total(samples, "mii_serve_replicas_ready") == 2

@@ -88,16 +88,18 @@ class TestWhoGetsWhat:
         await three.until(lambda: not sum(three.images_on().values()))
         assert [link.work for link in three.router.links] == [0, 0, 0]
 
-    async def test_an_id_in_use_is_refused_wherever_it_runs(self, three):
+    async def test_parted_requests_of_one_id_do_not_meet_on_any_replica(self, three):
         three.hold()
         metadata = (("x-request-id", "mine"),)
-        first = asyncio.create_task(events_of(three.stub.GenerateStream(request(), metadata=metadata)))
-        await three.until(lambda: sum(three.images_on().values()) == 1)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await three.stub.Generate(request(), metadata=metadata)
+        calls = [
+            asyncio.create_task(events_of(three.stub.GenerateStream(request(**six), metadata=metadata)))
+            for six in [{"num_images_per_prompt": 6}] * 3
+        ]
+        await three.until(lambda: sum(three.images_on().values()) == 18)
         three.release()
-        await first
-        assert caught.value.details().startswith("x-request-id: ")
+        for events in await asyncio.gather(*calls):
+            assert {event.request_id for event in events} == {"mine"}
+            assert sorted(event.image.index for event in events if event.HasField("image")) == list(range(6))
 
     async def test_the_servers_description_counts_all_and_shows_each(self, three):
         await three.stub.Generate(request(num_images_per_prompt=6))

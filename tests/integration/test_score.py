@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import io
+import json
 import logging
 
 import pytest
@@ -155,14 +156,35 @@ async def test_a_packed_body_is_refused(served):
     assert answer.status_code == 415 and answer.json()["error"]["param"] == "content-encoding"
 
 
-async def test_an_id_in_use_is_refused(served):
+async def test_one_id_may_have_several_requests_at_once(served):
     served.server.engine.gate.clear()
-    first = asyncio.create_task(served.post("/score", asking(["a"]), x_request_id="mine"))
-    await served.server.until(lambda: served.server.loop.activity().num_running)
-    second = await served.post("/score", asking(["a"]), x_request_id="mine")
-    assert second.status_code == 400 and second.json()["error"]["param"] == "x-request-id"
+    calls = [asyncio.create_task(served.post("/score", asking(["a", "b"]), x_request_id="mine")) for _ in range(3)]
+    await served.server.until(lambda: served.server.loop.activity().num_requests == 6)
     served.server.engine.gate.set()
-    assert (await first).status_code == 200
+    assert [(call.status_code, call.headers["x-request-id"]) for call in await asyncio.gather(*calls)] == [(200, "mine")] * 3
+
+
+@pytest.mark.parametrize("bad", ["", "ü", "x" * 101, "a\x7fb"], ids=["empty", "not ASCII", "long", "control"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/score", asking(["a"])),
+        ("/v1/images/generations", {"prompt": "a"}),
+        ("/", {"inputs": "a"}),
+        ("/ui/generate", {"prompt": "a"}),
+    ],
+)
+async def test_a_bad_client_id_is_refused_by_its_name(served, path, body, bad):
+    headers = [(b"x-client-id", bad.encode("latin-1")), (b"content-type", b"application/json")]
+    answer = await served.client.post(path, content=json.dumps(body), headers=headers)
+    assert answer.status_code == 400 and "x-client-id" in answer.text
+    assert served.server.loop.activity().num_requests == 0
+
+
+async def test_one_calls_part_is_not_another_calls_answer(served):
+    two = await served.post("/score", asking(["a", "b"]), x_idempotency_key="k")
+    one = await served.post("/score", asking(["c"]), x_idempotency_key="k.0")
+    assert (two.status_code, one.status_code) == (200, 200)
 
 
 async def test_the_cards_sample_has_the_cards_answer(served):
