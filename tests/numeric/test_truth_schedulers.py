@@ -137,7 +137,8 @@ def expected_of(folder_of) -> Callable[[str], Drawn]:
             sampler: pipeline if sampler == "default" else with_named_sampler(pipeline, sampler)
             for sampler in requests_of(name)
         }
-        return {sampler: plain_picture(one, **FEW) for sampler, one in chosen.items()}
+        steps = {sampler: FEW if sampler == "default" else FEWER for sampler in chosen}
+        return {sampler: plain_picture(one, **steps[sampler]) for sampler, one in chosen.items()}
 
     return draw
 
