@@ -93,7 +93,7 @@ def test_the_json_report_has_these_keys():
         "skipped",
         "checks",
     ]
-    assert list(written["limits"]) == ["text encoder", "unet", "vae", "pictures"]
+    assert list(written["limits"]) == ["pipeline", "text encoder", "unet", "vae", "pictures"]
     assert written["checks"][0] == {
         "stage": "unet",
         "case": "b",
