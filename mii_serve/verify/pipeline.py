@@ -20,11 +20,11 @@ from mii_serve.engine import Engine
 from mii_serve.engine.probe import ProbedEngine
 from mii_serve.errors import InvalidRequestError
 from mii_serve.models import RANDOM_SD_V1_4
-from mii_serve.models.check import CheckedFolder, check_folder, read_model_index
+from mii_serve.models.check import CheckedFolder, check_folder
 from mii_serve.models.defaults import DeclaredDefaults, read_defaults
 from mii_serve.models.quiet import quiet_libraries
 from mii_serve.models.source import find_model
-from mii_serve.types import GenerationParams, Picture, RequestedParams
+from mii_serve.types import DEFAULT_SCHEDULER, GenerationParams, Picture, RequestedParams
 from mii_serve.verify.cases import PictureCase
 from mii_serve.verify.drawing import draw
 
@@ -52,8 +52,7 @@ class PipelinePair:
 def draw_with_reference(engine: Engine, config: DeployConfig) -> tuple[dict[str, Picture], dict[str, str], GenerationParams]:
     """The pictures by name, those that the reference refuses, and the default request."""
     assert isinstance(engine, ProbedEngine)
-    own = "default" if "default" in engine.capabilities.schedulers else _scheduler_class(config)
-    asked = RequestedParams(prompt=PROMPT, num_inference_steps=NUM_STEPS, seed=SEED, scheduler=own)
+    asked = RequestedParams(prompt=PROMPT, num_inference_steps=NUM_STEPS, seed=SEED, scheduler=DEFAULT_SCHEDULER)
     pictures: dict[str, Picture] = {}
     refused: dict[str, str] = {}
     wanted = {DEFAULT: asked, NAMED: replace(asked, scheduler="ddim"), CHECKED: asked}
@@ -99,12 +98,6 @@ def _settings(config: DeployConfig) -> dict[str, Any]:
     }
 
 
-def _scheduler_class(config: DeployConfig) -> str | None:
-    if config.model == RANDOM_SD_V1_4:
-        return None
-    return read_model_index(find_model(config.model, revision=config.revision, **_settings(config)).folder)["scheduler"]
-
-
 def _draw(config: DeployConfig, names: list[str], params: GenerationParams, device: str) -> dict[str, Picture]:
     folder = find_model(config.model, revision=config.revision, **_settings(config)).folder
     pipeline = _load(check_folder(folder, **_settings(config))).to(device)
@@ -141,7 +134,4 @@ def _load(checked: CheckedFolder) -> Any:
 
 def _ddim(scheduler: Any) -> Any:
     """DDIM as Stable Diffusion means it, whatever the model's own scheduler is."""
-    config = scheduler.config
-    is_said = "set_alpha_to_one" in config and "set_alpha_to_one" not in config.get("_use_default_values", ())
-    unsaid = {} if is_said else {"set_alpha_to_one": False}
-    return DDIMScheduler.from_config(config, clip_sample=False, steps_offset=1, **unsaid)
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, steps_offset=1)
