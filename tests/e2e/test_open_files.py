@@ -10,7 +10,8 @@ import socket
 import urllib.error
 import urllib.request
 
-from deployments import deployed, start, until
+from deployments import deployed, finished, start, until
+from patience import PATIENCE_S
 
 from mii_serve.client import Client
 from mii_serve.server import open_files
@@ -23,7 +24,7 @@ MAX_LINES = 40
 def status(address: str, path: str) -> int:
     """0 where there is no answer."""
     try:
-        with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=PATIENCE_S) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         with error:
@@ -34,7 +35,7 @@ def status(address: str, path: str) -> int:
 
 def connected(address: str, stack: contextlib.ExitStack, greeting: bytes) -> None:
     host, _, port = address.rpartition(":")
-    connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+    connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=PATIENCE_S))
     with contextlib.suppress(OSError):
         connection.sendall(greeting)
 
@@ -53,17 +54,17 @@ def test_idle_connections_silence_no_probe_and_stop_no_replica_from_coming_back(
             [replica] = running.replica_pids()
             os.kill(replica, signal.SIGKILL)
             until(lambda: status(running.http, "/readyz") == 503, "the loss is noticed")
-            until(lambda: status(running.http, "/readyz") == 200, "the replica is back", 180)
+            until(lambda: status(running.http, "/readyz") == 200, "the replica is back")
             assert [status(running.http, path) for path in ("/livez", "/", "/metrics", "/v1/models")] == [200] * 4
         with Client(running.grpc) as client:
-            assert client.generate("a red circle", num_inference_steps=2, timeout=60).images
+            assert client.generate("a red circle", num_inference_steps=2, timeout=PATIENCE_S).images
         assert running.logged().count("\n") < MAX_LINES, running.logged()
         assert running.stop(signal.SIGTERM) == 0
 
 
 def test_a_limit_that_is_too_low_to_serve_is_told_at_the_start():
     with start("demo", max_files=80) as process:
-        _, said = process.communicate(timeout=60)
+        _, said = finished(process)
     assert process.returncode == 2 and "ulimit -n: " in said and "Traceback" not in said
 
 
