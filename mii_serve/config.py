@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -56,12 +57,27 @@ CLOSE = 0.8
 """How alike two names are, of 1, for one to be taken for the other misspelt."""
 
 
+ServedName = Annotated[str, Field(pattern=r"^[!-~]([ -~]*[!-~])?$", max_length=200)]
+"""A name for the model that callers may say: printable ASCII, because it stands in paths and logs."""
+
+
+def _names(given: object) -> object:
+    """Names as a flag, a variable (separated by commas) or a file gives them, each once; an empty one is not said."""
+    if isinstance(given, str):
+        given = [name.strip() for name in given.split(",")]
+    if not isinstance(given, list | tuple):
+        return given
+    return tuple(dict.fromkeys(name for name in given if name != ""))
+
+
 class HttpConfig(BaseModel):
     """Bounds on one HTTP request, and what a refused picture looks like there.
 
     `max_images` and `max_steps` are of all its prompts together, a step being one denoising step of one image.
     `refuse_blocked_score` answers `/score` with 400 where content safety blocked a prompt, instead of Azure's empty object;
     `refuse_flagged_images` refuses an OpenAI request of which every picture was flagged, instead of sending black ones.
+    `keep_alive_s` is how long an idle connection stays open between requests; proxies that pool connections must give theirs
+    up sooner. `public_url` is the address callers know, where it is not the one their requests name: links begin with it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +86,8 @@ class HttpConfig(BaseModel):
     max_images: int = Field(64, ge=1)
     max_steps: int = Field(16_000, ge=1)
     timeout_s: float = Field(900.0, gt=0, allow_inf_nan=False)
+    keep_alive_s: float = Field(75.0, ge=1, le=3600)
+    public_url: str | None = Field(None, pattern=r"^https?://[^\s?#@]+$")
     refuse_blocked_score: bool = False
     refuse_flagged_images: bool = True
 
@@ -122,6 +140,7 @@ class DeployConfig(BaseSettings):
     )
 
     model: str = Field("demo", min_length=1)
+    served_model_name: Annotated[tuple[ServedName, ...], NoDecode, BeforeValidator(_names)] = ()
     revision: str | None = None
     allow_pickle: bool = False
     enable_safety_checker: bool = True

@@ -21,6 +21,9 @@ LATENT_SCALE = 8
 
 MAX_SEED = 2**64 - 1
 
+RANDOM_SEED = -1
+"""In many clients: draw a seed. Protocols without types read it so; where a seed is unsigned, it is left out."""
+
 T = TypeVar("T")
 
 
@@ -409,6 +412,7 @@ class Preview:
     format: ImageFormat
     height: int
     width: int
+    nsfw_content_detected: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,6 +114,12 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*names, default=argparse.SUPPRESS, help=help, **settings)
 
     add("model", nargs="?", metavar="MODEL", help=MODELS)
+    add(
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="what callers call the model; give it several times for several names, the first is the one that is told",
+    )
     add("--engine", metavar=ENGINES, help="how pictures are computed")
     add("--replicas", type=int, metavar="N", help="copies of the model")
     add("--tensor-parallel", type=int, metavar="N", help="devices for each copy")

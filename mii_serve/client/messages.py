@@ -269,8 +269,13 @@ def _picture(message: pb.GeneratedImage) -> PictureReady:
 
 
 def _preview(message: pb.GenerateEvent.Preview) -> PreviewReady:
-    image = _pixels(message, message.image_index)
-    return PreviewReady(image_index=message.image_index, step=message.step, image=image, encoded=message.data)
+    return PreviewReady(
+        image_index=message.image_index,
+        step=message.step,
+        image=_pixels(message, message.image_index),
+        encoded=message.data,
+        nsfw_content_detected=message.nsfw_content_detected if message.HasField("nsfw_content_detected") else None,
+    )
 
 
 def _pixels(message: pb.GeneratedImage | pb.GenerateEvent.Preview, index: int) -> Image.Image:

@@ -56,12 +56,17 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreviewReady:
-    """What an unfinished image would look like if it ended after `step` UNet calls."""
+    """What an unfinished image would look like if it ended after `step` UNet calls.
+
+    `nsfw_content_detected` is None where the model has no safety checker; where it is True, this preview is entirely black.
+    A preview that the server's content safety blocks is not sent.
+    """
 
     image_index: int
     step: int
     image: Image.Image
     encoded: bytes = field(repr=False)
+    nsfw_content_detected: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

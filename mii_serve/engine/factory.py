@@ -7,6 +7,7 @@ for a UNet that neither knows. What it could not take, and why, is the engine's 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import diffusers
 import torch
@@ -87,7 +88,7 @@ def precision_of(config: DeployConfig) -> Precision:
 def _load(config: DeployConfig, device: str, dtype: Precision) -> LoadedModel:
     if dtype == "fp32":  # left alone, PyTorch lets cuDNN take ten bits of a number's twenty-three
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    return load_model(
+    model = load_model(
         config.model,
         revision=config.revision,
         dtype=dtype,
@@ -96,6 +97,7 @@ def _load(config: DeployConfig, device: str, dtype: Precision) -> LoadedModel:
         enable_safety_checker=config.enable_safety_checker,
         limits=config.limits,
     )
+    return replace(model, name=config.served_model_name[0]) if config.served_model_name else model
 
 
 def _reference_dtype(config: DeployConfig) -> Precision:

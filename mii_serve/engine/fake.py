@@ -24,6 +24,8 @@ from mii_serve.types import (
 
 FORBIDDEN_WORD = "skull"
 """A prompt with this word gets a black picture with the flag set."""
+MAX_WORDS = 75
+"""Words of a text beyond these are not used, as a text encoder has room for so many tokens."""
 
 
 @dataclass(slots=True)
@@ -123,4 +125,15 @@ def _flat_picture(sample: Sample) -> Picture:
     is_forbidden = FORBIDDEN_WORD in params.prompt
     color = bytes(3) if is_forbidden else random.Random(sample.seed).randbytes(3)
     rgb = color * (params.width * params.height)
-    return Picture(width=params.width, height=params.height, rgb=rgb, nsfw_content_detected=is_forbidden)
+    return Picture(
+        width=params.width,
+        height=params.height,
+        rgb=rgb,
+        nsfw_content_detected=is_forbidden,
+        dropped_prompt=_dropped(params.prompt),
+        dropped_negative_prompt=_dropped(params.negative_prompt),
+    )
+
+
+def _dropped(text: str) -> str:
+    return " ".join(text.split()[MAX_WORDS:])

@@ -9,26 +9,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Match, Route
 
 from mii_serve.config import DeployConfig, HttpConfig
 from mii_serve.errors import MiiServeError
-from mii_serve.gateway.connections import BoundedConnection
 from mii_serve.gateway.door import Door
+from mii_serve.gateway.hangups import ListeningConnection
 from mii_serve.gateway.huggingface import HuggingFaceDialect, TextToImage
+from mii_serve.gateway.links import PLACE, KeptPictures
 from mii_serve.gateway.names import ModelNames
 from mii_serve.gateway.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.openapi import Description
 from mii_serve.gateway.page.calls import page_routes
 from mii_serve.gateway.page.files import PageFiles, wants_page
+from mii_serve.gateway.paths import PlainPaths
 from mii_serve.gateway.problems import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
 from mii_serve.gateway.score import AzureDialect, Score
 from mii_serve.metrics import CONTENT_TYPE
@@ -41,8 +44,8 @@ GRACE_S = 5
 """At the end, callers who send or take in slowly are waited for so long; the pictures are made by then."""
 
 
-def build_app(desk: Desk, keys: KeyRing, settings: HttpConfig | None = None) -> Starlette:
-    """What is answered over HTTP."""
+def build_app(desk: Desk, keys: KeyRing, settings: HttpConfig | None = None, served: Sequence[str] = ()) -> Starlette:
+    """What is answered over HTTP. `served` are the operator's names for the model."""
     settings, files = settings or HttpConfig(), PageFiles()
 
     async def livez(request: Request) -> Response:
@@ -57,20 +60,24 @@ def build_app(desk: Desk, keys: KeyRing, settings: HttpConfig | None = None) -> 
     async def metrics(request: Request) -> Response:
         return Response(await desk.metrics_text(), media_type=CONTENT_TYPE)
 
-    answers = {"/livez": livez, "/readyz": readyz, "/metrics": metrics, "/": root}
+    answers = {"/livez": livez, "/readyz": readyz, "/health": readyz, "/healthz": readyz, "/metrics": metrics, "/": root}
     routes = [Route(path, answer) for path, answer in answers.items()]
     door = Door(desk, keys, settings)
-    calls = [*_calls(desk, door, settings), *page_routes(desk, door, files)]
-    app = Starlette(routes=[*routes, *calls], exception_handlers={HTTPException: _no_such_route})
+    calls = [*_calls(desk, door, settings, ModelNames(desk, served)), *page_routes(desk, door, files)]
+    app = Starlette(
+        routes=[*routes, *calls],
+        exception_handlers={HTTPException: _no_such_route},
+        middleware=[Middleware(PlainPaths)],
+    )
     app.router.redirect_slashes = False
     return app
 
 
-def _calls(desk: Desk, door: Door, settings: HttpConfig) -> list[Route]:
+def _calls(desk: Desk, door: Door, settings: HttpConfig, names: ModelNames) -> list[Route]:
     """The routes of those who want pictures, or to know about the model."""
-    names = ModelNames(desk)
+    kept = KeptPictures()
     azure, openai, hugging_face = AzureDialect(settings), OpenAiDialect(), HuggingFaceDialect()
-    images, models, task = Images(desk, settings, names), Models(names), TextToImage(desk, settings, names)
+    images, models, task = Images(desk, settings, names, kept), Models(names), TextToImage(desk, settings, names)
     description = Description(names)
     return [
         door.route("/score", Score(desk, settings), azure),
@@ -82,8 +89,10 @@ def _calls(desk: Desk, door: Door, settings: HttpConfig) -> list[Route]:
         door.route("/v1/models/{model:path}", models.one, openai, method="GET", is_work=False),
         door.route("/", task, hugging_face),
         door.route("/models/{model:path}", task, hugging_face),
+        Route(PLACE + "/{name}", kept.answer),
         Route("/info", description.info),
         Route("/swagger.json", description.swagger),
+        Route("/openapi.json", description.swagger),
     ]
 
 
@@ -129,7 +138,7 @@ async def serve_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls |
         ConfigError: the address cannot be bound.
     """
     listener = bind_tcp("http_port", config.host, config.http_port)
-    app = build_app(desk, keys, config.http)
+    app = build_app(desk, keys, config.http, config.served_model_name)
     listener.listen()  # who connects before the server has started waits for it
     settings = uvicorn.Config(
         app,
@@ -137,7 +146,8 @@ async def serve_http(config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls |
         log_level="warning",
         access_log=False,
         server_header=False,
-        http=BoundedConnection,
+        http=ListeningConnection,
+        timeout_keep_alive=config.http.keep_alive_s,  # type: ignore[arg-type]  # it is handed to the loop, which takes any number
         timeout_graceful_shutdown=GRACE_S,
         lifespan="off",
         **({} if tls is None else _encrypted(tls)),

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 from starlette.requests import Request
 
 from mii_serve.errors import InvalidRequestError, RequestCancelledError
+from mii_serve.gateway.parameters import unknown_member
 from mii_serve.gateway.problems import BodyTooLargeError, MediaTypeError
 
 BODY = "body"
@@ -21,6 +23,8 @@ BODY_TIMEOUT_S = 30.0
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024
 """Of a body that is too large so much is read on and dropped: who is hung up on while sending does not hear the answer."""
 SHOWN_CHARS = 60
+UTF8 = frozenset({"utf8", "ascii", "usascii"})
+"""Charsets that are UTF-8 or a part of it, without the signs in their names."""
 
 
 async def read_json(request: Request, max_bytes: int) -> Any:
@@ -37,7 +41,7 @@ async def read_json(request: Request, max_bytes: int) -> Any:
     if not raw.strip():
         raise InvalidRequestError(BODY, "must be a JSON object", "nothing")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise InvalidRequestError(BODY, "must be UTF-8 text") from None
     except json.JSONDecodeError as error:
@@ -53,8 +57,8 @@ def _check_media_type(value: str) -> None:
     media_type = media_type.strip().lower()
     if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
         raise MediaTypeError("content-type", "must be application/json", repr(value[:SHOWN_CHARS]) if value else "nothing")
-    charset = parameters.lower().replace(" ", "").replace('"', "")
-    if "charset=" in charset and "charset=utf-8" not in charset:
+    charsets = re.findall(r"(?:^|;)\s*charset\s*=([^;]*)", parameters.lower())
+    if any(re.sub(r"[^a-z0-9]", "", charset) not in UTF8 for charset in charsets):
         raise MediaTypeError("content-type", "must have the charset utf-8", repr(value[:SHOWN_CHARS]))
 
 
@@ -134,6 +138,4 @@ def no_others(path: str, value: dict[str, Any], known: Iterable[str]) -> None:
     names = set(known)
     for name in value:
         if name not in names:
-            raise InvalidRequestError(
-                inside(path, shown(name)[1:-1]), f"is not known here; known are {', '.join(sorted(names))}"
-            )
+            raise unknown_member(inside(path, shown(name)[1:-1]), name, names)

@@ -25,7 +25,9 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def _look(self) -> None:
-        is_waiting = self.cycle is None or self.cycle.response_complete
+        # An idle connection between two requests is uvicorn's to close, in its own time; a head that has begun is ours.
+        is_idle = self.timeout_keep_alive_task is not None and not self.conn.trailing_data[0]
+        is_waiting = self.cycle is None or (self.cycle.response_complete and not is_idle)
         if is_waiting and self._was_waiting and self.cycle is self._head_after:
             self.transport.close()
             return

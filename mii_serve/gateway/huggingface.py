@@ -14,9 +14,11 @@ from mii_serve.errors import InvalidRequestError, MiiServeError
 from mii_serve.gateway.bodies import a_text, an_object, no_others, shown
 from mii_serve.gateway.door import Call
 from mii_serve.gateway.names import ModelNames
+from mii_serve.gateway.parameters import settled
 from mii_serve.gateway.pictures import check_budget, draw, is_blocked, nsfw_flag, relocate
 from mii_serve.gateway.problems import ImagesHeldBackError, NotAcceptableError, problem_headers, problem_of
 from mii_serve.proto.codec import encode_request
+from mii_serve.proto.dropped import dropped_headers
 from mii_serve.server.desk import Desk
 from mii_serve.types import ImageFormat, OutputOptions, RequestedParams
 
@@ -55,13 +57,14 @@ class TextToImage:
         try:
             message = encode_request(asked, OutputOptions(format=MEDIA_TYPES[media_type]))
             check_budget(self._settings, [message], self._desk.capabilities.defaults.num_inference_steps)
-            [image] = (await draw(self._desk, call, message)).images
+            answer = await draw(self._desk, call, message)
         except InvalidRequestError as error:
             relocate(error, paths)
             raise
+        [image] = answer.images
         if is_blocked(image):
             raise ImagesHeldBackError("content safety blocked the picture", "moderation")
-        headers = {"x-mii-seed": str(image.seed)}
+        headers = {"x-mii-seed": str(image.seed), **dropped_headers([answer.parameters])}
         if (flag := nsfw_flag(image)) is not None:
             headers["x-mii-nsfw-content-detected"] = "true" if flag else "false"
         return Response(image.data, 200, headers, media_type)
@@ -109,4 +112,4 @@ def _parsed(body: Any) -> tuple[RequestedParams, dict[str, str]]:
         if not isinstance(value, bool):
             raise InvalidRequestError(f"options.{name}", "must be true or false", shown(value))
     paths = {"prompt": "inputs", **{name: f"parameters.{name}" for name in PARAMETERS}}
-    return RequestedParams(prompt=prompt, **parameters), paths
+    return RequestedParams(prompt=prompt, **settled(parameters)), paths

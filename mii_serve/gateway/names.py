@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from mii_serve.gateway.problems import NotFoundError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
@@ -12,8 +13,10 @@ from mii_serve.server.desk import Desk
 class ModelNames:
     """Asks the replicas once: a deployment's model never changes."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, served: Sequence[str] = ()) -> None:
+        """`served` are the names that the operator gave the model; without any it has its own."""
         self._desk = desk
+        self._served = tuple(served)
         self._info: pb.GetServerInfoResponse | None = None
         self.created = int(time.time())
 
@@ -27,13 +30,25 @@ class ModelNames:
             self._info = await self._desk.server_info()
         return self._info
 
-    async def check(self, name: str) -> None:
-        """Accept the model's name, its last part, or the deployment's name.
+    async def all(self) -> tuple[str, ...]:
+        """The model's names, the one that answers tell first.
+
+        Raises:
+            UnavailableError: no replica has told yet.
+        """
+        return self._served or ((await self.info()).model,)
+
+    async def check(self, name: str) -> str:
+        """The model's name that was meant: one of its names or the last part of one, or the deployment's name.
 
         Raises:
             NotFoundError: any other name.
         """
-        info = await self.info()
-        known = [info.model, info.model.rpartition("/")[2], info.deployment_name]
-        if name.casefold() not in (other.casefold() for other in known):
-            raise NotFoundError(f"there is no model {name[:100]!r} here; this server has {info.model}", "model_not_found")
+        names = await self.all()
+        asked = name.casefold()
+        for known in names:
+            if asked in (known.casefold(), known.rpartition("/")[2].casefold()):
+                return known
+        if asked == (await self.info()).deployment_name.casefold():
+            return names[0]
+        raise NotFoundError(f"there is no model {name[:100]!r} here; this server has {', '.join(names)}", "model_not_found")

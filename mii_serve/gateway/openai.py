@@ -20,10 +20,13 @@ from mii_serve.config import HttpConfig
 from mii_serve.errors import InvalidRequestError, MiiServeError, UnauthenticatedError
 from mii_serve.gateway.bodies import a_text, an_object, no_others, one_of, shown
 from mii_serve.gateway.door import Call, EventStream
+from mii_serve.gateway.links import KeptPictures, base_url
 from mii_serve.gateway.names import ModelNames
+from mii_serve.gateway.parameters import settled, whole
 from mii_serve.gateway.pictures import as_json, as_text, check_budget, draw, is_blocked, nsfw_flag, relocate
 from mii_serve.gateway.problems import Blocked, ImagesHeldBackError, envelope, openai_problem, problem_headers
 from mii_serve.proto.codec import encode_request
+from mii_serve.proto.dropped import DROPPED
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server.desk import Desk
 from mii_serve.types import Capabilities, ImageFormat, OutputOptions, RequestedParams
@@ -41,13 +44,18 @@ IGNORED = {
 """Accepted without effect: who asks, a wish for less moderation, and the styles of another model."""
 QUALITIES = {"auto": 1.0, "standard": 1.0, "low": 0.5, "medium": 1.0, "high": 1.5, "hd": 1.5, "xhigh": 2.0, "max": 2.0}
 """Times the model's own number of steps, where the request names none."""
+EFFECTIVE = (
+    *("num_inference_steps", "guidance_scale", "scheduler", "seed", "engine", "dtype", "model", "model_revision"),
+    *DROPPED,
+)
+"""Members of an answer's `parameters`."""
 FORMATS = {"png": ImageFormat.PNG, "jpeg": ImageFormat.JPEG, "jpg": ImageFormat.JPEG, "webp": ImageFormat.WEBP}
 KNOWN = (
     *("prompt", "model", "n", "size", "quality", "response_format", "output_format", "output_compression", "background"),
     *("stream", "partial_images", *OURS, *IGNORED),
 )
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
-_PATHS = {"num_images_per_prompt": "n", "height": "size", "width": "size", "output.quality": "output_compression"}
+_SIZE = re.compile(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", re.ASCII)
+_PATHS = {"num_images_per_prompt": "n", "output.quality": "output_compression"}
 _STREAM_PATHS = {**_PATHS, "output.preview_every": "partial_images"}
 
 
@@ -57,6 +65,8 @@ class ImagesRequest:
 
     message: pb.GenerateRequest
     format: str
+    has_base64: bool
+    has_url: bool
     quality: str
     num_partials: int | None
 
@@ -89,15 +99,17 @@ def _body(error: MiiServeError) -> dict[str, Any]:
 class Images:
     """The answer to a request for images, whole or as a stream."""
 
-    def __init__(self, desk: Desk, settings: HttpConfig, names: ModelNames) -> None:
+    def __init__(self, desk: Desk, settings: HttpConfig, names: ModelNames, kept: KeptPictures) -> None:
+        """Pictures that are asked for by `url` go to `kept`."""
         self._desk = desk
         self._settings = settings
         self._names = names
+        self._kept = kept
 
     async def __call__(self, call: Call) -> Response | EventStream:
         body = an_object("", call.body)
         for name in (call.request.path_params.get("deployment"), body.get("model")):
-            if name is not None:
+            if name not in (None, ""):
                 await self._names.check(a_text("model", name))
         capabilities = self._desk.capabilities
         asked = parse(body, capabilities)
@@ -108,13 +120,21 @@ class Images:
                 return await self._whole(call, asked)
             return await self._stream(call, asked, asked.num_partials)
         except InvalidRequestError as error:
+            rule = str(error).removeprefix(f"{error.field}: ")
+            if error.field in ("height", "width"):
+                raise InvalidRequestError("size", f"{error.field} {rule}") from None
             relocate(error, _STREAM_PATHS)
             raise
 
     async def _whole(self, call: Call, asked: ImagesRequest) -> Response:
         answer = await draw(self._desk, call, asked.message)
         self._refuse_if_all_held_back(answer.images)
-        return Response(await asyncio.to_thread(_rendered, answer, asked), 200, media_type="application/json")
+        urls = list[str]()
+        if asked.has_url:
+            base = base_url(call.request, self._settings.public_url)
+            shown = (image.data if not is_blocked(image) else None for image in answer.images)
+            urls = ["" if data is None else base + self._kept.keep(data, asked.format) for data in shown]
+        return Response(await asyncio.to_thread(_rendered, answer, asked, urls), 200, media_type="application/json")
 
     async def _stream(self, call: Call, asked: ImagesRequest, num_partials: int) -> EventStream:
         """Begin, so that a request that is refused has the status of an error; the rest follows as it happens."""
@@ -136,14 +156,15 @@ class Images:
                         yield b": working\n\n"
                     case "preview" if num_shown < num_partials:
                         told = _told("partial_image", asked, event.preview)
-                        yield await asyncio.to_thread(_event, told["type"], {**told, "partial_image_index": num_shown})
+                        told |= {"partial_image_index": num_shown, "nsfw_content_detected": nsfw_flag(event.preview)}
+                        yield await asyncio.to_thread(_event, told["type"], told)
                         num_shown += 1
                     case "image":
                         images.append(event.image)
                     case "done":
                         self._refuse_if_all_held_back(images)
                         told = _told("completed", asked, images[0])
-                        extra = {"usage": _NO_USAGE, "seed": images[0].seed, "nsfw_content_detected": nsfw_flag(images[0])}
+                        extra = {"usage": _NO_USAGE, **_facts(images[0]), "parameters": _parameters(event.done.parameters)}
                         yield await asyncio.to_thread(_event, told["type"], {**told, **extra})
 
     def _refuse_if_all_held_back(self, images: Sequence[pb.GeneratedImage]) -> None:
@@ -160,14 +181,12 @@ class Models:
         self._names = names
 
     async def all(self, call: Call) -> Response:
-        return JSONResponse({"object": "list", "data": [await self._model()]})
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in await self._names.all()]})
 
     async def one(self, call: Call) -> Response:
-        await self._names.check(call.request.path_params["model"])
-        return JSONResponse(await self._model())
+        return JSONResponse(self._model(await self._names.check(call.request.path_params["model"])))
 
-    async def _model(self) -> dict[str, Any]:
-        model = (await self._names.info()).model
+    def _model(self, model: str) -> dict[str, Any]:
         owner, _, _ = model.rpartition("/")
         return {"id": model, "object": "model", "created": self._names.created, "owned_by": owner or "mii_serve"}
 
@@ -184,33 +203,38 @@ _NO_USAGE = {
 """Nothing is charged by token here; the client's type wants the numbers."""
 
 
-def _rendered(answer: pb.GenerateResponse, asked: ImagesRequest) -> bytes:
-    texts = ["" if is_blocked(image) else as_text(image.data) for image in answer.images]
+def _rendered(answer: pb.GenerateResponse, asked: ImagesRequest, urls: Sequence[str]) -> bytes:
+    texts = ["" if is_blocked(image) else as_text(image.data) for image in answer.images] if asked.has_base64 else []
+    items = [_facts(image) for image in answer.images]
+    for name, values in (("b64_json", texts), ("url", urls)):
+        for item, value in zip(items, values, strict=False):
+            item[name] = value
     done = answer.parameters
     return as_json(
         {
             "created": int(time.time()),
-            "data": [
-                {"b64_json": text, "seed": image.seed, "nsfw_content_detected": nsfw_flag(image)}
-                for text, image in zip(texts, answer.images, strict=True)
-            ],
+            "data": items,
             "background": "opaque",
             "output_format": asked.format,
             "quality": asked.quality,
             "size": f"{done.width}x{done.height}",
-            "image": texts[0],
-            "parameters": {
-                "num_inference_steps": done.num_inference_steps,
-                "guidance_scale": done.guidance_scale,
-                "scheduler": done.scheduler,
-                "seed": done.seed,
-                "engine": done.engine,
-                "dtype": done.dtype,
-                "model": done.model,
-                "model_revision": done.model_revision,
-            },
+            **({"image": texts[0]} if texts else {}),
+            "parameters": _parameters(done),
         }
     )
+
+
+def _facts(image: pb.GeneratedImage) -> dict[str, Any]:
+    """What is told of a picture beside itself; nothing of content safety where the server has none."""
+    told: dict[str, Any] = {"seed": image.seed, "nsfw_content_detected": nsfw_flag(image)}
+    if image.HasField("moderation_blocked"):
+        told["moderation_blocked"] = image.moderation_blocked
+    return told
+
+
+def _parameters(done: pb.EffectiveParameters) -> dict[str, Any]:
+    """What was really done."""
+    return {name: getattr(done, name) for name in EFFECTIVE}
 
 
 def _told(kind: str, asked: ImagesRequest, image: pb.GeneratedImage | pb.GenerateEvent.Preview) -> dict[str, Any]:
@@ -233,13 +257,13 @@ def _event(name: str, value: dict[str, Any]) -> bytes:
 
 
 def parse(body: dict[str, Any], capabilities: Capabilities) -> ImagesRequest:
-    """What a body asks for; null is not said.
+    """What a body asks for; null is not said, nor is an empty text for anything but the prompt.
 
     Raises:
         InvalidRequestError: naming the member and the rule.
     """
     no_others("", body, (*KNOWN, "image_prompt"))
-    said = {name: value for name, value in body.items() if value is not None}
+    said = settled({name: value for name, value in body.items() if value is not None and (value != "" or name == "prompt")})
     if "image_prompt" in said:
         raise InvalidRequestError("image_prompt", "is not supported: this server makes pictures from text only")
     for name, choices in IGNORED.items():
@@ -256,7 +280,7 @@ def parse(body: dict[str, Any], capabilities: Capabilities) -> ImagesRequest:
         steps = min(capabilities.limits.max_num_inference_steps, max(1, wanted))
     num_images = _count("n", said.get("n", 1), 1, MAX_N)
     width, height = _size(said.get("size", "auto"))
-    name = _format(said)
+    name, has_base64, has_url = _format(said)
     num_partials = _num_partials(said, num_images)
     calls = steps if isinstance(steps, int) else capabilities.defaults.num_inference_steps
     asked = RequestedParams(
@@ -273,7 +297,14 @@ def parse(body: dict[str, Any], capabilities: Capabilities) -> ImagesRequest:
     output = OutputOptions(
         format=FORMATS[name], quality=_compression(said, name), preview_every=_preview_every(calls, num_partials)
     )
-    return ImagesRequest(message=encode_request(asked, output), format=name, quality=quality, num_partials=num_partials)
+    return ImagesRequest(
+        message=encode_request(asked, output),
+        format=name,
+        has_base64=has_base64,
+        has_url=has_url,
+        quality=quality,
+        num_partials=num_partials,
+    )
 
 
 def _preview_every(num_steps: int, num_partials: int | None) -> int | None:
@@ -285,6 +316,7 @@ def _preview_every(num_steps: int, num_partials: int | None) -> int | None:
 
 
 def _count(name: str, value: Any, least: int, most: int) -> int:
+    value = whole(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequestError(name, "must be a whole number", shown(value))
     if not least <= value <= most:
@@ -302,17 +334,24 @@ def _size(value: Any) -> tuple[int | None, int | None]:
     return int(match[1]), int(match[2])
 
 
-def _format(said: dict[str, Any]) -> str:
-    """The format's name; Azure's dialect of the API says it in `response_format`."""
-    transport = one_of("response_format", said.get("response_format", "b64_json"), ("b64_json", "url", "png", "jpeg", "jpg"))
-    if transport == "url":
-        raise InvalidRequestError("response_format", "must be b64_json: this server keeps no files to point to")
+def _format(said: dict[str, Any]) -> tuple[str, bool, bool]:
+    """The format's name, and whether it comes as base64 and as a link; Azure's dialect names the format in `response_format`.
+
+    Who says nothing gets both, because the API's older models answer with a link and its newer ones, which alone have
+    `output_format`, with base64.
+    """
+    transport = said.get("response_format")
+    if transport is not None:
+        one_of("response_format", transport, ("b64_json", "url", "png", "jpeg", "jpg"))
+    if transport == "url" and said.get("stream") is True:
+        raise InvalidRequestError("response_format", "must be b64_json in a stream", shown(transport))
     named = one_of("output_format", said.get("output_format", "png"), tuple(FORMATS))
     if transport in FORMATS:
         if said.get("output_format") is not None and FORMATS[named] is not FORMATS[transport]:
             raise InvalidRequestError("response_format", "contradicts output_format", shown(transport))
         named = transport
-    return "jpeg" if named == "jpg" else named
+    has_url = transport == "url" or (transport is None and "output_format" not in said)
+    return "jpeg" if named == "jpg" else named, transport != "url", has_url
 
 
 def _compression(said: dict[str, Any], name: str) -> int | None:

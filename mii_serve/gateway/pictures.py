@@ -87,7 +87,7 @@ def is_blocked(image: pb.GeneratedImage) -> bool:
     return image.moderation_blocked
 
 
-def nsfw_flag(image: pb.GeneratedImage) -> bool | None:
+def nsfw_flag(image: pb.GeneratedImage | pb.GenerateEvent.Preview) -> bool | None:
     """The safety checker's word; None where the model has none."""
     return image.nsfw_content_detected if image.HasField("nsfw_content_detected") else None
 

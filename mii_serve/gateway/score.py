@@ -18,9 +18,19 @@ from mii_serve.config import HttpConfig
 from mii_serve.errors import ContentBlockedError, InvalidRequestError, MiiServeError
 from mii_serve.gateway.bodies import a_text, an_object, inside, no_others, shown
 from mii_serve.gateway.door import Call
-from mii_serve.gateway.pictures import as_json, as_text, check_budget, draw_all, is_blocked, nsfw_flag, relocate
+from mii_serve.gateway.parameters import settled
+from mii_serve.gateway.pictures import (
+    as_json,
+    as_text,
+    check_budget,
+    draw_all,
+    is_blocked,
+    nsfw_flag,
+    relocate,
+)
 from mii_serve.gateway.problems import OverLimitError, azure_problem, problem_response
 from mii_serve.proto.codec import encode_request
+from mii_serve.proto.dropped import dropped_headers, dropped_texts
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server.desk import Desk
 from mii_serve.types import ImageFormat, OutputOptions, RequestedParams
@@ -141,6 +151,7 @@ class Score:
             FAILED_HEADER: "False",
             "x-ms-run-fn-exec-ms": f"{call.seconds * 1000:.3f}",
             "x-mii-seeds": ",".join(str(image.seed) for answer in answers for image in answer.images),
+            **dropped_headers([answer.parameters for answer in answers]),
         }
         if any(is_blocked(image) for answer in answers for image in answer.images):
             headers["x-mii-blocked"] = "output"
@@ -161,6 +172,7 @@ def _rendered(rows: Iterable[Row], answers: Iterable[pb.GenerateResponse]) -> by
                 "prompt": row.prompt,
                 "generated_image": "" if is_blocked(image) else as_text(image.data),
                 "nsfw_content_detected": nsfw_flag(image),
+                **dropped_texts(answer.parameters),
             }
             for row, answer in zip(rows, answers, strict=True)
             for image in answer.images
@@ -189,7 +201,7 @@ def parse(body: Any) -> ScoreRequest:
     rows = _rows(split["data"], _columns(split["columns"]))
     _check_index(split.get("index"), len(rows))
     parameters, paths = _parameters((INPUT, split, "parameters"), ("", top, "parameters"), ("", top, "params"))
-    return ScoreRequest(rows=rows, parameters=parameters, paths=paths)
+    return ScoreRequest(rows=rows, parameters=settled(parameters), paths=paths)
 
 
 def _columns(value: Any) -> list[str]:

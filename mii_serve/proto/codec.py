@@ -205,6 +205,7 @@ def encode_event(request_id: str, event: Event) -> pb.GenerateEvent:
                     format=_FORMATS[event.format],
                     height=event.height,
                     width=event.width,
+                    nsfw_content_detected=event.nsfw_content_detected,
                 )
             )
         case ImageReady():

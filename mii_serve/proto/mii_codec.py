@@ -13,7 +13,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from mii_serve.errors import InvalidRequestError
 from mii_serve.proto.mii import pictures_pb2 as mii
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.types import MAX_SEED, Capabilities, GenerationParams, RequestedParams
+from mii_serve.types import MAX_SEED, RANDOM_SEED, Capabilities, GenerationParams, RequestedParams
 
 MAX_PICTURES_PER_CALL = 64
 """Prompts × images of each. MII itself knows no bound."""
@@ -118,6 +118,8 @@ def resolve_mii_request(request: MiiRequest, capabilities: Capabilities, *, fall
     negatives = _negative_prompts(request, kwargs.pop("negative_prompt", None))
     resolved: list[GenerationParams] = []
     for i, (prompt, negative) in enumerate(zip(request.prompts, negatives, strict=True)):
+        if kwargs.get("seed") == RANDOM_SEED and not isinstance(kwargs["seed"], bool):
+            del kwargs["seed"]
         asked = RequestedParams(prompt=prompt, negative_prompt=negative, **kwargs)  # type: ignore[arg-type]  # resolve checks
         try:
             params = capabilities.resolve(asked, fallback_seed=fallback_seed)

@@ -16,6 +16,9 @@ PNG_COMPRESS_LEVEL = 1
 
 DEFAULT_QUALITY = 90
 
+ENGINE_FIELDS = ("engine", "dtype", "model", "model_revision")
+"""What a file tells of the parts that made it; the device, and the note on the choice of engine, are the operator's."""
+
 
 def encode_picture(picture: Picture, output: OutputOptions, effective: Effective, seed: int) -> bytes:
     """Encode; `effective` and `seed` go into a PNG's text chunks where `output` asks for it."""
@@ -35,11 +38,15 @@ def encode_picture(picture: Picture, output: OutputOptions, effective: Effective
 
 
 def _metadata(effective: Effective, seed: int) -> PngInfo:
-    """Two text chunks: `mii_serve` for programs (JSON), `parameters` in the form image-generation tools show."""
+    """Two text chunks: `mii_serve` for programs (JSON), `parameters` in the form image-generation tools show.
+
+    They say what was asked for and what was done. Files are passed on, so nothing of the host goes into them.
+    """
     params, engine = effective.params, effective.engine
     info = PngInfo()
-    everything = {**asdict(params), "seed": seed, "num_images_per_prompt": 1, **asdict(engine)}
-    info.add_itxt("mii_serve", json.dumps(everything, ensure_ascii=False))
+    done = {name: getattr(engine, name) for name in ENGINE_FIELDS}
+    told = {**asdict(params), "seed": seed, "num_images_per_prompt": 1, **done}
+    info.add_itxt("mii_serve", json.dumps(told, ensure_ascii=False))
     negative = f"\nNegative prompt: {params.negative_prompt}" if params.negative_prompt else ""
     settings = (
         f"Steps: {params.num_inference_steps}, Sampler: {params.scheduler}, CFG scale: {params.guidance_scale:g}, "

@@ -334,6 +334,7 @@ class ReplicaLoop:
                 format=caller.output.format,
                 height=picture.height,
                 width=picture.width,
+                nsfw_content_detected=picture.nsfw_content_detected,
             )
         )
 

@@ -18,7 +18,8 @@ import grpc
 from google.protobuf import empty_pb2
 
 from mii_serve.errors import InvalidRequestError, PermissionDeniedError, UnsupportedError
-from mii_serve.proto.codec import encode_request
+from mii_serve.proto.codec import encode_request, gather_response
+from mii_serve.proto.dropped import dropped_headers
 from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, MII_PACKAGES, REQUEST_ID_KEY, Context
 from mii_serve.proto.mii_codec import MiiRequest, encode_mii_reply, parse_mii_request, resolve_mii_request
 from mii_serve.proto.v1 import image_generation_pb2 as pb
@@ -79,13 +80,14 @@ class MiiService:
             raise failed.exceptions[0] from None
         finally:
             visit.facts.learn_params(wanted[0])  # each part has told its own
-        images = [image for part in parts for image in part.result()]
+        answers = [part.result() for part in parts]
+        context.set_trailing_metadata(tuple(dropped_headers([answer.parameters for answer in answers]).items()))
+        images = [image for answer in answers for image in answer.images]
         return encode_mii_reply(images, time.monotonic() - called_at)
 
-    async def _part(self, params: GenerationParams, visit: Visit) -> list[pb.GeneratedImage]:
+    async def _part(self, params: GenerationParams, visit: Visit) -> pb.GenerateResponse:
         async with contextlib.aclosing(self._desk.events(encode_request(params, _RAW), visit)) as events:
-            images = [event.image async for event in events if event.WhichOneof("event") == "image"]
-        return sorted(images, key=lambda image: image.index)
+            return gather_response([event async for event in events])
 
     async def _terminate(self, request: empty_pb2.Empty, context: Context) -> bytes:
         if self._on_terminate is None:

@@ -18,6 +18,7 @@ from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright
 from mii_serve.config import DeployConfig
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.gateway.app import serve_http
+from mii_serve.safety.moderation import Moderator
 from mii_serve.server.keys import KeyRing
 from mii_serve.types import SampleProgress, StepPlan
 
@@ -81,9 +82,11 @@ class Site:
 
 
 @contextlib.asynccontextmanager
-async def site_of(browser: Browser, folder, engine: FakeEngine, keys: KeyRing | None = None) -> AsyncIterator[Site]:
+async def site_of(
+    browser: Browser, folder, engine: FakeEngine, keys: KeyRing | None = None, moderator: Moderator | None = None
+) -> AsyncIterator[Site]:
     config = DeployConfig.load({"http_port": 0})
-    async with running_server(folder, engine, max_waiting_samples=64) as server:
+    async with running_server(folder, engine, max_waiting_samples=64, moderator=moderator) as server:
         server.desk.grpc_port = int(server.target.rpartition(":")[2])
         async with serve_http(config, server.desk, keys or KeyRing()) as address:
             site = Site(server, f"http://{address}", browser)

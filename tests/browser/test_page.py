@@ -8,15 +8,17 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from browser.conftest import DESKTOP, PHONE, Site, site_of
+from browser.conftest import DESKTOP, PHONE, Site, UnhurriedEngine, site_of
 from outside import ROOT
 from PIL import Image
 from playwright.async_api import Page, expect
 
-from mii_serve.engine.fake import FakeEngine
+from mii_serve.engine.fake import MAX_WORDS, FakeEngine
+from mii_serve.safety.moderation import Verdict
 from mii_serve.server.keys import KeyRing
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -253,6 +255,84 @@ async def test_a_flagged_picture_is_explained(site: Site):
     assert (await pixels(page, "#frames img")).getextrema() == ((0, 0), (0, 0), (0, 0))
     await draw_to_the_end(page, "a heart")
     await expect(page.locator("#flagged")).to_be_hidden()
+
+
+class Strict:
+    """A moderator that blocks finished pictures and lets previews pass; it knows them by their number."""
+
+    def __init__(self, num_previews: int) -> None:
+        self._num_left = num_previews
+
+    async def check_texts(self, prompt: str, negative_prompt: str) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def check_image(self, file: bytes) -> Verdict:
+        self._num_left -= 1
+        return Verdict(categories={"Violence": 6} if self._num_left < 0 else {})
+
+
+@SIZES
+async def test_a_picture_that_content_safety_blocked_says_so(browser, tmp_path, size):
+    async with site_of(browser, tmp_path, FakeEngine(max_slots=2), moderator=Strict(0)) as site:
+        page = await site.open(size)
+        await draw_to_the_end(page, "a heart")
+        await expect(page.locator("#flagged")).to_contain_text("Content safety blocked this picture")
+        await expect(page.locator("#frames .tag")).to_have_text("blocked")
+        await expect(page.locator("#gallery span")).to_have_text("blocked")
+        await expect(page.locator("#live")).to_contain_text("1 picture blocked by content safety")
+        told = await table(page)
+        assert told["Content safety"] == "blocked" and "passed" not in told.values()
+        assert (await pixels(page, "#frames img")).getextrema() == ((0, 0), (0, 0), (0, 0))
+        assert not await violations(page)
+
+
+async def test_a_picture_that_everybody_let_pass_says_so(browser, tmp_path):
+    async with site_of(browser, tmp_path, FakeEngine(max_slots=2), moderator=Strict(1000)) as site:
+        page = await site.open()
+        await draw_to_the_end(page, "a heart")
+        told = await table(page)
+        assert (told["Content safety"], told["Safety checker"]) == ("passed", "passed")
+        await expect(page.locator("#flagged")).to_be_hidden()
+
+
+class FlaggingEngine(UnhurriedEngine):
+    """Its unfinished pictures are flagged, its finished ones are not."""
+
+    def run(self, plan):
+        return tuple(self._flagged(one) for one in super().run(plan))
+
+    def _flagged(self, progress):
+        if progress.preview is None:
+            return progress
+        black = replace(progress.preview, rgb=bytes(len(progress.preview.rgb)), nsfw_content_detected=True)
+        return replace(progress, preview=black)
+
+
+@SIZES
+async def test_a_flagged_preview_says_so(browser, tmp_path, size):
+    async with site_of(browser, tmp_path, FlaggingEngine(max_slots=2)) as site:
+        page = await site.open(size)
+        await draw(page, "a heart", num_inference_steps="60")
+        await expect(page.locator("#frames .tag")).to_have_text("preview flagged")
+        await expect(page.locator("#frames img")).to_have_attribute("alt", re.compile("black: flagged by the safety checker"))
+        await expect(page.locator("#where")).to_contain_text("The safety checker flagged this preview")
+        assert not await violations(page)
+        await expect(page.locator("#inspector")).to_be_visible()
+        assert (await table(page))["Safety checker"] == "passed"
+        await expect(page.locator("#frames .tag")).to_have_text("")
+        await page.focus("#film-step")
+        await page.keyboard.press("ArrowLeft")
+        await expect(page.locator("#frames .tag")).to_have_text("preview flagged")
+        await expect(page.locator("#film-step")).to_have_attribute("aria-valuetext", re.compile("flagged"))
+        await page.keyboard.press("ArrowRight")
+        await expect(page.locator("#frames .tag")).to_have_text("")
+
+
+async def test_words_that_did_not_fit_are_told(site: Site):
+    page = await site.open()
+    await draw_to_the_end(page, " ".join(["word"] * MAX_WORDS + ["and", "a", "tail"]))
+    await expect(page.locator("#dropped")).to_contain_text("were not used: and a tail")
 
 
 async def test_settings_and_seed_come_back_from_the_gallery(site: Site):

@@ -3,6 +3,7 @@
 import base64
 import json
 import sys
+import urllib.request
 
 import openai
 
@@ -27,6 +28,10 @@ made = client.images.generate(prompt="a", n=2, size="128x64", model="fake", extr
 seen["data"] = [[base64.b64decode(item.b64_json)[:4].hex(), item.seed, item.nsfw_content_detected] for item in made.data]
 seen["stability"] = made.image == made.data[0].b64_json
 seen["request_id"] = bool(made._request_id)
+
+linked = client.images.generate(prompt="a", response_format="url", model="fake", extra_body={"seed": -1})
+with urllib.request.urlopen(linked.data[0].url) as answer:  # with no key
+    seen["url"] = [answer.headers["content-type"], answer.read()[:4].hex(), linked.data[0].b64_json]
 
 without_version = openai.OpenAI(base_url=address, api_key="studio-key-0123456789")
 seen["without_version"] = len(without_version.images.generate(prompt="a").data)

@@ -38,6 +38,7 @@ async def test_openais_client(served, name):
     assert seen["version"].split(".")[0] == {"openai": "3", "openai1": "1"}[name]
     assert seen["data"] == [["89504e47", 5, False], ["89504e47", 6, False]]
     assert seen["stability"] and seen["request_id"]
+    assert seen["url"] == ["image/png", "89504e47", None]
     assert (seen["without_version"], seen["azure"], seen["models"]) == (1, 1, ["fake"])
     kinds = ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
     assert [(kind, index) for kind, index, _ in seen["events"]] == list(zip(kinds, (0, 1, None), strict=True))

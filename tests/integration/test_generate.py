@@ -12,6 +12,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
 
+from mii_serve.client import AsyncClient, PreviewReady
 from mii_serve.errors import EngineLostError
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
@@ -279,3 +280,11 @@ async def test_a_drain_has_a_bound(server):
     await call.read()
     assert await server.desk.drain(0.05) is False
     call.cancel()
+
+
+async def test_a_flagged_preview_says_so(server):
+    async with AsyncClient(server.target) as client:
+        for prompt, flag in (("a white skull", True), ("a heart", False)):
+            async with client.stream(prompt, preview_every=1) as stream:
+                shown = [event async for event in stream if isinstance(event, PreviewReady)]
+            assert shown and {preview.nsfw_content_detected for preview in shown} == {flag}

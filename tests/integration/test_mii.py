@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from urllib.parse import unquote
 
 import grpc
 import pytest
 from google.protobuf import empty_pb2
 from integration.conftest import running_server
 
-from mii_serve.engine.fake import FakeEngine
+from mii_serve.engine.fake import MAX_WORDS, FakeEngine
 from mii_serve.proto.mii import pictures_pb2 as mii
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server.keys import KeyRing
@@ -68,6 +69,18 @@ class TestPictures:
 
     async def test_without_a_seed_every_call_draws_another(self, server):
         assert len({(await send(server, request("a"))).images[0][:3] for _ in range(4)}) > 1
+
+    async def test_a_seed_of_minus_one_is_any_seed(self, server):
+        assert len({(await send(server, request("a", seed=-1))).images[0][:3] for _ in range(4)}) > 1
+
+    async def test_what_did_not_fit_is_told_beside_the_reply(self, server):
+        long = " ".join(["word"] * MAX_WORDS + ["красный", "хвост"])
+        call = send(server, request("a", long))
+        assert len((await call).images) == 2
+        told = dict(await call.trailing_metadata())
+        assert [unquote(entry) for entry in told["x-mii-dropped-prompt"].split(",")] == ["", "красный хвост"]
+        await (short := send(server, request("a")))
+        assert "x-mii-dropped-prompt" not in dict(await short.trailing_metadata())
 
     async def test_prompts_of_one_call_share_the_slots(self, two_slots):
         await send(two_slots, request("a", "b", num_inference_steps=20))
@@ -136,7 +149,7 @@ class TestRefusals:
             (request("a", guidance_scale="7"), "guidance_scale: must be a number"),
             (request("a", height=65), "height: must be a multiple of 8"),
             (request("a", height=2**40), "height: must be a multiple of 8"),
-            (request("a", seed=-1), "seed: must be in"),
+            (request("a", seed=-2), "seed: must be in"),
             (request("a", seed=True), "seed: must be a whole number"),
             (request("a", scheduler="fast"), "scheduler: must be one of"),
             (request("a", scheduler=1), "scheduler: must be text"),

@@ -21,8 +21,10 @@ from mii_serve.gateway.page.calls import PageCalls
 from mii_serve.gateway.page.files import ASSETS
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server.keys import KeyRing
+from mii_serve.types import RequestedParams
 
 KEY = "studio-key-0123456789"
+KNOWN = ", ".join(sorted({"preview_every", *RequestedParams.__dataclass_fields__}))
 JSON = {"content-type": "application/json"}
 
 
@@ -165,13 +167,13 @@ async def test_events_come_in_order_and_end_with_what_was_done(site):
         ({"guidance_scale": [7]}, "guidance_scale", "must fit the field's type, a number, got list"),
         ({"seed": "1e3"}, "seed", "must be a whole number in [0, 2**64 - 1], got '1e3'"),
         ({"seed": "9" * 5000}, "seed", None),
-        ({"seed": -1}, "seed", None),
+        ({"seed": -2}, "seed", None),
         ({"prompt": None}, "prompt", "must not be empty"),
         ({"prompt": {"a": 1}}, "prompt", None),
         ({"prompt": "\ud800"}, "prompt", None),
         ({"preview_every": "1"}, "preview_every", "must be a whole number, got str"),
         ({"preview_every": 0}, "output.preview_every", "must be in [1, 1000], got 0"),
-        ({"steps": 3}, "steps", "no such parameter"),
+        ({"steps": 3}, "steps", f"is not known here; did you mean num_inference_steps? known are {KNOWN}"),
     ],
 )
 async def test_a_refusal_names_field_and_rule(site, asked, field, rule):

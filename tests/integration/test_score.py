@@ -116,7 +116,7 @@ LIMITS = {
     "height": 100,
     "width": 2048,
     "num_images_per_prompt": 17,
-    "seed": -1,
+    "seed": -2,
 }
 
 

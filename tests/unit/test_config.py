@@ -8,6 +8,22 @@ from mii_serve.config import DeployConfig, setting_names
 from mii_serve.errors import ConfigError
 
 
+def test_the_models_names_come_from_flags_a_variable_or_the_file(tmp_path, monkeypatch):
+    assert DeployConfig.load({"served_model_name": ["org/sd", "", "dall-e-3", "org/sd"]}).served_model_name == (
+        "org/sd",
+        "dall-e-3",
+    )
+    for text in ("served_model_name: sd", "served_model_name: [sd]"):
+        (tmp_path / "deploy.yaml").write_text(text)
+        assert DeployConfig.load({}, tmp_path / "deploy.yaml").served_model_name == ("sd",)
+    monkeypatch.setenv("MII_SERVE_SERVED_MODEL_NAME", "org/sd, dall-e-3")
+    config = DeployConfig.load({})
+    assert config.served_model_name == ("org/sd", "dall-e-3")
+    assert DeployConfig.from_json(config.to_json()) == config
+    monkeypatch.setenv("MII_SERVE_SERVED_MODEL_NAME", "")
+    assert DeployConfig.load({}).served_model_name == ()
+
+
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "deploy.yaml"
@@ -46,6 +62,9 @@ def test_a_replica_reads_what_the_front_wrote_whatever_the_environment(file, mon
         ({"engine": "fast"}, "engine"),
         ({"device": "tpu"}, "device"),
         ({"model": ""}, "model"),
+        ({"served_model_name": ["ä"]}, "served_model_name.0"),
+        ({"http": {"keep_alive_s": 0}}, "http.keep_alive_s"),
+        ({"http": {"public_url": "pictures.example"}}, "http.public_url"),
         ({"limits": {"max_seps": 1}}, "limits.max_seps"),
         ({"limits": {"max_guidance_scale": float("nan")}}, "limits.max_guidance_scale"),
         ({"limits": {"max_size_px": 100}}, "limits.max_size_px"),

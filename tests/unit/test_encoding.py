@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -47,6 +48,18 @@ def test_metadata_tells_programs_and_people_how_the_picture_was_made():
         'a "red" circle\nünïcödé\nNegative prompt: blurry\n'
         "Steps: 4, Sampler: pndm, CFG scale: 7.5, Seed: 7, Size: 64x64, Model: fake"
     )
+
+
+def test_metadata_says_nothing_of_the_host():
+    note = "not deepspeed: no nvcc; pip install --force-reinstall /home/op/wheels/deepspeed.whl"
+    engine = replace(ENGINE.description, note=note, device="cuda:3")
+    file = encode_picture(PICTURE, OutputOptions(embed_metadata=True), replace(EFFECTIVE, engine=engine), seed=7)
+    texts = Image.open(io.BytesIO(file)).text
+    assert set(json.loads(texts["mii_serve"])) == {
+        *RequestedParams.__dataclass_fields__,
+        *("engine", "dtype", "model", "model_revision"),
+    }
+    assert not any(word in text for word in ("/home", "cuda", "deepspeed") for text in texts.values())
 
 
 def test_without_being_asked_a_file_tells_nothing():

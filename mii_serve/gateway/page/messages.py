@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping
 
 from mii_serve.errors import InvalidRequestError
+from mii_serve.gateway.bodies import no_others
+from mii_serve.gateway.parameters import settled, whole
 from mii_serve.proto.codec import encode_request
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.types import ImageFormat, OutputOptions, RequestedParams
+from mii_serve.types import RANDOM_SEED, ImageFormat, OutputOptions, RequestedParams
 
 _FIELDS = frozenset(RequestedParams.__dataclass_fields__)
 _ENGINE = ("engine", "dtype", "device", "model", "model_revision")
@@ -25,11 +27,11 @@ def read_request(body: object) -> pb.GenerateRequest:
     if not isinstance(body, dict):
         raise InvalidRequestError("body", "must be a JSON object", type(body).__name__)
     asked = dict(body)
-    preview_every = asked.pop("preview_every", None)
-    if unknown := sorted(asked.keys() - _FIELDS):
-        raise InvalidRequestError(unknown[0][:80], "no such parameter")
+    preview_every = whole(asked.pop("preview_every", None))
+    no_others("", asked, _FIELDS | {"preview_every"})
     if "seed" in asked:
         asked["seed"] = _seed(asked["seed"])
+    asked = settled(asked)
     params = RequestedParams(**{"prompt": "", **asked})
     if preview_every is not None and type(preview_every) is not int:
         raise InvalidRequestError("preview_every", "must be a whole number", type(preview_every).__name__)
@@ -40,6 +42,8 @@ def read_request(body: object) -> pb.GenerateRequest:
 def _seed(value: object) -> object:
     if not isinstance(value, str):
         return value
+    if value.strip() == str(RANDOM_SEED):
+        return RANDOM_SEED
     if not re.fullmatch(rf"[0-9]{{1,{_LONGEST_SEED}}}", value.strip(), re.ASCII):
         raise InvalidRequestError("seed", "must be a whole number in [0, 2**64 - 1]", repr(value[:40]))
     return int(value)
@@ -66,8 +70,14 @@ def event_told(event: pb.GenerateEvent) -> tuple[str, dict[str, object]]:
             return kind, {**told, "estimated_left_s": left_s}
         case "preview":
             preview = event.preview
-            told = {"image_index": preview.image_index, "step": preview.step}
-            return kind, {**told, "width": preview.width, "height": preview.height, "png": _base64(preview.data)}
+            return kind, {
+                "image_index": preview.image_index,
+                "step": preview.step,
+                "width": preview.width,
+                "height": preview.height,
+                "nsfw_content_detected": _flag(preview, "nsfw_content_detected"),
+                "png": _base64(preview.data),
+            }
         case "image":
             return kind, _image_told(event.image)
         case "restarted":
@@ -79,15 +89,20 @@ def event_told(event: pb.GenerateEvent) -> tuple[str, dict[str, object]]:
 
 
 def _image_told(image: pb.GeneratedImage) -> dict[str, object]:
-    flag = image.nsfw_content_detected if image.HasField("nsfw_content_detected") else None
     return {
         "image_index": image.index,
         "width": image.width,
         "height": image.height,
         "seed": str(image.seed),
-        "nsfw_content_detected": flag,
+        "nsfw_content_detected": _flag(image, "nsfw_content_detected"),
+        "moderation_blocked": _flag(image, "moderation_blocked"),
         "png": _base64(image.data),
     }
+
+
+def _flag(told: pb.GeneratedImage | pb.GenerateEvent.Preview, name: str) -> bool | None:
+    """None where nobody has looked."""
+    return getattr(told, name) if told.HasField(name) else None
 
 
 def _done_told(done: pb.GenerateEvent.Done) -> dict[str, object]:

@@ -171,20 +171,22 @@ class GenerateEvent(_message.Message):
         estimated_left_s: float
         def __init__(self, image_index: _Optional[int] = ..., step: _Optional[int] = ..., num_steps: _Optional[int] = ..., estimated_left_s: _Optional[float] = ...) -> None: ...
     class Preview(_message.Message):
-        __slots__ = ("image_index", "step", "data", "format", "height", "width")
+        __slots__ = ("image_index", "step", "data", "format", "height", "width", "nsfw_content_detected")
         IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
         STEP_FIELD_NUMBER: _ClassVar[int]
         DATA_FIELD_NUMBER: _ClassVar[int]
         FORMAT_FIELD_NUMBER: _ClassVar[int]
         HEIGHT_FIELD_NUMBER: _ClassVar[int]
         WIDTH_FIELD_NUMBER: _ClassVar[int]
+        NSFW_CONTENT_DETECTED_FIELD_NUMBER: _ClassVar[int]
         image_index: int
         step: int
         data: bytes
         format: ImageFormat
         height: int
         width: int
-        def __init__(self, image_index: _Optional[int] = ..., step: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+        nsfw_content_detected: bool
+        def __init__(self, image_index: _Optional[int] = ..., step: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., nsfw_content_detected: _Optional[bool] = ...) -> None: ...
     class Restarted(_message.Message):
         __slots__ = ("image_indexes",)
         IMAGE_INDEXES_FIELD_NUMBER: _ClassVar[int]

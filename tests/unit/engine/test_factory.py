@@ -14,6 +14,7 @@ from mii_serve.engine import factory
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.engine.machine import Machine
 from mii_serve.errors import ModelError, UnusableEngineError
+from mii_serve.models import LoadedModel
 
 
 @pytest.fixture
@@ -119,3 +120,14 @@ def test_fp32_is_computed_in_fp32(monkeypatch):
         with pytest.raises(ModelError):
             factory.build_engine(DeployConfig.load({"engine": engine, "dtype": "fp32", "device": "cpu"}))
     assert seen == [("fp32", False, False)] * 2
+
+
+def test_callers_are_told_the_first_of_the_operators_names(monkeypatch):
+    model = LoadedModel(pipeline=None, name="folder", revision="1", defaults=None, limits=None)
+    monkeypatch.setattr(factory, "load_model", lambda name, **settings: model)
+
+    def told(**settings):
+        return factory._load(DeployConfig.load(settings), "cpu", "fp32").name
+
+    assert told(model="/home/op/folder", served_model_name=["org/sd", "dall-e-3"]) == "org/sd"
+    assert told(model="/home/op/folder") == "folder"

@@ -53,7 +53,7 @@ export function show(all, numSteps, choose) {
 function mark(numSteps) {
   const chosen = slider.valueAsNumber;
   [...pictures.children].forEach((picture, index) => picture.classList.toggle("on", index === chosen));
-  slider.setAttribute("aria-valuetext", `step ${shots[chosen].step} of ${numSteps}`);
+  slider.setAttribute("aria-valuetext", `step ${shots[chosen].step} of ${numSteps}${shots[chosen].isFlagged ? ", flagged by the safety checker" : ""}`);
 }
 
 pictures.addEventListener("click", (event) => {

@@ -1,6 +1,6 @@
 // The pictures of this session, newest first. They live in this tab only.
 
-import { byId, element } from "./words.js";
+import { byId, element, heldBack } from "./words.js";
 
 const MAX_PICTURES = 120;
 const SMALL_PX = 256;
@@ -16,7 +16,7 @@ export function hang(picture, onChosen) {
   image.src = picture.url;
   image.alt = picture.params.prompt;
   button.append(image);
-  if (picture.nsfw_content_detected) button.append(element("span", "", "flagged"));
+  if (heldBack(picture)) button.append(element("span", "", heldBack(picture)));
   button.addEventListener("click", () => onChosen(picture));
   const place = element("li");
   place.append(button);

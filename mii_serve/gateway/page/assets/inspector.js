@@ -1,16 +1,21 @@
 // All about one picture: what it was really made with, whether it was flagged, and the code that makes it again.
 
 import { LANGUAGES } from "./code.js";
-import { byId, element, fileName, took } from "./words.js";
+import { byId, element, fileName, heldBack, took } from "./words.js";
 
-const FLAGGED =
-  "The safety checker flagged this picture, so the server made it entirely black. Another seed or other words may give one that passes.";
+const HELD_BACK = {
+  flagged:
+    "The safety checker flagged this picture, so the server made it entirely black. Another seed or other words may give one that passes.",
+  blocked:
+    "Content safety blocked this picture, so the server made it entirely black. Another seed or other words may give one that passes.",
+};
 
 let code = {};
 let language = "python";
 
 function facts(picture) {
   const { params } = picture;
+  const isBlocked = picture.moderation_blocked;
   const checked = { true: "flagged", false: "passed" }[picture.nsfw_content_detected] ?? "this model has none";
   return [
     ["Steps", params.num_inference_steps],
@@ -18,7 +23,8 @@ function facts(picture) {
     ["Scheduler", params.scheduler],
     ["Size", `${params.width} × ${params.height}`],
     ["Seed", params.seed],
-    ["Safety checker", checked],
+    ["Safety checker", isBlocked && checked === "passed" ? "" : checked], // the last word is not "passed" on a black picture
+    ["Content safety", { true: "blocked", false: "passed" }[isBlocked]],
     ["Negative prompt", params.negative_prompt, "wide"],
     ["Made by", params.engine && `${params.engine} ${params.dtype} on ${params.device}`],
     ["Took, and in line", picture.total_s == null ? "" : `${took(picture.total_s)}, ${took(picture.queued_s)}`],
@@ -32,7 +38,7 @@ function note(id, text) {
 
 export function show(picture, place) {
   const { params } = picture;
-  note("flagged", picture.nsfw_content_detected ? FLAGGED : "");
+  note("flagged", HELD_BACK[heldBack(picture)] ?? "");
   const dropped = [params.dropped_prompt, params.dropped_negative_prompt].filter(Boolean).join(" … ");
   note("dropped", dropped && `These words did not fit into the text encoder and were not used: ${dropped}`);
   byId("said").textContent = params.prompt;

@@ -6,10 +6,11 @@ import * as inspector from "./inspector.js";
 import * as server from "./server.js";
 import * as stage from "./stage.js";
 import { follow } from "./strip.js";
-import { byId, counted, seconds, took } from "./words.js";
+import { byId, counted, heldBack, seconds, took } from "./words.js";
 
 const AGAIN_MS = 2000;
 const TITLE = document.title;
+const FLAGGED_PREVIEW = "The safety checker flagged this preview, so it is black. The finished picture is looked at by itself.";
 
 let info = null;
 let running = null; // what is known of the request that runs
@@ -128,8 +129,12 @@ const tellers = {
     byId("left").textContent = step < numSteps && longest > 0 ? `${seconds(longest)} left` : "Finishing";
     progress();
   },
-  preview({ image_index: index, step, png }) {
-    stage.previewed(index, step, server.pngUrl(png));
+  preview({ image_index: index, step, png, nsfw_content_detected: isFlagged }) {
+    stage.previewed(index, step, server.pngUrl(png), isFlagged === true);
+    if (!isFlagged && !running.isToldOfFlags) return;
+    byId("where").textContent = isFlagged ? FLAGGED_PREVIEW : "\u00a0";
+    if (isFlagged && !running.isToldOfFlags) say(FLAGGED_PREVIEW);
+    running.isToldOfFlags = true;
   },
   image({ image_index: index, png, ...image }) {
     const { preview_every: _, num_images_per_prompt: __, ...asked } = running.request;
@@ -151,8 +156,10 @@ const tellers = {
       picture.params = { ...parameters, seed: picture.seed, num_images_per_prompt: 1 };
       Object.assign(picture, { queued_s, total_s });
     }
-    const flagged = running.pictures.filter((picture) => picture.nsfw_content_detected).length;
-    const end = flagged ? ` ${counted(flagged, "picture")} flagged by the safety checker.` : "";
+    const held = running.pictures.map(heldBack);
+    const told = { flagged: "flagged by the safety checker", blocked: "blocked by content safety" };
+    const ends = Object.entries(told).map(([name, words]) => [held.filter((one) => one === name).length, words]);
+    const end = ends.filter(([count]) => count).map(([count, words]) => ` ${counted(count, "picture")} ${words}.`).join("");
     say(`Finished: ${counted(running.pictures.length, "picture")} in ${took(total_s)}.${end}`);
   },
 };
@@ -184,6 +191,7 @@ function begin(request) {
     pictures: [],
     isStarted: false,
     isShown: false,
+    isToldOfFlags: false,
     numStarted: 0,
     quarter: 0,
   };

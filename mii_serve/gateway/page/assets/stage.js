@@ -2,10 +2,11 @@
 
 import * as film from "./film.js";
 import { noise } from "./noise.js";
-import { byId, element } from "./words.js";
+import { byId, element, heldBack } from "./words.js";
 
 const SMALL_PX = 256;
 const NUM_GRAINS = 64;
+const FLAGGED_PREVIEW = "preview flagged";
 
 const frames = byId("frames");
 
@@ -88,17 +89,20 @@ export function stepped(index, step, numSteps) {
   if (index === 0 && made.length === 1 && byId("film").hidden) film.open(Math.floor(numSteps / seen.every) + 1);
   seen.numSteps = numSteps;
   seen.box.style.setProperty("--part", step / numSteps);
-  seen.tag.textContent = made.length > 1 ? `${step} / ${numSteps}` : "";
+  const count = made.length > 1 ? `${step} / ${numSteps}` : "";
+  seen.tag.textContent = [count, seen.shots.at(-1)?.isFlagged ? FLAGGED_PREVIEW : ""].filter(Boolean).join(" · ");
 }
 
-export function previewed(index, step, url) {
+export function previewed(index, step, url, isFlagged) {
   const seen = made[index];
   if (seen.isOver) {
     URL.revokeObjectURL(url);
     return;
   }
-  put(seen, url, `${seen.prompt} (unfinished, step ${step})`);
-  seen.shots.push({ step, url });
+  const shot = { step, url, isFlagged };
+  put(seen, url, altOfPreview(seen.prompt, shot));
+  seen.shots.push(shot);
+  if (isFlagged) seen.tag.textContent = FLAGGED_PREVIEW;
   if (made.length === 1) film.add(seen.shots.at(-1));
 }
 
@@ -110,7 +114,7 @@ export function finished(index, picture, onChosen) {
   put(seen, picture.url, picture.params.prompt);
   seen.box.classList.add("done");
   seen.bar.remove();
-  seen.tag.textContent = picture.nsfw_content_detected ? "flagged" : "";
+  seen.tag.textContent = heldBack(picture);
   picture.numSteps = seen.numSteps ?? 0;
   picture.shots = [...seen.shots, { step: picture.numSteps, url: picture.url }];
   if (made.length > 1) {
@@ -131,21 +135,27 @@ export function show(picture) {
   const index = made.findIndex((seen) => seen.picture !== null && seen.isOver && seen.picture.src === picture.url && seen.box.isConnected);
   if (index >= 0 && made.length > 1) {
     made.forEach((seen, at) => seen.box.classList.toggle("chosen", at === index));
-    film.show(picture.shots, picture.numSteps, (shot) => put(made[index], shot.url, altOf(picture, shot)));
+    film.show(picture.shots, picture.numSteps, (shot) => look(made[index], picture, shot));
     return;
   }
   const one = frame(picture.width, picture.height);
   one.bar.remove();
-  one.tag.textContent = picture.nsfw_content_detected ? "flagged" : "";
+  one.tag.textContent = heldBack(picture);
   put(one, picture.url, picture.params.prompt);
   lay(1);
   frames.replaceChildren(one.box);
-  if (picture.shots === null || picture.nsfw_content_detected) film.hide();
-  else film.show(picture.shots, picture.numSteps, (shot) => put(one, shot.url, altOf(picture, shot)));
+  if (picture.shots === null || heldBack(picture)) film.hide();
+  else film.show(picture.shots, picture.numSteps, (shot) => look(one, picture, shot));
 }
 
-function altOf(picture, shot) {
-  return shot.url === picture.url ? picture.params.prompt : `${picture.params.prompt} (unfinished, step ${shot.step})`;
+function look(at, picture, shot) {
+  const isPicture = shot.url === picture.url;
+  put(at, shot.url, isPicture ? picture.params.prompt : altOfPreview(picture.params.prompt, shot));
+  at.tag.textContent = isPicture ? heldBack(picture) : shot.isFlagged ? FLAGGED_PREVIEW : "";
+}
+
+function altOfPreview(prompt, shot) {
+  return `${prompt} (unfinished, step ${shot.step}${shot.isFlagged ? ", black: flagged by the safety checker" : ""})`;
 }
 
 // The previews of the last request go; its pictures stay in the gallery, without their film.

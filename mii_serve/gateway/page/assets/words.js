@@ -20,6 +20,12 @@ export function fileName(prompt, seed) {
   return `${words || "picture"}-${seed}.png`;
 }
 
+// What became of a picture that is black on purpose; empty for any other.
+export function heldBack(picture) {
+  if (picture.moderation_blocked) return "blocked";
+  return picture.nsfw_content_detected ? "flagged" : "";
+}
+
 // An element with its classes and text; text is only ever text here, never HTML.
 export function element(name, className = "", text = "") {
   const made = document.createElement(name);
