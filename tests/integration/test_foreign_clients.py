@@ -43,7 +43,12 @@ async def raw(served: Web, head: str, body: bytes = b"", *, ends: bool = False) 
 
 def post(path: str, body: dict, *more: str, version: str = "1.1") -> tuple[str, bytes]:
     content = json.dumps(body).encode()
-    lines = (f"POST {path} HTTP/{version}", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(content)}")
+    lines = (
+        f"POST {path} HTTP/{version}",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(content)}",
+    )
     return "\n".join((*lines, *more)), content
 
 
