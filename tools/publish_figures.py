@@ -213,11 +213,49 @@ def peers_plot() -> str:
     ).svg()
 
 
+def threads() -> str:
+    result = read("threads.json")
+    alone, beside = "alone", "beside_busy_processes"
+    cells = [
+        [row["setting"], row[alone]["median_ms"], row[alone]["min_ms"], row[beside]["median_ms"], row[beside]["min_ms"]]
+        for row in result["rows"]
+    ]
+    about = f"{result['guided_samples']} guided samples, {result['device']}, beside {result['busy_processes']} busy processes"
+    header = ["", "alone, median", "least", "beside them, median", "least"]
+    return f"Milliseconds a turn ({about}):\n\n{markdown(header, cells)}"
+
+
+def start() -> str:
+    result = read("start-demo.json")
+    names = ("process", "imports", "load", "warm_up")
+    phases = [[name.replace("_", "-"), _spread(result["phases_of_a_replica"][name])] for name in names]
+    with_one, without = result["with_a_spare"], result["without_a_spare"]
+    outside = [
+        [text, *(_spread(seen[name]) for seen in (without, with_one))]
+        for text, name in (
+            ("command to open address", "until_listening"),
+            ("command to ready line", "until_ready"),
+            ("replica killed to next picture", "from_kill_to_picture"),
+        )
+    ]
+    memory = result["memory_of_a_spare"]
+    return (
+        f"Seconds, median of {result['repeats']} (least-most), {result['device']}:\n\n"
+        f"{markdown(['a replica by itself', 's'], phases)}\n"
+        f"{markdown(['a deployment', 'without a spare', 'with one'], outside)}\n"
+        f"A spare has {memory['unique_mib']} MiB for itself, {memory['proportional_mib']} MiB with a share of what is shared.\n"
+    )
+
+
+def _spread(seen: dict[str, float]) -> str:
+    return f"{seen['median_s']:.2f} ({seen['min_s']:.2f}-{seen['max_s']:.2f})"
+
+
 NOT_YET = "Not measured in earnest yet.\n"
 PEER_LOADS = (0.5, 0.85, 1.2)
 PLOTS: dict[str, Callable[[], str]] = {"peers-demo.svg": peers_plot}
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (inflight, savings, scheduler, front, overload, engines, peers)
+    table.__name__: table for table in (inflight, savings, scheduler, front, overload, engines, peers, threads, start)
 }
 
 

@@ -16,6 +16,7 @@ from mii_serve import __version__
 from mii_serve.cli import bench_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
 from mii_serve.safe_path import SAFE_PATH
+from mii_serve.threads import wait_briefly
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if (command := values.pop("command")) is None:
         parser.print_help(sys.stderr)
         sys.exit(ExitCode.INVALID)
+    wait_briefly()  # before a command, or a process that it starts, loads torch
     with exit_codes():
         code = _COMMANDS[command](values)
         sys.stdout.flush()

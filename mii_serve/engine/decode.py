@@ -74,10 +74,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def _remedy(dtype: torch.dtype) -> str:
     if dtype == torch.float16:
         return "fp16 overflows easily: deploy the model with --dtype bf16 or fp32, or ask for other parameters"
-    other = (
-        "--dtype fp32 may help, or other parameters" if dtype == torch.bfloat16 else "it is not the precision, fp32 was used"
-    )
-    return f"{other}; look at the model's weights and at the scheduler with this number of steps and this guidance_scale"
+    first = "--dtype fp32 may help; " if dtype == torch.bfloat16 else ""
+    return f"{first}look at the model's weights, and at the scheduler with this number of steps and this guidance_scale"
 
 
 def _fault(has_finite_latents: bool, has_finite_image: bool) -> Fault | None:

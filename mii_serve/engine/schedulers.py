@@ -9,7 +9,10 @@ from dataclasses import replace
 from mii_serve.errors import InvalidRequestError, ModelError
 from mii_serve.models import LoadedModel
 from mii_serve.samplers.build import ModelSchedulers, first_line
+from mii_serve.samplers.sampling import Uncompiled
 from mii_serve.types import Capabilities
+
+FEW_STEPS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +23,17 @@ def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Call
     Raises:
         ModelError: the scheduler that a request gets which names none cannot draw; speaks to the operator.
     """
-    declared = model.defaults.scheduler
+    declared, num_steps = model.defaults.scheduler, model.defaults.num_inference_steps
     capabilities = Capabilities(limits=model.limits, defaults=model.defaults, schedulers=schedulers.accepted_names)
     try:
         name = capabilities.scheduler_named(declared)
-        check(name, model.defaults.num_inference_steps)
+        try:
+            sampling = check(name, num_steps)
+        except InvalidRequestError as error:
+            sampling = check(
+                name, FEW_STEPS
+            )  # a scheduler of a distilled model may have fewer steps than diffusers' default of 50
+            logger.warning("a request that names no num_inference_steps will be refused: the default does not work: %s", error)
     except InvalidRequestError as error:
         is_own = declared not in schedulers.accepted_names or schedulers.accepted_names[declared] == declared
         called = f"default scheduler, {schedulers.own_class}," if is_own else f"default scheduler {declared!r}"
@@ -33,4 +42,10 @@ def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Call
             f"{model.name}: its {called} cannot draw: {reason}. Name another in mii_serve_defaults.json, for example"
             ' {"scheduler": "euler"}'
         ) from error
+    if isinstance(sampling, Uncompiled):
+        logger.warning(
+            "the model's default scheduler %s is not compiled: %s. Its samples are stepped one by one, in the same batch",
+            schedulers.describe(name, is_compiled=False).class_name,
+            sampling.reason,
+        )
     return replace(capabilities, defaults=replace(model.defaults, scheduler=name))

@@ -23,7 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from mii_serve import __version__
 from mii_serve.config import HttpConfig
-from mii_serve.errors import InvalidRequestError, MiiServeError, RequestCancelledError
+from mii_serve.errors import InvalidRequestError, MiiServeError, RequestCancelledError, UnavailableError
 from mii_serve.gateway.bodies import read_json
 from mii_serve.gateway.problems import HeaderTooLongError
 from mii_serve.proto.interceptor import (
@@ -54,6 +54,8 @@ KEEPALIVE_S = 15.0
 """Proxies hang up on connections that say nothing for a while; a wait in line is long and silent."""
 SEND_TIMEOUT_S = 60.0
 """A caller who takes in nothing for so long is taken to have gone."""
+LAST_WORD_S = 0.5
+"""For a caller to be told that the server is stopping."""
 _TIMEOUT = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 
@@ -152,6 +154,11 @@ class Door:
         except MiiServeError as error:
             ended = error.grpc_code
             await reply.refuse(error)
+        except asyncio.CancelledError:  # a server that stops has waited long enough for this caller
+            ended = UnavailableError.grpc_code
+            with contextlib.suppress(asyncio.CancelledError, TimeoutError):
+                async with asyncio.timeout(LAST_WORD_S):
+                    await reply.refuse(UnavailableError("the server is stopping"))
         except Exception:
             ended = "INTERNAL"
             logger.exception("unexpected error, request_id=%s", request_id)

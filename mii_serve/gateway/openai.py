@@ -45,7 +45,17 @@ IGNORED = {
 QUALITIES = {"auto": 1.0, "standard": 1.0, "low": 0.5, "medium": 1.0, "high": 1.5, "hd": 1.5, "xhigh": 2.0, "max": 2.0}
 """Times the model's own number of steps, where the request names none."""
 EFFECTIVE = (
-    *("num_inference_steps", "guidance_scale", "scheduler", "seed", "engine", "dtype", "model", "model_revision"),
+    *(
+        "num_inference_steps",
+        "guidance_scale",
+        "scheduler",
+        "scheduler_class",
+        "seed",
+        "engine",
+        "dtype",
+        "model",
+        "model_revision",
+    ),
     *DROPPED,
 )
 """Members of an answer's `parameters`."""

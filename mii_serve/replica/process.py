@@ -1,17 +1,20 @@
 """Entry point of a replica process: `python -m mii_serve.replica.process STATUS_FD`.
 
-The parent writes one JSON line to stdin, `{"config": …, "socket": …}`, and keeps the pipe open: when it closes, the parent is
-gone and so is this process. On the descriptor STATUS_FD the replica writes JSON lines: `{"state": "ready"}` once a warm-up
-picture has been made and the socket is open, or `{"state": "failed", "error": <class>, "message": …}`.
+The process imports what it will need and then waits for its order; until that comes it is a spare. The parent writes one JSON
+line to stdin, `{"config": …, "socket": …}`, and keeps the pipe open: when it closes, the parent is gone and so is this process.
+On the descriptor STATUS_FD the replica writes JSON lines: `{"state": "ready"}` once a warm-up picture has been made and the
+socket is open, or `{"state": "failed", "error": <class>, "message": …}`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -22,12 +25,17 @@ from mii_serve.config import DeployConfig
 from mii_serve.errors import MiiServeError
 from mii_serve.logs import configure_logs
 from mii_serve.metrics import ReplicaMetrics
+from mii_serve.models.quiet import quiet_libraries
 from mii_serve.replica.local import build_warm_engine
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import replica_server
+from mii_serve.threads import wait_briefly
 from mii_serve.tracing import flush_traces, start_tracing
 
 logger = logging.getLogger(__name__)
+
+HEAVY_MODULES = ("mii_serve.engine.factory", "mii_serve.models.loading")
+"""What loading any model imports. None of them touches a device."""
 
 
 def main() -> int:
@@ -36,10 +44,14 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, name="end").start())
+    threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
+    wait_briefly()
+    _name_process("mii_spare" if sys.argv[2:] else "mii_replica")
+    _import_all()
     if not (line := sys.stdin.readline()):
         return 1  # the parent is gone already
+    _name_process("mii_replica")
     order = json.loads(line)
-    threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
     configure_logs(order["log_level"], order["log_format"])
     start_tracing()
     status_fd = int(sys.argv[1])
@@ -64,6 +76,19 @@ def main() -> int:
     return 0
 
 
+def _import_all() -> None:
+    """Most of a start is this; a spare has it behind it."""
+    with quiet_libraries():
+        for module in HEAVY_MODULES:
+            importlib.import_module(module)
+
+
+def _name_process(name: str) -> None:
+    """What lists of processes show instead of "python", where the system lets a process say."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
+
+
 def _end() -> None:
     flush_traces()
     os._exit(0)
@@ -81,9 +106,11 @@ def _report(status_fd: int, **status: str) -> None:
 
 
 def _die_with_parent() -> None:
-    # Below sys.stdin: its lock, held in a blocking read, would stall the interpreter's own shutdown.
-    while os.read(0, 4096):
-        pass
+    # The pipe is asked and not read, because it has the order in it, and because the lock of sys.stdin, held in a blocking
+    # read, would stall the interpreter's own shutdown.
+    pipe = select.poll()
+    pipe.register(0, 0)  # a hang-up is told without being asked for
+    pipe.poll()
     os._exit(1)
 
 

@@ -24,7 +24,7 @@ def x0_coefficients(scheduler: Any, input_scales: Sequence[float] | None = None)
     elif hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         levels = [scheduler._sigma_to_alpha_sigma_t(torch.as_tensor(sigma)) for sigma in scheduler.sigmas[: len(timesteps)]]
         pairs = [clean_latents(kind, float(alpha), float(sigma)) for alpha, sigma in levels]
-    elif scheduler.config.get("timestep_type") == "continuous":
+    elif hasattr(scheduler, "sigmas") and scheduler.config.get("timestep_type") == "continuous":
         norms = [float(sigma**2 + 1) ** -0.5 for sigma in scheduler.sigmas[: len(timesteps)]]
         pairs = [clean_latents(kind, norm, float(sigma) * norm) for norm, sigma in zip(norms, scheduler.sigmas, strict=False)]
     else:

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from mii_serve.errors import InvalidRequestError
 from mii_serve.samplers.build import ModelSchedulers, try_scheduler
 from mii_serve.samplers.table import NotCompiledError, SamplerTable, compile_table
 
@@ -53,3 +54,10 @@ class Samplings:
             while len(self._cache) > MAX_CACHED:
                 self._cache.popitem(last=False)
         return found
+
+    def is_compiled(self, sampler: str, num_inference_steps: int) -> bool:
+        """Whether there is a table; False as well where it cannot be done at all."""
+        try:
+            return isinstance(self.of(sampler, num_inference_steps), SamplerTable)
+        except InvalidRequestError:
+            return False

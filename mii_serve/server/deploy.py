@@ -24,16 +24,15 @@ from mii_serve.server.keys import KeyRing
 from mii_serve.server.open_files import connection_limits
 from mii_serve.server.placement import place
 from mii_serve.server.router import Router
+from mii_serve.server.spare import Spares
 from mii_serve.server.supervisor import ReplicaSupervisor
 from mii_serve.server.tls import Tls
 
 logger = logging.getLogger(__name__)
 
-TELL_CALLERS_S = 0.2
+TELL_CALLERS_S = 0.4
 """After a second signal, for those who can be told to be told, and for killed replicas to be gone."""
-FLUSH_S = 0.05
-ATTACH_AGAIN_S = 1.0
-"""A replica that is ready and did not answer is asked again; one that hangs is the supervisor's to end."""
+FLUSH_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +111,10 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
             listener.on_ready(Ready(grpc=address, http=http or "off", info=info))
 
         changed = asyncio.Event()
+        spares = Spares(is_on=config.enable_spare_process)
         supervisors = [
-            ReplicaSupervisor(config, index=index, environment=environment) for index, environment in enumerate(environments)
+            ReplicaSupervisor(config, index=index, environment=environment, spares=spares)
+            for index, environment in enumerate(environments)
         ]
         running = [asyncio.create_task(supervisor.run(changed)) for supervisor in supervisors]
         following = asyncio.create_task(_follow(supervisors, changed, desk, front, on_first_ready))
@@ -129,6 +130,7 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
             for task in (*running, following, draining):
                 task.cancel()
             await asyncio.gather(*running, following, draining, return_exceptions=True)
+            await spares.close()
             await front.stop(0)
             for supervisor in supervisors:
                 await desk.detach(supervisor.index)
@@ -179,12 +181,14 @@ async def _follow(
                     attached[index] = life
                 except grpc.aio.AioRpcError as error:  # it died just now, and the supervisor will say so; or it is tried again
                     logger.warning("replica %d does not answer: %s", index, error.code().name)
-                    asyncio.get_running_loop().call_later(ATTACH_AGAIN_S, changed.set)
         has_all = len(attached) == len(supervisors)
         await front.set_serving(bool(attached) and (has_been_ready or has_all))
         if has_all and info is not None and not has_been_ready:
             has_been_ready = True
             on_first_ready(info)
+        if has_all:
+            for supervisor in supervisors:
+                supervisor.prepare_spare()
 
 
 async def _drain(config: DeployConfig, desk: Desk, front: GrpcFront) -> None:
@@ -207,7 +211,7 @@ async def _end_at_once(stop: _StopRequests, desk: Desk, running: Mapping[Replica
     for task in running.values():
         task.cancel()  # no replica is started again
     killing = [asyncio.create_task(supervisor.kill()) for supervisor in running]
-    await desk.until_idle(TELL_CALLERS_S)
+    await desk.drain(TELL_CALLERS_S)
     await asyncio.wait(killing, timeout=TELL_CALLERS_S)
     await asyncio.sleep(FLUSH_S)  # what the callers are told is on its way to them
     finish_logs(FLUSH_S)

@@ -74,8 +74,9 @@ class Desk:
         self._answers = Answers()
         self._is_draining = False
         self._is_stopping = False
-        self._active: dict[object, asyncio.Task[object] | None] = {}
-        """The requests, and who waits for the next event of each just now."""
+        self._active: set[object] = set()
+        self._waiting: set[asyncio.Task[object]] = set()
+        """Who waits for the next event of a request just now."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -111,21 +112,16 @@ class Desk:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False when some were left at the end."""
         self._is_draining = True
-        await self.until_idle(timeout_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         return not self._active
 
     def stop(self) -> None:
         """Refuse new requests, and tell the callers of the running ones that the server is stopping."""
         self._is_draining = self._is_stopping = True
-        for task in self._active.values():
-            if task is not None:
-                task.cancel()
-
-    async def until_idle(self, timeout_s: float) -> None:
-        """Wait for the running requests to end, for at most so long."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
+        for task in self._waiting:
+            task.cancel()
 
     async def events(self, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
         """All events of the request, `done` last. Leaving the iteration early cancels the work.
@@ -148,19 +144,19 @@ class Desk:
             deadline=visit.deadline,
         )
         visit.facts.learn_params(params)
-        with self._counted() as active:
+        with self._counted():
             async with contextlib.aclosing(self._made(call, request, visit)) as events:
-                while (event := await self._next(active, events)) is not None:
+                while (event := await self._next(events)) is not None:
                     visit.facts.learn_event(event)
                     event.request_id = visit.request_id  # an answer that is repeated was another call's
                     yield event
 
-    async def _next(self, active: object, events: AsyncGenerator[pb.GenerateEvent, None]) -> pb.GenerateEvent | None:
+    async def _next(self, events: AsyncGenerator[pb.GenerateEvent, None]) -> pb.GenerateEvent | None:
         """The request's next event; None after the last. Not waited for any longer once the server is stopping."""
         task = asyncio.current_task()
         if self._is_stopping or task is None:
             raise UnavailableError("the server is stopping")
-        self._active[active] = task
+        self._waiting.add(task)
         try:
             return await anext(events, None)
         except asyncio.CancelledError:
@@ -169,7 +165,7 @@ class Desk:
             task.uncancel()
             raise UnavailableError("the server is stopping") from None
         finally:
-            self._active[active] = None
+            self._waiting.discard(task)
 
     def _made(self, call: Call, request: pb.GenerateRequest, visit: Visit) -> AsyncGenerator[pb.GenerateEvent, None]:
         """The call's events; of the first call, where its idempotency key has been seen."""
@@ -213,14 +209,14 @@ class Desk:
         return together(self.metrics, {link.index: text for link, text in zip(links, texts, strict=True) if text is not None})
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[object]:
-        """While the block runs, a request is active; gives what tells it from others."""
-        self._active[active := object()] = None
+    def _counted(self) -> Iterator[None]:
+        """While the block runs, a request is active."""
+        self._active.add(active := object())
         self._idle.clear()
         try:
-            yield active
+            yield
         finally:
-            del self._active[active]
+            self._active.remove(active)
             if not self._active:
                 self._idle.set()
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from mii_serve.logs import current_format
 from mii_serve.safe_path import safe_environment
 from mii_serve.server.link import Loss
 from mii_serve.server.sockets import new_socket_folder
+from mii_serve.server.spare import Spares
 from mii_serve.server.watch import until_hung
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,19 @@ STEADY_S = 60.0
 class ReplicaSupervisor:
     """Owns the replica's process and socket. One task runs `run`; others read `is_ready` and `socket`."""
 
-    def __init__(self, config: DeployConfig, *, index: int = 0, environment: Mapping[str, str] | None = None) -> None:
-        """`environment` is added to this process's own for the replica: which devices are its."""
+    def __init__(
+        self,
+        config: DeployConfig,
+        *,
+        index: int = 0,
+        environment: Mapping[str, str] | None = None,
+        spares: Spares | None = None,
+    ) -> None:
+        """`environment` is added to this process's own for the replica: which devices are its. `spares` have another owner."""
         self.index = index
         self._config = config
         self._environment = replica_environment(environment or {})
+        self._spares = spares or Spares(is_on=False)
         self._folder = new_socket_folder(_socket_name(index))
         self._loss = Loss(reason="it has not started", is_crash=False)
         self._ready = asyncio.Event()
@@ -62,6 +70,10 @@ class ReplicaSupervisor:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
+
+    def prepare_spare(self) -> None:
+        """To be called when nothing is waited for: a spare's start takes some seconds of a core."""
+        self._spares.prepare(self._environment)
 
     async def run(self, on_change: asyncio.Event) -> None:
         """Keep a replica running until cancelled; `on_change` is set whenever readiness changes.
@@ -101,24 +113,8 @@ class ReplicaSupervisor:
 
     async def _start(self) -> None:
         self._make_room_for_socket()
-        read_fd, write_fd = os.pipe()
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "mii_serve.replica.process",
-                str(write_fd),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=sys.stderr,  # our stdout belongs to the ready line
-                pass_fds=(write_fd,),
-                env=self._environment,
-                process_group=0,  # Ctrl-C in a terminal is for us; what becomes of the replica we say
-            )
-        except BaseException:
-            os.close(read_fd)
-            raise
-        finally:
-            os.close(write_fd)
+        child = await self._spares.take(self._environment)
+        self._process = child.process
         stdin = self._process.stdin
         assert stdin is not None
         level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
@@ -131,7 +127,7 @@ class ReplicaSupervisor:
         with contextlib.suppress(ConnectionError):  # a child that is gone already says so on the status pipe
             stdin.write(json.dumps(order).encode() + b"\n")
             await stdin.drain()
-        await self._await_ready(read_fd)
+        await self._await_ready(child.status_fd)
 
     def _make_room_for_socket(self) -> None:
         if Path(self._folder.name).is_dir():

@@ -41,6 +41,7 @@ def verify(engine: Engine, truth: Truth) -> Report:
     judge = _Judge(limits)
     skipped = dict(truth.skipped)
     pictures: dict[str, tuple[Picture, Picture]] = {}
+    _check_reference(judge, truth)
     with contextlib.suppress(_NoAnswerError), probe.without_checker():
         _check_text_encoder(judge, probe, truth)
         _check_unet(judge, probe, truth)
@@ -97,6 +98,23 @@ class _Judge:
                 self.take(Stage.PICTURES, name, company, None, f"has the shape {made.shape}, the reference's has {true.shape}")
             else:
                 self.take(Stage.PICTURES, name, company, picture_difference(made, true))
+
+
+def _check_reference(judge: _Judge, truth: Truth) -> None:
+    """What is no truth is found out before anything is compared with it."""
+    stage: Stage = Stage.PIPELINE
+    for name, pair in truth.pipeline.items():
+        if pair.ours is None or pair.plain is None:
+            judge.take(stage, name, "alone", None, pair.fault)
+            continue
+        made, true = _pixels(pair.ours), _pixels(pair.plain)
+        if made.shape != true.shape:
+            judge.take(stage, name, "alone", None, f"has the shape {made.shape}, the pipeline's has {true.shape}")
+        elif pair.ours.nsfw_content_detected != pair.plain.nsfw_content_detected:
+            flags = pair.ours.nsfw_content_detected, pair.plain.nsfw_content_detected
+            judge.take(stage, name, "alone", None, f"nsfw_content_detected is {flags[0]}, the pipeline's is {flags[1]}")
+        else:
+            judge.take(stage, name, "alone", picture_difference(made, true))
 
 
 def _check_text_encoder(judge: _Judge, probe: Probe, truth: Truth) -> None:

@@ -61,6 +61,10 @@ class Report:
         if (failure := self.first_failure) is None:
             return f"{engine} is within the limits of the reference in all {len(self.checks)} checks"
         failed = sum(not check.is_passed for check in self.checks)
+        if failure.stage is Stage.PIPELINE:
+            reference = f"{self.reference.engine} {self.reference.dtype} on {self.reference.device}"
+            what = f"the {reference} is not diffusers' own StableDiffusionPipeline ({failure.case}: {failure.faults[0]})"
+            return f"{what}, so nothing can be said about {engine}; {failed} of {len(self.checks)} checks failed"
         where = f"the {failure.stage} fails first ({failure.case}, {_COMPANY[failure.company]}: {failure.faults[0]})"
         return f"{engine} is not the reference: {where}; {failed} of {len(self.checks)} checks failed"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from mii_serve.errors import EngineError, InvalidRequestError
 from mii_serve.types import EngineDescription, Picture
 from mii_serve.verify.cases import PROMPTS, PictureCase, picture_cases, unet_cases, vae_cases
 from mii_serve.verify.drawing import draw
+from mii_serve.verify.pipeline import NOT_FOUND, PipelinePair, compare_with_diffusers, draw_with_reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class Truth:
     cases: tuple[PictureCase, ...]
     pictures: Mapping[str, Picture] = field(repr=False)
     skipped: Mapping[str, str]
+    pipeline: Mapping[str, PipelinePair] = field(default_factory=dict, repr=False)
+    """The reference beside diffusers' own pipeline, by the name of the request."""
 
 
 def learn_truth(config: DeployConfig) -> Truth:
@@ -44,11 +47,19 @@ def learn_truth(config: DeployConfig) -> Truth:
     plain = {"engine": "reference", "dtype": "fp32", "max_slots": None, "tensor_parallel": 1}
     engine = build_engine(config.model_copy(update=plain))
     try:
-        return ask_reference(engine)
+        truth = ask_reference(engine)
+        with _plain_float32():
+            ours, refused, default = draw_with_reference(engine, config)
     finally:
         engine.close()
         del engine
         free_memory()
+    with _plain_float32():
+        pairs = compare_with_diffusers(config, ours, default, truth.description.device)
+    free_memory()
+    if not pairs:
+        refused |= {NOT_FOUND: f"{config.model} is made in memory, there is nothing that diffusers could load"}
+    return replace(truth, pipeline=pairs, skipped={**truth.skipped, **refused})
 
 
 def ask_reference(engine: Engine) -> Truth:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +20,7 @@ def test_the_smoke_run_times_every_row_or_says_why_not(tmp_path):
     command = [sys.executable, "benchmarks/engines.py", "--model", "demo", "--quick", "--out", str(out)]
     # One thread: two that wait for each other are slow on a machine that is busy with other tests.
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False, env=alone)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=alone)
     assert ran.returncode == 0, ran.stderr[-2000:]
     written = json.loads(out.read_text())
     rows: dict[str, list[dict]] = {}

@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 from chromium import chromium_path
 from integration.conftest import RunningServer, running_server
+from patience import PATIENCE_S
 from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
 
 from mii_serve.config import DeployConfig
@@ -23,7 +24,7 @@ from mii_serve.server.keys import KeyRing
 from mii_serve.types import SampleProgress, StepPlan
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-PATIENCE_MS = 20_000
+PATIENCE_MS = 1000 * PATIENCE_S
 NO_CHROMIUM = "no Chromium on this machine: tools/install_chromium.sh says what it tried; CHROMIUM=/path names one"
 
 

@@ -14,6 +14,7 @@ import pytest
 from axe_playwright_python.async_playwright import Axe
 from browser.conftest import DESKTOP, PHONE, Site, UnhurriedEngine, site_of
 from outside import ROOT
+from patience import PATIENCE_S
 from PIL import Image
 from playwright.async_api import Page, expect
 
@@ -214,7 +215,7 @@ async def test_the_code_makes_the_same_picture(site: Site, tmp_path):
     for command in commands:
         (tmp_path / "picture.png").unlink(missing_ok=True)
         ran = await asyncio.create_subprocess_exec(*command, cwd=tmp_path, stderr=asyncio.subprocess.PIPE)
-        _, said = await asyncio.wait_for(ran.communicate(), 60)
+        _, said = await asyncio.wait_for(ran.communicate(), PATIENCE_S)
         assert ran.returncode == 0, said.decode()
         with Image.open(tmp_path / "picture.png") as made:
             assert made.convert("RGB").tobytes() == hung

@@ -7,11 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_client(name: str, script: str, *arguments: str, env: dict[str, str] | None = None, timeout_s: float = 120.0) -> str:
+def run_client(name: str, script: str, *arguments: str, env: dict[str, str] | None = None) -> str:
     """Run a script of this folder with the client environment `name` (tests/clients/NAME.txt); its standard output.
 
     The test fails with the script's standard error when the script does.
@@ -22,7 +23,7 @@ def run_client(name: str, script: str, *arguments: str, env: dict[str, str] | No
     environment = {**os.environ, **(env or {})}
     environment.pop("PYTHONPATH", None)  # nothing of ours is to be importable there
     command = [str(python), str(Path(__file__).parent / script), *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment)
     if ran.returncode != 0:
         pytest.fail(f"{script} ended with {ran.returncode}: {ran.stderr[-4000:]}")
     return ran.stdout

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import mii_serve.engine.factory
 import mii_serve.verify.runs
+import mii_serve.verify.truth
 from mii_serve.config import DeployConfig, LimitsConfig
 from mii_serve.engine.decode import Decoded
 from mii_serve.engine.fake import FakeEngine
@@ -21,6 +23,7 @@ from mii_serve.verify.cases import DRAWINGS
 from mii_serve.verify.check import verify
 from mii_serve.verify.drawing import draw
 from mii_serve.verify.limits import Stage
+from mii_serve.verify.pipeline import CHECKED, DEFAULT, NAMED, PipelinePair
 from mii_serve.verify.truth import Truth, learn_truth
 
 pytestmark = pytest.mark.slow
@@ -67,12 +70,22 @@ def test_the_truth_is_complete_and_worth_comparing_with(truth):
     assert any(image.abs().max() > 0.3 for image in truth.images.values())
 
 
+def test_the_reference_was_held_against_diffusers_own_pipeline_first(truth):
+    assert list(truth.pipeline) == [DEFAULT, NAMED, CHECKED]
+    for pair in truth.pipeline.values():
+        assert pair.ours.rgb == pair.plain.rgb
+        assert pair.ours.nsfw_content_detected == pair.plain.nsfw_content_detected
+    assert truth.pipeline[CHECKED].plain.nsfw_content_detected is not None
+    assert len(set(truth.pipeline[DEFAULT].plain.rgb)) > 64
+    assert truth.pipeline[DEFAULT].plain.rgb != truth.pipeline[NAMED].plain.rgb
+
+
 def test_the_native_engine_passes_in_bf16_though_every_stage_is_less_exact(short_truth):
     report = verify(native("bf16"), short_truth)
     assert report.is_passed, report.verdict
     assert report.engine.dtype == "bf16"
     off = {check.stage for check in report.checks if check.difference.relative_rms > 1e-3}
-    assert off == set(Stage)
+    assert off == set(Stage) - {Stage.PIPELINE}
 
 
 def test_turns_padded_as_for_cuda_graphs_pass(short_truth):
@@ -146,9 +159,8 @@ def spoil(engine: NativeEngine) -> None:
         (drop_a_key, Stage.UNET),
         (mix_up_times, Stage.UNET),
         (forget_guidance, Stage.PICTURES),
-        (spoil, Stage.VAE),
     ],
-    ids=["text-mlp", "unet-conv", "unet-query", "vae-conv", "key-dropped", "times-mixed-up", "guidance-lost", "not-a-number"],
+    ids=["text-mlp", "unet-conv", "unet-query", "vae-conv", "key-dropped", "times-mixed-up", "guidance-lost"],
 )
 def test_a_planted_error_is_found_and_its_stage_named(short_truth, plant, stage):
     engine = native()
@@ -159,7 +171,69 @@ def test_a_planted_error_is_found_and_its_stage_named(short_truth, plant, stage)
     assert f"the {stage} fails first" in report.verdict
     before_pictures = {check.stage for check in report.checks if not check.is_passed} - {Stage.PICTURES}
     assert before_pictures <= {stage}, "the other stages are asked with right input, and answer rightly"
-    assert len(report.checks) == 2 * (6 + 8 + 4 + len(report.pictures)), "everything is asked all the same"
+    assert len(report.checks) == 3 + 2 * (6 + 8 + 4 + len(report.pictures)), "everything is asked all the same"
+
+
+def test_an_engine_whose_vae_is_not_finite_is_found_before_it_draws(short_truth):
+    engine = native()
+    spoil(engine)
+    report = verify(engine, short_truth)
+    assert report.first_failure.stage is Stage.VAE
+    assert "NotFiniteError" in report.checks[-1].faults[0]
+
+
+def another_picture(pair: PipelinePair) -> PipelinePair:
+    rgb = bytes([pair.ours.rgb[0] ^ 1]) + pair.ours.rgb[1:]
+    return dataclasses.replace(pair, ours=dataclasses.replace(pair.ours, rgb=rgb))
+
+
+def another_flag(pair: PipelinePair) -> PipelinePair:
+    return dataclasses.replace(pair, ours=dataclasses.replace(pair.ours, nsfw_content_detected=None))
+
+
+def no_picture(pair: PipelinePair) -> PipelinePair:
+    return PipelinePair(fault="diffusers cannot draw it: ValueError: no such file")
+
+
+@pytest.mark.parametrize(
+    ("change", "case", "words"),
+    [
+        (another_picture, NAMED, "max is 1"),
+        (another_flag, CHECKED, "is None, the pipeline's is"),
+        (no_picture, DEFAULT, "no such"),
+    ],
+)
+def test_a_reference_that_is_not_the_pipeline_fails_whatever_the_engine_draws(short_truth, change, case, words):
+    """Both may be wrong alike."""
+    pairs = {**short_truth.pipeline, case: change(short_truth.pipeline[case])}
+    report = verify(native(), dataclasses.replace(short_truth, pipeline=pairs))
+    assert report.first_failure.stage is Stage.PIPELINE
+    assert f"is not diffusers' own StableDiffusionPipeline ({case}: " in report.verdict
+    assert words in report.verdict
+
+
+def test_a_loader_that_leaves_something_out_is_found_on_the_model_at_hand(monkeypatch):
+    """The reference and every engine share our loader: with the last text layer lost, they are wrong alike."""
+    load = mii_serve.engine.factory.load_model
+
+    def lossy(*arguments, **settings):
+        model = load(*arguments, **settings)
+        model.pipeline.text_encoder.encoder.layers[-1].mlp.fc2.weight.data.zero_()
+        return model
+
+    monkeypatch.setattr(mii_serve.engine.factory, "load_model", lossy)
+    monkeypatch.setattr(mii_serve.verify.truth, "picture_cases", lambda capabilities: [])
+    found = learn_truth(DeployConfig.load(CONFIG)).pipeline
+    assert found[DEFAULT].ours.rgb != found[DEFAULT].plain.rgb
+
+
+def test_without_the_checker_diffusers_draws_without_it_too(monkeypatch):
+    monkeypatch.setattr(mii_serve.verify.truth, "picture_cases", lambda capabilities: [])
+    found = learn_truth(DeployConfig.load({**CONFIG, "enable_safety_checker": False})).pipeline
+    assert list(found) == [DEFAULT, NAMED]
+    for pair in found.values():
+        assert pair.ours.rgb == pair.plain.rgb
+        assert pair.plain.nsfw_content_detected is None
 
 
 @pytest.mark.parametrize("plant", [drop_a_key, five_percent("text_encoder", "layers.0.mlp.fc1.weight")], ids=["key", "text"])

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from deployments import until
 from outside import ROOT
+from patience import PATIENCE_S
 from PIL import Image
 
 from mii_serve.models.source import DEMO_FOLDER
@@ -33,7 +34,6 @@ SAMPLE = {
         "parameters": {"num_inference_steps": 2, "seed": 3},
     }
 }
-START_S = 150.0
 
 
 def free_port() -> int:
@@ -52,7 +52,7 @@ class InferenceServer:
         given = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/score", body, given)
         try:
-            answer = urllib.request.urlopen(request, timeout=60)
+            answer = urllib.request.urlopen(request, timeout=PATIENCE_S)
         except urllib.error.HTTPError as error:
             answer = error
         with answer:
@@ -93,7 +93,7 @@ def server(tmp_path: Path):
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path, start_new_session=True)
     running = InferenceServer(port, process, tmp_path / "log")
     try:
-        until(lambda: process.poll() is not None or running.answers(), "the inference server answers", START_S)
+        until(lambda: process.poll() is not None or running.answers(), "the inference server answers")
         assert process.poll() is None
         yield running
     except BaseException:
@@ -102,11 +102,10 @@ def server(tmp_path: Path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+        process.wait(PATIENCE_S)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
 def test_the_script_serves_and_leaves_nothing_behind(server):
     status, headers, body = server.post(json.dumps(SAMPLE).encode(), x_request_id="mine")
     first, second = json.loads(body)
@@ -131,10 +130,10 @@ def test_the_script_serves_and_leaves_nothing_behind(server):
     assert owner is not None and owner.pid != server.process.pid
     owner.kill()  # the hard way: nothing of the worker's own runs any more
     until(lambda: not deployment.is_running(), "the deployment is gone with its owner")
-    until(server.answers, "another worker has started another", START_S)
+    until(server.answers, "another worker has started another")
     [other] = server.deployments()
     assert other.pid != deployment.pid
 
     server.process.send_signal(signal.SIGTERM)
-    server.process.wait(60)
+    server.process.wait(PATIENCE_S)
     until(lambda: not server.deployments(), "nothing is left")

@@ -12,6 +12,7 @@ import pytest
 from deployments import Deployment, deployed
 from integration.test_openai import events_of
 from integration.web import picture
+from patience import PATIENCE_S
 from PIL import Image
 
 from mii_serve.client import Client
@@ -28,7 +29,7 @@ def deployment():
 def post(deployment: Deployment, path: str, body: object) -> bytes:
     raw = json.dumps(body).encode()
     request = urllib.request.Request(f"http://{deployment.http}{path}", raw, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         return answer.read()
 
 
@@ -48,7 +49,7 @@ def test_previews_sharpen_into_the_picture(deployment):
 def test_every_protocol_draws_the_same_picture(deployment):
     settings = {"seed": 7, "num_inference_steps": 6, "guidance_scale": 4.0}
     with Client(deployment.grpc) as client:
-        wanted = pixels(client.generate(PROMPT, **settings, timeout=120).images[0])
+        wanted = pixels(client.generate(PROMPT, **settings, timeout=PATIENCE_S).images[0])
     score = {"input_data": {"columns": ["prompt"], "data": [PROMPT], "parameters": settings}}
     drawn = [
         picture(json.loads(post(deployment, "/score", score))[0]["generated_image"]),
@@ -74,7 +75,7 @@ def test_a_stop_finishes_what_runs(deployment):
     request = urllib.request.Request(
         f"http://{deployment.http}/v1/images/generations", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         assert answer.readline() == b": working\n"
         deployment.process.send_signal(signal.SIGTERM)
         rest = answer.read().decode()

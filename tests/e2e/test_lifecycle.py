@@ -11,7 +11,8 @@ import urllib.request
 
 import psutil
 import pytest
-from deployments import ENDLESS, deployed, read_line, start, until
+from deployments import ENDLESS, deployed, finished, read_line, start, until
+from patience import PATIENCE_S
 
 from mii_serve.client import Client, Restarted
 from mii_serve.errors import UnavailableError
@@ -19,7 +20,7 @@ from mii_serve.errors import UnavailableError
 
 def http_status(address: str, path: str) -> int:
     try:
-        with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=PATIENCE_S) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         with error:
@@ -30,6 +31,7 @@ def test_a_deployment_lives_serves_and_ends_cleanly(tmp_path):
     with deployed("demo", "--deployment-name", "mine") as running:
         assert [http_status(running.http, path) for path in ("/livez", "/readyz", "/")] == [200, 200, 200]
         [replica] = running.replica_pids()
+        assert running.spare_pids() == [], "there is one only where the setting says so"
         command_line = " ".join(psutil.Process(replica).cmdline())
         assert "mine" not in command_line, "the configuration does not travel on argv"
         with Client(running.grpc) as client:
@@ -39,14 +41,14 @@ def test_a_deployment_lives_serves_and_ends_cleanly(tmp_path):
 
 
 def test_running_work_is_finished_before_the_end():
-    with deployed("demo") as running, Client(running.grpc) as client:
+    with deployed("demo", env={"MII_SERVE_DRAIN_TIMEOUT_S": str(PATIENCE_S)}) as running, Client(running.grpc) as client:
         stream = client.stream("a red circle", num_inference_steps=60)
         next(iter(stream))
         code: list[int] = []
         stopper = threading.Thread(target=lambda: code.append(running.stop(signal.SIGTERM)))
         stopper.start()
         assert stream.result().images
-        stopper.join(60)
+        stopper.join(PATIENCE_S)
         assert code == [0]
 
 
@@ -56,16 +58,9 @@ def test_a_second_signal_ends_at_once():
         next(iter(stream))
         running.process.send_signal(signal.SIGINT)
         running.process.send_signal(signal.SIGTERM)  # two of a kind could arrive as one
-        assert running.process.wait(60) == 0
+        assert running.process.wait(PATIENCE_S) == 0
         with pytest.raises(UnavailableError):
             stream.result()
-
-
-def test_a_killed_front_leaves_no_process_behind():
-    with deployed("demo") as running:
-        replicas = running.replica_pids()
-        running.process.kill()
-        until(lambda: not any(psutil.pid_exists(pid) for pid in replicas), "no orphan is left", 5)
 
 
 def test_a_killed_replica_is_replaced_and_its_request_made_again():
@@ -84,7 +79,7 @@ def test_a_killed_replica_is_replaced_and_its_request_made_again():
 
 
 def test_a_replica_that_hangs_is_killed_and_replaced():
-    with deployed("demo", env={"MII_SERVE_HANG_TIMEOUT_S": "3"}) as running, Client(running.grpc) as client:
+    with deployed("demo", env={"MII_SERVE_HANG_TIMEOUT_S": "10"}) as running, Client(running.grpc) as client:
         [first] = running.replica_pids()
         stream = client.stream("a red circle", num_inference_steps=200, scheduler="euler")
         next(stream)
@@ -100,7 +95,7 @@ def test_the_address_is_open_while_the_model_loads_and_says_not_ready():
     with start("demo", "--grpc-port", str(port), "--http-port", "0") as process, Client(f"127.0.0.1:{port}") as client:
         try:
             until(lambda: is_answering(client), "the port is open")
-            ready_line = read_line(process, 180)
+            ready_line = read_line(process)
             assert f":{port} " in ready_line
             assert client.health() == "SERVING"
         finally:
@@ -117,7 +112,7 @@ def is_answering(client: Client) -> bool:
 
 def ended(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
     with start(*arguments, env=env) as process:
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = finished(process)
         return process.returncode, stderr
 
 

@@ -9,6 +9,7 @@ import pytest
 from deployments import Deployment
 from drawing import largest_difference
 from outside import ROOT, run_client
+from patience import PATIENCE_S
 
 from mii_serve.client import Client
 
@@ -18,7 +19,7 @@ FEW = {"num_inference_steps": 3}
 @pytest.fixture(scope="module")
 def told(deployment: Deployment) -> dict:
     host, _, port = deployment.grpc.rpartition(":")
-    told = json.loads(run_client("mii", "mii_pictures.py", host, port, str(ROOT), timeout_s=240).splitlines()[-1])
+    told = json.loads(run_client("mii", "mii_pictures.py", host, port, str(ROOT)).splitlines()[-1])
     for answer in told.values():
         if isinstance(answer, dict) and "pixels" in answer:
             answer["pixels"] = [base64.b64decode(pixels) for pixels in answer["pixels"]]
@@ -32,7 +33,7 @@ def client(deployment: Deployment):
 
 
 def drawn(client: Client, prompt: str, **settings) -> list[bytes]:
-    return [image.tobytes() for image in client.generate(prompt, timeout=60, **settings).images]
+    return [image.tobytes() for image in client.generate(prompt, timeout=PATIENCE_S, **settings).images]
 
 
 def test_mii_and_our_copy_of_its_messages_live_in_one_process_and_agree(told):

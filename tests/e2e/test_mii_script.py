@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from deployments import START_TIMEOUT_S, read_line, until
+from deployments import read_line, until
 from drawing import largest_difference
+from patience import PATIENCE_S
 from PIL import Image
 
 from mii_serve.client import Client
@@ -51,7 +52,7 @@ mii.terminate("sd v1/4")
 def run(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "MII_SERVE_RUNTIME_DIR": str(folder / "run")}
     command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def ran(script: str, folder: Path, *arguments: str) -> str:
@@ -83,7 +84,7 @@ def test_deploy_query_and_terminate_from_three_scripts(folder, entry):
         assert (info.model, info.dtype, info.deployment_name) == ("demo", "fp32", "sd v1/4")
         for i, (prompt, negative) in enumerate((("a red circle", ""), ("a blue square", "red"))):
             ours = client.generate(
-                prompt, negative_prompt=negative, num_inference_steps=3, guidance_scale=7.3, seed=5 + i, timeout=60
+                prompt, negative_prompt=negative, num_inference_steps=3, guidance_scale=7.3, seed=5 + i, timeout=PATIENCE_S
             )
             with Image.open(folder / f"{i}.png") as theirs:  # those two shared their UNet calls; ours is made alone
                 assert largest_difference(theirs.tobytes(), ours.images[0].tobytes()) <= 1
@@ -135,13 +136,13 @@ def test_deploy_takes_a_file_in_miis_words_and_terminate_drains_it_where_that_is
     with (tmp_path / "log").open("w+") as log:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         try:
-            line = read_line(server, START_TIMEOUT_S, log)
+            line = read_line(server, log)
             assert line.startswith("ready grpc=127.0.0.1:"), (tmp_path / "log").read_text()
             ran(terminate, tmp_path, line.split()[1].rpartition(":")[2])
-            assert server.wait(60) == 0
+            assert server.wait(PATIENCE_S) == 0
         finally:
             server.kill()
-            server.communicate(timeout=30)
+            server.communicate(timeout=PATIENCE_S)
     said = (tmp_path / "log").read_text()
     assert "MII's setting max_tokens is ignored" in said
     assert "called Terminate" in said

@@ -16,7 +16,8 @@ import psutil
 import pytest
 import trustme
 from content_safety_double import KEY, ContentSafetyDouble, double_in_a_thread
-from deployments import Deployment, deployed, start, until
+from deployments import Deployment, deployed, finished, start, until
+from patience import PATIENCE_S
 
 from mii_serve.client import Client
 from mii_serve.errors import ContentBlockedError, ModerationFailedError, RequestCancelledError
@@ -32,7 +33,7 @@ def double() -> Iterator[ContentSafetyDouble]:
 
 @pytest.fixture(scope="module")
 def deployment(double) -> Iterator[Deployment]:
-    asked = {"CONTENT_SAFETY_ENDPOINT": double.url, "CONTENT_SAFETY_KEY": KEY, "MII_SERVE_CONTENT_SAFETY__TIMEOUT_S": "20"}
+    asked = {"CONTENT_SAFETY_ENDPOINT": double.url, "CONTENT_SAFETY_KEY": KEY, "MII_SERVE_CONTENT_SAFETY__TIMEOUT_S": "60"}
     with deployed("demo", env=asked) as running:
         yield running
 
@@ -74,11 +75,11 @@ def test_probes_answer_while_the_service_hangs_and_nothing_leaves(client, deploy
     reading.start()
     until(lambda: double.num_hanging, "the picture is being looked at")
     for path in ("readyz", "livez", "metrics"):
-        with urllib.request.urlopen(f"http://{deployment.http}/{path}", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://{deployment.http}/{path}", timeout=PATIENCE_S) as answer:
             text = answer.read().decode()
     assert double.num_hanging, "it hung all the while"
     stream.cancel()
-    reading.join(20)
+    reading.join(PATIENCE_S)
     assert kinds and not {"PictureReady", "PreviewReady", "Done"} & set(kinds)
     assert 'mii_serve_moderation_checks_total{outcome="passed",stage="input"}' in text
     until(lambda: not double.num_hanging, "who hangs up takes the question back")
@@ -98,7 +99,7 @@ def test_a_replica_does_not_know_the_key(deployment):
 
 def test_without_a_key_nothing_starts():
     with start("demo", env={"CONTENT_SAFETY_ENDPOINT": "https://x"}) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = finished(process)
     assert process.returncode == 2 and "ready" not in out
     assert "CONTENT_SAFETY_KEY: content safety needs this key, or a managed identity in UAI_CLIENT_ID" in err
 
@@ -132,7 +133,7 @@ def test_a_managed_identity_serves_as_well_as_a_key(tmp_path: Path):
         identity = {"IDENTITY_ENDPOINT": f"{double.url}/msi/token", "IDENTITY_HEADER": KEY}
         command = [sys.executable, "-W", "error", "-c", ASK_AS_IDENTITY]
         environment = {**os.environ, **asked, **identity}
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
         assert ran.returncode == 0, ran.stderr
         assert ran.stdout == "prompt: refused by content safety: Hate 4\n"
         assert double.num_tokens == 1 and double.refused == [] and double.texts == ["a red circle", "gore"]

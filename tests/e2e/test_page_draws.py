@@ -36,7 +36,7 @@ def test_a_person_watches_a_picture_come_out_of_the_noise(deployment):
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.goto(f"http://{deployment.http}/")
-        expect(page.locator("#model")).to_have_text("demo · native fp32 on cpu", timeout=30_000)
+        expect(page.locator("#model")).to_have_text("demo · native fp32 on cpu")
         page.fill("#prompt", PROMPT)
         page.fill("#seed", "7")
         # every source the picture ever has, written down in the page itself: a preview may be there for a moment only

@@ -68,5 +68,5 @@ def test_of_the_requests_on_two_replicas_only_the_one_that_crashes_them_is_refus
         assert "replicas crashed" in told
         assert [list(result.seeds) for result in results] == [[seed] for seed in range(8)]
         assert all(len(result.images) == 1 for result in results)
-        until(lambda: are_all_ready(client), "both are back", 120)
+        until(lambda: are_all_ready(client), "both are back")
         assert sum(replica.num_restarts for replica in client.server_info().replicas) <= 3

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trustme
 from deployments import Deployment, deployed, until
+from patience import PATIENCE_S
 
 KEY, NEW_KEY = "studio-key-0123456789", "second-key-0123456789"
 
@@ -44,8 +45,8 @@ def draw(secured: Deployment, folder: Path, key: str | None, *flags: str) -> sub
         environment["MII_SERVE_API_KEY"] = key
     target = f"localhost:{secured.grpc.rpartition(':')[2]}"
     command = (sys.executable, "-m", "mii_serve", "generate", "a red circle", "--num-inference-steps", "2")
-    output = ("--output", str(folder / "out.png"), "--target", target, "--timeout", "20")
-    return subprocess.run([*command, *output, *flags], env=environment, capture_output=True, text=True, timeout=60)
+    output = ("--output", str(folder / "out.png"), "--target", target, "--timeout", str(PATIENCE_S))
+    return subprocess.run([*command, *output, *flags], env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def tls_flags(folder: Path) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ def test_keys_are_read_again_on_sighup(secured, folder):
     assert draw(secured, folder, NEW_KEY, *tls_flags(folder)).returncode != 0
     (folder / "keys").write_text(f"{NEW_KEY}\n{KEY}\n")
     secured.process.send_signal(signal.SIGHUP)
-    until(lambda: draw(secured, folder, NEW_KEY, *tls_flags(folder)).returncode == 0, "the new key opens", 30)
+    until(lambda: draw(secured, folder, NEW_KEY, *tls_flags(folder)).returncode == 0, "the new key opens")
     assert secured.replica_pids() == replicas
 
 
@@ -85,11 +86,11 @@ def test_http_speaks_tls_too(secured, folder):
     port = secured.http.rpartition(":")[2]
     context = ssl.create_default_context(cafile=folder / "ca.pem")
     context.load_cert_chain(folder / "client.pem")
-    with urllib.request.urlopen(f"https://localhost:{port}/livez", timeout=10, context=context) as answer:
+    with urllib.request.urlopen(f"https://localhost:{port}/livez", timeout=PATIENCE_S, context=context) as answer:
         assert answer.status == 200
     with pytest.raises((urllib.error.URLError, ConnectionError)):
-        urllib.request.urlopen(f"http://localhost:{port}/livez", timeout=10)
+        urllib.request.urlopen(f"http://localhost:{port}/livez", timeout=PATIENCE_S)
     with pytest.raises((urllib.error.URLError, ConnectionError)):  # no certificate of its own
         urllib.request.urlopen(
-            f"https://localhost:{port}/livez", timeout=10, context=ssl.create_default_context(cafile=folder / "ca.pem")
+            f"https://localhost:{port}/livez", timeout=PATIENCE_S, context=ssl.create_default_context(cafile=folder / "ca.pem")
         )

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from deployments import ENDLESS, START_TIMEOUT_S, deployed, read_line, start, until
+from deployments import ENDLESS, deployed, read_line, start, until
+from patience import PATIENCE_S
 
 from mii_serve.client import Client
 from mii_serve.errors import UnavailableError
@@ -29,7 +30,7 @@ SECOND_SIGNALS = [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTE
 def posted(address: str, path: str, body: dict) -> tuple[int, dict]:
     asked = urllib.request.Request(f"http://{address}{path}", json.dumps(body).encode(), {"content-type": "application/json"})
     try:
-        with urllib.request.urlopen(asked, timeout=120) as answer:
+        with urllib.request.urlopen(asked, timeout=PATIENCE_S) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
@@ -38,7 +39,7 @@ def posted(address: str, path: str, body: dict) -> tuple[int, dict]:
 
 def status_of(address: str, path: str) -> int:
     try:
-        with urllib.request.urlopen(f"http://{address}{path}", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=PATIENCE_S) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         with error:
@@ -67,11 +68,11 @@ class Logged:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=PATIENCE_S)
 
     def ready(self) -> tuple[str, str]:
         with self.log.open() as log:
-            words = dict(word.partition("=")[::2] for word in read_line(self.process, START_TIMEOUT_S, log).split())
+            words = dict(word.partition("=")[::2] for word in read_line(self.process, log).split())
         return words["grpc"], words["http"]
 
     def children(self) -> list[psutil.Process]:
@@ -100,26 +101,42 @@ def test_a_second_signal_ends_at_once_and_callers_are_told_why(tmp_path, first, 
             until(lambda: client.server_info().activity.num_running >= 2, "those over HTTP run too")
             children = running.children()
             signal_twice(running.process, first, second, running.log)
-            assert running.process.wait(60) == 0
+            assert running.process.wait(PATIENCE_S) == 0
             with pytest.raises(UnavailableError, match="the server is stopping"):
                 stream.result()
         for asker in askers:
-            asker.join(60)
+            asker.join(PATIENCE_S)
         assert answers["/score"][0] == 503 and answers["/score"][1]["error"]["code"] == "unavailable", answers
         assert "the server is stopping" in answers["/score"][1]["message"]
         log = running.log.read_text()
         assert "Traceback" not in log and "was lost" not in log and "restarting" not in log, log
-        until(lambda: not any(child.is_running() for child in children), "no process is left", 5)
+        until(lambda: not any(child.is_running() for child in children), "no process is left")
 
 
 def test_a_replica_that_answers_no_signal_does_not_outlive_the_second_one(tmp_path):
     with Logged(tmp_path, "demo") as running:
         running.ready()
-        [replica] = running.children()
+        [replica] = [child for child in running.children() if "spare" not in child.cmdline()]
         replica.suspend()
         signal_twice(running.process, signal.SIGTERM, signal.SIGINT, running.log)
-        assert running.process.wait(60) == 0
-        until(lambda: not replica.is_running(), "the replica is gone", 5)
+        assert running.process.wait(PATIENCE_S) == 0
+        until(lambda: not replica.is_running(), "the replica is gone")
+        assert "Traceback" not in running.log.read_text()
+
+
+def test_a_caller_who_sends_slowly_is_told_too_when_the_server_has_waited_long_enough(tmp_path):
+    with Logged(tmp_path, "demo") as running:
+        _, http = running.ready()
+        host, _, port = http.rpartition(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(f"POST /score HTTP/1.1\r\nhost: {http}\r\ncontent-type: application/json\r\n".encode())
+            slow.sendall(b"content-length: 100\r\n\r\n{")
+            assert status_of(http, "/readyz") == 200
+            running.process.send_signal(signal.SIGTERM)
+            slow.settimeout(60)
+            answer = slow.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 503 "), answer
+        assert running.process.wait(PATIENCE_S) == 0
         assert "Traceback" not in running.log.read_text()
 
 
@@ -141,14 +158,14 @@ def test_signals_while_it_starts_end_it_in_good_order(tmp_path, signals, is_spaw
         for number in signals:
             if running.process.poll() is None:
                 running.process.send_signal(number)
-        assert running.process.wait(60) == 0
-        until(lambda: not any(child.is_running() for child in children), "no process is left", 10)
+        assert running.process.wait(PATIENCE_S) == 0
+        until(lambda: not any(child.is_running() for child in children), "no process is left")
         log = running.log.read_text()
         assert "Traceback" not in log and "error: " not in log, log
 
 
 def test_what_only_asks_is_answered_while_a_replica_that_hangs_is_replaced():
-    with deployed("demo", env={"MII_SERVE_HANG_TIMEOUT_S": "2"}) as running:
+    with deployed("demo", env={"MII_SERVE_HANG_TIMEOUT_S": "5"}) as running:
         [first] = running.replica_pids()
         seen: dict[str, set[int]] = {path: set() for path in INFO_ROUTES}
         is_over = threading.Event()
@@ -164,7 +181,7 @@ def test_what_only_asks_is_answered_while_a_replica_that_hangs_is_replaced():
         try:
             os.kill(first, signal.SIGSTOP)
             until(lambda: not psutil.pid_exists(first), "the replica is killed")
-            until(lambda: status_of(running.http, "/readyz") == 200, "another one is ready", 120)
+            until(lambda: status_of(running.http, "/readyz") == 200, "another one is ready")
         finally:
             is_over.set()
             for asker in askers:
@@ -186,12 +203,12 @@ def test_without_standard_streams_it_serves_and_ends_cleanly(redirection):
     command = f"exec {sys.executable} -m mii_serve deploy demo --grpc-port 0 --http-port {port} {redirection}"
     with subprocess.Popen(["sh", "-c", command]) as process:
         try:
-            until(lambda: is_ready_at(f"127.0.0.1:{port}"), "it is ready", START_TIMEOUT_S)
+            until(lambda: is_ready_at(f"127.0.0.1:{port}"), "it is ready")
             assert (
                 posted(f"127.0.0.1:{port}", "/v1/images/generations", {"prompt": "a red circle", "size": "128x128"})[0] == 200
             )
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
+            assert process.wait(PATIENCE_S) == 0
         finally:
             process.kill()
 
@@ -205,9 +222,9 @@ def test_a_reader_that_goes_away_ends_nothing():
         os.close(write)
         os.close(read)
         try:
-            until(lambda: is_ready_at(f"127.0.0.1:{port}"), "it is ready", START_TIMEOUT_S)
+            until(lambda: is_ready_at(f"127.0.0.1:{port}"), "it is ready")
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
+            assert process.wait(PATIENCE_S) == 0
         finally:
             process.kill()
 
@@ -271,9 +288,9 @@ def test_nothing_that_lies_in_the_current_folder_is_run(tmp_path):
             ) as process,
         ):
             try:
-                read_line(process, START_TIMEOUT_S, log)
+                read_line(process, log)
                 process.send_signal(signal.SIGTERM)
-                assert process.wait(60) == 0
+                assert process.wait(PATIENCE_S) == 0
             finally:
                 process.kill()
         assert not marker.exists(), marker.read_text()

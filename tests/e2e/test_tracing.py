@@ -16,6 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     add_TraceServiceServicer_to_server,
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from patience import PATIENCE_S
 
 from mii_serve.client import Client
 from mii_serve.errors import InvalidRequestError
@@ -69,7 +70,7 @@ def test_a_request_is_one_trace_from_the_caller_down_to_each_stage_of_each_image
         with grpc.insecure_channel(running.grpc) as channel:
             request = pb.GenerateRequest(prompt=PROMPT, num_inference_steps=4, num_images_per_prompt=2, seed=5)
             metadata = (("traceparent", f"00-{TRACE_ID}-{CALLER_SPAN_ID}-01"), ("x-request-id", "mine"))
-            ImageGenerationStub(channel).Generate(request, metadata=metadata, timeout=60)
+            ImageGenerationStub(channel).Generate(request, metadata=metadata, timeout=PATIENCE_S)
         with Client(running.grpc) as client, pytest.raises(InvalidRequestError):
             client.generate(PROMPT, scheduler="no such thing")
         assert running.stop(signal.SIGTERM) == 0

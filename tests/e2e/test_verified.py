@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from deployments import START_TIMEOUT_S, deployed, start
+from deployments import deployed, finished, start
 
 from mii_serve.client import Client
 
@@ -37,7 +37,7 @@ def test_a_deployment_that_fails_ends_with_the_name_of_the_stage(tmp_path: Path)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**ONE_THREAD, "PYTHONPATH": path}
     with start("demo", "--verify", "--engine", "native", env=environment) as process:
-        out, err = process.communicate(timeout=START_TIMEOUT_S)
+        out, err = finished(process)
     assert process.returncode == 1
     assert out == "", "it was never ready"
     last = err.splitlines()[-1]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from patience import PATIENCE_S
 
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import EngineError
@@ -49,7 +50,7 @@ class RunningServer:
 
     async def until(self, condition) -> None:
         """Wait, within a bound, for something the loop is about to do."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not condition():  # noqa: ASYNC110 - there is no event for every condition a test may have
                 await asyncio.sleep(0.005)
 

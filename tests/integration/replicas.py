@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+from patience import PATIENCE_S
 from PIL import Image
 
 from mii_serve.engine.fake import FakeEngine
@@ -84,13 +85,13 @@ class Replica:
 class Deployment:
     """A front with replicas that a test may kill and start again, as the supervisor would tell of it."""
 
-    def __init__(self, folder: Path, count: int, max_slots: int = 4) -> None:
+    def __init__(self, folder: Path, count: int, max_slots: int = 4, patience_s: float = PATIENCE_S) -> None:
         self._folder = folder
         self._max_slots = max_slots
         self._lives = 0
         self._crashing: set[asyncio.Task[None]] = set()
         self.num_crashes = 0
-        self.router = Router(count, patience_s=1.0)
+        self.router = Router(count, patience_s=patience_s)
         self.desk = Desk(self.router)
         self.front = GrpcFront(self.desk)
         self.replicas: dict[int, Replica] = {}
@@ -119,7 +120,7 @@ class Deployment:
         await self.desk.detach(index, loss)
 
     async def until(self, condition) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not condition():  # noqa: ASYNC110 - there is no event for every condition a test may have
                 await asyncio.sleep(0.005)
 
@@ -143,8 +144,10 @@ class Deployment:
 
 
 @contextlib.asynccontextmanager
-async def deployment_of(folder: Path, count: int, max_slots: int = 4) -> AsyncIterator[Deployment]:
-    deployment = Deployment(folder, count, max_slots)
+async def deployment_of(
+    folder: Path, count: int, max_slots: int = 4, patience_s: float = PATIENCE_S
+) -> AsyncIterator[Deployment]:
+    deployment = Deployment(folder, count, max_slots, patience_s)
     try:
         for index in range(count):
             await deployment.start(index)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 import pytest
 from integration.conftest import RunningServer, running_server
+from patience import PATIENCE_S
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -35,7 +36,9 @@ MIX = parse_mix("2: num_inference_steps=3, height=64, width=64; 1: num_inference
 
 
 def plan(loop: Loop, **changes) -> Plan:
-    return Plan(**{"loop": loop, "mix": MIX, "bounds": Bounds(max_requests=12, timeout_s=20), "num_warmup": 2, **changes})
+    return Plan(
+        **{"loop": loop, "mix": MIX, "bounds": Bounds(max_requests=12, timeout_s=PATIENCE_S), "num_warmup": 2, **changes}
+    )
 
 
 CLOSED = Loop(kind="closed", callers=3)

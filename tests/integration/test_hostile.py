@@ -9,6 +9,7 @@ import random
 import grpc
 import pytest
 from integration.conftest import running_server
+from patience import PATIENCE_S
 
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import InvalidRequestError, MiiServeError, QueueFullError
@@ -60,7 +61,7 @@ async def test_ten_thousand_malformed_messages_get_typed_errors_and_harm_nobody(
     async def send(message: bytes) -> None:
         async with bound:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await raw(message, timeout=60)
+                await raw(message, timeout=PATIENCE_S)
             error = typed(caught.value)
             assert type(error) is InvalidRequestError, (message[:80], caught.value.code(), caught.value.details())
             assert error.field
@@ -76,7 +77,7 @@ async def test_a_message_of_a_huge_size_is_refused_unread(server):
     raw = server.channel.unary_unary(METHOD)
     for size in (MAX_REQUEST_BYTES + 1, 64 * 1024 * 1024):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await raw(b"\x00" * size, timeout=60)
+            await raw(b"\x00" * size, timeout=PATIENCE_S)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert isinstance(typed(caught.value), QueueFullError | MiiServeError)
     assert (await server.stub.Generate(pb.GenerateRequest(prompt="a"))).images
@@ -94,7 +95,7 @@ async def test_a_thousand_idle_streams_and_fifty_active_callers(tmp_path):
 
         async def draw(channel: grpc.aio.Channel, seed: int) -> int:
             request = pb.GenerateRequest(prompt="a", seed=seed, num_inference_steps=4, priority=pb.PRIORITY_HIGH)
-            return (await ImageGenerationStub(channel).Generate(request, timeout=120)).images[0].seed
+            return (await ImageGenerationStub(channel).Generate(request, timeout=PATIENCE_S)).images[0].seed
 
         active = [asyncio.create_task(draw(channels[i], i)) for i in range(50)]
         await server.until(lambda: server.loop.activity().num_requests == 1050)
@@ -114,7 +115,9 @@ async def test_who_reads_slowly_slows_nobody(server):
     await slow.read()
     async with grpc.aio.insecure_channel(server.target, options=CHANNEL_OPTIONS) as channel:
         for seed in range(20):
-            assert (await ImageGenerationStub(channel).Generate(pb.GenerateRequest(prompt="b", seed=seed), timeout=30)).images
+            assert (
+                await ImageGenerationStub(channel).Generate(pb.GenerateRequest(prompt="b", seed=seed), timeout=PATIENCE_S)
+            ).images
     kinds = []
     while (event := await slow.read()) is not grpc.aio.EOF:
         kinds.append(event.WhichOneof("event"))
@@ -127,7 +130,7 @@ async def test_a_full_line_says_when_to_come_again(server):
     await server.until(lambda: server.loop.activity().num_waiting == 8 or any(call.done() for call in calls))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         for _ in range(12):
-            await server.stub.Generate(pb.GenerateRequest(prompt="a"), timeout=20)
+            await server.stub.Generate(pb.GenerateRequest(prompt="a"), timeout=PATIENCE_S)
     error = typed(caught.value)
     assert isinstance(error, QueueFullError) and error.retry_after_s is not None and error.retry_after_s > 0
     server.engine.gate.set()

@@ -9,6 +9,7 @@ import urllib.request
 import grpc
 import pytest
 from integration.test_router import KILLED, Deployment, deployment_of, events_of, request
+from patience import PATIENCE_S
 from prometheus_client.parser import text_string_to_metric_families
 
 from mii_serve.config import DeployConfig
@@ -88,7 +89,7 @@ async def test_who_leaves_is_counted_by_where_they_were(two):
         if event.HasField("step"):
             break
     call.cancel()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not total(await scraped(two), "mii_serve_cancelled_total", where="running"):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert total(await scraped(two), "mii_serve_requests_total", code="CANCELLED") == 1
@@ -110,7 +111,7 @@ async def test_queued_work_is_told_in_seconds(two):
 async def test_they_are_served_over_http(two):
     await two.stub.Generate(request())
     async with serve_http(DeployConfig.load({"http_port": 0}), two.desk, KeyRing()) as address:
-        answer = await asyncio.to_thread(urllib.request.urlopen, f"http://{address}/metrics", timeout=10)
+        answer = await asyncio.to_thread(urllib.request.urlopen, f"http://{address}/metrics", timeout=PATIENCE_S)
         with answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             families = {family.name for family in text_string_to_metric_families(answer.read().decode())}

@@ -10,6 +10,7 @@ import grpc
 import pytest
 from google.protobuf import empty_pb2
 from integration.conftest import running_server
+from patience import PATIENCE_S
 
 from mii_serve.engine.fake import MAX_WORDS, FakeEngine
 from mii_serve.proto.mii import pictures_pb2 as mii
@@ -243,7 +244,7 @@ class TestEndings:
 
     async def test_a_reply_as_large_as_allowed_arrives(self, tmp_path):
         async with running_server(tmp_path, FakeEngine(), max_waiting_samples=64) as server:
-            reply = await send(server, request(*"a" * 42, height=1024, width=1024, num_inference_steps=1), timeout=60)
+            reply = await send(server, request(*"a" * 42, height=1024, width=1024, num_inference_steps=1), timeout=PATIENCE_S)
             assert len(reply.images) == 42 and reply.ByteSize() > 126 * 2**20
 
 

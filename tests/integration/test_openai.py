@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from integration.web import picture, web
+from patience import PATIENCE_S
 
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import ContentBlockedError
@@ -161,7 +162,7 @@ async def test_a_stream_that_waits_shows_that_it_is_there(served, monkeypatch):
     monkeypatch.setattr(door, "KEEPALIVE_S", 0.05)
     served.server.engine.gate.clear()
     reader, writer = await served.start(PATH, {"prompt": "a", "stream": True})
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         for _ in range(3):
             await reader.readuntil(b": still here\n\n")
         served.server.engine.gate.set()

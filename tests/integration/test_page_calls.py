@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from integration.conftest import RunningServer, running_server
+from patience import PATIENCE_S
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine.fake import FakeEngine
+from mii_serve.errors import UnavailableError
 from mii_serve.gateway.app import serve_http
 from mii_serve.gateway.page.calls import PageCalls
 from mii_serve.gateway.page.files import ASSETS
@@ -50,7 +52,7 @@ class Site:
     address: str
 
     async def ask(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
-        async with asyncio.timeout(20), self.line() as (reader, writer):
+        async with asyncio.timeout(PATIENCE_S), self.line() as (reader, writer):
             await self.say(writer, method, path, body, {"connection": "close", **(headers or {})})
             head, _, rest = (await reader.read()).partition(b"\r\n\r\n")
         status, *lines = head.decode().split("\r\n")
@@ -253,4 +255,18 @@ async def test_any_number_of_pages_asks_the_replicas_only_now_and_then(site, mon
     calls = PageCalls(site.server.desk)
     answers = await asyncio.gather(*(calls.state(None) for _ in range(50)))
     assert {json.loads(answer.body)["max_slots"] for answer in answers} == {2}
+    assert len(asked) == 1
+
+
+async def test_pages_do_not_queue_up_to_ask_replicas_that_say_nothing(site, monkeypatch):
+    asked = []
+
+    async def refused() -> pb.GetServerInfoResponse:
+        asked.append(None)
+        raise UnavailableError("no replica answers")
+
+    monkeypatch.setattr(site.server.desk, "server_info", refused)
+    calls = PageCalls(site.server.desk)
+    outcomes = await asyncio.gather(*(calls.state(None) for _ in range(50)), return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {UnavailableError}
     assert len(asked) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from patience import PATIENCE_S
 from replicas import CRASHED, KILLED, Deployment, color, deployment_of, events_of, expected_color, kinds, request
 
 from mii_serve.errors import PoisonedRequestError
@@ -161,7 +162,7 @@ class TestALostReplica:
             assert kinds(await call)[-1] == "done"
 
     async def test_that_wait_has_a_bound(self, tmp_path):
-        async with deployment_of(tmp_path, 1) as single:
+        async with deployment_of(tmp_path, 1, patience_s=1.0) as single:
             _, call = await self.held_on_one(single)
             await single.lose(0, KILLED)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -172,8 +173,8 @@ class TestALostReplica:
     async def test_a_deadline_ends_that_wait(self, tmp_path):
         async with deployment_of(tmp_path, 1) as single:
             single.hold()
-            call = asyncio.create_task(events_of(single.stub.GenerateStream(request(), timeout=0.4)))
-            await single.until(lambda: sum(single.images_on().values()) == 1)
+            call = asyncio.create_task(events_of(single.stub.GenerateStream(request(), timeout=2.0)))
+            await single.until(lambda: call.done() or sum(single.images_on().values()) == 1)
             await single.lose(0, KILLED)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
@@ -242,7 +243,7 @@ class TestALostReplica:
         first.stub = Closed()
         first.lost.set_result(KILLED)
         try:
-            events = await asyncio.wait_for(events_of(three.stub.GenerateStream(request())), 20)
+            events = await asyncio.wait_for(events_of(three.stub.GenerateStream(request())), PATIENCE_S)
             assert kinds(events).count("restarted") == 1 and kinds(events)[-1] == "done"
         finally:
             first.lost = asyncio.get_running_loop().create_future()

@@ -10,6 +10,7 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from integration.conftest import RunningServer, running_server
+from patience import PATIENCE_S
 
 from mii_serve.client import AsyncClient
 from mii_serve.engine.fake import FakeEngine
@@ -18,7 +19,6 @@ from mii_serve.server.keys import KeyRing
 from mii_serve.server.tls import Tls
 
 KEY = "studio-key-0123456789"
-BOUND_S = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def trusting(authority: trustme.CA, client: trustme.LeafCert | None = None) -> g
 async def draw(server: RunningServer, **settings) -> int:
     target = f"localhost:{server.target.rpartition(':')[2]}"
     async with AsyncClient(target, max_retries=0, **settings) as client:
-        return len((await client.generate("a red circle", timeout=BOUND_S)).images)
+        return len((await client.generate("a red circle", timeout=PATIENCE_S)).images)
 
 
 class TestApiKeys:

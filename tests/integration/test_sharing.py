@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from patience import PATIENCE_S
 
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.proto.interceptor import CLIENT_ID_KEY
@@ -210,7 +211,7 @@ async def test_two_thousand_requests_with_random_cancels_leave_nothing_behind():
         tracemalloc.start()
         before = settled()
         done = await serve(500, 2500)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while loop.activity().num_running or loop.activity().num_waiting or engine._running:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         grown = settled() - before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import grpc
@@ -11,6 +12,7 @@ from replicas import KILLED, Deployment, deployment_of, events_of, request
 
 from mii_serve.errors import UnavailableError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server.link import Connection
 
 
 async def assert_told(call: asyncio.Task) -> None:
@@ -51,7 +53,7 @@ async def test_all_who_wait_for_the_same_work(tmp_path: Path):
     async with deployment_of(tmp_path, 1) as deployment:
         deployment.hold()
         calls = [called(deployment, (("x-idempotency-key", "once"),)) for _ in range(3)]
-        await deployment.until(lambda: len(deployment.desk._active) == 3)
+        await deployment.until(lambda: len(deployment.desk._waiting) == 3)
         await deployment.until(lambda: sum(deployment.images_on().values()) == 1)
         deployment.desk.stop()
         for call in calls:
@@ -77,3 +79,23 @@ async def test_asking_a_replica_whose_connection_is_just_closed_is_unavailable_a
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert all(isinstance(outcome, pb.GetServerInfoResponse | UnavailableError) for outcome in outcomes), outcomes
         assert all(isinstance(text, bytes) for text in await asyncio.gather(*texts))
+
+
+async def test_an_answer_that_is_waited_for_when_its_connection_is_closed_is_none(tmp_path: Path):
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "s"))
+        silent.listen()
+        connection = Connection(grpc.aio.insecure_channel(f"unix:{tmp_path / 's'}"))
+        asked = [asyncio.create_task(call) for call in (connection.info(60), connection.metrics(60), connection.answers())]
+        await asyncio.sleep(0.1)  # until they wait
+        await connection.channel.close()
+        assert await asyncio.gather(*asked) == [None, None, False]
+
+
+async def test_a_caller_who_leaves_while_a_replica_is_asked_has_left(tmp_path: Path):
+    async with deployment_of(tmp_path, 1) as deployment:
+        asked = asyncio.create_task(deployment.router.links[0].connection.info(60))
+        await asyncio.sleep(0)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked

@@ -7,6 +7,7 @@ import random
 
 import grpc
 import pytest
+from patience import PATIENCE_S
 from replicas import (
     CRASHED,
     KILLED,
@@ -24,7 +25,6 @@ from replicas import (
 from mii_serve.errors import PoisonedRequestError
 from mii_serve.proto.status import decode_error
 
-TIMEOUT_S = 60.0
 MAX_RESTARTS_OF_INNOCENTS = 2
 """Of one part: once in line for a replica that crashed, once on one. There are at most as many parts as replicas, three."""
 
@@ -61,8 +61,8 @@ async def test_of_eight_innocents_beside_a_poison_each_gets_its_picture(tmp_path
     async with deployment_of(tmp_path, count, max_slots=8) as deployment:
         deployment.hold()
         innocents = [{"seed": seed, "num_inference_steps": 20} for seed in range(8)]
-        calls = [called(deployment, TIMEOUT_S, **fields) for fields in innocents]
-        guilty = called(deployment, TIMEOUT_S, prompt=poison)
+        calls = [called(deployment, PATIENCE_S, **fields) for fields in innocents]
+        guilty = called(deployment, PATIENCE_S, prompt=poison)
         await deployment.until(lambda: sum(deployment.images_on().values()) == 9)
         deployment.release()
         assert is_refused_as_poisoned((await asyncio.gather(guilty, return_exceptions=True))[0])
@@ -88,7 +88,7 @@ async def test_however_requests_and_poisons_mix_only_the_poisons_are_refused(tmp
                 "num_images_per_prompt": chance.choice([1, 1, 2, 5]),
                 "prompt": kind if kind in (POISON, SUDDEN_POISON) else f"{kind} {number}",
             }
-            calls.append((kind, fields, called(deployment, TIMEOUT_S, **fields)))
+            calls.append((kind, fields, called(deployment, PATIENCE_S, **fields)))
             if chance.random() < 0.3:
                 deployment.release()
                 await asyncio.sleep(chance.random() / 50)
@@ -97,7 +97,7 @@ async def test_however_requests_and_poisons_mix_only_the_poisons_are_refused(tmp
             if kind == "leaves":
                 await asyncio.sleep(chance.random() / 50)
                 call.cancel()
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(PATIENCE_S):
             outcomes = await asyncio.gather(*(call for _, _, call in calls), return_exceptions=True)
         for (kind, fields, _), outcome in zip(calls, outcomes, strict=True):
             if kind == "innocent":
@@ -181,10 +181,10 @@ async def test_suspects_that_hang_up_make_room_for_the_next(tmp_path):
 async def test_a_busy_replica_is_waited_for_longer_than_a_lost_one(tmp_path):
     """`replica_wait_s` bounds the time without any replica, not the time that suspects take."""
     async with deployment_of(tmp_path, 1) as deployment:
-        deployment.router._patience_s = 0.2
+        deployment.router._patience_s = 1.0
         calls = await crowd_after_a_crash(deployment, 3)
         await deployment.until(lambda: deployment.images_on() == {0: 1})
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(2.0)
         deployment.release()
         for seed, events in enumerate(await asyncio.gather(*calls)):
             assert_made(events, {"seed": seed})
@@ -206,16 +206,16 @@ async def test_a_poison_that_comes_again_is_made_alone_from_the_start(tmp_path):
         assert "restarted" not in kinds(events) and deployment.num_crashes == 3
 
 
-async def test_in_a_crowd_that_is_killed_three_times_nobody_is_refused(tmp_path):
+async def test_a_crowd_that_is_killed_once_stays_one_and_killed_twice_is_made_one_at_a_time(tmp_path):
     """Whoever notices last that its replica is gone was not alone on it for that."""
     async with deployment_of(tmp_path, 1, max_slots=8) as deployment:
         deployment.hold()
         calls = [called(deployment, seed=seed) for seed in range(6)]
         await deployment.until(lambda: sum(deployment.images_on().values()) == 6)
-        for _ in range(2):
+        for num_images in (6, 1):
             await deployment.lose(0, KILLED)
             await deployment.start(0, is_held=True)
-            await deployment.until(lambda: sum(deployment.images_on().values()) >= 1)
+            await deployment.until(lambda num_images=num_images: sum(deployment.images_on().values()) == num_images)
         deployment.release()
         for seed, events in enumerate(await asyncio.gather(*calls)):
             assert_made(events, {"seed": seed})
@@ -242,3 +242,28 @@ async def test_requests_that_arrive_together_see_each_others_work(tmp_path):
         await deployment.until(lambda: deployment.images_on() == {0: 4, 1: 4})
         deployment.release()
         await asyncio.gather(*calls)
+
+
+async def test_a_replica_that_is_emptied_for_a_suspect_takes_others_again_when_that_one_hangs_up(tmp_path):
+    async with deployment_of(tmp_path, 2) as deployment:
+        started: set[int] = set()
+
+        async def followed(seed: int) -> None:
+            async for event in deployment.stub.GenerateStream(request(seed=seed, num_inference_steps=500)):
+                if event.HasField("started"):
+                    started.add(seed)
+
+        suspect = asyncio.create_task(followed(0))
+        await deployment.until(lambda: started == {0})
+        running = asyncio.create_task(followed(1))
+        await deployment.until(lambda: started == {0, 1})
+        deployment.hold()
+        await deployment.lose(0, CRASHED)  # the first one of two that have nothing to do
+        await deployment.until(lambda: len(deployment.router._suspects) == 1)
+        other = called(deployment, seed=50)
+        await deployment.until(lambda: len(deployment.router._waiting) == 1)
+        suspect.cancel()
+        await deployment.until(lambda: sum(deployment.images_on().values()) == 2)
+        deployment.release()
+        assert_made(await other, {"seed": 50})
+        await running

@@ -8,13 +8,13 @@ import struct
 
 import pytest
 from integration.conftest import RunningServer, running_server
+from patience import PATIENCE_S
 
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.proto import writing
 from mii_serve.proto.mii_codec import encode_mii_request
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 
-SLACK_S = 30.0
 DATA, HEADERS, SETTINGS = 0, 1, 4
 END_HEADERS, END_STREAM, INITIAL_WINDOW_SIZE = 4, 1, 4
 
@@ -85,7 +85,7 @@ async def test_who_takes_in_nothing_is_given_up_and_hung_up_on(impatient, name):
     ended = impatient.desk.metrics.requests.labels(name, "CANCELLED")
     await impatient.until(lambda: ended._value.get() == 3)
     await impatient.until(lambda: not impatient.desk._active and not impatient.loop._callers)
-    async with asyncio.timeout(SLACK_S):
+    async with asyncio.timeout(PATIENCE_S):
         for reader, writer in callers:
             with contextlib.suppress(ConnectionError):
                 received = await reader.read()  # to the end, which there is only when the server has hung up

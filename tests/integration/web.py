@@ -15,14 +15,13 @@ from typing import Any
 
 import httpx2
 from integration.conftest import RunningServer, running_server
+from patience import PATIENCE_S
 from PIL import Image
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine.fake import FakeEngine
 from mii_serve.gateway.app import serve_http
 from mii_serve.server.keys import KeyRing
-
-TIMEOUT_S = 20.0
 
 
 @dataclass
@@ -75,7 +74,7 @@ async def web(
     async with (
         running_server(folder, engine, max_waiting_samples=max_waiting_samples, **(behind or {})) as server,
         serve_http(config, server.desk, keys or KeyRing()) as address,
-        httpx2.AsyncClient(base_url=f"http://{address}", timeout=TIMEOUT_S) as client,
+        httpx2.AsyncClient(base_url=f"http://{address}", timeout=PATIENCE_S) as client,
     ):
         with nothing_escapes():
             yield Web(server, client, address)

@@ -161,7 +161,7 @@ LINEAR: Mapping[str, Config] = {
     "unipc": _unipc(),
     "unipc order 1": _unipc(solver_order=1),
     "unipc order 3": _unipc(solver_order=3),
-    "unipc bh1": _unipc(solver_type="bh1"),
+    "unipc bh1": _unipc(solver_type="bh1", final_sigmas_type="sigma_min"),
     "unipc epsilon inside": _unipc(predict_x0=False, final_sigmas_type="sigma_min"),
     "unipc without corrector": _unipc(disable_corrector=[0, 1]),
     "unipc karras, v-prediction": _unipc(use_karras_sigmas=True, prediction_type="v_prediction"),

@@ -16,26 +16,22 @@ MAX_FALSE_ALARMS = 0.02
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("row", MIN_RIGHT)
 def test_pictures_are_right_with_the_models_own_defaults(row):
     assert rates(drawing.grade for drawing in drawings_of(row, model_sampling())).right >= MIN_RIGHT[row]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_pictures_are_right_with_stable_diffusions_defaults():
     assert rates(drawing.grade for drawing in drawings_of("held_out_triples", pndm_sampling())).right >= MIN_RIGHT_PNDM
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_safety_checker_fires_on_the_forbidden_shape():
     assert checker_report(drawings_of("forbidden", model_sampling()))["flagged"] >= MIN_FLAGGED
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_safety_checker_leaves_everything_else_alone():
     assert checker_report(drawings_of("innocent", model_sampling()))["flagged"] <= MAX_FALSE_ALARMS
 

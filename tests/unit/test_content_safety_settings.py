@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE_S
 from unit.cli.conftest import Run
 from unit.cli.conftest import run as run
 
@@ -139,5 +140,5 @@ def test_a_replica_is_told_nothing_of_it(asked, monkeypatch):
 
 def test_the_front_starts_without_the_sdk():
     script = "import sys, mii_serve.server.deploy; print([name for name in ('azure', 'aiohttp', 'PIL') if name in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert ran.stdout == "[]\n"

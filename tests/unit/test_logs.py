@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 
+from patience import PATIENCE_S
+
 from mii_serve.logs import MAX_WAITING_LINES, JsonFormatter
 
 
@@ -49,7 +51,7 @@ def test_nobody_waits_for_a_reader_of_the_log_who_is_stuck():
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout.readline() == "served\n", "with stderr's pipe full and nobody reading it"
-        _, stderr = process.communicate("\n", timeout=60)
+        _, stderr = process.communicate("\n", timeout=PATIENCE_S)
     told = stderr.splitlines()
     assert any("line 0 of" in line for line in told)
     assert any("lines were dropped: nobody read them in time" in line for line in told)

@@ -107,7 +107,6 @@ class NativeEngine:
         slots = max_slots or (CUDA_SLOTS if is_cuda else CPU_SLOTS)
         self._max_slots = slots
         self._capabilities = capabilities_of(model, self._schedulers, self._samplings.of)
-        self._say_if_uncompiled()
         if lattice is None:
             defaults = model.defaults
             lattice = declare(slots, defaults.height // LATENT_SCALE, defaults.width // LATENT_SCALE) if is_cuda else ()
@@ -164,8 +163,8 @@ class NativeEngine:
         return self._samplings.of(params.scheduler, params.num_inference_steps).num_calls
 
     def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
-        sampling = self._samplings.of(params.scheduler, params.num_inference_steps)
-        return self._schedulers.describe(params.scheduler, is_compiled=not isinstance(sampling, Uncompiled))
+        is_compiled = self._samplings.is_compiled(params.scheduler, params.num_inference_steps)
+        return self._schedulers.describe(params.scheduler, is_compiled=is_compiled)
 
     def warmup(self) -> None:
         """Capture the lattice, and make pictures through every size of it."""
@@ -238,17 +237,6 @@ class NativeEngine:
             return TableStepping(sampling, generator)
         scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device)
         return ObjectStepping(scheduler, generator)
-
-    def _say_if_uncompiled(self) -> None:
-        defaults = self._capabilities.defaults
-        sampling = self._samplings.of(defaults.scheduler, defaults.num_inference_steps)
-        if isinstance(sampling, Uncompiled):
-            used = self._schedulers.describe(defaults.scheduler, is_compiled=False).class_name
-            logger.warning(
-                "the model's default scheduler %s is not compiled: %s. Its samples are stepped one by one, in the same batch",
-                used,
-                sampling.reason,
-            )
 
     def _step(self, ids: Sequence[SampleId], shown: Sequence[SampleId]) -> dict[SampleId, SampleProgress]:
         if not ids:

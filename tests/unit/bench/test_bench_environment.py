@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from mii_serve.bench import environment
 
 
 def git(folder: Path, *arguments: str) -> None:
     identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
-    subprocess.run(["git", *identity, "-C", str(folder), *arguments], check=True, capture_output=True, timeout=30)
+    subprocess.run(["git", *identity, "-C", str(folder), *arguments], check=True, capture_output=True, timeout=PATIENCE_S)
 
 
 @pytest.fixture

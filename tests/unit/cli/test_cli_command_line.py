@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from unit.cli.conftest import Run
 
 import mii_serve.cli.deploy
@@ -49,7 +50,7 @@ except SystemExit as left:
     assert not left.code
 print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert ran.stderr.strip() == "[]"
     assert ran.stdout
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
+from patience import PATIENCE_S
 from PIL import Image
 
 from mii_serve.errors import MiiServeError
@@ -30,7 +31,6 @@ Script = Callable[[pb.GenerateRequest], Iterator[pb.GenerateEvent]]
 
 REQUEST_ID = "request-1"
 NUM_STEPS = 3
-PATIENCE_S = 10.0
 
 
 def colour(index: int) -> tuple[int, int, int]:

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from unit.client.scripted_server import PATIENCE_S, RunningServer, all_pictures, colour, queued, refusal
+from patience import PATIENCE_S
+from unit.client.scripted_server import RunningServer, all_pictures, colour, queued, refusal
 
 from mii_serve.client import AsyncClient, Client, Done, PictureReady, Queued, Started, Step
 from mii_serve.errors import (
@@ -35,14 +36,14 @@ async def asked(server: RunningServer) -> bool:
 
 
 async def test_both_clients_give_the_same(client: Client, aclient: AsyncClient) -> None:
-    result = await aclient.generate("a", num_images_per_prompt=2, seed=5, timeout=10)
-    assert result == await asyncio.to_thread(client.generate, "a", num_images_per_prompt=2, seed=5, timeout=10)
-    assert await aclient.stream("a", num_images_per_prompt=2, seed=5, timeout=10).result() == result
+    result = await aclient.generate("a", num_images_per_prompt=2, seed=5, timeout=PATIENCE_S)
+    assert result == await asyncio.to_thread(client.generate, "a", num_images_per_prompt=2, seed=5, timeout=PATIENCE_S)
+    assert await aclient.stream("a", num_images_per_prompt=2, seed=5, timeout=PATIENCE_S).result() == result
     assert await aclient.server_info() == await asyncio.to_thread(client.server_info)
 
 
 async def test_a_stream_tells_every_event_in_order(aclient: AsyncClient) -> None:
-    async with aclient.stream("a", seed=7, timeout=10) as stream:
+    async with aclient.stream("a", seed=7, timeout=PATIENCE_S) as stream:
         events = [event async for event in stream]
     assert [type(event) for event in events] == [Queued, Started, Step, Step, Step, PictureReady, Done]
     picture = events[5]
@@ -53,7 +54,7 @@ async def test_a_stream_tells_every_event_in_order(aclient: AsyncClient) -> None
 
 async def test_cancel_reaches_the_server(server: RunningServer, aclient: AsyncClient) -> None:
     server.servicer.script = server.servicer.endless
-    stream = aclient.stream("a", timeout=10)
+    stream = aclient.stream("a", timeout=PATIENCE_S)
     assert isinstance(await anext(stream), Queued)
     asyncio.get_running_loop().call_later(0.05, stream.cancel)
     with pytest.raises(RequestCancelledError, match="the caller cancelled"):
@@ -63,7 +64,7 @@ async def test_cancel_reaches_the_server(server: RunningServer, aclient: AsyncCl
 
 async def test_leaving_the_block_early_cancels(server: RunningServer, aclient: AsyncClient) -> None:
     server.servicer.script = server.servicer.endless
-    async with aclient.stream("a", timeout=10) as stream:
+    async with aclient.stream("a", timeout=PATIENCE_S) as stream:
         await anext(stream)
     assert await ended(server)
 
@@ -71,7 +72,7 @@ async def test_leaving_the_block_early_cancels(server: RunningServer, aclient: A
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_cancelling_the_task_cancels_the_request(server: RunningServer, aclient: AsyncClient, is_stream: bool) -> None:
     server.servicer.script = server.servicer.endless
-    call = aclient.stream("a", timeout=10).result() if is_stream else aclient.generate("a", timeout=10)
+    call = aclient.stream("a", timeout=PATIENCE_S).result() if is_stream else aclient.generate("a", timeout=PATIENCE_S)
     task = asyncio.create_task(call)
     assert await asked(server)
     task.cancel()
@@ -90,7 +91,7 @@ async def test_a_timeout_of_asyncio_stays_one(server: RunningServer, aclient: As
 
 async def test_closing_the_client_cancels_what_is_in_flight(server: RunningServer, aclient: AsyncClient) -> None:
     server.servicer.script = server.servicer.endless
-    task = asyncio.create_task(aclient.generate("a", timeout=10))
+    task = asyncio.create_task(aclient.generate("a", timeout=PATIENCE_S))
     assert await asked(server)
     await aclient.close()
     with pytest.raises(RequestCancelledError):
@@ -103,14 +104,14 @@ async def test_closing_the_client_cancels_what_is_in_flight(server: RunningServe
 async def test_errors_are_typed(server: RunningServer, aclient: AsyncClient) -> None:
     server.servicer.script = refusal(InvalidRequestError("seed", "must be nicer"))
     with pytest.raises(InvalidRequestError) as caught:
-        await aclient.generate("a", timeout=10)
+        await aclient.generate("a", timeout=PATIENCE_S)
     assert (caught.value.field, caught.value.rule) == ("seed", "must be nicer")
     server.servicer.script = refusal(QueueFullError("the queue is full"))
     with pytest.raises(QueueFullError, match="the queue is full"):
-        await aclient.stream("a", timeout=10).result()
+        await aclient.stream("a", timeout=PATIENCE_S).result()
     server.servicer.script = refusal(RequestCancelledError("stopped"))
     with pytest.raises(RequestCancelledError, match="stopped"):
-        await aclient.stream("a", timeout=10).result()
+        await aclient.stream("a", timeout=PATIENCE_S).result()
     server.servicer.script = server.servicer.endless
     with pytest.raises(DeadlineExceededError):
         await aclient.generate("a", timeout=0.2)
@@ -119,7 +120,7 @@ async def test_errors_are_typed(server: RunningServer, aclient: AsyncClient) -> 
 async def test_a_stream_that_ends_early_or_damaged_is_an_error(server: RunningServer, aclient: AsyncClient) -> None:
     server.servicer.script = lambda request: iter([queued()])
     with pytest.raises(MiiServeError, match="ended before"):
-        await aclient.stream("a", timeout=10).result()
+        await aclient.stream("a", timeout=PATIENCE_S).result()
 
     def damaged(request):  # type: ignore[no-untyped-def]
         for event in all_pictures(request):
@@ -129,13 +130,13 @@ async def test_a_stream_that_ends_early_or_damaged_is_an_error(server: RunningSe
 
     server.servicer.script = damaged
     with pytest.raises(MiiServeError, match="cannot be read as PNG"):
-        await aclient.stream("a", timeout=10).result()
+        await aclient.stream("a", timeout=PATIENCE_S).result()
 
 
 async def test_an_unreachable_target_is_named() -> None:
     async with AsyncClient("127.0.0.1:1") as client:
         with pytest.raises(UnavailableError, match=r"no answer from 127.0.0.1:1"):
-            await client.generate("a", timeout=5)
+            await client.generate("a", timeout=PATIENCE_S)
         with pytest.raises(UnavailableError, match=r"127.0.0.1:1 is not ready after 0.3 s"):
             await client.wait_ready(0.3)
 
@@ -158,7 +159,7 @@ async def test_arguments_are_refused_before_the_call(server: RunningServer, acli
 
 
 async def test_many_calls_share_one_client(aclient: AsyncClient) -> None:
-    results = await asyncio.gather(*(aclient.generate("a", seed=seed, timeout=10) for seed in range(16)))
+    results = await asyncio.gather(*(aclient.generate("a", seed=seed, timeout=PATIENCE_S) for seed in range(16)))
     assert [result.seeds for result in results] == [[seed] for seed in range(16)]
 
 
@@ -167,6 +168,6 @@ def test_a_client_may_be_made_before_the_loop_runs(server: RunningServer) -> Non
 
     async def use() -> list[int]:
         async with client:
-            return (await client.generate("a", seed=3, timeout=10)).seeds
+            return (await client.generate("a", seed=3, timeout=PATIENCE_S)).seeds
 
     assert asyncio.run(use()) == [3]

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from unit.client.scripted_server import (
     NUM_STEPS,
-    PATIENCE_S,
     RunningServer,
     all_pictures,
     colour,
@@ -40,7 +40,7 @@ from mii_serve.types import GenerationDefaults, ImageFormat
 
 
 def test_generate_gives_pictures_with_what_was_done(server: RunningServer, client: Client) -> None:
-    result = client.generate("a red circle", num_images_per_prompt=2, seed=7, guidance_scale=7.3, timeout=10)
+    result = client.generate("a red circle", num_images_per_prompt=2, seed=7, guidance_scale=7.3, timeout=PATIENCE_S)
     assert [picture.getpixel((0, 0)) for picture in result.images] == [colour(0), colour(1)]
     assert [picture.mode for picture in result.images] == ["RGB", "RGB"]
     assert result.encoded == [encoded(ImageFormat.PNG, 0), encoded(ImageFormat.PNG, 1)]
@@ -54,7 +54,7 @@ def test_generate_gives_pictures_with_what_was_done(server: RunningServer, clien
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp", "raw_rgb"])
 def test_every_format_is_decoded(client: Client, output_format: Any) -> None:
-    result = client.generate("a", output_format=output_format, timeout=10)
+    result = client.generate("a", output_format=output_format, timeout=PATIENCE_S)
     assert result.images[0].size == (16, 8)
     assert result.encoded[0] == encoded(ImageFormat(output_format))
     red, green, blue = result.images[0].getpixel((3, 3))  # type: ignore[misc]
@@ -66,11 +66,11 @@ def test_every_format_is_decoded(client: Client, output_format: Any) -> None:
 @pytest.mark.parametrize(("flag", "flags"), [(True, [True]), (False, [False]), (None, None)])
 def test_no_checker_means_no_flags(server: RunningServer, client: Client, flag: bool | None, flags: list[bool] | None) -> None:
     server.servicer.script = partial(all_pictures, flag=flag)
-    assert client.generate("a", timeout=10).nsfw_content_detected == flags
+    assert client.generate("a", timeout=PATIENCE_S).nsfw_content_detected == flags
 
 
 def test_a_stream_tells_every_event_in_order(client: Client) -> None:
-    with client.stream("a", seed=7, timeout=10) as stream:
+    with client.stream("a", seed=7, timeout=PATIENCE_S) as stream:
         events = list(stream)
     assert events[:2] == [Queued(num_samples_ahead=2), Started(image_index=0)]
     assert events[2:5] == [Step(image_index=0, step=step, num_steps=NUM_STEPS) for step in (1, 2, 3)]
@@ -84,15 +84,15 @@ def test_a_stream_tells_every_event_in_order(client: Client) -> None:
 
 
 def test_a_streams_result_is_what_generate_gives(client: Client) -> None:
-    stream = client.stream("a", num_images_per_prompt=2, seed=1, timeout=10)
+    stream = client.stream("a", num_images_per_prompt=2, seed=1, timeout=PATIENCE_S)
     assert isinstance(next(stream), Queued)
-    assert stream.result() == client.generate("a", num_images_per_prompt=2, seed=1, timeout=10)
+    assert stream.result() == client.generate("a", num_images_per_prompt=2, seed=1, timeout=PATIENCE_S)
     assert stream.result() == stream.result()
 
 
 def test_cancel_reaches_the_server(server: RunningServer, client: Client) -> None:
     server.servicer.script = server.servicer.endless
-    stream = client.stream("a", timeout=10)
+    stream = client.stream("a", timeout=PATIENCE_S)
     assert isinstance(next(stream), Queued)
     stream.cancel()
     with pytest.raises(RequestCancelledError, match="the caller cancelled"):
@@ -102,13 +102,13 @@ def test_cancel_reaches_the_server(server: RunningServer, client: Client) -> Non
 
 def test_leaving_the_block_early_cancels(server: RunningServer, client: Client) -> None:
     server.servicer.script = server.servicer.endless
-    with client.stream("a", timeout=10) as stream:
+    with client.stream("a", timeout=PATIENCE_S) as stream:
         next(stream)
     assert server.servicer.ended.wait(PATIENCE_S)
 
 
 def test_cancelling_a_finished_stream_changes_nothing(client: Client) -> None:
-    stream = client.stream("a", timeout=10)
+    stream = client.stream("a", timeout=PATIENCE_S)
     expected = stream.result()
     stream.cancel()
     assert stream.result() == expected
@@ -117,7 +117,7 @@ def test_cancelling_a_finished_stream_changes_nothing(client: Client) -> None:
 def test_closing_the_client_cancels_what_is_in_flight(server: RunningServer, client: Client) -> None:
     server.servicer.script = server.servicer.endless
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(client.generate, "a", timeout=10)
+        call = pool.submit(client.generate, "a", timeout=PATIENCE_S)
         assert server.servicer.asked.wait(PATIENCE_S)
         client.close()
         with pytest.raises(RequestCancelledError):
@@ -140,7 +140,7 @@ def test_closing_the_client_cancels_what_is_in_flight(server: RunningServer, cli
 )
 def test_an_error_arrives_as_the_server_raised_it(server: RunningServer, client: Client, error: MiiServeError) -> None:
     server.servicer.script = refusal(error)
-    for call in (lambda: client.generate("a", timeout=10), lambda: client.stream("a", timeout=10).result()):
+    for call in (lambda: client.generate("a", timeout=PATIENCE_S), lambda: client.stream("a", timeout=PATIENCE_S).result()):
         with pytest.raises(type(error)) as caught:
             call()
         assert type(caught.value) is type(error)
@@ -150,14 +150,14 @@ def test_an_error_arrives_as_the_server_raised_it(server: RunningServer, client:
 def test_a_broken_rule_arrives_with_its_field(server: RunningServer, client: Client) -> None:
     server.servicer.script = refusal(InvalidRequestError("height", "must be a multiple of 8", "7"))
     with pytest.raises(InvalidRequestError) as caught:
-        client.generate("a", height=7, timeout=10)
+        client.generate("a", height=7, timeout=PATIENCE_S)
     assert (caught.value.field, caught.value.rule) == ("height", "must be a multiple of 8, got 7")
 
 
 def test_an_unknown_failure_is_the_root_error(server: RunningServer, client: Client) -> None:
     server.servicer.script = lambda request: iter(1)  # type: ignore[call-overload]
     with pytest.raises(MiiServeError) as caught:
-        client.generate("a", timeout=10)
+        client.generate("a", timeout=PATIENCE_S)
     assert type(caught.value) is MiiServeError
 
 
@@ -175,7 +175,7 @@ def test_an_unreachable_target_is_named() -> None:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers there
         target = f"127.0.0.1:{taken.getsockname()[1]}"
         with Client(target) as client:
-            for call in (lambda: client.generate("a", timeout=5), client.server_info, client.health):
+            for call in (lambda: client.generate("a", timeout=PATIENCE_S), client.server_info, client.health):
                 with pytest.raises(UnavailableError, match=f"no answer from {target}"):
                     call()
             with pytest.raises(UnavailableError, match=f"{target} is not ready after 0.3 s"):
@@ -185,10 +185,10 @@ def test_an_unreachable_target_is_named() -> None:
 def test_a_stream_that_ends_early_is_an_error(server: RunningServer, client: Client) -> None:
     server.servicer.script = lambda request: iter([queued()])
     with pytest.raises(MiiServeError, match="ended before"):
-        list(client.stream("a", timeout=10))
+        list(client.stream("a", timeout=PATIENCE_S))
     with pytest.raises(MiiServeError, match=r"images \[\] of"):
         server.servicer.script = lambda request: list(all_pictures(request))[-1:]  # type: ignore[assignment, return-value]
-        client.generate("a", timeout=10)
+        client.generate("a", timeout=PATIENCE_S)
 
 
 def test_arguments_are_refused_without_a_call(server: RunningServer, client: Client) -> None:
@@ -214,7 +214,7 @@ def test_wait_ready_returns_once_the_server_serves(server: RunningServer, client
     server.set_serving(False)
     assert client.health() == "NOT_SERVING"
     with pytest.raises(UnavailableError, match="its health is NOT_SERVING"):
-        client.wait_ready(0.3)
+        client.wait_ready(1.0)
     turn_on = threading.Timer(0.2, server.set_serving, (True,))
     turn_on.start()
     client.wait_ready(PATIENCE_S)
@@ -234,7 +234,7 @@ def test_wait_ready_waits_for_a_server_that_is_not_there_yet() -> None:
 
 def test_threads_share_one_client(server: RunningServer, client: Client) -> None:
     def one(seed: int) -> list[int]:
-        return client.generate("a", seed=seed, timeout=10).seeds
+        return client.generate("a", seed=seed, timeout=PATIENCE_S).seeds
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(one, range(16))) == [[seed] for seed in range(16)]
@@ -244,5 +244,5 @@ def test_threads_share_one_client(server: RunningServer, client: Client) -> None
 def test_importing_the_client_never_imports_a_model_library() -> None:
     forbidden = ("torch", "diffusers", "transformers", "pydantic", "numpy")
     code = f"import sys, mii_serve.client; print([name for name in {forbidden} if name in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert ran.stdout.strip() == "[]"

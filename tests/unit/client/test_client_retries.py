@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
+from patience import PATIENCE_S
 from unit.client.scripted_server import RunningServer, all_pictures, refusal
 
 from mii_serve.client import AsyncClient, Client
@@ -39,11 +38,11 @@ def failing_first(server: RunningServer, *errors: MiiServeError) -> list[int]:
 async def test_what_may_pass_is_tried_again(server: RunningServer, error: MiiServeError) -> None:
     calls = failing_first(server, error)
     with Client(server.target) as client:
-        assert client.generate("a", timeout=10).images
+        assert client.generate("a", timeout=PATIENCE_S).images
     assert len(calls) == 2
     calls = failing_first(server, error)
     async with AsyncClient(server.target) as client:
-        assert (await client.generate("a", timeout=10)).images
+        assert (await client.generate("a", timeout=PATIENCE_S)).images
     assert len(calls) == 2
 
 
@@ -61,7 +60,7 @@ async def test_what_may_pass_is_tried_again(server: RunningServer, error: MiiSer
 def test_what_will_not_pass_is_not(server: RunningServer, error: MiiServeError) -> None:
     calls = failing_first(server, error)
     with Client(server.target) as client, pytest.raises(type(error)):
-        client.generate("a", timeout=10)
+        client.generate("a", timeout=PATIENCE_S)
     assert len(calls) == 1
 
 
@@ -69,23 +68,22 @@ def test_retries_have_a_bound_and_can_be_off(server: RunningServer) -> None:
     for max_retries in (0, 1):
         calls = failing_first(server, *[UnavailableError("x")] * 9)
         with Client(server.target, max_retries=max_retries) as client, pytest.raises(UnavailableError):
-            client.generate("a", timeout=10)
+            client.generate("a", timeout=PATIENCE_S)
         assert len(calls) == 1 + max_retries
 
 
 def test_a_pause_longer_than_the_time_left_is_not_begun(server: RunningServer) -> None:
-    calls = failing_first(server, QueueFullError("full", 30.0))
-    started = time.monotonic()
+    calls = failing_first(server, QueueFullError("full", 2 * PATIENCE_S))
     with Client(server.target) as client, pytest.raises(QueueFullError) as caught:
-        client.generate("a", timeout=20)
-    assert len(calls) == 1 and time.monotonic() - started < 20
-    assert caught.value.retry_after_s == 30.0
+        client.generate("a", timeout=PATIENCE_S)
+    assert len(calls) == 1
+    assert caught.value.retry_after_s == 2 * PATIENCE_S
 
 
 def test_a_stream_is_not_made_again(server: RunningServer) -> None:
     calls = failing_first(server, UnavailableError("x"))
     with Client(server.target) as client, pytest.raises(UnavailableError):
-        client.stream("a", timeout=10).result()
+        client.stream("a", timeout=PATIENCE_S).result()
     assert len(calls) == 1
 
 

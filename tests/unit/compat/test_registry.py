@@ -7,16 +7,17 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE_S
 
 from mii_serve.compat.registry import Entry, Process
 from mii_serve.errors import ConfigError, UnavailableError
 
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(3600)"
 
 
 @pytest.fixture
 def child():
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]) as process:
         yield process
         process.kill()
 
@@ -39,7 +40,7 @@ def test_a_deaf_process_is_killed(monkeypatch):
     with subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE) as child:
         child.stdout.readline()
         assert noted(child.pid, 0.1).stop()
-        assert child.wait(10) == -9
+        assert child.wait(PATIENCE_S) == -9
 
 
 def test_another_process_with_the_same_number_is_left_alone(child):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "org/tiny"
@@ -51,7 +52,7 @@ def run(code: str, home: Path, stdin: str = "", **settings: str) -> str:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     env = {**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", **settings}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], input=stdin, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", code], input=stdin, env=env, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -184,7 +185,7 @@ def hub() -> Iterator[Hub]:
     thread.start()
     yield hub
     server.shutdown()
-    thread.join(timeout=10)
+    thread.join(timeout=PATIENCE_S)
     server.server_close()
 
 
