@@ -72,9 +72,12 @@ class Replica:
     async def die(self) -> None:
         await self._server.stop(0)
         self._turns.cancel()
-        self.engine.gate.set()
         with contextlib.suppress(asyncio.CancelledError, EngineError):
             await self._turns
+        last = asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
+        while not last.done():  # a poison that begins just now closes the gate once more
+            self.engine.gate.set()
+            await asyncio.sleep(0.005)
         self._thread.shutdown()
         self.socket.unlink(missing_ok=True)
 
