@@ -95,6 +95,8 @@ class _Caller:
     mailbox: _Mailbox = field(default_factory=_Mailbox)
     started_at: float | None = None
     num_images_left: int = 0
+    encoding: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    """What was last begun to be encoded of each image."""
 
 
 class ReplicaLoop:
@@ -294,16 +296,20 @@ class ReplicaLoop:
         step = Step(image_index=index, step=progress.step, num_steps=progress.num_steps, estimated_left_s=left_s)
         caller.mailbox.put(step)
         if progress.preview is not None:
-            self._start(self._show(caller, progress.id, progress.step, progress.preview))
+            self._start(caller, index, self._show(caller, index, progress.step, progress.preview, caller.encoding.get(index)))
         if progress.picture is not None:
-            self._start(self._hand_over(caller, index, progress.picture))
+            self._start(caller, index, self._hand_over(caller, index, progress.picture, caller.encoding.get(index)))
 
-    def _start(self, encoding: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(encoding)
+    def _start(self, caller: _Caller, index: int, encoding: Coroutine[None, None, None]) -> None:
+        """Encode beside the turns; several of one image may be encoded at once, and are told of in their order."""
+        task = caller.encoding[index] = asyncio.create_task(encoding)
         self._encoding.add(task)
         task.add_done_callback(self._encoding.discard)
 
-    async def _encode(self, caller: _Caller, index: int, picture: Picture) -> tuple[bytes, Effective] | None:
+    async def _encode(
+        self, caller: _Caller, index: int, picture: Picture, before: asyncio.Task[None] | None
+    ) -> tuple[bytes, Effective] | None:
+        """The file, once what was begun `before` has been told of; None where that failed, which the caller has been told."""
         effective = Effective(
             params=caller.request.params,
             engine=self._engine.description,
@@ -322,14 +328,16 @@ class ReplicaLoop:
         end = time.monotonic()
         self.metrics.stage("encode_image", end - start)
         caller.trace.encoded(index, start, end)
+        if before is not None:
+            await asyncio.wait((before,))
         return encoded, effective
 
-    async def _show(self, caller: _Caller, sample_id: SampleId, step: int, picture: Picture) -> None:
-        if (made := await self._encode(caller, sample_id.image_index, picture)) is None:
+    async def _show(self, caller: _Caller, index: int, step: int, picture: Picture, before: asyncio.Task[None] | None) -> None:
+        if (made := await self._encode(caller, index, picture, before)) is None:
             return
         caller.mailbox.put(
             Preview(
-                image_index=sample_id.image_index,
+                image_index=index,
                 step=step,
                 encoded=made[0],
                 format=caller.output.format,
@@ -339,8 +347,8 @@ class ReplicaLoop:
             )
         )
 
-    async def _hand_over(self, caller: _Caller, index: int, picture: Picture) -> None:
-        if (made := await self._encode(caller, index, picture)) is None:
+    async def _hand_over(self, caller: _Caller, index: int, picture: Picture, before: asyncio.Task[None] | None) -> None:
+        if (made := await self._encode(caller, index, picture, before)) is None:
             return
         encoded, effective = made
         self._num_images += 1

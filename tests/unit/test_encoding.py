@@ -59,6 +59,7 @@ def test_metadata_says_nothing_of_the_host():
     assert set(json.loads(texts["mii_serve"])) == {
         *RequestedParams.__dataclass_fields__,
         *("engine", "dtype", "model", "model_revision"),
+        *("scheduler_class", "scheduler_options"),
     }
     assert not any(word in text for word in ("/home", "cuda", "deepspeed") for text in texts.values())
 

@@ -115,6 +115,7 @@ def test_a_table_makes_the_steps_that_the_scheduler_makes(sampler, prediction_ty
         pytest.skip(f"diffusers has no {sampler} for {prediction_type}")
 
 
+@pytest.mark.slow
 def test_every_usual_sampler_works_with_v1_4s_own_settings():
     found = Samplings(schedulers(CONFIG))
     for sampler in USUAL:
@@ -122,11 +123,13 @@ def test_every_usual_sampler_works_with_v1_4s_own_settings():
             assert found.of(sampler, num_steps).num_calls >= num_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ALL)
 def test_every_name_of_the_grammar_is_compiled(sampler):
     assert compile_table(CONFIG, sampler, 8).num_calls >= 8
 
 
+@pytest.mark.slow
 def test_all_samplers_step_in_one_batch_at_different_steps():
     counts = {sampler: 4 + 3 * index % 17 for index, sampler in enumerate(ALL)}
     runs = {sampler: TableRun(CONFIG, sampler, count, seed=count) for sampler, count in counts.items()}
