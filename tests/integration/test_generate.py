@@ -6,10 +6,12 @@ import asyncio
 import gc
 import io
 import random
+import threading
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from patience import PATIENCE_S
 from PIL import Image
 
 from mii_serve.client import AsyncClient, PreviewReady
@@ -288,3 +290,23 @@ async def test_a_flagged_preview_says_so(server):
             async with client.stream(prompt, preview_every=1) as stream:
                 shown = [event async for event in stream if isinstance(event, PreviewReady)]
             assert shown and {preview.nsfw_content_detected for preview in shown} == {flag}
+
+
+async def test_what_is_shown_of_an_image_comes_before_the_image_however_long_it_takes_to_encode(server, monkeypatch):
+    """The preview is encoded only after the picture has been."""
+    from mii_serve.replica import loop
+
+    encode, is_picture_encoded, order = loop.encode_picture, threading.Event(), iter(range(100))
+
+    def slow_first(*arguments):
+        if next(order) == 0:
+            is_picture_encoded.wait(PATIENCE_S)
+            return encode(*arguments)
+        made = encode(*arguments)
+        is_picture_encoded.set()
+        return made
+
+    monkeypatch.setattr(loop, "encode_picture", slow_first)
+    asked = request(num_inference_steps=2, output=pb.OutputOptions(preview_every=1))
+    kinds = [event.WhichOneof("event") async for event in server.stub.GenerateStream(asked)]
+    assert [kind for kind in kinds if kind in ("preview", "image", "done")][-3:] == ["preview", "image", "done"]
