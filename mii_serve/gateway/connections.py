@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections with a bound on what uvicorn leaves open: a head that never ends, or never begins,
+"""HTTP/1.1 connections with a bound on what uvicorn leaves open: a head that never ends, or never begins, or is too long,
 and an answer that is never taken in.
 """
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from mii_serve.gateway.listening import CONNECTION, Connections
@@ -16,6 +17,24 @@ HEAD_TIMEOUT_S = 15.0
 
 UNREAD_LOOKS = 4
 """A connection whose caller has taken in nothing between so many looks and the one before is cut."""
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's first line and headers together."""
+
+
+class _Reader(h11.Connection):
+    """h11's own bound is looked at only while a head has not all come, and what one read brings may be four times as much."""
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request) and _num_bytes(event) > MAX_HEAD_BYTES:
+            raise h11.RemoteProtocolError("the head is too long", error_status_hint=431)
+        return event
+
+
+def _num_bytes(head: h11.Request) -> int:
+    """As on the wire, but for the version and spaces that mean nothing."""
+    return len(head.method) + len(head.target) + sum(len(name) + len(value) + len(": \r\n") for name, value in head.headers)
 
 
 class BoundedConnection(H11Protocol):
@@ -28,6 +47,7 @@ class BoundedConnection(H11Protocol):
 
     def __init__(self, connections: Connections, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
+        self.conn = _Reader(h11.SERVER, MAX_HEAD_BYTES)
         self._connections = connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -116,6 +116,28 @@ async def test_a_head_without_end_is_cut_off(served):
     writer.close()
 
 
+@pytest.mark.parametrize("where", ["header", "headers", "target"])
+@pytest.mark.parametrize("excess", [-1024, 1024])
+async def test_a_head_may_have_64_kib_however_it_comes(served, where, excess):
+    room = connections.MAX_HEAD_BYTES + excess
+    parts = {
+        "header": (b"", b"x: " + b"x" * room),
+        "headers": (b"", b"\r\n".join([b"x: " + b"x" * 996] * (room // 1001))),
+        "target": (b"?" + b"x" * room, b"x: x"),
+    }
+    query, headers = parts[where]
+    head = b"GET /livez" + query + b" HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\n\r\n"
+    reader, writer = await connected(served, head)
+    async with asyncio.timeout(PATIENCE_S):
+        assert (b"200" if excess < 0 else b"400") in await reader.readline()
+    writer.close()
+    reader, writer = await connected(served, HEAD.replace(b"Length: 100", b"Length: 2") + b"{}" + head)
+    async with asyncio.timeout(PATIENCE_S):
+        answers = await reader.readuntil(b"ok" if excess < 0 else b"Invalid HTTP request received.")
+    assert answers.startswith(b"HTTP/1.1 400"), "what was asked before it is answered"
+    writer.close()
+
+
 async def test_probes_answer_while_the_server_is_full(served):
     served.server.engine.gate.clear()
     body = {"input_data": {"columns": ["prompt"], "data": ["a"] * 60}}
