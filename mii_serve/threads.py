@@ -3,7 +3,7 @@
 torch's CPU build computes with GNU's OpenMP, whose threads spin at every barrier for as long as something like a millisecond.
 Alone that is fastest. Beside anything else that wants the cores, the spinning thread holds the core that the awaited one needs,
 and a UNet call has hundreds of barriers. `benchmarks/threads.py` measures what each length of spinning costs; the one here is
-within a few percent of the default on an idle machine. The runtime reads it once, when torch is loaded.
+within some percent of the default on an idle machine. The runtime reads it once, when torch is loaded.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ MERGE_BUFFER = 8
 """Events of a parted request that wait for a slow caller; then the replicas keep them."""
 MAX_WAITING = 4096
 """New requests that wait here while no replica takes any; those after them are refused."""
+COME_AGAIN_S = 2.0
+"""What those are told: with a spare process, a lost replica takes work again after about so long."""
 MAX_REMEMBERED = 1024
 """Kinds of request that are made alone from the start, because one like them has crashed replicas."""
 
@@ -197,7 +199,7 @@ class Router:
             parts.append(_Part(call, 0, num_images, evidence=Evidence(num_crashes=1, is_suspect=True)))
             return
         if len(self._waiting) >= MAX_WAITING:
-            raise QueueFullError(f"{MAX_WAITING} requests wait for a replica already")
+            raise QueueFullError(f"{MAX_WAITING} requests wait for a replica already", COME_AGAIN_S)
 
         def take(replicas: Sequence[Connection]) -> None:
             first = 0

@@ -11,7 +11,7 @@ import pytest
 from patience import PATIENCE_S
 from replicas import CRASHED, KILLED, Deployment, color, deployment_of, events_of, expected_color, kinds, request
 
-from mii_serve.errors import PoisonedRequestError
+from mii_serve.errors import PoisonedRequestError, QueueFullError
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server import router
@@ -160,6 +160,20 @@ class TestALostReplica:
             await asyncio.sleep(0.1)
             await single.start(0)
             assert kinds(await call)[-1] == "done"
+
+    async def test_those_who_wait_have_a_bound_and_the_next_one_is_told_when_to_come_again(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(router, "MAX_WAITING", 2)
+        async with deployment_of(tmp_path, 1) as single:
+            await single.lose(0, KILLED)
+            waiting = [asyncio.create_task(events_of(single.stub.GenerateStream(request()))) for _ in range(2)]
+            await single.until(lambda: len(single.router._waiting) == 2)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await single.stub.Generate(request())
+            error = caught.value
+            refusal = decode_error(error.code(), error.details(), error.trailing_metadata())
+            assert (type(refusal), refusal.retry_after_s) == (QueueFullError, router.COME_AGAIN_S)
+            await single.start(0)
+            assert [kinds(events)[-1] for events in await asyncio.gather(*waiting)] == ["done", "done"]
 
     async def test_that_wait_has_a_bound(self, tmp_path):
         async with deployment_of(tmp_path, 1, patience_s=1.0) as single:
