@@ -228,7 +228,7 @@ def deadline_in(left_s: float | None) -> float | None:
 
 def client_of(key_name: str | None, named: str | None, address: str) -> str:
     """Whose share a request takes, as `Request.client` is read: the API key's; where the server wants none, the address's, in
-    which whom the caller names has a share. Names alone would give whoever makes up a new one each time a share each time.
+    which whom the caller names has a share. Names alone would give a caller that makes up a new one each time a share each time.
     """
     if key_name is not None:
         return f"key {key_name}".encode("ascii", "backslashreplace").decode()

@@ -81,7 +81,7 @@ class TableStepping:
 
 
 class ObjectStepping:
-    """Implements `Stepping` with a diffusers scheduler that nobody else uses."""
+    """Implements `Stepping` with a diffusers scheduler of its own."""
 
     def __init__(self, scheduler: Any, generator: torch.Generator) -> None:
         self._scheduler = scheduler

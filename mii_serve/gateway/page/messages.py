@@ -101,7 +101,7 @@ def _image_told(image: pb.GeneratedImage) -> dict[str, object]:
 
 
 def _flag(told: pb.GeneratedImage | pb.GenerateEvent.Preview, name: str) -> bool | None:
-    """None where nobody has looked."""
+    """None before the first look."""
     return getattr(told, name) if told.HasField(name) else None
 
 
