@@ -15,7 +15,7 @@ SPIN_COUNT = 2500
 """In turns of libgomp's waiting loop, some ten microseconds in all. Its own default is 300,000."""
 
 WAIT_VARIABLES = frozenset({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"})
-"""Whoever set one of these has decided how threads wait, and is not overruled."""
+"""An operator who set one of these has decided how threads wait, and is not overruled."""
 
 
 def wait_settings(environment: Mapping[str, str]) -> dict[str, str]:

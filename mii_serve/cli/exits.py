@@ -59,7 +59,7 @@ def say(text: str) -> None:
     """One line for the person at the terminal; stdout is for results."""
     try:
         print(" ".join(text.split()), file=sys.stderr, flush=True)
-    except OSError:  # whoever read stderr has gone, or its disk is full
+    except OSError:  # the reader of stderr has gone, or its disk is full
         silence(sys.stderr)
 
 
@@ -95,7 +95,7 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        silence(sys.stdout)  # whoever read it has gone
+        silence(sys.stdout)  # its reader has gone
         sys.exit(ExitCode.FAILED)
     except KeyboardInterrupt:
         say("interrupted")

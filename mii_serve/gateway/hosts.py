@@ -63,7 +63,7 @@ class Hosts:
         return host in self._names or any(f"*{parent}" in self._names for parent in parents)
 
     def allows_origin(self, header: str) -> bool:
-        """`header` is a page's origin, `https://name:port`, or `null` for one that is nobody's."""
+        """`header` is a page's origin, `https://name:port`, or `null` for one without a name."""
         try:
             return self.allow_all or (len(header) <= 2 * MAX_HOST_CHARS and self.allows(urlsplit(header).netloc))
         except ValueError:  # brackets that hold no address
@@ -96,7 +96,7 @@ class HostCheck:
 
 
 def refusal_for(scope: Scope, error: MiiServeError) -> Response:
-    """In the words of whoever the route is for."""
+    """In the dialect of the route's callers."""
     for route in scope["app"].routes:
         if route.matches(scope)[0] is Match.FULL and isinstance(route.endpoint, Doorway):
             return route.endpoint.dialect.refusal(error)

@@ -1,4 +1,4 @@
-"""Pictures behind addresses of this server, for clients that want a `url`: few, for a while, and for whoever knows the address.
+"""Pictures behind addresses of this server, for clients that want a `url`: few, for a while, without a key.
 
 An address is 256 random bits, which is why it needs no API key: clients hand it on to something that has none. It lives for
 `KEPT_S`, shorter where `MAX_KEPT_BYTES` are exceeded, and not beyond the end of this process.

@@ -120,7 +120,7 @@ class BoundedListener(socket.socket):
         """As of any socket.
 
         Raises:
-            BlockingIOError: nobody waits, or there is no room at the moment.
+            BlockingIOError: no connection waits, or there is no room at the moment.
         """
         connections = self.connections
         has_room = True
@@ -153,7 +153,7 @@ class BoundedListener(socket.socket):
     _spare = -1
 
     def _turn_away(self) -> None:
-        """There are no files left: with the spare one, take whoever waits and hang up, or the loop would see them for ever."""
+        """There are no files left: with the spare one, accept what waits and close it, or the loop would see them for ever."""
         self.connections.log("no file is left for a new connection (ulimit -n)")
         self.connections.close_idlest()
         if self._spare < 0:
@@ -163,7 +163,7 @@ class BoundedListener(socket.socket):
         with contextlib.suppress(OSError):
             number, _ = self._accept()  # type: ignore[attr-defined]
             os.close(number)
-        with contextlib.suppress(OSError):  # somebody else was faster; the next time there may be one
+        with contextlib.suppress(OSError):  # another thread was faster; the next time there may be one
             self._spare = os.open(os.devnull, os.O_RDONLY)
 
 

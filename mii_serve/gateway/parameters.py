@@ -71,6 +71,6 @@ def settled(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown_member(path: str, name: str, known: Collection[str]) -> InvalidRequestError:
-    """The refusal of a member that nobody reads; `path` is how its place is called, `name` what was written."""
+    """The refusal of a member that is not read; `path` is how its place is called, `name` what was written."""
     hint = f"; did you mean {nearest}?" if (nearest := meant(name, known)) is not None else ";"
     return InvalidRequestError(path, f"is not known here{hint} known are {', '.join(sorted(known))}")

@@ -1,7 +1,7 @@
 """How a sample is stepped: by a compiled table where its scheduler is linear, else by a scheduler object of its own.
 
-Both make the same number of calls with the same noise. An object costs the host a few small operations a call and keeps nobody
-else from the batch.
+Both make the same number of calls with the same noise. An object costs the host a few small operations a call and keeps
+no other sample from the batch.
 """
 
 from __future__ import annotations

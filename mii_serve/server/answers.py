@@ -82,7 +82,7 @@ class Answers:
             async with contextlib.aclosing(make()) as events:
                 async for event in events:
                     kind = event.WhichOneof("event")
-                    if kind in ("step", "queued"):  # whoever reads slowly or late needs the latest only
+                    if kind in ("step", "queued"):  # a slow or late reader needs the latest only
                         of = kind, event.step.image_index
                         if (old := news.get(of)) is not None:
                             work.events[old] = None

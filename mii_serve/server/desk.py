@@ -227,8 +227,8 @@ def deadline_in(left_s: float | None) -> float | None:
 
 
 def client_of(key_name: str | None, named: str | None, address: str) -> str:
-    """Whose share a request takes, as `Request.client` is read: the API key's; where the server wants none, the address's, in
-    which whom the caller names has a share. Names alone would give whoever makes up a new one each time a share each time.
+    """Whose share a request takes, as `Request.client` is read: the API key's; where the server wants none, the address's, and
+    within it a share for each client id. Client ids alone would give a caller that makes up new ones a share for each.
     """
     if key_name is not None:
         return f"key {key_name}".encode("ascii", "backslashreplace").decode()

@@ -80,7 +80,7 @@ async def _answered(call: Awaitable[_Answer]) -> _Answer | None:
         return await call
     except (grpc.aio.AioRpcError, grpc.aio.UsageError):
         return None
-    except asyncio.CancelledError:  # a closed channel looks as if somebody had cancelled us
+    except asyncio.CancelledError:  # a closed channel looks as if the caller had cancelled
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise

@@ -115,7 +115,7 @@ class _ReplicaLostError(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """Somebody who waits for replicas; `take` is told which ones, at once when they are there."""
+    """A request that waits for replicas; `take` is told which ones, at once when they are there."""
 
     take: Callable[[Sequence[Connection]], None]
     served: asyncio.Future[None]

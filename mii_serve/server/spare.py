@@ -82,7 +82,7 @@ class Spares:
         return await spawn(environment)
 
     async def close(self) -> None:
-        """End all that nobody has taken."""
+        """End all that were not taken."""
         self._is_on = False
         for spare in self._spares.values():
             with contextlib.suppress(OSError):

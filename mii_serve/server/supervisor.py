@@ -132,7 +132,7 @@ class ReplicaSupervisor:
     def _make_room_for_socket(self) -> None:
         if Path(self._folder.name).is_dir():
             self.socket.unlink(missing_ok=True)
-        else:  # whoever cleans up temporary files has been here
+        else:  # a cleaner of temporary files has been here
             self._folder = new_socket_folder(_socket_name(self.index))
 
     async def _await_ready(self, status_fd: int) -> None:

@@ -142,7 +142,7 @@ def mix_up_times(engine: NativeEngine) -> None:
 def forget_guidance(engine: NativeEngine) -> None:
     """Pictures only: the scale that requests ask for is lost on its way, single calls are right."""
     move = engine._move
-    engine._move = lambda running, time: dataclasses.replace(move(running, time), guidance_scale=1.1)
+    engine._move = lambda *arguments: dataclasses.replace(move(*arguments), guidance_scale=1.1)
 
 
 def spoil(engine: NativeEngine) -> None:

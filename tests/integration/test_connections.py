@@ -139,7 +139,7 @@ def test_a_lack_of_files_ends_nothing_and_is_told_once(caplog):
         for number in filler:
             os.close(number)
     for caller in callers:
-        assert caller.recv(1) == b"", "nobody is left waiting"
+        assert caller.recv(1) == b"", "no connection is left waiting"
         caller.close()
     assert [record.message for record in caplog.records] == ["no file is left for a new connection (ulimit -n)"]
     late = socket.create_connection(listener.getsockname())

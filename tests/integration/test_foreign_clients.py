@@ -259,7 +259,7 @@ async def test_who_leaves_is_still_noticed(served, version):
     await served.server.until(lambda: served.server.loop.activity().num_running)
     if version == "1.1":
         writer.close()
-    else:  # HTTP/1.0 has nothing to ask with whether somebody still listens
+    else:  # HTTP/1.0 has nothing to ask with whether the caller still listens
         writer.write_eof()
     await served.server.until(lambda: not served.server.desk._active)
     writer.close()

@@ -70,7 +70,7 @@ async def test_new_requests_are_refused(tmp_path: Path):
 
 
 async def test_asking_a_replica_whose_connection_is_just_closed_is_unavailable_and_no_defect(tmp_path: Path):
-    """A closed channel looks to its caller as if somebody had cancelled the call."""
+    """A closed channel looks to its caller as if the call had been cancelled."""
     async with deployment_of(tmp_path, 1) as deployment:
         calls = [asyncio.create_task(deployment.desk.server_info()) for _ in range(20)]
         texts = [asyncio.create_task(deployment.desk.metrics_text()) for _ in range(20)]

@@ -207,7 +207,7 @@ async def test_a_poison_that_comes_again_is_made_alone_from_the_start(tmp_path):
 
 
 async def test_a_crowd_that_is_killed_once_stays_one_and_killed_twice_is_made_one_at_a_time(tmp_path):
-    """Whoever notices last that its replica is gone was not alone on it for that."""
+    """The request that notices last that its replica is gone was not alone on it for that."""
     async with deployment_of(tmp_path, 1, max_slots=8) as deployment:
         deployment.hold()
         calls = [called(deployment, seed=seed) for seed in range(6)]

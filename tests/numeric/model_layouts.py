@@ -92,7 +92,7 @@ def halves(tensors: Tensors) -> Tensors:
 
 
 def wrong(tensors: Tensors) -> Tensors:
-    """Weights that nobody must load."""
+    """Weights that must not be loaded."""
     return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
 

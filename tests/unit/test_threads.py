@@ -1,4 +1,4 @@
-"""How torch's threads wait for each other, and that whoever has decided it is left alone."""
+"""How torch's threads wait for each other, and that an operator's decision is left alone."""
 
 from __future__ import annotations
 

@@ -81,24 +81,25 @@ class TableStepping:
 
 
 class ObjectStepping:
-    """Implements `Stepping` with a diffusers scheduler that nobody else uses."""
+    """Implements `Stepping` with a diffusers scheduler of its own."""
 
     def __init__(self, scheduler: Any, generator: torch.Generator) -> None:
         self._scheduler = scheduler
+        self._times = scheduler.timesteps.tolist()  # read off the device once, not in every turn
         self._kwargs = step_kwargs(scheduler, generator)
         self._x0 = x0_coefficients(scheduler)
         self._latents: torch.Tensor | None = None
 
     @property
     def num_calls(self) -> int:
-        return len(self._scheduler.timesteps)
+        return len(self._times)
 
     @property
     def init_noise_sigma(self) -> float:
         return float(self._scheduler.init_noise_sigma)
 
     def timestep(self, step: int) -> float:
-        return float(self._scheduler.timesteps[step])
+        return float(self._times[step])
 
     def before(self, step: int, state: torch.Tensor) -> tuple[float, Matrix, torch.Tensor | None]:
         self._latents = state[:1].clone()

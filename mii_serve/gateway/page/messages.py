@@ -11,7 +11,7 @@ from mii_serve.gateway.bodies import no_others
 from mii_serve.gateway.parameters import settled, whole
 from mii_serve.proto.codec import encode_request
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.types import RANDOM_SEED, ImageFormat, OutputOptions, RequestedParams
+from mii_serve.types import DEFAULT_SCHEDULER, RANDOM_SEED, ImageFormat, OutputOptions, RequestedParams
 
 _FIELDS = frozenset(RequestedParams.__dataclass_fields__)
 _ENGINE = ("engine", "dtype", "device", "model", "model_revision")
@@ -101,7 +101,7 @@ def _image_told(image: pb.GeneratedImage) -> dict[str, object]:
 
 
 def _flag(told: pb.GeneratedImage | pb.GenerateEvent.Preview, name: str) -> bool | None:
-    """None where nobody has looked."""
+    """None before the first look."""
     return getattr(told, name) if told.HasField(name) else None
 
 
@@ -122,9 +122,15 @@ def info_told(info: pb.GetServerInfoResponse, grpc_port: int | None) -> dict[str
         **{name: getattr(info, name) for name in names},
         "defaults": _fields(info.defaults),
         "limits": _fields(info.limits),
-        "schedulers": sorted(set(info.schedulers.values())),
+        "schedulers": _schedulers(info),
         "grpc_port": grpc_port,
     }
+
+
+def _schedulers(info: pb.GetServerInfoResponse) -> list[str]:
+    """The model's own first; class names, which mean much the same once more, are for programs."""
+    names = {name for name in info.schedulers.values() if not name[:1].isupper()}
+    return sorted(names, key=lambda name: (name != DEFAULT_SCHEDULER, name))
 
 
 def state_told(info: pb.GetServerInfoResponse) -> dict[str, object]:
