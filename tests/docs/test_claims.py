@@ -142,6 +142,7 @@ class TestConfiguration:
         assert f"{open_files.RESERVED_FILES} files and {open_files.FILES_PER_REPLICA} for each replica" in CONFIGURATION
         assert f"keeps {listening.NUM_IDLE} out of the reach" in CONFIGURATION
         assert f"without a call for {front.IDLE_TIMEOUT_MS // 1000} s" in CONFIGURATION
+        assert f"{front.MAX_STREAMS} calls at once may share a connection" in CONFIGURATION
         assert f"not shaken hands after {front.HANDSHAKE_TIMEOUT_MS // 1000} s" in CONFIGURATION
         assert f"fewer than {open_files.MIN_CONNECTIONS} on each port" in CONFIGURATION
 
