@@ -205,7 +205,8 @@ _VERIFY_MORE = """
 
 First the reference is compared with diffusers' own pipeline on the model. Then a fixed set of prompts, samplers and
 sizes is drawn with the reference and with the engine, there alone and in a crowded batch, and printed is how far the
-text encoder, single UNet calls, the VAE and whole pictures are off. The exit code is 1 when a limit is broken. Settings come from flags, the environment and the file, as for deploy."""
+text encoder, single UNet calls, the VAE and whole pictures are off. The exit code is 1 when a limit is broken.
+Settings come from flags, the environment and the file, as for deploy."""
 
 
 def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
