@@ -27,7 +27,7 @@ def test_the_native_engine_passes_on_a_cpu_and_the_report_and_the_sheet_are_writ
     assert "FAILED" not in ran.out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["is_passed"] is True
-    assert {check["stage"] for check in report["checks"]} == {"text encoder", "unet", "vae", "pictures"}
+    assert {check["stage"] for check in report["checks"]} == {"pipeline", "text encoder", "unet", "vae", "pictures"}
     assert {check["company"] for check in report["checks"]} == {"alone", "crowd"}
     assert report["skipped"] == {}
     pictures = [check for check in report["checks"] if check["stage"] == "pictures"]
