@@ -1,4 +1,4 @@
-"""`python -m mii_serve.compat.mii_check`: what deepspeed-mii's own classes say of the settings on stdin.
+"""Run as a file of its own: what deepspeed-mii's own classes say of the settings on stdin.
 
 The last line of stdout is null, or the first problem as JSON. It is a process of its own because importing mii takes seconds,
 and torch and deepspeed with it.

@@ -260,7 +260,7 @@ def _ask_mii(flat: Mapping[str, Any]) -> None:
     plain = {name: getattr(value, "value", value) for name, value in plain.items()}
     # MII's own defaults fail where Azure ML's variable is set.
     environment = {name: value for name, value in os.environ.items() if name != "AZUREML_MODEL_DIR"}
-    command = [sys.executable, "-m", "mii_serve.compat.mii_check"]
+    command = [sys.executable, str(Path(__file__).with_name("mii_check.py"))]
     try:
         ran = subprocess.run(
             command,
