@@ -180,9 +180,9 @@ def try_scheduler(schedulers: ModelSchedulers, name: str, num_inference_steps: i
 def _tried(schedulers: ModelSchedulers, name: str, num_inference_steps: int) -> tuple[torch.Tensor, int]:
     scheduler = schedulers.make(name, num_inference_steps, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    kwargs = step_kwargs(scheduler, generator)
     try:
-        # Neither side is 1, which tensors of other shapes fit: some schedulers multiply latents by all their noise levels at once.
+        kwargs = step_kwargs(scheduler, generator)
+        # Neither side is 1, which any other shape fits: some schedulers multiply latents by all noise levels at once.
         sample = torch.randn(1, 4, 2, 3, generator=generator) * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             scheduler.scale_model_input(sample, timestep)
