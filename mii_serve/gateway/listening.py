@@ -1,8 +1,8 @@
 """The HTTP port's connections, bounded: at the bound, the one that has been idle longest makes room for a new one.
 
-Idle are connections without a request in work: between two requests, in the middle of a head or of a TLS handshake, with an
-answer to a probe that is not taken in. So many of them do not silence the probes; and requests in work are bounded below the
-number of connections, so that some are idle.
+Idle are connections without a request in work: between two requests, in the middle of a head, a body or a TLS handshake,
+with an answer to a probe that is not taken in. So many of them do not silence the probes; and requests in work are bounded
+below the number of connections, so that some are idle.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mii_serve.errors import UnavailableError
 from mii_serve.gateway.hosts import refusal_for
@@ -168,7 +168,10 @@ class BoundedListener(socket.socket):
 
 
 class WorkCheck:
-    """ASGI middleware: so many requests may be in work at once; probes are answered beyond that."""
+    """ASGI middleware: so many requests may be in work at once; probes are answered beyond that.
+
+    A request is in work once its body is there: until then it costs nothing but its connection, which counts as idle.
+    """
 
     def __init__(self, app: ASGIApp, connections: Connections) -> None:
         self._app = app
@@ -177,17 +180,46 @@ class WorkCheck:
         self._num_running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_probe = scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] in PROBES
-        if scope["type"] != "http" or is_probe:
+        is_read_only = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
+        if scope["type"] != "http" or (is_read_only and scope["path"] in PROBES):
             await self._app(scope, receive, send)
             return
+        with contextlib.ExitStack() as work:
+            try:
+                self._check_room()
+            except UnavailableError as error:
+                await refusal_for(scope, error)(scope, receive, send)
+                return
+            if is_read_only:
+                work.enter_context(self._in_work(scope))
+                await self._app(scope, receive, send)
+            else:
+                await self._app(scope, self._counted(scope, receive, work), send)
+
+    def _counted(self, scope: Scope, receive: Receive, work: contextlib.ExitStack) -> Receive:
+        """`receive`, at the end of whose body the request's work begins; raises `UnavailableError` where there is no room."""
+        has_begun = False
+
+        async def received() -> Message:
+            nonlocal has_begun
+            message = await receive()
+            if not has_begun and message["type"] == "http.request" and not message.get("more_body", False):
+                self._check_room()
+                work.enter_context(self._in_work(scope))
+                has_begun = True
+            return message
+
+        return received
+
+    def _check_room(self) -> None:
         if self._num_running >= self._most:
-            error = UnavailableError(f"{self._num_running} HTTP requests are in work, the most there may be")
-            await refusal_for(scope, error)(scope, receive, send)
-            return
+            raise UnavailableError(f"{self._num_running} HTTP requests are in work, the most there may be")
+
+    @contextlib.contextmanager
+    def _in_work(self, scope: Scope) -> Iterator[None]:
         self._num_running += 1
         try:
             with self._connections.in_work(scope.get(CONNECTION, -1)):
-                await self._app(scope, receive, send)
+                yield
         finally:
             self._num_running -= 1

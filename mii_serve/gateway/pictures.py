@@ -32,7 +32,12 @@ def check_budget(settings: HttpConfig, requests: Sequence[pb.GenerateRequest], d
         num_steps += max(0, images) * max(0, steps)
     for name, count, most in (("images", num_images, settings.max_images), ("denoising steps", num_steps, settings.max_steps)):
         if count > most:
-            raise OverLimitError("request", f"must be for at most {most} {name} in all", str(count))
+            raise too_many(name, count, most)
+
+
+def too_many(name: str, count: int, most: int) -> OverLimitError:
+    """The refusal of a call for more of something than one call may have."""
+    return OverLimitError("request", f"must be for at most {most} {name} in all", str(count))
 
 
 async def draw(desk: Desk, call: Call, request: pb.GenerateRequest, part: int | None = None) -> pb.GenerateResponse:

@@ -27,6 +27,7 @@ from mii_serve.gateway.pictures import (
     is_blocked,
     nsfw_flag,
     relocate,
+    too_many,
 )
 from mii_serve.gateway.problems import OverLimitError, azure_problem, problem_response
 from mii_serve.proto.codec import encode_request
@@ -138,7 +139,7 @@ class Score:
         self._settings = settings
 
     async def __call__(self, call: Call) -> Response:
-        asked = parse(call.body)
+        asked = parse(call.body, max_rows=self._settings.max_images)
         messages = asked.messages()
         call.facts["num_prompts"] = len(messages)
         check_budget(self._settings, messages, self._desk.capabilities.defaults.num_inference_steps)
@@ -183,11 +184,12 @@ def _rendered(rows: Iterable[Row], answers: Iterable[pb.GenerateResponse]) -> by
 # ---- reading the body --------------------------------------------------------------------------------------------
 
 
-def parse(body: Any) -> ScoreRequest:
+def parse(body: Any, *, max_rows: int) -> ScoreRequest:
     """The rows and parameters of a body.
 
     Raises:
         InvalidRequestError: naming the JSON path and the rule.
+        OverLimitError: it has more rows than one call may have pictures; none of them has been looked at.
     """
     top = an_object("", body)
     no_others("", top, (INPUT, "params", "parameters"))
@@ -198,7 +200,7 @@ def parse(body: Any) -> ScoreRequest:
     for name in ("columns", "data"):
         if split.get(name) is None:
             raise InvalidRequestError(f"{INPUT}.{name}", "is missing")
-    rows = _rows(split["data"], _columns(split["columns"]))
+    rows = _rows(split["data"], _columns(split["columns"]), max_rows)
     _check_index(split.get("index"), len(rows))
     parameters, paths = _parameters((INPUT, split, "parameters"), ("", top, "parameters"), ("", top, "params"))
     return ScoreRequest(rows=rows, parameters=settled(parameters), paths=paths)
@@ -218,7 +220,10 @@ def _columns(value: Any) -> list[str]:
     return value
 
 
-def _rows(value: Any, columns: list[str]) -> list[Row]:
+def _rows(value: Any, columns: list[str], max_rows: int) -> list[Row]:
+    prompts = value.get("prompt") if isinstance(value, dict) else value
+    if isinstance(prompts, list) and len(prompts) > max_rows:
+        raise too_many("images", len(prompts), max_rows)
     if isinstance(value, dict):
         cells = _transposed(value, columns)
     elif isinstance(value, list):

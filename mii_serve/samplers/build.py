@@ -161,7 +161,7 @@ def step_kwargs(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
 
 
 def try_scheduler(schedulers: ModelSchedulers, name: str, num_inference_steps: int) -> int:
-    """Count the UNet calls by running through them on four numbers: some schedulers fail, or divide by zero, only on the way.
+    """Count the UNet calls by running through them on tiny latents: some schedulers fail, or divide by zero, only on the way.
 
     PNDM with v1-4's `steps_offset` asks for a timestep beyond the last one when it makes 1000 steps; DPM-Solver++ gets the same
     timestep twice near there. It runs twice, because one that draws from another source than the request's generator would make
@@ -180,9 +180,10 @@ def try_scheduler(schedulers: ModelSchedulers, name: str, num_inference_steps: i
 def _tried(schedulers: ModelSchedulers, name: str, num_inference_steps: int) -> tuple[torch.Tensor, int]:
     scheduler = schedulers.make(name, num_inference_steps, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    kwargs = step_kwargs(scheduler, generator)
     try:
-        sample = torch.randn(1, 4, 1, 1, generator=generator) * scheduler.init_noise_sigma
+        kwargs = step_kwargs(scheduler, generator)
+        # Neither side is 1, which any other shape fits: some schedulers multiply latents by all noise levels at once.
+        sample = torch.randn(1, 4, 2, 3, generator=generator) * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             scheduler.scale_model_input(sample, timestep)
             model_output = torch.randn(sample.shape, generator=generator)

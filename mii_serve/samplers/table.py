@@ -102,13 +102,13 @@ def _record(schedulers: ModelSchedulers, sampler: str, num_inference_steps: int,
     scheduler = schedulers.make(sampler, num_inference_steps, torch.device("cpu"))
     # Different seeds: noise that repeats a probe could not be told from it.
     probes, generator = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1000)
-    kwargs = step_kwargs(scheduler, generator)
-    shape = (1, 1, 1, NUM_PROBE_VALUES)
+    shape = (1, 4, 1, NUM_PROBE_VALUES // 4)  # channels as latents have them: some schedulers take them apart
 
     def probe() -> torch.Tensor:
         return amplitude * torch.randn(shape, generator=probes, dtype=torch.float64)
 
     try:
+        kwargs = step_kwargs(scheduler, generator)
         sample = probe() * scheduler.init_noise_sigma
         run = _Run(scheduler, [_row(sample)])
         for timestep in scheduler.timesteps:

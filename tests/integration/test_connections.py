@@ -94,6 +94,11 @@ async def test_idle_ones_make_room_for_others(small, raw):
     assert (await small.post("/score", {"input_data": {"columns": ["prompt"], "data": ["a"]}})).status_code == 200
 
 
+async def test_requests_whose_bodies_do_not_come_keep_nobody_from_working(small):
+    async with opened(small, 10 * MOST, OPEN_BODY):
+        assert (await small.post("/", {"inputs": "a"})).status_code == 200
+
+
 async def test_work_beyond_the_bound_is_refused_and_probes_are_not(small):
     small.server.engine.gate.clear()
     calls = [asyncio.create_task(small.post("/", {"inputs": "a"})) for _ in range(NUM_IN_WORK)]

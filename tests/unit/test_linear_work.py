@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import re
 import sys
@@ -24,6 +25,7 @@ from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import MiiServeError
 from mii_serve.gateway import bodies, door, hosts, huggingface, openai, parameters, paths, score
 from mii_serve.gateway.page import messages
+from mii_serve.gateway.problems import OverLimitError
 from mii_serve.proto import codec, interceptor, mii_codec, writing
 from mii_serve.proto.mii import pictures_pb2 as mii
 from mii_serve.proto.v1 import image_generation_pb2 as pb
@@ -144,15 +146,18 @@ def openai_body(raw: Any) -> object:
     return openai.parse(bodies.an_object("", raw), CAPABILITIES)
 
 
+read_score = functools.partial(score.parse, max_rows=2**24)
+
+
 DIALECTS: dict[str, tuple[Callable[[Any], object], Callable[[int], bytes]]] = {
-    "rows": (score.parse, lambda n: score_body(data=["a"] * n)),
-    "rows that are arrays": (score.parse, lambda n: score_body(data=[["a"]] * n)),
-    "rows that are objects": (score.parse, lambda n: score_body(data=[{"prompt": "a"}] * n, index=[1] * n)),
-    "a row with many keys": (score.parse, lambda n: score_body(data=[{"prompt": "a", **{f"k{i}": 1 for i in range(n)}}])),
-    "a column": (score.parse, lambda n: score_body(data={"prompt": ["a"] * n})),
-    "columns": (score.parse, lambda n: score_body(data=["a"], columns=["prompt"] * n)),
-    "parameters": (score.parse, lambda n: score_body(data=["a"], parameters={f"k{i}": 1 for i in range(n)})),
-    "members of /score": (score.parse, keys),
+    "rows": (read_score, lambda n: score_body(data=["a"] * n)),
+    "rows that are arrays": (read_score, lambda n: score_body(data=[["a"]] * n)),
+    "rows that are objects": (read_score, lambda n: score_body(data=[{"prompt": "a"}] * n, index=[1] * n)),
+    "a row with many keys": (read_score, lambda n: score_body(data=[{"prompt": "a", **{f"k{i}": 1 for i in range(n)}}])),
+    "a column": (read_score, lambda n: score_body(data={"prompt": ["a"] * n})),
+    "columns": (read_score, lambda n: score_body(data=["a"], columns=["prompt"] * n)),
+    "parameters": (read_score, lambda n: score_body(data=["a"], parameters={f"k{i}": 1 for i in range(n)})),
+    "members of /score": (read_score, keys),
     "members of OpenAI's": (openai_body, keys),
     "a long size": (openai_body, lambda n: json.dumps({"prompt": "a", "size": "1" * n + "x"}).encode()),
     "a size of spaces": (openai_body, lambda n: json.dumps({"prompt": "a", "size": " " * n + "1" + " " * n}).encode()),
@@ -172,6 +177,15 @@ DIALECTS: dict[str, tuple[Callable[[Any], object], Callable[[int], bytes]]] = {
 def test_reading_what_the_json_says(name):
     parse, make = DIALECTS[name]
     check(lambda raw: parse(decoded(raw)), make)
+
+
+@pytest.mark.parametrize("form", [lambda n: ["a"] * n, lambda n: [["a"]] * n, lambda n: {"prompt": ["a"] * n}])
+def test_no_row_is_looked_at_where_there_are_more_than_one_call_may_have(form):
+    bodies_of = [decoded(score_body(data=form(num_rows))) for num_rows in (100, 8000)]
+    few, many = (work_of(functools.partial(score.parse, max_rows=64), body) for body in bodies_of)
+    assert few == many
+    with pytest.raises(OverLimitError, match="at most 64 images in all, got 8000"):
+        score.parse(bodies_of[1], max_rows=64)
 
 
 def kwargs_of_old_mii(n: int) -> bytes:

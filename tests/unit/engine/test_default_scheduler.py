@@ -44,3 +44,14 @@ def test_a_scheduler_that_the_pipeline_cannot_run_is_named_with_its_class_and_th
         settled(model(), found)
     other = replace(model().defaults, scheduler="euler")
     assert settled(SimpleNamespace(name="m", limits=Limits(), defaults=other), found).scheduler == "euler"
+
+
+def test_a_scheduler_without_steps_speaks_to_the_operator_too():
+    with pytest.raises(ModelError, match=r"ScoreSdeVeScheduler, cannot draw: AttributeError: .*step"):
+        settled(model(), schedulers({}, "ScoreSdeVeScheduler"))
+
+
+def test_a_scheduler_that_reads_a_variance_beside_the_noise_is_refused_as_diffusers_refuses_it():
+    found = schedulers({"variance_type": "learned_range"}, "DPMSolverMultistepScheduler")
+    with pytest.raises(ModelError, match=r"DPMSolverMultistepScheduler, cannot draw: RuntimeError"):
+        settled(model(), found)

@@ -64,6 +64,14 @@ def test_known_dead_ends_are_refused(name, num_inference_steps):
         try_scheduler(SD_V1, name, num_inference_steps)
 
 
+@pytest.mark.parametrize("name", ["dpm_1s", "dpm_2s", "dpm_3s_karras"])
+def test_what_fails_only_on_latents_of_more_than_one_cell_is_refused_before_it_joins_a_batch(name):
+    thresholding = schedulers({**SD_V1_CONFIG, "thresholding": True})
+    with pytest.raises(InvalidRequestError) as refused:
+        try_scheduler(thresholding, name, 6)
+    assert "RuntimeError" in refused.value.rule, "diffusers' own scheduler multiplies the latents by all noise levels"
+
+
 @pytest.mark.parametrize("name", ["pndm", "ddim", "euler"])
 def test_the_most_steps_that_work_are_let_in(name):
     try_scheduler(SD_V1, name, 1000 if name == "euler" else 999)
