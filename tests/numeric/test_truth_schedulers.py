@@ -142,11 +142,11 @@ def expected_of(folder_of) -> Callable[[str], Drawn]:
     @functools.cache
     def draw(name: str) -> Drawn:
         pipeline = plain_pipeline(folder_of(name))
-        chosen = {
-            sampler: pipeline if sampler == "default" else with_named_sampler(pipeline, sampler)
-            for sampler in requests_of(name)
-        }
-        return {sampler: plain_picture(one, **FEW) for sampler, one in chosen.items()}
+        pictures = {}
+        for sampler, asked in requests_of(name).items():
+            chosen = pipeline if sampler == "default" else with_named_sampler(pipeline, sampler)
+            pictures[sampler] = plain_picture(chosen, num_inference_steps=asked["num_inference_steps"])
+        return pictures
 
     return draw
 
