@@ -173,9 +173,9 @@ class Capabilities:
         for spelling in (name, name.lower(), name.lower().replace(" ", "_").replace("-", "_")):
             if (known := self.schedulers.get(spelling)) is not None:
                 return known
-        near = difflib.get_close_matches(name.lower(), self.schedulers, n=5, cutoff=0.4)
-        near = near or sorted(set(self.schedulers.values()), key=lambda known: (known[0].isupper(), known))[:5]
-        rule = f"must be one of the {len(set(self.schedulers.values()))} this model has, such as {', '.join(near)}"
+        names = sorted(set(self.schedulers.values()), key=lambda known: (known[0].isupper(), known))
+        near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
+        rule = f"must be one of the {len(names)} this model has, such as {', '.join(near)}"
         raise InvalidRequestError("scheduler", rule, repr(name))
 
 

@@ -16,9 +16,10 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from mii_serve.engine.decode import decode, is_finite, not_finite
+from mii_serve.engine.failures import is_of_one_sample
 from mii_serve.engine.probe import UNetCall, without_checker
 from mii_serve.engine.schedulers import capabilities_of
-from mii_serve.engine.stages import SAMPLE_ERRORS, StageClock
+from mii_serve.engine.stages import StageClock
 from mii_serve.engine.text import dropped_text
 from mii_serve.engine.warmup import make_pictures, warm_up_request
 from mii_serve.errors import EngineError, NotFiniteError
@@ -168,7 +169,9 @@ class ReferenceEngine:
         except NotFiniteError as error:
             self._running.pop(running.sample.id, None)
             return replace(running.progress, error=error)
-        except SAMPLE_ERRORS as error:
+        except Exception as error:
+            if not is_of_one_sample(error):
+                raise
             logger.exception("a sample failed, request_id=%s", running.sample.id.request_id)
             self._running.pop(running.sample.id, None)
             reason = EngineError(f"this image failed after step {running.step}: {type(error).__name__}: {error}")

@@ -1,13 +1,10 @@
-"""A turn's stages: how long they took, and what of them fails for one sample alone."""
+"""How long a turn's stages took."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
-
-SAMPLE_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""Raised by Python code about one sample's values; what a device raises is a RuntimeError."""
 
 STAGES = ("encode", "denoise", "decode", "safety")
 

@@ -8,14 +8,16 @@ level of 255 of the reference's in float32. Other kernels (`kernels.py`) go unde
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from mii_serve.engine.decode import Decoded, decode, is_finite, not_finite
+from mii_serve.engine.failures import is_of_one_sample
 from mii_serve.engine.native.denoiser import Denoiser
 from mii_serve.engine.native.kernels import KernelSet
 from mii_serve.engine.native.lattice import TurnSize, declare
@@ -27,7 +29,7 @@ from mii_serve.engine.native.times import TimeTable
 from mii_serve.engine.native.turn import Move
 from mii_serve.engine.native.unet import RowUNet
 from mii_serve.engine.schedulers import capabilities_of
-from mii_serve.engine.stages import SAMPLE_ERRORS, StageClock
+from mii_serve.engine.stages import StageClock
 from mii_serve.engine.warmup import make_pictures, warm_up_request
 from mii_serve.errors import EngineError, NotFiniteError
 from mii_serve.models import LoadedModel
@@ -241,27 +243,48 @@ class NativeEngine:
     def _step(self, ids: Sequence[SampleId], shown: Sequence[SampleId]) -> dict[SampleId, SampleProgress]:
         if not ids:
             return {}
-        failed: dict[SampleId, SampleProgress] = {}
-        group = [self._running[sample_id] for sample_id in ids]
-        bank = self._denoiser.bank(group[0].shape)
+        made: dict[SampleId, SampleProgress] = {}
+        asked = [self._running[sample_id] for sample_id in ids]
         with self._clock.time("denoise"):
-            times = self._times.rows([running.stepping.timestep(running.step) for running in group])
-            moves = [self._move(running, time, bank) for running, time in zip(group, times, strict=True)]
+            group, moves = self._moves(asked, made)
+            if not group:
+                return made
+            bank = self._denoiser.bank(group[0].shape)
             model_input, prediction = self._denoiser.step(moves, group[0].shape)
             for running, noise_pred in zip(group, prediction, strict=True):
-                try:
+                with self._failing_alone(running, made):
                     running.stepping.after(running.step, bank.state[running.slot], noise_pred)
-                except SAMPLE_ERRORS as error:
-                    failed[running.sample.id] = self._failed(running, error)
         for running in group:
             running.step += 1
         previews: dict[SampleId, Picture | NotFiniteError] = {}
-        if seen_ids := [sample_id for sample_id in shown if sample_id not in failed]:
-            rows = [ids.index(sample_id) for sample_id in seen_ids]
+        if rows := [row for row, one in enumerate(group) if one.sample.id in shown and one.sample.id not in made]:
             seen = [group[row] for row in rows]
             x0 = torch.tensor([running.stepping.x0(running.step - 1) for running in seen], device=self._device)
             previews = self._pictures(seen, estimate_x0(model_input[rows], prediction[rows], x0))
-        return {one.sample.id: failed.get(one.sample.id) or self._stepped(one, previews.get(one.sample.id)) for one in group}
+        return {one.sample.id: made.get(one.sample.id) or self._stepped(one, previews.get(one.sample.id)) for one in asked}
+
+    def _moves(self, asked: Sequence[_Running], made: dict[SampleId, SampleProgress]) -> tuple[list[_Running], list[Move]]:
+        """The next steps of those samples that can make one; into `made` goes what became of the others."""
+        bank, group, moves = self._denoiser.bank(asked[0].shape), [], []
+        times = self._times.rows([running.stepping.timestep(running.step) for running in asked])
+        for running, time in zip(asked, times, strict=True):
+            with self._failing_alone(running, made):
+                moves.append(self._move(running, time, bank))
+                group.append(running)
+        return group, moves
+
+    @contextlib.contextmanager
+    def _failing_alone(self, running: _Running, made: dict[SampleId, SampleProgress]) -> Iterator[None]:
+        """What the sample's own scheduler object raises in the block costs that sample only."""
+        try:
+            yield
+        except Exception as error:
+            if not is_of_one_sample(error):
+                raise
+            logger.exception("a sample failed, request_id=%s", running.sample.id.request_id)
+            self._forget(running.sample.id)
+            reason = EngineError(f"this image failed after step {running.step}: {type(error).__name__}: {error}")
+            made[running.sample.id] = replace(running.progress, error=reason)
 
     def _stepped(self, running: _Running, preview: Picture | NotFiniteError | None) -> SampleProgress:
         """Where only the preview is not finite, as of a v-prediction model's first step, it is left out: the sample is well."""
@@ -271,13 +294,6 @@ class NativeEngine:
             return running.progress
         self._forget(running.sample.id)
         return replace(running.progress, error=preview)
-
-    def _failed(self, running: _Running, error: Exception) -> SampleProgress:
-        """What the sample's own scheduler object raised costs that sample only."""
-        logger.exception("a sample failed, request_id=%s", running.sample.id.request_id)
-        self._forget(running.sample.id)
-        reason = EngineError(f"this image failed after step {running.step}: {type(error).__name__}: {error}")
-        return replace(running.progress, error=reason)
 
     def _move(self, running: _Running, time: int, bank: SlotBank) -> Move:
         """The sample's next step."""
