@@ -85,7 +85,7 @@ def test_the_end_waits_for_no_page_that_takes_in_nothing(deployment):
         body = b'{"prompt": "a star", "num_images_per_prompt": 16, "num_inference_steps": 999, "scheduler": "euler"}'
         head = (
             "POST /ui/generate HTTP/1.1",
-            "host: x",
+            "host: localhost",
             "content-type: application/json",
             f"content-length: {len(body)}",
             "",
