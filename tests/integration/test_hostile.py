@@ -87,7 +87,8 @@ async def test_a_message_of_a_huge_size_is_refused_unread(server):
 async def test_a_thousand_idle_streams_and_fifty_active_callers(tmp_path):
     async with running_server(tmp_path, FakeEngine(max_slots=8), max_waiting_samples=4096) as server:
         server.engine.gate.clear()  # nothing is measured yet, so nobody is refused for the length of the line
-        channels = [grpc.aio.insecure_channel(server.target, options=CHANNEL_OPTIONS) for _ in range(50)]
+        options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))  # else all channels would share one connection
+        channels = [grpc.aio.insecure_channel(server.target, options=options) for _ in range(50)]
         slow = pb.GenerateRequest(prompt="idle", num_inference_steps=1000, priority=pb.PRIORITY_LOW)
         idle = [ImageGenerationStub(channels[i % 50]).GenerateStream(slow) for i in range(1000)]
         await asyncio.gather(*(call.read() for call in idle))  # each is in line, and then never reads again
