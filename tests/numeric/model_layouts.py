@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import DEMO_FOLDER
 from safetensors.torch import load_file, save_file
+
+from mii_serve.models.source import DEMO_FOLDER
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO_FOLDER
 from plain_diffusers import (
     LEVELS_OFF,
     Drawn,
@@ -26,6 +25,8 @@ from plain_diffusers import (
     with_named_sampler,
 )
 from scheduler_configs import LINEAR, NAMED, NOT_LINEAR, SCHEDULER_CONFIGS, Config
+
+from mii_serve.models.source import DEMO_FOLDER
 
 pytestmark = pytest.mark.slow
 
