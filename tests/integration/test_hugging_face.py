@@ -76,8 +76,11 @@ async def test_refusals_name_the_member(served):
 
 
 async def test_who_hangs_up_frees_the_slot(served):
+    served.server.engine.gate.clear()
     _, writer = await served.start("/", {"inputs": "a", "parameters": {"num_inference_steps": 1000}})
     await served.server.until(lambda: served.server.loop.activity().num_running)
     writer.close()
+    await served.server.until(lambda: served.server.loop.activity().num_cancelled_requests == 1)
+    served.server.engine.gate.set()
     await served.until_idle()
     assert served.server.loop.activity().num_images == 0

@@ -66,11 +66,13 @@ async def test_a_caller_who_was_cut_off_may_come_back(server, client):
 
 async def test_work_that_nobody_comes_back_for_ends(server, client, monkeypatch):
     monkeypatch.setattr(answers, "GRACE_S", 0.05)
+    server.engine.gate.clear()
     call = asyncio.create_task(client.generate("a", num_inference_steps=1000, idempotency_key="k"))
     await server.until(lambda: server.loop.activity().num_running == 1)
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
     await server.until(lambda: server.loop.activity().num_cancelled_requests == 1)
+    server.engine.gate.set()
     assert (await client.generate("a", num_inference_steps=2, idempotency_key="k")).images
 
 

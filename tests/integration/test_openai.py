@@ -172,10 +172,13 @@ async def test_a_stream_that_waits_shows_that_it_is_there(served, monkeypatch):
 
 async def test_who_leaves_a_stream_frees_the_slot(served):
     body = {"prompt": "a", "stream": True, "partial_images": 3, "num_inference_steps": 1000}
+    served.server.engine.gate.clear()
     reader, writer = await served.start(PATH, body)
     assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
     await served.server.until(lambda: served.server.loop.activity().num_running)
     writer.close()
+    await served.server.until(lambda: served.server.loop.activity().num_cancelled_requests == 1)
+    served.server.engine.gate.set()
     await served.until_idle()
     assert served.server.loop.activity().num_images == 0
 
