@@ -10,9 +10,10 @@ from mii_serve.errors import InvalidRequestError, ModelError
 from mii_serve.models import LoadedModel
 from mii_serve.samplers.build import ModelSchedulers, first_line
 from mii_serve.samplers.sampling import Uncompiled
-from mii_serve.types import Capabilities
+from mii_serve.types import DEFAULT_SCHEDULER, Capabilities
 
 FEW_STEPS = 4
+"""The scheduler of a distilled model may have fewer than diffusers' default of 50."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,10 @@ def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Call
         try:
             sampling = check(name, num_steps)
         except InvalidRequestError as error:
-            sampling = check(
-                name, FEW_STEPS
-            )  # a scheduler of a distilled model may have fewer steps than diffusers' default of 50
+            sampling = check(name, FEW_STEPS)
             logger.warning("a request that names no num_inference_steps will be refused: the default does not work: %s", error)
     except InvalidRequestError as error:
-        is_own = declared not in schedulers.accepted_names or schedulers.accepted_names[declared] == declared
+        is_own = schedulers.accepted_names.get(declared) == DEFAULT_SCHEDULER
         called = f"default scheduler, {schedulers.own_class}," if is_own else f"default scheduler {declared!r}"
         reason = error.rule if error.__cause__ is None else f"{type(error.__cause__).__name__}: {first_line(error.__cause__)}"
         raise ModelError(

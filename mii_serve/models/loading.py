@@ -6,6 +6,7 @@ with random numbers and only logs it, and with transformers 5 leaves some parts 
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +109,9 @@ def _load_weights(part: Part, dtype: torch.dtype, device: torch.device) -> Any:
 
 def _scheduler_class(part: Part) -> Any:
     cls = getattr(diffusers, part.class_name, None)
-    if missing := getattr(cls, "_backends", None):  # what diffusers exports where a package is not there
-        raise ModelError(
-            f"scheduler in {part.folder}: {part.class_name} needs the packages {' and '.join(missing)}. Install them with pip"
-        )
+    needed = getattr(cls, "_backends", ())  # of the stand-in that diffusers exports where a package is not there
+    if missing := " ".join(name for name in needed if importlib.util.find_spec(name) is None):
+        raise ModelError(f"scheduler in {part.folder}: {part.class_name} needs {missing}; pip install {missing}")
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise ModelError(
             f"scheduler in {part.folder}: diffusers {diffusers.__version__} has no {part.class_name}. Name another in"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import inspect
 import json
 import logging
@@ -51,7 +52,7 @@ class ModelSchedulers:
         self._own = copy.deepcopy(model_scheduler)
         self._own_class = type(model_scheduler).__name__
         self._built: dict[str, Any] = {DEFAULT_SCHEDULER: self._own}
-        self._described: dict[str, SchedulerDescription] = {}
+        self._described: dict[tuple[str, bool], SchedulerDescription] = {}
         self._lock = threading.Lock()
         self.accepted_names = self._accepted_names()
 
@@ -78,7 +79,7 @@ class ModelSchedulers:
 
     def describe(self, name: str, *, is_compiled: bool) -> SchedulerDescription:
         """What the name stands for: the class, and its settings that are not the class's defaults."""
-        key = f"{name} {is_compiled}"
+        key = name, is_compiled
         if key not in self._described:
             template = self._template(name)
             self._described[key] = SchedulerDescription(
@@ -134,13 +135,7 @@ def missing_packages(cls: Any) -> list[str]:
     """The packages a diffusers class needs and does not find: without them a stand-in is exported under its name."""
     if isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin):
         return []
-    return [name for name in getattr(cls, "_backends", ()) if not _is_available(name)]
-
-
-def _is_available(package: str) -> bool:
-    from diffusers.utils import import_utils
-
-    return bool(getattr(import_utils, f"is_{package}_available", lambda: True)())
+    return [name for name in getattr(cls, "_backends", ()) if importlib.util.find_spec(name) is None]
 
 
 def _options(scheduler: Any) -> Mapping[str, str]:

@@ -84,14 +84,14 @@ class Spares:
     async def close(self) -> None:
         """End all that were not taken."""
         self._is_on = False
-        for spare in self._spares.values():
+        while self._spares:
+            _, spare = self._spares.popitem()
             with contextlib.suppress(OSError):
                 child = await spare
                 os.close(child.status_fd)
                 with contextlib.suppress(ProcessLookupError):
                     child.process.kill()
                 await child.process.wait()
-        self._spares.clear()
 
     def _drop(self, key: Environment) -> None:
         spare = self._spares.pop(key, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
@@ -48,3 +49,19 @@ def test_a_killed_front_leaves_no_process_behind():
         processes = [spare_of(running), *running.replica_pids()]
         running.process.kill()
         until(lambda: not any(psutil.pid_exists(pid) for pid in processes), "no orphan is left")
+
+
+def test_a_spare_that_answers_no_signal_does_not_outlive_a_second_one():
+    with deployed("demo", env=WITH_SPARE) as running:
+        stopped = [psutil.Process(pid) for pid in (spare_of(running), *running.replica_pids())]
+        for process in stopped:
+            process.suspend()
+        try:
+            running.process.send_signal(signal.SIGTERM)
+            until(lambda: "draining" in running.logged(), "the first signal has come")
+            assert running.stop() == 0
+            assert not any(process.is_running() for process in stopped)
+        finally:
+            for process in stopped:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()

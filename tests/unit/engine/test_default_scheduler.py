@@ -38,6 +38,12 @@ def test_a_declared_scheduler_that_is_none_speaks_to_the_operator():
         settled(model("fastest"), schedulers({}))
 
 
+def test_a_declared_scheduler_that_cannot_draw_is_named_and_not_the_models_own():
+    config = {"algorithm_type": "sde-dpmsolver++"}
+    with pytest.raises(ModelError, match="default scheduler 'DEISMultistepScheduler' cannot draw: NotImplementedError"):
+        settled(model("DEISMultistepScheduler"), schedulers(config, "DPMSolverMultistepScheduler"))
+
+
 def test_a_scheduler_that_the_pipeline_cannot_run_is_named_with_its_class_and_the_reason():
     found = schedulers({}, "FlowMatchEulerDiscreteScheduler")
     with pytest.raises(ModelError, match=r"FlowMatchEulerDiscreteScheduler, cannot draw: AttributeError: .*init_noise_sigma"):
