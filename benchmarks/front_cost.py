@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,6 @@ from typing import Any
 import grpc
 
 from mii_serve.bench import environment
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.proto.codec import CHANNEL_OPTIONS
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
@@ -34,6 +34,9 @@ from mii_serve.replica.service import replica_server
 from mii_serve.server.desk import Desk
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.router import Router
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from fake_engine import FakeEngine
 
 RESULTS = Path(__file__).parent / "results"
 SIDE_PX = 368

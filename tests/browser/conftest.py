@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import pytest
 import pytest_asyncio
 from chromium import chromium_path
-from integration.conftest import RunningServer, running_server
+from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
+from servers import RunningServer, running_server
 
 from mii_serve.config import DeployConfig
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.gateway.app import serve_http
 from mii_serve.safety.moderation import Moderator
 from mii_serve.server.keys import KeyRing

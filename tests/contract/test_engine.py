@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 from deepspeed_operations import torch_operations
+from fake_engine import FakeEngine
 
 from mii_serve.engine import Engine
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types import Picture, RequestedParams, Sample, SampleId, SampleProgress, StepPlan
 

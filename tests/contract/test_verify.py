@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fake_engine import FakeEngine
 
 import mii_serve.engine.factory
 import mii_serve.verify.runs
 import mii_serve.verify.truth
 from mii_serve.config import DeployConfig, LimitsConfig
 from mii_serve.engine.decode import Decoded
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.engine.native import NativeEngine
 from mii_serve.engine.native.lattice import declare
 from mii_serve.errors import ConfigError, EngineError, InvalidRequestError, VerificationError

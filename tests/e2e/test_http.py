@@ -10,10 +10,9 @@ import urllib.request
 import numpy as np
 import pytest
 from deployments import Deployment, deployed
-from integration.test_openai import events_of
-from integration.web import picture
 from patience import PATIENCE_S
 from PIL import Image
+from web import events_of, picture
 
 from mii_serve.client import Client
 

@@ -10,6 +10,7 @@ from deployments import deployed, until
 
 from mii_serve.client import Client
 from mii_serve.errors import PoisonedRequestError, UnavailableError
+from mii_serve.server.assignment import MAX_CRASHES_ALONE
 
 POISON = "poison"
 CRASHING_ENGINE = f"""
@@ -36,6 +37,8 @@ if any("mii_serve.replica" in argument for argument in sys.orig_argv):
 """
 """As `sitecustomize`, on the operator's PYTHONPATH, which replicas keep to."""
 TIMEOUT_S = 300.0
+MOST_CRASHES = 2 + MAX_CRASHES_ALONE
+"""Twice among other requests, because a crash may be faster than the word that the request has started; then alone."""
 
 
 def are_all_ready(client: Client) -> bool:
@@ -69,4 +72,5 @@ def test_of_the_requests_on_two_replicas_only_the_one_that_crashes_them_is_refus
         assert [list(result.seeds) for result in results] == [[seed] for seed in range(8)]
         assert all(len(result.images) == 1 for result in results)
         until(lambda: are_all_ready(client), "both are back")
-        assert sum(replica.num_restarts for replica in client.server_info().replicas) <= 3
+        num_restarts = sum(replica.num_restarts for replica in client.server_info().replicas)
+        assert num_restarts <= MOST_CRASHES

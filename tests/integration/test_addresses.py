@@ -7,10 +7,9 @@ import itertools
 
 import httpx2
 import pytest
-from integration.web import web
+from fake_engine import FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
-
-from mii_serve.engine.fake import FakeEngine
+from web import web
 
 NUM_EACH = 24
 MAX_NEW_SERIES = 400

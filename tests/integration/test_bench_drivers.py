@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 import pytest
-from integration.conftest import RunningServer, running_server
+from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from PIL import Image
+from servers import RunningServer, running_server
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -28,7 +29,6 @@ from mii_serve.bench.mix import parse_mix
 from mii_serve.bench.run import Loop, Plan, measure
 from mii_serve.bench.summary import summary
 from mii_serve.config import DeployConfig
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.gateway.app import serve_http
 from mii_serve.server.keys import KeyRing
 

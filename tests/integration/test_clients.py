@@ -6,10 +6,10 @@ import asyncio
 import json
 
 import pytest
-from integration.web import Web, counted, picture, web
+from fake_engine import FakeEngine
 from outside import run_client
+from web import Web, counted, picture, web
 
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import DeadlineExceededError, EngineError, QueueFullError, UnavailableError
 from mii_serve.server.keys import KeyRing
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import grpc
 import httpx2
 import pytest
+from fake_engine import FakeEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from integration.conftest import running_server
-from integration.web import Web
+from servers import running_server
+from web import Web
 
 from mii_serve.config import DeployConfig
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.gateway.app import serve_http
 from mii_serve.gateway.listening import NUM_CLOSING, NUM_IDLE, BoundedListener, Connections
 from mii_serve.server.desk import Desk

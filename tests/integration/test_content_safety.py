@@ -16,15 +16,14 @@ from pathlib import Path
 import grpc
 import pytest
 from content_safety_double import FAILURES, KEY, ContentSafetyDouble, content_safety_double
+from fake_engine import FakeEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from integration.conftest import RunningServer, running_server
-from integration.test_sharing import Turnstile
 from patience import PATIENCE_S
 from PIL import Image
+from servers import RunningServer, Turnstile, running_server
 
 from mii_serve.client import AsyncClient
 from mii_serve.config import ContentSafetyConfig, DeployConfig
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import ConfigError, ContentBlockedError, DeadlineExceededError, MiiServeError, ModerationFailedError
 from mii_serve.gateway.app import serve_http
 from mii_serve.proto.interceptor import IDEMPOTENCY_KEY

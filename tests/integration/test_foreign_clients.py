@@ -8,10 +8,9 @@ import json
 from urllib.parse import unquote
 
 import pytest
-from integration.test_openai import events_of
-from integration.web import Web, picture, web
+from fake_engine import MAX_WORDS
+from web import Web, events_of, picture, web
 
-from mii_serve.engine.fake import MAX_WORDS
 from mii_serve.gateway.app import build_app
 from mii_serve.server.keys import KeyRing
 

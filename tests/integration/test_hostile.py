@@ -8,10 +8,10 @@ import random
 
 import grpc
 import pytest
-from integration.conftest import running_server
+from fake_engine import FakeEngine
 from patience import PATIENCE_S
+from servers import running_server
 
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import InvalidRequestError, MiiServeError, QueueFullError
 from mii_serve.proto.codec import CHANNEL_OPTIONS, MAX_REQUEST_BYTES
 from mii_serve.proto.status import decode_error

@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from integration.test_openai import events_of
-from integration.web import Web, web
+from web import Web, events_of, web
 
 from mii_serve import config, errors
 

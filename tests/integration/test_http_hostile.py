@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 
 import pytest
-from integration.web import web
 from patience import PATIENCE_S
+from web import web
 
 from mii_serve.gateway import app, bodies, connections, door, openai
 

@@ -8,8 +8,8 @@ import io
 import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
-from integration.web import web
 from PIL import Image
+from web import web
 
 
 @pytest.fixture

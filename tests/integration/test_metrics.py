@@ -8,9 +8,9 @@ import urllib.request
 
 import grpc
 import pytest
-from integration.test_router import KILLED, Deployment, deployment_of, events_of, request
 from patience import PATIENCE_S
 from prometheus_client.parser import text_string_to_metric_families
+from replicas import KILLED, Deployment, deployment_of, events_of, request
 
 from mii_serve.config import DeployConfig
 from mii_serve.gateway.app import serve_http

@@ -8,11 +8,11 @@ from urllib.parse import unquote
 
 import grpc
 import pytest
+from fake_engine import MAX_WORDS, FakeEngine
 from google.protobuf import empty_pb2
-from integration.conftest import running_server
 from patience import PATIENCE_S
+from servers import running_server
 
-from mii_serve.engine.fake import MAX_WORDS, FakeEngine
 from mii_serve.proto.mii import pictures_pb2 as mii
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server.keys import KeyRing

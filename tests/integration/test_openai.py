@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any
 
 import pytest
-from integration.web import picture, web
+from fake_engine import FakeEngine
 from patience import PATIENCE_S
+from web import events_of, picture, web
 
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import ContentBlockedError
 from mii_serve.gateway import door
 from mii_serve.gateway.openai import FORMATS, QUALITIES
@@ -24,16 +22,6 @@ KEY = "studio-key-0123456789"
 async def served(tmp_path):
     async with web(tmp_path) as running:
         yield running
-
-
-def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names and values of a `text/event-stream`; comments are left out."""
-    found = []
-    for block in text.split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in block.splitlines() if line and not line.startswith(":"))
-        if fields:
-            found.append((fields["event"], json.loads(fields["data"])))
-    return found
 
 
 async def test_pictures_with_what_was_really_done(served):

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from integration.conftest import RunningServer, running_server
+from fake_engine import FakeEngine
 from patience import PATIENCE_S
+from servers import RunningServer, running_server
 
 from mii_serve.config import DeployConfig
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import UnavailableError
 from mii_serve.gateway.app import serve_http
 from mii_serve.gateway.page.calls import PageCalls

@@ -9,9 +9,9 @@ import json
 import logging
 
 import pytest
-from integration.web import Web, counted, picture, web
+from fake_engine import FakeEngine
+from web import Web, counted, picture, web
 
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import ContentBlockedError
 
 CARD = {

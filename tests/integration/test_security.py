@@ -8,12 +8,12 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
+from fake_engine import FakeEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from integration.conftest import RunningServer, running_server
 from patience import PATIENCE_S
+from servers import RunningServer, running_server
 
 from mii_serve.client import AsyncClient
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import ConfigError, InvalidRequestError, RateLimitedError, UnauthenticatedError, UnavailableError
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.tls import Tls

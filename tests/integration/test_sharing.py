@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from fake_engine import FakeEngine
 from google.rpc import error_details_pb2, status_pb2
 from patience import PATIENCE_S
+from servers import Turnstile
 
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.proto.interceptor import CLIENT_ID_KEY
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.replica.loop import ReplicaLoop
@@ -27,20 +27,6 @@ def request(**fields) -> pb.GenerateRequest:
 
 async def events_of(call) -> list[pb.GenerateEvent]:
     return [event async for event in call]
-
-
-class Turnstile:
-    """A gate for an engine that lets a number of turns pass."""
-
-    def __init__(self) -> None:
-        self._passes = threading.Semaphore(0)
-        self.wait = self._passes.acquire
-
-    def let(self, turns: int) -> None:
-        self._passes.release(turns)
-
-    def set(self) -> None:
-        self.let(10_000)
 
 
 class TestPreviews:

@@ -7,10 +7,10 @@ import contextlib
 import struct
 
 import pytest
-from integration.conftest import RunningServer, running_server
+from fake_engine import FakeEngine
 from patience import PATIENCE_S
+from servers import RunningServer, running_server
 
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.proto import writing
 from mii_serve.proto.mii_codec import encode_mii_request
 from mii_serve.proto.v1 import image_generation_pb2 as pb

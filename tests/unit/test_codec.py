@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import grpc
 import pytest
+from fake_engine import FakeEngine
 from google.protobuf.message import DecodeError
 
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import (
     ContentBlockedError,
     EngineError,

@@ -8,9 +8,9 @@ import random
 from dataclasses import replace
 
 import pytest
+from fake_engine import FakeEngine
 from PIL import Image
 
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.replica.encoding import encode_picture
 from mii_serve.types import Effective, ImageFormat, OutputOptions, Picture, RequestedParams
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import h11
 import pytest
+from fake_engine import FakeEngine
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import MiiServeError
 from mii_serve.gateway import bodies, door, hosts, huggingface, openai, parameters, paths, score
 from mii_serve.gateway.page import messages

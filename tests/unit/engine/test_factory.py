@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_engine import FakeEngine
 from unit.engine.test_requirements import COMPLETE, LACKS
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import factory
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.engine.machine import Machine
 from mii_serve.errors import ModelError, UnusableEngineError
 from mii_serve.models import LoadedModel

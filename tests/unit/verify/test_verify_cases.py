@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from fake_engine import FakeEngine
 
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import InvalidRequestError
 from mii_serve.samplers.names import SAMPLERS
 from mii_serve.types import LATENT_SCALE, Capabilities, GenerationDefaults, Limits, Picture

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from integration.conftest import RunningServer, running_server
+from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from PIL import Image
+from servers import RunningServer, running_server
 
 from mii_serve.config import DeployConfig
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.gateway.app import serve_http
 from mii_serve.server.keys import KeyRing
 
@@ -105,3 +105,13 @@ def counted(text: str, name: str, **labels: str) -> float:
     wanted = [f'{key}="{value}"' for key, value in labels.items()]
     lines = [line for line in text.splitlines() if line.startswith(name) and all(label in line for label in wanted)]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and values of a `text/event-stream`; comments are left out."""
+    found = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if line and not line.startswith(":"))
+        if fields:
+            found.append((fields["event"], json.loads(fields["data"])))
+    return found

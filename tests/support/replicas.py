@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from PIL import Image
 
-from mii_serve.engine.fake import FakeEngine
 from mii_serve.errors import EngineError
 from mii_serve.proto.codec import CHANNEL_OPTIONS
 from mii_serve.proto.v1 import image_generation_pb2 as pb

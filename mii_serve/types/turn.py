@@ -1,0 +1,112 @@
+"""One turn of a replica: a `StepPlan` that the scheduler makes and the engine runs.
+
+The engine answers with a `SampleProgress` for every sample that moved. A `Sample` is one image of a request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mii_serve.errors import MiiServeError
+from mii_serve.types.params import GenerationParams, Priority
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SampleId:
+    """One image of one request."""
+
+    request_id: str
+    image_index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One image to make, the unit that holds a slot."""
+
+    id: SampleId
+    params: GenerationParams
+
+    @property
+    def seed(self) -> int:
+        return self.params.seed_of(self.id.image_index)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the scheduler needs to know of a request; `deadline` is a point on the caller's monotonic clock, in seconds.
+
+    `num_calls` are the UNet calls each image takes, as `Engine.check` counts them. Requests of one `client` share one part of a
+    busy replica. Clients of one address, `ADDRESS/NAME` and `ADDRESS`, have the address's part together.
+    """
+
+    id: str
+    params: GenerationParams
+    num_calls: int
+    client: str = ""
+    priority: Priority = Priority.NORMAL
+    deadline: float | None = None
+    preview_every: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What one turn does, in this order.
+
+    Forget `leaves`; take in `joins`; make one UNet call for all of `steps` together, which agree in their latent shape; show
+    `previews` as they would look if they ended now; make the pictures of `decodes`, which have made all their calls (the last
+    one perhaps in this very turn) and are forgotten afterwards. `previews` are among `steps`.
+    """
+
+    joins: tuple[Sample, ...] = ()
+    steps: tuple[SampleId, ...] = ()
+    previews: tuple[SampleId, ...] = ()
+    decodes: tuple[SampleId, ...] = ()
+    leaves: tuple[SampleId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One finished image: `rgb` is height × width × 3 bytes, row by row.
+
+    `nsfw_content_detected` is None where the model has no safety checker. The dropped texts are what did not fit into the
+    text encoder's tokens, empty where all of it did.
+    """
+
+    width: int
+    height: int
+    rgb: bytes = field(repr=False)
+    nsfw_content_detected: bool | None
+    dropped_prompt: str = field(default="", repr=False)
+    dropped_negative_prompt: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleProgress:
+    """What a turn did for one sample: it has made `step` of its `num_steps` UNet calls, and perhaps there is something to see.
+
+    With `error` the sample has failed by itself and is forgotten; the engine and the other samples are unharmed.
+    """
+
+    id: SampleId
+    step: int
+    num_steps: int
+    preview: Picture | None = None
+    picture: Picture | None = None
+    error: MiiServeError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.picture is not None or self.error is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCapacity:
+    """How many samples the engine can hold at once, and how many pictures it decodes in one go.
+
+    `max_cells_per_call` is the largest UNet call (rows × latent height × latent width) that the device's memory was found to
+    take, or the engine has set room aside for; None while there is no such bound. Larger turns are made in several calls.
+    """
+
+    max_slots: int
+    max_decodes: int = 1
+    max_cells_per_call: int | None = None
