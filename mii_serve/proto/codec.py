@@ -1,20 +1,25 @@
-"""Message ⇄ value for both ends of the server. What a caller reads out of an answer is in `client/messages.py`."""
+"""Message ⇄ value of the service `mii_serve.v1`: each message is written in one place and read in one place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import fields
+from typing import Any, TypeVar
 
-from mii_serve.errors import InvalidRequestError
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from mii_serve.errors import InvalidRequestError, MiiServeError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.types import (
-    Capabilities,
+    PARAMETER_NAMES,
+    Activity,
     Done,
-    Effective,
-    EngineDescription,
+    EffectiveParameters,
     Event,
+    GenerationAnswer,
     GenerationDefaults,
     GenerationParams,
+    GenerationRequest,
     ImageFormat,
     ImageReady,
     Limits,
@@ -22,14 +27,16 @@ from mii_serve.types import (
     Preview,
     Priority,
     Queued,
+    ReplicaInfo,
     RequestedParams,
-    SchedulerDescription,
+    Restarted,
+    ServerInfo,
     Started,
     Step,
 )
 
 MAX_MESSAGE_BYTES = 128 * 1024 * 1024
-"""Bound on one message, on both sides: sixteen raw 1024 × 1024 pictures are 48 MiB."""
+"""Bound on one message, on both sides: sixteen raw 1024 × 1024 images are 48 MiB."""
 
 MAX_REQUEST_BYTES = 1024 * 1024
 """Bound on a request at the server; far above what any valid request needs."""
@@ -39,11 +46,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 
-MAX_TOLD_FIELDS = 5
-"""Of unknown ones: an error's text is metadata, and has a bound."""
-
-GET_METRICS = "/replica.Internal/GetMetrics"
-"""Empty in, Prometheus text out; on a replica's private socket only, so no part of the public service."""
+MAX_NAMED_FIELDS = 5
+"""Of unknown fields: an error's text is metadata, and has a bound."""
 
 _FORMATS: dict[ImageFormat, pb.ImageFormat] = {
     ImageFormat.PNG: pb.IMAGE_FORMAT_PNG,
@@ -58,47 +62,54 @@ _PRIORITIES: dict[Priority, pb.Priority] = {
     Priority.LOW: pb.PRIORITY_LOW,
 }
 _PRIORITY_OF = {number: priority for priority, number in _PRIORITIES.items()}
-_OPTIONAL_FIELDS = (
-    "negative_prompt",
-    "height",
-    "width",
-    "num_inference_steps",
-    "guidance_scale",
-    "num_images_per_prompt",
-    "scheduler",
-    "seed",
-)
+
+Value = TypeVar("Value")
 
 
-def image_format_number(image_format: ImageFormat) -> pb.ImageFormat:
-    """The format's number on the wire."""
-    return _FORMATS[image_format]
+def unknown_field_numbers(*messages: Message) -> list[int]:
+    """Numbers of fields in these messages that this version does not have."""
+    found: set[int] = set()
+    for message in messages:
+        unknown = UnknownFieldSet(message)
+        found.update(unknown[i].field_number for i in range(len(unknown)))
+    return sorted(found)
 
 
-def image_format_of(number: pb.ImageFormat) -> ImageFormat:
-    """The format with this number on the wire; one that a server wrote."""
-    return _FORMAT_OF[number]
+def _optional(message: Message, name: str) -> Any:
+    """The field's value; None where it is absent."""
+    return getattr(message, name) if message.HasField(name) else None
+
+
+def _all_fields(message: Message, value_type: type[Value]) -> Value:
+    """The value whose fields are the message's."""
+    return value_type(**{one.name: getattr(message, one.name) for one in fields(value_type)})  # type: ignore[arg-type]
 
 
 # ---- requests ----------------------------------------------------------------------------------------------------
 
 
-def encode_request(
-    asked: RequestedParams | GenerationParams, output: OutputOptions, priority: Priority | None = None
-) -> pb.GenerateRequest:
-    """Write a request; what is None stays absent.
+def encode_request(request: GenerationRequest) -> pb.GenerateRequest:
+    """Write a request; parameters that are None stay absent.
 
     Raises:
         InvalidRequestError: a value that has no place in its field, such as a number beyond 64 bits or text for a number.
     """
+    return _encode(request.params, request.output, request.priority)
+
+
+def encode_params(params: GenerationParams, output: OutputOptions, priority: Priority) -> pb.GenerateRequest:
+    """Write a request in which nothing is open, for `decode_params`."""
+    return _encode(params, output, priority)
+
+
+def _encode(params: RequestedParams | GenerationParams, output: OutputOptions, priority: Priority) -> pb.GenerateRequest:
     message = pb.GenerateRequest(output=pb.OutputOptions(format=_FORMATS[output.format]))
-    if priority is not None:
+    if priority is not Priority.NORMAL:
         message.priority = _PRIORITIES[priority]
-    for name in ("prompt", *_OPTIONAL_FIELDS):
-        _put(message, name, getattr(asked, name))
-    _put(message.output, "quality", output.quality)
-    _put(message.output, "embed_metadata", output.embed_metadata)
-    _put(message.output, "preview_every", output.preview_every)
+    for name in PARAMETER_NAMES:
+        _put(message, name, getattr(params, name))
+    for name in ("quality", "embed_metadata", "preview_every"):
+        _put(message.output, name, getattr(output, name))
     return message
 
 
@@ -132,34 +143,28 @@ _TYPE_NAMES = {
 }
 
 
-def decode_request(
-    message: pb.GenerateRequest, capabilities: Capabilities, *, fallback_seed: int
-) -> tuple[GenerationParams, OutputOptions, Priority]:
-    """The one decode of a request; afterwards nothing is open and nothing needs checking.
+def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
+    """Read a caller's request. What it leaves out is still open afterwards.
 
     Raises:
-        InvalidRequestError: naming the field and the rule it breaks.
+        InvalidRequestError: a field that this version does not have, or output options that break a rule.
     """
-    if unknown := _unknown_field_numbers(message):
+    if unknown := unknown_field_numbers(message, message.output):
         raise InvalidRequestError(
-            "request", "has fields this server does not know", f"field numbers {unknown[:MAX_TOLD_FIELDS]}"
+            "request", "has fields this server does not know", f"field numbers {unknown[:MAX_NAMED_FIELDS]}"
         )
-    asked = RequestedParams(
-        prompt=message.prompt,
-        **{name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)},
+    asked = {name: _optional(message, name) for name in PARAMETER_NAMES if name != "prompt"}
+    return GenerationRequest(
+        params=RequestedParams(prompt=message.prompt, **asked),
+        output=_decode_output(message.output),
+        priority=_decode_priority(message.priority),
     )
-    params = capabilities.resolve(asked, fallback_seed=fallback_seed)
+
+
+def decode_params(message: pb.GenerateRequest) -> tuple[GenerationParams, OutputOptions, Priority]:
+    """Read what `encode_params` wrote. Nothing is checked again."""
+    params = _all_fields(message, GenerationParams)
     return params, _decode_output(message.output), _decode_priority(message.priority)
-
-
-def _unknown_field_numbers(message: pb.GenerateRequest) -> list[int]:
-    from google.protobuf.unknown_fields import UnknownFieldSet
-
-    found: set[int] = set()
-    for part in (message, message.output):
-        fields = UnknownFieldSet(part)
-        found.update(fields[i].field_number for i in range(len(fields)))
-    return sorted(found)
 
 
 def _decode_output(message: pb.OutputOptions) -> OutputOptions:
@@ -168,9 +173,9 @@ def _decode_output(message: pb.OutputOptions) -> OutputOptions:
         raise InvalidRequestError("output.format", f"must be one of {', '.join(pb.ImageFormat.keys()[1:])}", str(number))
     return OutputOptions.checked(
         format=_FORMAT_OF[number],
-        quality=message.quality if message.HasField("quality") else None,
+        quality=_optional(message, "quality"),
         embed_metadata=message.embed_metadata,
-        preview_every=message.preview_every if message.HasField("preview_every") else None,
+        preview_every=_optional(message, "preview_every"),
     )
 
 
@@ -181,45 +186,103 @@ def _decode_priority(number: pb.Priority) -> Priority:
     return _PRIORITY_OF[number]
 
 
-# ---- answers -----------------------------------------------------------------------------------------------------
+# ---- events and answers ------------------------------------------------------------------------------------------
 
 
 def encode_event(request_id: str, event: Event) -> pb.GenerateEvent:
-    message = pb.GenerateEvent(request_id=request_id)
+    message = pb.GenerateEvent
     match event:
-        case Queued():
-            message.queued.CopyFrom(
-                pb.GenerateEvent.Queued(num_samples_ahead=event.num_samples_ahead, estimated_wait_s=event.estimated_wait_s)
-            )
-        case Started():
-            message.started.CopyFrom(pb.GenerateEvent.Started(image_index=event.image_index))
         case Step():
-            message.step.CopyFrom(
-                pb.GenerateEvent.Step(
-                    image_index=event.image_index,
-                    step=event.step,
-                    num_steps=event.num_steps,
-                    estimated_left_s=event.estimated_left_s,
-                )
+            step = message.Step(
+                image_index=event.image_index,
+                step=event.step,
+                num_steps=event.num_steps,
+                estimated_left_s=event.estimated_left_s,
             )
+            return message(request_id=request_id, step=step)
+        case Started():
+            return message(request_id=request_id, started=message.Started(image_index=event.image_index))
+        case Queued():
+            queued = message.Queued(num_samples_ahead=event.num_samples_ahead, estimated_wait_s=event.estimated_wait_s)
+            return message(request_id=request_id, queued=queued)
+        case Restarted():
+            return message(request_id=request_id, restarted=message.Restarted(image_indexes=event.image_indexes))
         case Preview():
-            message.preview.CopyFrom(
-                pb.GenerateEvent.Preview(
-                    image_index=event.image_index,
-                    step=event.step,
-                    data=event.encoded,
-                    format=_FORMATS[event.format],
-                    height=event.height,
-                    width=event.width,
-                    nsfw_content_detected=event.nsfw_content_detected,
-                )
+            preview = message.Preview(
+                image_index=event.image_index,
+                step=event.step,
+                data=event.encoded,
+                format=_FORMATS[event.format],
+                height=event.height,
+                width=event.width,
+                nsfw_content_detected=event.nsfw_content_detected,
             )
+            return message(request_id=request_id, preview=preview)
         case ImageReady():
-            message.image.CopyFrom(_encode_image(event))
+            return message(request_id=request_id, image=_encode_image(event))
         case Done():
-            message.done.parameters.CopyFrom(_encode_effective(event.effective))
-            message.done.timings.CopyFrom(pb.Timings(queued_s=event.queued_s, total_s=event.total_s))
-    return message
+            done = message.Done(parameters=_encode_parameters(event.parameters), timings=_encode_timings(event))
+            return message(request_id=request_id, done=done)
+
+
+def decode_event(message: pb.GenerateEvent) -> Event | None:
+    """The event in a message; None for a kind that only a newer server knows.
+
+    Raises:
+        MiiServeError: an image has a format that only a newer server knows.
+    """
+    match message.WhichOneof("event"):
+        case "step":
+            step = message.step
+            return Step(
+                image_index=step.image_index,
+                step=step.step,
+                num_steps=step.num_steps,
+                estimated_left_s=_optional(step, "estimated_left_s"),
+            )
+        case "started":
+            return Started(image_index=message.started.image_index)
+        case "queued":
+            queued = message.queued
+            return Queued(
+                num_samples_ahead=queued.num_samples_ahead, estimated_wait_s=_optional(queued, "estimated_wait_s")
+            )
+        case "restarted":
+            return Restarted(image_indexes=tuple(message.restarted.image_indexes))
+        case "preview":
+            preview = message.preview
+            return Preview(
+                image_index=preview.image_index,
+                step=preview.step,
+                encoded=preview.data,
+                format=_decode_format(preview.format, preview.image_index),
+                height=preview.height,
+                width=preview.width,
+                nsfw_content_detected=_optional(preview, "nsfw_content_detected"),
+            )
+        case "image":
+            return _decode_image(message.image)
+        case "done":
+            return _decode_done(message.done.parameters, message.done.timings)
+        case _:
+            return None
+
+
+def encode_answer(request_id: str, answer: GenerationAnswer) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        request_id=request_id,
+        images=[_encode_image(image) for image in answer.images],
+        parameters=_encode_parameters(answer.parameters),
+        timings=_encode_timings(answer.done),
+    )
+
+
+def decode_answer(message: pb.GenerateResponse) -> GenerationAnswer:
+    """Raises:
+    MiiServeError: an image has a format that only a newer server knows.
+    """
+    images = sorted((_decode_image(image) for image in message.images), key=lambda image: image.image_index)
+    return GenerationAnswer(images=tuple(images), done=_decode_done(message.parameters, message.timings))
 
 
 def _encode_image(event: ImageReady) -> pb.GeneratedImage:
@@ -231,94 +294,103 @@ def _encode_image(event: ImageReady) -> pb.GeneratedImage:
         width=event.width,
         seed=event.seed,
         nsfw_content_detected=event.nsfw_content_detected,
+        moderation_blocked=event.moderation_blocked,
     )
 
 
-def _encode_effective(effective: Effective) -> pb.EffectiveParameters:
-    params, engine = effective.params, effective.engine
-    return pb.EffectiveParameters(
-        **{name: getattr(params, name) for name in GenerationParams.__dataclass_fields__},
-        engine=engine.engine,
-        dtype=engine.dtype,
-        device=engine.device,
-        model=engine.model,
-        model_revision=engine.model_revision,
-        dropped_prompt=effective.dropped_prompt,
-        dropped_negative_prompt=effective.dropped_negative_prompt,
-        scheduler_class=effective.scheduler.class_name,
-        scheduler_options=effective.scheduler.options,
-        is_scheduler_compiled=effective.scheduler.is_compiled,
+def _decode_image(message: pb.GeneratedImage) -> ImageReady:
+    return ImageReady(
+        image_index=message.index,
+        encoded=message.data,
+        format=_decode_format(message.format, message.index),
+        height=message.height,
+        width=message.width,
+        seed=message.seed,
+        nsfw_content_detected=_optional(message, "nsfw_content_detected"),
+        moderation_blocked=_optional(message, "moderation_blocked"),
     )
 
 
-def gather_response(events: Iterable[pb.GenerateEvent]) -> pb.GenerateResponse:
-    """The unary answer that a complete stream of events amounts to."""
-    response = pb.GenerateResponse()
-    for event in events:
-        kind = event.WhichOneof("event")
-        if kind == "image":
-            response.images.append(event.image)
-        elif kind == "done":
-            response.request_id = event.request_id
-            response.parameters.CopyFrom(event.done.parameters)
-            response.timings.CopyFrom(event.done.timings)
-    response.images.sort(key=lambda image: image.index)
-    return response
+def _decode_format(number: pb.ImageFormat, index: int) -> ImageFormat:
+    if number not in _FORMAT_OF:
+        raise MiiServeError(f"image {index} has a format this client does not know, number {number}")
+    return _FORMAT_OF[number]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Activity:
-    """Counts since the replica started; the fields of the message of the same name."""
-
-    uptime_s: float
-    max_slots: int
-    num_running: int
-    num_waiting: int
-    num_steps: int
-    num_images: int
-    num_requests: int
-    num_cancelled_requests: int
-    num_turns: int
-    num_graph_misses: int
-    max_cells_per_call: int | None
+def _encode_parameters(parameters: EffectiveParameters) -> pb.EffectiveParameters:
+    return pb.EffectiveParameters(**{one.name: getattr(parameters, one.name) for one in fields(EffectiveParameters)})
 
 
-def encode_server_info(
-    *,
-    version: str,
-    deployment_name: str,
-    engine: EngineDescription,
-    capabilities: Capabilities,
-    default_scheduler: SchedulerDescription,
-    activity: Activity,
-) -> pb.GetServerInfoResponse:
-    limits, defaults = capabilities.limits, capabilities.defaults
-    info = pb.GetServerInfoResponse
-    return info(
-        version=version,
-        deployment_name=deployment_name,
-        model=engine.model,
-        model_revision=engine.model_revision,
-        engine=engine.engine,
-        dtype=engine.dtype,
-        device=engine.device,
-        has_safety_checker=engine.has_safety_checker,
-        engine_note=engine.note,
-        defaults=info.Defaults(**{name: getattr(defaults, name) for name in GenerationDefaults.__dataclass_fields__}),
-        limits=info.Limits(**{name: getattr(limits, name) for name in Limits.__dataclass_fields__}),
-        schedulers=capabilities.schedulers,
-        default_scheduler_class=default_scheduler.class_name,
-        default_scheduler_options=default_scheduler.options,
-        is_default_scheduler_compiled=default_scheduler.is_compiled,
-        activity=info.Activity(**{name: getattr(activity, name) for name in Activity.__dataclass_fields__}),
+def _encode_timings(done: Done) -> pb.Timings:
+    return pb.Timings(queued_s=done.queued_s, total_s=done.total_s)
+
+
+def _decode_done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:
+    values = {one.name: getattr(parameters, one.name) for one in fields(EffectiveParameters)}
+    return Done(
+        parameters=EffectiveParameters(**{**values, "scheduler_options": dict(parameters.scheduler_options)}),
+        queued_s=timings.queued_s,
+        total_s=timings.total_s,
     )
 
 
-def decode_capabilities(message: pb.GetServerInfoResponse) -> Capabilities:
-    return Capabilities(
-        limits=Limits(**{name: getattr(message.limits, name) for name in Limits.__dataclass_fields__}),
-        defaults=GenerationDefaults(
-            **{name: getattr(message.defaults, name) for name in GenerationDefaults.__dataclass_fields__}
-        ),
+# ---- the server's description ------------------------------------------------------------------------------------
+
+
+_PLAIN_INFO = tuple(
+    one.name
+    for one in fields(ServerInfo)
+    if one.name not in ("defaults", "limits", "schedulers", "activity", "replicas", "default_scheduler_options")
+)
+
+
+def encode_server_info(info: ServerInfo) -> pb.GetServerInfoResponse:
+    message = pb.GetServerInfoResponse
+    replicas = [
+        message.Replica(
+            index=replica.index,
+            is_ready=replica.is_ready,
+            num_restarts=replica.num_restarts,
+            activity=None if replica.activity is None else _encode_activity(replica.activity),
+        )
+        for replica in info.replicas
+    ]
+    return message(
+        **{name: getattr(info, name) for name in _PLAIN_INFO},
+        defaults=message.Defaults(**{one.name: getattr(info.defaults, one.name) for one in fields(GenerationDefaults)}),
+        limits=message.Limits(**{one.name: getattr(info.limits, one.name) for one in fields(Limits)}),
+        schedulers=info.schedulers,
+        default_scheduler_options=info.default_scheduler_options,
+        activity=_encode_activity(info.activity),
+        replicas=replicas,
+    )
+
+
+def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
+    replicas = (
+        ReplicaInfo(
+            index=replica.index,
+            is_ready=replica.is_ready,
+            num_restarts=replica.num_restarts,
+            activity=_decode_activity(replica.activity) if replica.HasField("activity") else None,
+        )
+        for replica in message.replicas
+    )
+    return ServerInfo(
+        **{name: getattr(message, name) for name in _PLAIN_INFO},
+        defaults=_all_fields(message.defaults, GenerationDefaults),
+        limits=_all_fields(message.limits, Limits),
         schedulers=dict(message.schedulers),
+        default_scheduler_options=dict(message.default_scheduler_options),
+        activity=_decode_activity(message.activity),
+        replicas=tuple(replicas),
     )
+
+
+def _encode_activity(activity: Activity) -> pb.GetServerInfoResponse.Activity:
+    return pb.GetServerInfoResponse.Activity(**{one.name: getattr(activity, one.name) for one in fields(Activity)})
+
+
+def _decode_activity(message: pb.GetServerInfoResponse.Activity) -> Activity:
+    counts = {one.name: getattr(message, one.name) for one in fields(Activity)}
+    return Activity(**{**counts, "max_cells_per_call": _optional(message, "max_cells_per_call")})

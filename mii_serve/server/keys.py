@@ -14,15 +14,13 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mii_serve.errors import ConfigError, RateLimitedError, UnauthenticatedError
-from mii_serve.proto.interceptor import is_work
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +83,6 @@ class KeyRing:
             logger.error("the API keys stay as they were: %s", error)
         else:
             logger.info("%d API keys read", len(self._keys))
-
-    def gate(self, method: str, metadata: Mapping[str, str]) -> AbstractContextManager[str | None]:
-        """`admitted`, for a gRPC method with this metadata."""
-        return self.admitted(metadata.get("authorization"), is_work=is_work(method))
 
     @contextlib.contextmanager
     def admitted(self, authorization: str | None, *, is_work: bool = True) -> Iterator[str | None]:

@@ -1,18 +1,22 @@
-"""What a caller is told: the events of a request, and the descriptions of what made its images."""
+"""What happens to a request: the one family of events, from the replica's loop to the client, and the answer they add up to.
+
+A request ends with exactly one `Done`, or with an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TypeAlias
 
 from mii_serve.types.params import GenerationParams, ImageFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerDescription:
-    """What the name of a sampler stands for: the diffusers class, and its options that are not the class's defaults, as JSON.
+    """What a sampler's name stands for: the diffusers class, and its options that are not the class's defaults, as JSON.
 
-    A compiled sampler steps by a table of numbers, another by a scheduler object of its own; the pictures are the same.
+    A compiled sampler steps by a table of numbers, another by a scheduler object of its own; the images are the same.
     """
 
     class_name: str
@@ -22,7 +26,7 @@ class SchedulerDescription:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDescription:
-    """What really runs, told to every caller with every picture.
+    """The engine that runs, as every answer names it.
 
     `note` says why it is this engine where `auto` would have preferred another; empty when there is nothing to say.
     """
@@ -37,10 +41,55 @@ class EngineDescription:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Queued:
-    """The request is in line: samples that will start before its first one, and the estimated seconds until that one starts.
+class EffectiveParameters(GenerationParams):
+    """What was really done, after defaults, and by what.
 
-    Told on acceptance, and again while it moves forward. No estimate before there is a measurement.
+    `scheduler_class` is the diffusers class that `scheduler` stood for, `scheduler_options` its options that are not the
+    class's defaults, as JSON. `is_scheduler_compiled` is False where a scheduler object stepped the samples, which takes
+    longer. The dropped texts are what the text encoder had no room for, empty where it used all.
+    """
+
+    engine: str
+    dtype: str
+    device: str
+    model: str
+    model_revision: str
+    dropped_prompt: str = field(repr=False)
+    dropped_negative_prompt: str = field(repr=False)
+    scheduler_class: str
+    scheduler_options: Mapping[str, str]
+    is_scheduler_compiled: bool
+
+    @classmethod
+    def of(
+        cls,
+        params: GenerationParams,
+        engine: EngineDescription,
+        scheduler: SchedulerDescription,
+        *,
+        dropped_prompt: str = "",
+        dropped_negative_prompt: str = "",
+    ) -> EffectiveParameters:
+        return cls(
+            **{one.name: getattr(params, one.name) for one in fields(GenerationParams)},
+            engine=engine.engine,
+            dtype=engine.dtype,
+            device=engine.device,
+            model=engine.model,
+            model_revision=engine.model_revision,
+            dropped_prompt=dropped_prompt,
+            dropped_negative_prompt=dropped_negative_prompt,
+            scheduler_class=scheduler.class_name,
+            scheduler_options=scheduler.options,
+            is_scheduler_compiled=scheduler.is_compiled,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued:
+    """The request waits: samples that start before its first one, and the estimated seconds until that one starts.
+
+    Sent on acceptance, and again while it moves forward. There is no estimate before there is a measurement.
     """
 
     num_samples_ahead: int
@@ -58,7 +107,7 @@ class Started:
 class Step:
     """An image has made `step` of its `num_steps` UNet calls; some schedulers make more than `num_inference_steps`.
 
-    `estimated_left_s` is the measured pace of its turns times the calls that are left.
+    `estimated_left_s` is the measured time of its turns times the calls that are left.
     """
 
     image_index: int
@@ -69,7 +118,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """What an image would look like if it ended after `step` UNet calls; checked for safety like the finished one."""
+    """What an image would look like if it ended after `step` UNet calls; checked for safety like the finished one.
+
+    `encoded` is a file of the `format`. `nsfw_content_detected` is None where the model has no safety checker; where it is
+    True, this preview is entirely black. A preview that the server's content safety blocks is not sent.
+    """
 
     image_index: int
     step: int
@@ -81,8 +134,19 @@ class Preview:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Restarted:
+    """The replica that worked on these images was lost; they are being made again from the start."""
+
+    image_indexes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageReady:
-    """A finished image in the form the caller asked for."""
+    """An image is finished; `encoded` is a file of the `format`, or raw RGB rows.
+
+    `nsfw_content_detected` is None where the model has no safety checker, `moderation_blocked` where the server has no content
+    safety; an image with either is entirely black.
+    """
 
     image_index: int
     encoded: bytes = field(repr=False)
@@ -90,27 +154,47 @@ class ImageReady:
     height: int
     width: int
     seed: int
-    nsfw_content_detected: bool | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effective:
-    """What was really done, by what."""
-
-    params: GenerationParams
-    engine: EngineDescription
-    scheduler: SchedulerDescription
-    dropped_prompt: str = field(default="", repr=False)
-    dropped_negative_prompt: str = field(default="", repr=False)
+    nsfw_content_detected: bool | None = None
+    moderation_blocked: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """The last event of a request that ended well; times are seconds since the request was accepted."""
+    """The last event of a request that succeeded. The times are the server's, in seconds from acceptance."""
 
-    effective: Effective
+    parameters: EffectiveParameters
     queued_s: float
     total_s: float
 
 
-Event = Queued | Started | Step | Preview | ImageReady | Done
+Event: TypeAlias = Queued | Started | Step | Preview | Restarted | ImageReady | Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationAnswer:
+    """All that a request amounts to; `images` by index."""
+
+    images: tuple[ImageReady, ...]
+    done: Done
+
+    @property
+    def parameters(self) -> EffectiveParameters:
+        return self.done.parameters
+
+
+def gather(events: Iterable[Event]) -> GenerationAnswer:
+    """The answer that a complete series of events amounts to.
+
+    Raises:
+        ValueError: there is no `Done` among them.
+    """
+    images: list[ImageReady] = []
+    done: Done | None = None
+    for event in events:
+        if isinstance(event, ImageReady):
+            images.append(event)
+        elif isinstance(event, Done):
+            done = event
+    if done is None:
+        raise ValueError("the events end before the request is done")
+    return GenerationAnswer(images=tuple(sorted(images, key=lambda image: image.image_index)), done=done)

@@ -1,7 +1,8 @@
 """The parameters of a request, and the rules they follow.
 
-`GenerationParams` is what a request means once nothing is left open: building one, through `Capabilities.resolve`, is the
-validation.
+`PARAMETERS` declares each one: its name, type, rule, default and help. Validation, command-line flags, the codec, the names in
+JSON bodies and the benchmark's mixes follow from it. `GenerationParams` is what a request means once nothing is left open:
+building one, through `Capabilities.resolve`, is the validation.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import difflib
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypedDict
 
 from mii_serve.errors import InvalidRequestError
 
@@ -27,8 +28,6 @@ DEFAULT_SCHEDULER = "default"
 
 RANDOM_SEED = -1
 """In many clients: draw a seed. Protocols without types read it so; where a seed is unsigned, it is left out."""
-
-T = TypeVar("T")
 
 
 class Priority(Enum):
@@ -109,9 +108,22 @@ class GenerationParams:
         return self.num_rows * height * width
 
 
+class GenerationKwargs(TypedDict, total=False):
+    """The optional parameters as keyword arguments; None is the same as left out."""
+
+    negative_prompt: str | None
+    height: int | None
+    width: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    num_images_per_prompt: int | None
+    scheduler: str | None
+    seed: int | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestedParams:
-    """What a caller said, before defaults and rules; None is "not said"."""
+    """What a caller asked for, before defaults and rules; None is "left out"."""
 
     prompt: str = field(repr=False)
     negative_prompt: str | None = field(default=None, repr=False)
@@ -138,36 +150,20 @@ class Capabilities:
         Raises:
             InvalidRequestError: naming the field and the rule it breaks.
         """
-        limits, defaults = self.limits, self.defaults
-        prompt = _text("prompt", asked.prompt, limits)
-        if not prompt.strip():
-            raise InvalidRequestError("prompt", "must not be empty")
-        return GenerationParams(
-            prompt=prompt,
-            negative_prompt=_text("negative_prompt", _or(asked.negative_prompt, ""), limits),
-            height=_size("height", _or(asked.height, defaults.height), limits),
-            width=_size("width", _or(asked.width, defaults.width), limits),
-            num_inference_steps=_count(
-                "num_inference_steps",
-                _or(asked.num_inference_steps, defaults.num_inference_steps),
-                limits.max_num_inference_steps,
-            ),
-            guidance_scale=_guidance(_or(asked.guidance_scale, defaults.guidance_scale), limits),
-            num_images_per_prompt=_count(
-                "num_images_per_prompt", _or(asked.num_images_per_prompt, 1), limits.max_images_per_prompt
-            ),
-            scheduler=self.scheduler_named(_or(asked.scheduler, defaults.scheduler)),
-            seed=_seed(_or(asked.seed, fallback_seed)),
-        )
+        values: dict[str, Any] = {}
+        for parameter in PARAMETERS:
+            value = getattr(asked, parameter.name)
+            if value is None:
+                value = fallback_seed if parameter.name == "seed" else parameter.default_in(self.defaults)
+            values[parameter.name] = parameter.check(parameter.name, parameter.of_kind(value), self)
+        return GenerationParams(**values)
 
     def scheduler_named(self, name: str) -> str:
         """The name that is answered with for one of the accepted spellings.
 
         Raises:
-            InvalidRequestError
+            InvalidRequestError: the model has no scheduler of this name.
         """
-        if not isinstance(name, str):
-            raise InvalidRequestError("scheduler", "must be text", type(name).__name__)
         name = name[:MAX_SCHEDULER_CHARS]
         for spelling in (name, name.lower(), name.lower().replace(" ", "_").replace("-", "_")):
             if (known := self.schedulers.get(spelling)) is not None:
@@ -183,15 +179,17 @@ def draw_seed() -> int:
     return secrets.randbits(32)
 
 
-def _or(value: T | None, default: T) -> T:
-    return default if value is None else value
+def _prompt(name: str, value: str, capabilities: Capabilities) -> str:
+    prompt = _text(name, value, capabilities)
+    if not prompt.strip():
+        raise InvalidRequestError(name, "must not be empty")
+    return prompt
 
 
-def _text(name: str, value: str, limits: Limits) -> str:
-    if not isinstance(value, str):
-        raise InvalidRequestError(name, "must be text", type(value).__name__)
-    if len(value) > limits.max_prompt_chars:
-        raise InvalidRequestError(name, f"must be at most {limits.max_prompt_chars} characters", str(len(value)))
+def _text(name: str, value: str, capabilities: Capabilities) -> str:
+    most = capabilities.limits.max_prompt_chars
+    if len(value) > most:
+        raise InvalidRequestError(name, f"must be at most {most} characters", str(len(value)))
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -199,38 +197,101 @@ def _text(name: str, value: str, limits: Limits) -> str:
     return value
 
 
-def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequestError(name, "must be a whole number", repr(value)[:80])
-    return value
-
-
 def _count(name: str, value: int, most: int) -> int:
-    if not 1 <= _whole(name, value) <= most:
+    if not 1 <= value <= most:
         raise InvalidRequestError(name, f"must be in [1, {most}]", str(value))
     return value
 
 
-def _size(name: str, value: int, limits: Limits) -> int:
-    if not limits.min_size_px <= _whole(name, value) <= limits.max_size_px or value % LATENT_SCALE:
+def _steps(name: str, value: int, capabilities: Capabilities) -> int:
+    return _count(name, value, capabilities.limits.max_num_inference_steps)
+
+
+def _images(name: str, value: int, capabilities: Capabilities) -> int:
+    return _count(name, value, capabilities.limits.max_images_per_prompt)
+
+
+def _size(name: str, value: int, capabilities: Capabilities) -> int:
+    limits = capabilities.limits
+    if not limits.min_size_px <= value <= limits.max_size_px or value % LATENT_SCALE:
         rule = f"must be a multiple of {LATENT_SCALE} in [{limits.min_size_px}, {limits.max_size_px}]"
         raise InvalidRequestError(name, rule, str(value))
     return value
 
 
-def _guidance(value: float, limits: Limits) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidRequestError("guidance_scale", "must be a number", repr(value)[:80])
-    if not math.isfinite(value) or not 0 <= value <= limits.max_guidance_scale:
-        rule = f"must be a finite number in [0, {limits.max_guidance_scale:g}]"
-        raise InvalidRequestError("guidance_scale", rule, str(value))
+def _guidance(name: str, value: float, capabilities: Capabilities) -> float:
+    most = capabilities.limits.max_guidance_scale
+    if not math.isfinite(value) or not 0 <= value <= most:
+        raise InvalidRequestError(name, f"must be a finite number in [0, {most:g}]", str(value))
     return float(value)
 
 
-def _seed(value: int) -> int:
-    if not 0 <= _whole("seed", value) <= MAX_SEED:
-        raise InvalidRequestError("seed", "must be in [0, 2**64 - 1]", str(value))
+def _scheduler(name: str, value: str, capabilities: Capabilities) -> str:
+    return capabilities.scheduler_named(value)
+
+
+def _seed(name: str, value: int, capabilities: Capabilities) -> int:
+    if not 0 <= value <= MAX_SEED:
+        raise InvalidRequestError(name, "must be in [0, 2**64 - 1]", str(value))
     return value
+
+
+def _of_kind(name: str, value: Any, kind: type) -> Any:
+    kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kinds):
+        shown = type(value).__name__ if kind is str else repr(value)[:80]
+        raise InvalidRequestError(name, f"must be {_KIND_NAMES[kind]}", shown)
+    return value
+
+
+_KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """The declaration of one parameter.
+
+    `kind` is the Python type of its value: str, int or float. `check` takes the name, a value of that kind and the model's
+    capabilities and returns the value, or raises `InvalidRequestError`. The default is the field of the same name in `GenerationDefaults` where
+    there is one, else `default`. `help` is for command lines and documentation.
+    """
+
+    name: str
+    kind: type[str] | type[int] | type[float]
+    check: Callable[[str, Any, Capabilities], Any]
+    help: str
+    default: Any = None
+
+    def default_in(self, defaults: GenerationDefaults) -> Any:
+        """What a request that leaves the parameter out gets from this model."""
+        return getattr(defaults, self.name, self.default)
+
+    def of_kind(self, value: Any) -> Any:
+        """The value, if it is of the parameter's kind; a whole number is a number, too.
+
+        Raises:
+            InvalidRequestError: it is of another kind.
+        """
+        return _of_kind(self.name, value, self.kind)
+
+
+PARAMETERS = (
+    Parameter(name="prompt", kind=str, check=_prompt, help="what the image should show"),
+    Parameter(name="negative_prompt", kind=str, check=_text, default="", help="what the image should not show"),
+    Parameter(name="height", kind=int, check=_size, help=f"height in pixels, a multiple of {LATENT_SCALE}"),
+    Parameter(name="width", kind=int, check=_size, help=f"width in pixels, a multiple of {LATENT_SCALE}"),
+    Parameter(name="num_inference_steps", kind=int, check=_steps, help="denoising steps"),
+    Parameter(
+        name="guidance_scale",
+        kind=float,
+        check=_guidance,
+        help="how closely the image follows the prompt; above 1, classifier-free guidance is on",
+    ),
+    Parameter(name="num_images_per_prompt", kind=int, check=_images, default=1, help="number of images"),
+    Parameter(name="scheduler", kind=str, check=_scheduler, help="the sampler's name; the model's own scheduler by default"),
+    Parameter(name="seed", kind=int, check=_seed, help="image i is made from seed + i; drawn at random by default"),
+)
+PARAMETER_NAMES = tuple(parameter.name for parameter in PARAMETERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,11 +314,20 @@ class OutputOptions:
             InvalidRequestError: naming the option and the rule.
         """
         if quality is not None:
-            _count("output.quality", quality, 100)
+            _count("output.quality", _of_kind("output.quality", quality, int), 100)
             if format not in (ImageFormat.JPEG, ImageFormat.WEBP):
                 raise InvalidRequestError("output.quality", "is for JPEG and WebP only", format.name)
         if embed_metadata and format is not ImageFormat.PNG:
             raise InvalidRequestError("output.embed_metadata", "is for PNG only", format.name)
         if preview_every is not None:
-            _count("output.preview_every", preview_every, 1000)
+            _count("output.preview_every", _of_kind("output.preview_every", preview_every, int), 1000)
         return cls(format=format, quality=quality, embed_metadata=embed_metadata, preview_every=preview_every)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """A request as it was decoded: nothing is filled in yet, and only the output options are checked."""
+
+    params: RequestedParams
+    output: OutputOptions = field(default_factory=OutputOptions)
+    priority: Priority = Priority.NORMAL

@@ -1,0 +1,220 @@
+"""Where calls become work: a request is resolved here and nowhere else, given to the router, and its events are passed back.
+
+The edges (gRPC, MII's wire, HTTP) decode what their callers send into a `GenerationRequest` and a `CallContext`, and encode the
+events that come back. Draining, idempotency and content safety apply here, once for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import astuple
+
+from mii_serve.errors import InvalidRequestError, UnavailableError
+from mii_serve.metrics import FrontMetrics, together
+from mii_serve.proto.metadata import IDEMPOTENCY_KEY, check_idempotency_key
+from mii_serve.safety.moderation import Moderator
+from mii_serve.server.call import CallContext
+from mii_serve.server.idempotency import IdempotencyCache
+from mii_serve.server.moderation import ModerationFilter
+from mii_serve.server.replica_client import Loss, ReplicaAddress
+from mii_serve.server.router import Router, Work
+from mii_serve.types import (
+    Capabilities,
+    Event,
+    GenerationAnswer,
+    GenerationRequest,
+    ReplicaInfo,
+    ServerInfo,
+    draw_seed,
+    gather,
+)
+
+INFO_TIMEOUT_S = 10.0
+METRICS_TIMEOUT_S = 2.0
+"""One replica that does not answer must not cost the scrape."""
+
+
+class Dispatcher:
+    """Refuses everything until a replica is attached, and new work again after `drain`."""
+
+    def __init__(
+        self, router: Router | None = None, metrics: FrontMetrics | None = None, moderator: Moderator | None = None
+    ) -> None:
+        """With a `moderator`, no prompt is worked on and no image leaves that it has not found harmless."""
+        self._router = router or Router()
+        self.metrics = metrics or FrontMetrics()
+        self._moderation = None if moderator is None else ModerationFilter(moderator, self.metrics)
+        self.grpc_port: int | None = None
+        """Where this deployment answers gRPC, for code that is shown to callers; None before it listens."""
+        self.metrics.replicas_ready.set_function(lambda: sum(replica.is_up for replica in self._router.replicas))
+        self.metrics.requests_running.set_function(lambda: len(self._active))
+        for replica in self._router.replicas:
+            self.metrics.replica_restarts.labels(str(replica.index))
+        self._capabilities: Capabilities | None = None
+        self._idempotency = IdempotencyCache()
+        self._is_draining = False
+        self._is_stopping = False
+        self._active: set[object] = set()
+        self._waiting: set[asyncio.Task[object]] = set()
+        """Tasks that wait for the next event of a request just now."""
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request that arrives now would be worked on."""
+        return self._router.is_up and not self._is_draining
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the model accepts and assumes.
+
+        Raises:
+            UnavailableError: no replica has described itself yet.
+        """
+        if self._capabilities is None:
+            raise UnavailableError("the server is not ready: no replica has made its warm-up picture yet")
+        return self._capabilities
+
+    async def attach(self, address: ReplicaAddress, index: int = 0, *, num_restarts: int = 0) -> ServerInfo:
+        """Give work to the replica at this address from now on; returns its description of itself."""
+        replica = self._router.replicas[index]
+        info = await replica.attach(address)
+        self._capabilities = info.capabilities
+        self.metrics.replica_restarts.labels(str(index)).inc(max(0, num_restarts - replica.num_restarts))
+        replica.num_restarts = num_restarts
+        self._router.serve_waiting()
+        return info
+
+    async def detach(self, index: int = 0, loss: Loss | None = None) -> None:
+        await self._router.replicas[index].detach(loss or Loss(reason="the server is stopping", is_crash=False))
+        self._router.serve_waiting()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the running ones; False when some were left at the end."""
+        self._is_draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        return not self._active
+
+    def stop(self) -> None:
+        """Refuse new requests, and end the running ones with an error that says that the server is stopping."""
+        self._is_draining = self._is_stopping = True
+        for task in self._waiting:
+            task.cancel()
+
+    async def generate(self, request: GenerationRequest, call: CallContext) -> GenerationAnswer:
+        """The images of the request, all at once. Cancelling this cancels the work.
+
+        Raises:
+            MiiServeError: as `events`.
+        """
+        async with contextlib.aclosing(self.events(request, call, has_steps=False)) as events:
+            return gather([event async for event in events])
+
+    async def events(
+        self, request: GenerationRequest, call: CallContext, *, has_steps: bool = True
+    ) -> AsyncGenerator[Event, None]:
+        """All events of the request, `Done` last. Leaving the iteration early cancels the work.
+
+        Without `has_steps` there is no `Step` among them, and none is paid for.
+
+        Raises:
+            InvalidRequestError: naming the field and the rule; a `ContentBlockedError` where content safety refuses it.
+            UnavailableError: not ready, draining or stopping.
+            MiiServeError: the error that the request ended with.
+        """
+        capabilities = self.capabilities
+        if self._is_draining:
+            raise UnavailableError("the server is draining")
+        work = Work(
+            request_id=call.request_id,
+            client=call.client,
+            params=capabilities.resolve(request.params, fallback_seed=draw_seed()),
+            output=request.output,
+            priority=request.priority,
+            deadline=call.deadline,
+            has_steps=has_steps or call.idempotency_key is not None,  # a later call with the key may want them
+        )
+        call.log.add_params(work.params)
+        with self._counted():
+            async with contextlib.aclosing(self._events_of(work, request, call)) as events:
+                while (event := await self._next(events)) is not None:
+                    call.log.add_event(event)
+                    yield event
+
+    async def _next(self, events: AsyncGenerator[Event, None]) -> Event | None:
+        """The request's next event; None after the last. Not awaited any longer once the server is stopping."""
+        task = asyncio.current_task()
+        if self._is_stopping or task is None:
+            raise UnavailableError("the server is stopping")
+        self._waiting.add(task)
+        try:
+            return await anext(events, None)
+        except asyncio.CancelledError:
+            if not self._is_stopping:
+                raise
+            task.uncancel()
+            raise UnavailableError("the server is stopping") from None
+        finally:
+            self._waiting.discard(task)
+
+    def _events_of(self, work: Work, request: GenerationRequest, call: CallContext) -> AsyncGenerator[Event, None]:
+        """The events of new work; of the first call, where its idempotency key has been seen."""
+
+        def run() -> AsyncGenerator[Event, None]:
+            return self._router.events(work) if self._moderation is None else self._moderation.events(work, self._router.events)
+
+        key = call.idempotency_key
+        if key is None:
+            return run()
+        if request.output.preview_every is not None:
+            raise InvalidRequestError("output.preview_every", f"cannot go with {IDEMPOTENCY_KEY}: previews are not kept")
+        owner = work.client if call.key_name is not None else ""
+        fingerprint = hashlib.sha256(repr(astuple(request)).encode()).digest()
+        return self._idempotency.events((owner, check_idempotency_key(key), call.part), fingerprint, run)
+
+    async def server_info(self) -> ServerInfo:
+        """What runs here and how busy it is, of all replicas together.
+
+        Raises:
+            UnavailableError: not ready, or no replica answers.
+        """
+        _ = self.capabilities
+        replicas = self._router.replicas
+        answers = await asyncio.gather(*(replica.info(INFO_TIMEOUT_S) for replica in replicas))
+        known = next((info for info in answers if info is not None), None)
+        if known is None:
+            raise UnavailableError("no replica answers; they are being restarted")
+        return known.with_replicas(
+            ReplicaInfo(
+                index=replica.index,
+                is_ready=info is not None,
+                num_restarts=replica.num_restarts,
+                activity=None if info is None else info.activity,
+            )
+            for replica, info in zip(replicas, answers, strict=True)
+        )
+
+    async def metrics_text(self) -> bytes:
+        """The front's metrics and those of every replica that answers, as Prometheus text."""
+        replicas = self._router.replicas
+        texts = await asyncio.gather(*(replica.metrics(METRICS_TIMEOUT_S) for replica in replicas))
+        known = {replica.index: text for replica, text in zip(replicas, texts, strict=True) if text is not None}
+        return together(self.metrics, known)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """While the block runs, a request is active."""
+        self._active.add(active := object())
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._active.remove(active)
+            if not self._active:
+                self._idle.set()
