@@ -252,8 +252,8 @@ class Parameter:
     """The declaration of one parameter.
 
     `kind` is the Python type of its value: str, int or float. `check` takes the name, a value of that kind and the model's
-    capabilities and returns the value, or raises `InvalidRequestError`. The default is the field of the same name in `GenerationDefaults` where
-    there is one, else `default`. `help` is for command lines and documentation.
+    capabilities and returns the value, or raises `InvalidRequestError`. The default is the field of the same name in
+    `GenerationDefaults` where there is one, else `default`. `help` is for command lines and documentation.
     """
 
     name: str
@@ -329,5 +329,14 @@ class GenerationRequest:
     """A request as it was decoded: nothing is filled in yet, and only the output options are checked."""
 
     params: RequestedParams
+    output: OutputOptions = field(default_factory=OutputOptions)
+    priority: Priority = Priority.NORMAL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRequest:
+    """A request with nothing left open: what travels from the dispatcher to the replica."""
+
+    params: GenerationParams
     output: OutputOptions = field(default_factory=OutputOptions)
     priority: Priority = Priority.NORMAL

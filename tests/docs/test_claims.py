@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from mii_serve.proto.writing import ABORT_TIMEOUT_S, WRITE_TIMEOUT_S
 from starlette.routing import Route
 
 from mii_serve.config import DeployConfig
@@ -14,11 +15,10 @@ from mii_serve.engine.native.engine import CPU_SLOTS, CUDA_SLOTS
 from mii_serve.gateway import bodies, connections, door, links, listening
 from mii_serve.gateway.app import GRACE_S, build_app
 from mii_serve.proto.codec import MAX_REQUEST_BYTES
-from mii_serve.proto.interceptor import MAX_ID_CHARS
-from mii_serve.proto.writing import ABORT_TIMEOUT_S, WRITE_TIMEOUT_S
+from mii_serve.proto.metadata import MAX_ID_CHARS
 from mii_serve.samplers.names import SAMPLERS
 from mii_serve.server import answers, front, open_files, router
-from mii_serve.server.desk import Desk
+from mii_serve.server.dispatcher import Desk
 from mii_serve.server.keys import KeyRing
 
 ROOT = Path(__file__).resolve().parents[2]

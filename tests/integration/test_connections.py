@@ -22,7 +22,7 @@ from web import Web
 from mii_serve.config import DeployConfig
 from mii_serve.gateway.app import serve_http
 from mii_serve.gateway.listening import NUM_CLOSING, NUM_IDLE, BoundedListener, Connections
-from mii_serve.server.desk import Desk
+from mii_serve.server.dispatcher import Desk
 from mii_serve.server.front import GrpcFront, bind_tcp
 from mii_serve.server.keys import KeyRing
 
@@ -39,7 +39,7 @@ async def small(tmp_path):
     """A server that takes few connections."""
     async with (
         running_server(tmp_path, FakeEngine(), max_waiting_samples=256) as server,
-        serve_http(DeployConfig.load({"http_port": 0}), server.desk, KeyRing(), max_connections=MOST) as address,
+        serve_http(DeployConfig.load({"http_port": 0}), server.dispatcher, KeyRing(), max_connections=MOST) as address,
         httpx2.AsyncClient(base_url=f"http://{address}", timeout=20.0) as client,
     ):
         yield Web(server, client, address)

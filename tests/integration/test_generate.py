@@ -269,7 +269,7 @@ async def test_while_draining_new_work_is_refused_and_running_work_finishes(serv
     server.engine.gate.clear()
     running = asyncio.create_task(collect(server))
     await server.until(lambda: server.loop.activity().num_running == 1)
-    draining = asyncio.create_task(server.desk.drain(20.0))
+    draining = asyncio.create_task(server.dispatcher.drain(20.0))
     await asyncio.sleep(0)
     error = await refused(server.stub.Generate(request()))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
@@ -282,7 +282,7 @@ async def test_a_drain_has_a_bound(server):
     server.engine.gate.clear()
     call = server.stub.GenerateStream(request())
     await call.read()
-    assert await server.desk.drain(0.05) is False
+    assert await server.dispatcher.drain(0.05) is False
     call.cancel()
 
 

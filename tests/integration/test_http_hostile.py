@@ -73,7 +73,7 @@ async def test_who_leaves_in_the_middle_of_a_body_is_forgotten(served):
     _, writer = await connected(served, HEAD + b"{")
     writer.close()
     await served.server.until(
-        lambda: served.server.desk.metrics.requests.labels("POST /score", "CANCELLED")._value.get() == 1,
+        lambda: served.server.dispatcher.metrics.requests.labels("POST /score", "CANCELLED")._value.get() == 1,
     )
 
 
@@ -82,7 +82,7 @@ async def test_a_reader_who_takes_in_nothing_is_given_up(served, monkeypatch):
     monkeypatch.setattr(openai, "_event", lambda name, value: b"x" * 20_000_000)  # more than the sockets' buffers hold
     body = {"prompt": "a", "stream": True, "partial_images": 3, "num_inference_steps": 20}
     _, writer = await served.start("/v1/images/generations", body)
-    ended = served.server.desk.metrics.requests.labels("POST /v1/images/generations", "CANCELLED")
+    ended = served.server.dispatcher.metrics.requests.labels("POST /v1/images/generations", "CANCELLED")
     await served.server.until(lambda: ended._value.get() == 1)
     await served.until_idle()
     writer.close()

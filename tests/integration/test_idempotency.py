@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from mii_serve.server.answers import Answers
 
 from mii_serve.client import AsyncClient
 from mii_serve.errors import DeadlineExceededError, InvalidRequestError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server import answers
-from mii_serve.server.answers import Answers
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ async def test_of_what_passes_only_the_latest_is_kept(server, client):
     await server.until(lambda: server.loop.activity().num_running == 1)
     server.engine.gate.set()
     await call
-    [work] = server.desk._answers._works.values()
+    [work] = server.dispatcher._answers._works.values()
     kinds = [event.WhichOneof("event") for event in work.events if event is not None]
     assert sorted(kinds) == sorted(["queued", *["started", "step", "image"] * 2, "done"])
 

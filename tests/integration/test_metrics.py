@@ -25,7 +25,7 @@ async def two(tmp_path):
 
 async def scraped(deployment: Deployment) -> dict[tuple, float]:
     """Every sample by name and labels; a family may be there only once."""
-    text = (await deployment.desk.metrics_text()).decode()
+    text = (await deployment.dispatcher.metrics_text()).decode()
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families)
     assert "a red circle" not in text

@@ -108,7 +108,7 @@ class TestPictures:
         assert "request_id=me method=Txt2ImgReply code=OK" in line
         assert "num_prompts=2" in line and "seed=3" in line and "queued_s=" in line
         assert "secret" not in caplog.text
-        text = (await server.desk.metrics_text()).decode()
+        text = (await server.dispatcher.metrics_text()).decode()
         assert 'mii_serve_requests_total{code="OK",method="Txt2ImgReply"} 1.0' in text
 
 

@@ -184,7 +184,7 @@ async def test_statuses_tell_the_client_what_to_repeat(tmp_path):
         served.server.engine.fail_sample_of("doomed")
         failed = await served.post(PATH, {"prompt": "a"}, x_request_id="doomed")
         assert (failed.status_code, failed.headers["x-should-retry"]) == (500, "false")
-        await served.server.desk.drain(1)
+        await served.server.dispatcher.drain(1)
         draining = await served.post(PATH, {"prompt": "a", "stream": True})
         assert (draining.status_code, draining.headers["x-should-retry"]) == (503, "true")
 
@@ -208,7 +208,7 @@ async def test_a_prompt_that_content_safety_blocks(served, monkeypatch):
         raise ContentBlockedError("prompt", {"Violence": 4}, stage="input")
         yield
 
-    monkeypatch.setattr(served.server.desk, "events", events)
+    monkeypatch.setattr(served.server.dispatcher, "events", events)
     for body in ({"prompt": "a"}, {"prompt": "a", "stream": True}):
         answer = await served.post(PATH, body)
         told = answer.json()["error"]

@@ -93,7 +93,7 @@ def _unchunked(body: bytes) -> bytes:
 async def site_of(folder: Path, keys: KeyRing | None = None) -> AsyncIterator[Site]:
     async with running_server(folder, FakeEngine(max_slots=2)) as server:
         config = DeployConfig.load({"http_port": 0})
-        async with serve_http(config, server.desk, keys or KeyRing()) as address:
+        async with serve_http(config, server.dispatcher, keys or KeyRing()) as address:
             yield Site(server, address)
 
 
@@ -156,7 +156,7 @@ async def test_events_come_in_order_and_end_with_what_was_done(site):
     done = answer.events[-1][1]
     assert done["parameters"]["seed"] == "18446744073709551615" and done["parameters"]["num_inference_steps"] == 3
     labels = {"method": "POST /ui/generate", "code": "OK"}
-    value = site.server.desk.metrics.registry.get_sample_value
+    value = site.server.dispatcher.metrics.registry.get_sample_value
     await site.server.until(lambda: value("mii_serve_requests_total", labels) == 1)
 
 
@@ -202,7 +202,7 @@ async def test_what_is_no_request_is_refused(site):
 
 
 async def test_without_a_replica_it_says_so_at_once(site):
-    await site.server.desk.detach()
+    await site.server.dispatcher.detach()
     for path in ("/ui/info", "/ui/state"):
         assert (await site.ask("GET", path)).status == 503
     answer = await site.generate()
@@ -245,14 +245,14 @@ async def test_with_keys_the_files_are_open_and_the_calls_are_not(tmp_path):
 
 async def test_any_number_of_pages_asks_the_replicas_only_now_and_then(site, monkeypatch):
     asked = []
-    ask = site.server.desk.server_info
+    ask = site.server.dispatcher.server_info
 
     async def counted() -> pb.GetServerInfoResponse:
         asked.append(None)
         return await ask()
 
-    monkeypatch.setattr(site.server.desk, "server_info", counted)
-    calls = PageCalls(site.server.desk)
+    monkeypatch.setattr(site.server.dispatcher, "server_info", counted)
+    calls = PageCalls(site.server.dispatcher)
     answers = await asyncio.gather(*(calls.state(None) for _ in range(50)))
     assert {json.loads(answer.body)["max_slots"] for answer in answers} == {2}
     assert len(asked) == 1
@@ -265,8 +265,8 @@ async def test_pages_do_not_queue_up_to_ask_replicas_that_say_nothing(site, monk
         asked.append(None)
         raise UnavailableError("no replica answers")
 
-    monkeypatch.setattr(site.server.desk, "server_info", refused)
-    calls = PageCalls(site.server.desk)
+    monkeypatch.setattr(site.server.dispatcher, "server_info", refused)
+    calls = PageCalls(site.server.dispatcher)
     outcomes = await asyncio.gather(*(calls.state(None) for _ in range(50)), return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {UnavailableError}
     assert len(asked) == 1

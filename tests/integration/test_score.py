@@ -214,13 +214,13 @@ async def test_parameters_hold_for_every_row_and_the_row_has_the_last_word(serve
     body = asking([["a", None], ["b", "mine"]], BOTH, parameters=parameters)
     body["params"] = {"seed": 7}
     seen = []
-    events = served.server.desk.events
+    events = served.server.dispatcher.events
 
     def spying(request, visit):
         seen.append(request)
         return events(request, visit)
 
-    served.server.desk.events = spying
+    served.server.dispatcher.events = spying
     answer = await served.post("/score", body)
     assert [image["prompt"] for image in answer.json()] == ["a", "a", "b", "b"]
     assert answer.headers["x-mii-seeds"] == "7,8,7,8"
@@ -263,13 +263,13 @@ async def test_a_failure_is_never_a_status_that_clients_repeat(tmp_path, caplog)
         failed = await served.post("/score", asking(["a"]), x_request_id="doomed")
         assert failed.status_code == 424 and failed.json()["error"]["code"] == "generation_failed"
         assert failed.headers["x-ms-run-function-failed"] == "True"
-        defect = served.server.desk.events
-        served.server.desk.events = None
+        defect = served.server.dispatcher.events
+        served.server.dispatcher.events = None
         broken = await served.post("/score", asking(["a"]), x_request_id="mine")
         assert broken.status_code == 424 and broken.json()["message"] == "internal error, request id mine"
         assert "Traceback" in caplog.text and "Traceback" not in broken.text
-        served.server.desk.events = defect
-        await served.server.desk.drain(1)
+        served.server.dispatcher.events = defect
+        await served.server.dispatcher.drain(1)
         assert (await served.post("/score", asking(["a"]))).status_code == 503
         assert (await served.client.get("/readyz")).status_code == 503
 
@@ -295,7 +295,7 @@ async def test_who_hangs_up_frees_the_slots(served, body):
 
 
 def counted_cancelled(served: Web) -> float:
-    metrics = served.server.desk.metrics.requests.labels("POST /score", "CANCELLED")
+    metrics = served.server.dispatcher.metrics.requests.labels("POST /score", "CANCELLED")
     return metrics._value.get()
 
 
@@ -353,7 +353,7 @@ class TestBlocked:
             raise ContentBlockedError("prompt", {"Violence": 4}, stage="input")
             yield
 
-        monkeypatch.setattr(served.server.desk, "events", events)
+        monkeypatch.setattr(served.server.dispatcher, "events", events)
 
     async def test_input_is_an_empty_object_with_headers(self, served, monkeypatch):
         self.block(served, monkeypatch)
@@ -369,7 +369,7 @@ class TestBlocked:
         assert answer.json()["error"]["code"] == "content_filter"
 
     async def test_an_output_is_an_empty_text(self, served, monkeypatch):
-        events = served.server.desk.events
+        events = served.server.dispatcher.events
 
         async def blocking(request, visit):
             async for event in events(request, visit):
@@ -377,7 +377,7 @@ class TestBlocked:
                     event.image.moderation_blocked = True
                 yield event
 
-        monkeypatch.setattr(served.server.desk, "events", blocking)
+        monkeypatch.setattr(served.server.dispatcher, "events", blocking)
         answer = await served.post("/score", asking(["a"], parameters={"num_images_per_prompt": 2}))
         first, second = answer.json()
         assert first["generated_image"] and second["generated_image"] == ""

@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from patience import PATIENCE_S
 from servers import Turnstile
 
-from mii_serve.proto.interceptor import CLIENT_ID_KEY
+from mii_serve.proto.metadata import CLIENT_ID_KEY
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.types import ImageFormat, OutputOptions, Priority, RequestedParams

@@ -51,8 +51,8 @@ async def assert_at_rest(deployment: Deployment) -> None:
     await deployment.settled()
     router = deployment.router
     await deployment.until(lambda: not router._waiting and not router._suspects)
-    assert [(link.work, link.num_running) for link in router.links] == [(0, 0)] * len(router.links)
-    assert not any(link.connection.is_isolated for link in router.links)
+    assert [(link.work, link.num_running) for link in router.replicas] == [(0, 0)] * len(router.replicas)
+    assert not any(link.connection.is_isolated for link in router.replicas)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -124,7 +124,7 @@ async def crowd_after_a_crash(deployment: Deployment, num_calls: int, left_s: fl
     deployment.hold()
     for index in list(deployment.replicas):
         await deployment.lose(index, CRASHED)
-    for index in range(len(deployment.router.links)):
+    for index in range(len(deployment.router.replicas)):
         await deployment.start(index, is_held=True)
     return calls
 

@@ -9,7 +9,7 @@ from mii_serve.config import DeployConfig
 from mii_serve.errors import ConfigError
 from mii_serve.gateway.app import build_app
 from mii_serve.gateway.hosts import Hosts
-from mii_serve.server.desk import Desk
+from mii_serve.server.dispatcher import Desk
 from mii_serve.server.keys import KeyRing
 
 OWN = [

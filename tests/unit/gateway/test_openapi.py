@@ -9,7 +9,7 @@ from mii_serve.config import HttpConfig
 from mii_serve.gateway import huggingface, openai, score
 from mii_serve.gateway.app import build_app
 from mii_serve.gateway.openapi import document
-from mii_serve.server.desk import Desk
+from mii_serve.server.dispatcher import Desk
 from mii_serve.server.keys import KeyRing
 
 

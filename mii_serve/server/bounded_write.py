@@ -20,6 +20,7 @@ from urllib.parse import unquote
 import grpc
 
 from mii_serve.errors import RequestCancelledError
+from mii_serve.server.call import network_of
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -39,14 +40,14 @@ class CallerTakesNothingError(RequestCancelledError):
     """The caller is still there, and their window has been full for `WRITE_TIMEOUT_S`."""
 
 
-async def write(context: Context, message: Any, *, is_bounded: bool = True) -> None:
-    """Hand over one message; without a bound where the reader is the front, which has its own.
+async def write(context: Context, message: Any) -> None:
+    """Hand over one message.
 
     Raises:
         RequestCancelledError: the caller has gone, or takes nothing in.
     """
     try:
-        async with asyncio.timeout(WRITE_TIMEOUT_S if is_bounded else None):
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
             await context.write(message)
     except TimeoutError:
         raise CallerTakesNothingError("the caller takes in nothing") from None
@@ -86,18 +87,6 @@ def close_connection(peer: str) -> int:
 def address_of(peer: str) -> str:
     """The network of a peer in gRPC's words; where it has no address, the peer as it is."""
     return peer if (address := _address(peer)) is None else network_of(address[0])
-
-
-def network_of(host: str) -> str:
-    """An address as callers are told apart by it: of IPv6 the first 64 bits, because all below them are one customer's."""
-    try:
-        ip = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    if ip.version == 4 or ip.is_loopback:
-        return str(ip)
-    return str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)).network_address)
 
 
 def _address(peer: str) -> tuple[str, int] | None:
