@@ -12,18 +12,8 @@ retried behind the caller's back. Importing this never imports torch.
 
 from mii_serve.client.asynchronous import AsyncClient, AsyncGenerationStream
 from mii_serve.client.blocking import Client, GenerationStream
-from mii_serve.client.values import (
-    Done,
-    EffectiveParameters,
-    Event,
-    GenerationResult,
-    PictureReady,
-    PreviewReady,
-    ReplicaInfo,
-    Restarted,
-    ServerInfo,
-)
-from mii_serve.types import Queued, Started, Step
+from mii_serve.client.results import Event, GenerationResult, PictureReady, PreviewReady
+from mii_serve.types import Done, EffectiveParameters, Queued, ReplicaInfo, Restarted, ServerInfo, Started, Step
 
 __all__ = [
     "AsyncClient",

@@ -1,17 +1,25 @@
-"""What the two transports share: arguments, targets, channel options, failures and readiness. No I/O."""
+"""What the two transports share: calls and their arguments, channel options, failures and readiness. No I/O."""
 
 from __future__ import annotations
 
 import random
 import time
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, Unpack, cast
 
 import grpc
 from grpc_health.v1 import health_pb2
 
 from mii_serve import __version__
-from mii_serve.client.messages import OutputFormat, PriorityName, build_request, check_timeout
+from mii_serve.client.arguments import (
+    GenerateOptions,
+    StreamOptions,
+    build_request,
+    check_names,
+    check_timeout,
+    lists_options,
+)
+from mii_serve.client.results import Event, GenerationResult, ResultBuilder
 from mii_serve.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -21,9 +29,9 @@ from mii_serve.errors import (
     RequestCancelledError,
     UnavailableError,
 )
-from mii_serve.proto.codec import CHANNEL_OPTIONS
-from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, check_idempotency_key
-from mii_serve.proto.status import STATUS_DETAILS_KEY, Metadata, decode_error
+from mii_serve.proto.codec import CHANNEL_OPTIONS, decode_answer, decode_event, encode_request
+from mii_serve.proto.metadata import AUTHORIZATION_KEY, IDEMPOTENCY_KEY, STATUS_DETAILS_KEY, check_idempotency_key
+from mii_serve.proto.status import Metadata, decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 
 AnswerT = TypeVar("AnswerT")
@@ -54,7 +62,7 @@ OPTIONS: tuple[tuple[str, str | int], ...] = (
 
 
 class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
-    """The two ways to ask for pictures, with diffusers' names. What is left out gets the model's own defaults."""
+    """The two ways to ask for images, with diffusers' names. What is left out gets the model's own defaults."""
 
     def __init__(self, target: str, api_key: str | None = None, max_retries: int = 0) -> None:
         if not isinstance(target, str) or not target or target.startswith(("http://", "https://", "grpc://")):
@@ -65,31 +73,14 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
         if api_key is not None:
             if not api_key or not api_key.isascii() or not api_key.isprintable():
                 raise ConfigError("api_key", "must be printable ASCII text")
-            self._metadata = (("authorization", f"Bearer {api_key}"),)
+            self._metadata = ((AUTHORIZATION_KEY, f"Bearer {api_key}"),)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.target!r})"
 
-    def generate(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        seed: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_images_per_prompt: int | None = None,
-        scheduler: str | None = None,
-        output_format: OutputFormat = "png",
-        quality: int | None = None,
-        embed_metadata: bool = False,
-        priority: PriorityName | None = None,
-        idempotency_key: str | None = None,
-        timeout: float | None = None,
-    ) -> AnswerT:
-        """Make the pictures of one prompt. `timeout` is in seconds; without one, the call waits for as long as it takes.
+    @lists_options(GenerateOptions)
+    def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> AnswerT:
+        """Make the images of one prompt. `timeout` is in seconds; without one, the call waits for as long as it takes.
 
         It is made again, as often as the client's `max_retries` and within `timeout`, where the server was not reached, was
         lost, or had no room and said when it will. For ten minutes the same request with the same `idempotency_key` has the
@@ -98,68 +89,21 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
         Raises:
             InvalidRequestError: naming the field and the rule it breaks.
             ContentBlockedError: the server's content safety refuses a text; one of the former.
-            DeadlineExceededError: the pictures were not ready in time.
+            DeadlineExceededError: the images were not ready in time.
             QueueFullError: the server has no room now.
             UnavailableError: the server is unreachable or not ready.
         """
-        request = build_request(
-            prompt,
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            height=height,
-            width=width,
-            num_images_per_prompt=num_images_per_prompt,
-            scheduler=scheduler,
-            output_format=output_format,
-            quality=quality,
-            embed_metadata=embed_metadata,
-            priority=priority,
-        )
-        return self._generate(request, check_timeout(timeout), self._metadata_for(idempotency_key))
+        check_names("generate", options, GenerateOptions)
+        return self._generate(*self._arguments(prompt, options))
 
-    def stream(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        seed: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_images_per_prompt: int | None = None,
-        scheduler: str | None = None,
-        output_format: OutputFormat = "png",
-        quality: int | None = None,
-        embed_metadata: bool = False,
-        priority: PriorityName | None = None,
-        preview_every: int | None = None,
-        idempotency_key: str | None = None,
-        timeout: float | None = None,
-    ) -> StreamT:
+    @lists_options(StreamOptions)
+    def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> StreamT:
         """`generate`, told as events while it happens. The errors come from the iteration; nothing is made again by itself.
 
         With `preview_every`, an unfinished image is shown after every so many UNet calls, less often on a busy server.
         """
-        request = build_request(
-            prompt,
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            height=height,
-            width=width,
-            num_images_per_prompt=num_images_per_prompt,
-            scheduler=scheduler,
-            output_format=output_format,
-            quality=quality,
-            embed_metadata=embed_metadata,
-            priority=priority,
-            preview_every=preview_every,
-        )
-        return self._stream(request, check_timeout(timeout), self._metadata_for(idempotency_key))
+        check_names("stream", options, StreamOptions)
+        return self._stream(*self._arguments(prompt, options))
 
     @abstractmethod
     def _generate(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> AnswerT: ...
@@ -167,10 +111,40 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
     @abstractmethod
     def _stream(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> StreamT: ...
 
-    def _metadata_for(self, idempotency_key: str | None) -> Pairs:
-        if idempotency_key is None:
-            return self._metadata
-        return (*self._metadata, (IDEMPOTENCY_KEY, check_idempotency_key(idempotency_key)))
+    def _arguments(self, prompt: str, options: StreamOptions) -> tuple[pb.GenerateRequest, float | None, Pairs]:
+        """What a call sends: the message, the seconds it may take, and the metadata."""
+        metadata = self._metadata
+        if (key := options.get("idempotency_key")) is not None:
+            metadata = (*metadata, (IDEMPOTENCY_KEY, check_idempotency_key(key)))
+        return encode_request(build_request(prompt, options)), check_timeout(options.get("timeout")), metadata
+
+
+class StreamCall:
+    """One call of `GenerateStream`: what has come of it, and its end. The two streams read it, each in its own way."""
+
+    def __init__(self, call: Any, target: str) -> None:
+        self._call = call
+        self._target = target
+        self._builder = ResultBuilder()
+        self._is_cancelled = False
+
+    @property
+    def request_id(self) -> str:
+        """The server's name for the request; empty until the first event."""
+        return self._builder.request_id
+
+    def cancel(self) -> None:
+        """Tell the server to stop; nothing happens if the request is over."""
+        self._is_cancelled = bool(self._call.cancel()) or self._is_cancelled
+
+    def _event(self, message: pb.GenerateEvent) -> Event | None:
+        """The event in the message, with its image decoded; None for a kind that only a newer server knows."""
+        self._builder.request_id = message.request_id
+        event = decode_event(message)
+        return None if event is None else self._builder.add(event)
+
+    def _error(self, error: grpc.RpcError) -> MiiServeError:
+        return cancelled_here() if self._is_cancelled else typed_error(error, self._target)
 
 
 def _checked_retries(max_retries: int) -> int:
@@ -216,6 +190,16 @@ class Attempts:
             raise error
         self._num_left -= 1
         return pause_s
+
+
+def result_of(message: pb.GenerateResponse) -> GenerationResult:
+    """Read a unary answer.
+
+    Raises:
+        MiiServeError: an image cannot be read, or is missing.
+    """
+    answer = decode_answer(message)
+    return ResultBuilder(message.request_id).add_all((*answer.images, answer.done))
 
 
 def typed_error(error: grpc.RpcError, target: str) -> MiiServeError:
@@ -265,7 +249,7 @@ class Readiness:
         """Note a look that failed for want of an answer.
 
         Raises:
-            MiiServeError: the failure is another one, and waiting does not mend it.
+            MiiServeError: the failure is another one, and waiting does not help.
         """
         failure = typed_error(error, self._target)
         if isinstance(failure, DeadlineExceededError):
