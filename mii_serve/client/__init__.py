@@ -6,8 +6,8 @@
         result = client.generate("a red circle", num_inference_steps=20, seed=7)
         result.images[0].save("circle.png")
 
-`AsyncClient` is the same for asyncio. Every failure is an error from `mii_serve.errors`. A call is made once: nothing is
-retried behind the caller's back. Importing this never imports torch.
+`AsyncClient` is the same for asyncio. Every failure is an error from `mii_serve.errors`. `generate` retries what is safe to
+repeat, at most `max_retries` times. The SDK needs grpc, protobuf and Pillow, and imports nothing else.
 """
 
 from mii_serve.client.asynchronous import AsyncClient, AsyncGenerationStream

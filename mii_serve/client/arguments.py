@@ -97,8 +97,9 @@ def build_request(prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
     if not isinstance(prompt, str):
         raise InvalidRequestError("prompt", "must be text", type(prompt).__name__)
     given = {**_DEFAULTS, **options}
+    others = {name: given[name] for name in PARAMETER_NAMES if name != "prompt"}
     return GenerationRequest(
-        params=RequestedParams(**{**{name: given.get(name) for name in PARAMETER_NAMES}, "prompt": prompt}),
+        params=RequestedParams(prompt=prompt, **others),
         output=OutputOptions.checked(
             format=_member(ImageFormat, "output_format", given["output_format"]),
             quality=given["quality"],

@@ -165,11 +165,11 @@ class AsyncClient(GenerationCalls[Coroutine[Any, Any, GenerationResult], AsyncGe
                     if readiness.is_ready(answer):
                         return
             except grpc.RpcError as error:
-                readiness.broke(error)
+                readiness.note_failure(error)
             finally:
                 watch.cancel()
             await asyncio.sleep(min(RETRY_PAUSE_S, max(0.0, deadline - time.monotonic())))
-        raise readiness.gave_up()
+        raise readiness.timeout_error()
 
     async def close(self) -> None:
         """Close the connection; what is in flight is cancelled."""

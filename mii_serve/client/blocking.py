@@ -114,7 +114,7 @@ class Client(GenerationCalls[GenerationResult, GenerationStream]):
         except grpc.RpcError as error:
             raise typed_error(error, self.target) from error
         finally:
-            call.cancel()  # no answer: an interrupt; the server should not go on
+            call.cancel()  # without an answer this was an interrupt: the server is to stop
         return result_of(message)
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> GenerationStream:
@@ -155,11 +155,11 @@ class Client(GenerationCalls[GenerationResult, GenerationStream]):
                 if any(readiness.is_ready(answer) for answer in watch):
                     return
             except grpc.RpcError as error:
-                readiness.broke(error)
+                readiness.note_failure(error)
             finally:
                 watch.cancel()
             time.sleep(min(RETRY_PAUSE_S, max(0.0, deadline - time.monotonic())))
-        raise readiness.gave_up()
+        raise readiness.timeout_error()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar, Unpack, cast
 
 import grpc
@@ -38,7 +39,7 @@ AnswerT = TypeVar("AnswerT")
 StreamT = TypeVar("StreamT")
 
 RETRY_PAUSE_S = 0.2
-"""Between two looks at a server that is not ready yet."""
+"""Between two health checks of a server that is not ready yet."""
 
 MAX_RETRIES = 2
 FIRST_BACKOFF_S = 0.2
@@ -55,7 +56,7 @@ OPTIONS: tuple[tuple[str, str | int], ...] = (
     # gRPC's own back-off grows to two minutes, far longer than a server takes to come back.
     ("grpc.initial_reconnect_backoff_ms", 250),
     ("grpc.max_reconnect_backoff_ms", 2000),
-    # A server whose machine is gone without a word is noticed while a call waits for it.
+    # A call that waits notices that the server's machine has disappeared.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
@@ -82,8 +83,8 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
     def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> AnswerT:
         """Make the images of one prompt. `timeout` is in seconds; without one, the call waits for as long as it takes.
 
-        It is made again, as often as the client's `max_retries` and within `timeout`, where the server was not reached, was
-        lost, or had no room and said when it will. For ten minutes the same request with the same `idempotency_key` has the
+        The call is retried, at most `max_retries` times and within `timeout`, where the server was not reached, was lost, or
+        had no room and said when it will have some. For ten minutes the same request with the same `idempotency_key` gets the
         same answer and is worked on once.
 
         Raises:
@@ -98,9 +99,10 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
 
     @lists_options(StreamOptions)
     def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> StreamT:
-        """`generate`, told as events while it happens. The errors come from the iteration; nothing is made again by itself.
+        """Make the images of one prompt, and yield what happens to them as events. The arguments are those of `generate`.
 
-        With `preview_every`, an unfinished image is shown after every so many UNet calls, less often on a busy server.
+        With `preview_every`, an unfinished image is shown after every so many UNet calls, less often on a busy server. The
+        iteration raises the errors; a stream is not retried.
         """
         check_names("stream", options, StreamOptions)
         return self._stream(*self._arguments(prompt, options))
@@ -111,7 +113,7 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
     @abstractmethod
     def _stream(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> StreamT: ...
 
-    def _arguments(self, prompt: str, options: StreamOptions) -> tuple[pb.GenerateRequest, float | None, Pairs]:
+    def _arguments(self, prompt: str, options: Mapping[str, Any]) -> tuple[pb.GenerateRequest, float | None, Pairs]:
         """What a call sends: the message, the seconds it may take, and the metadata."""
         metadata = self._metadata
         if (key := options.get("idempotency_key")) is not None:
@@ -120,7 +122,7 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
 
 
 class StreamCall:
-    """One call of `GenerateStream`: what has come of it, and its end. The two streams read it, each in its own way."""
+    """One call of `GenerateStream`: decodes its messages and cancels it. The two streams add how it is read."""
 
     def __init__(self, call: Any, target: str) -> None:
         self._call = call
@@ -154,11 +156,11 @@ def _checked_retries(max_retries: int) -> int:
 
 
 class Attempts:
-    """How often one call is made, and with how much time.
+    """How often one call is tried, and with how much time.
 
-    Only what did no harm is tried again: a picture is a function of its parameters, so a call whose answer was lost may be
-    repeated, and a server without room may be asked when it said it will have some. Not so a picture that nobody could look at:
-    it would be made once more only to be withheld again.
+    An image is a function of its parameters, so a call whose answer was lost may be repeated, and a server without room may be
+    asked again when it said it will have some. An image that content safety could not judge is not asked for again: it would
+    be made once more only to be withheld again.
     """
 
     def __init__(self, max_retries: int, timeout: float | None) -> None:
@@ -184,7 +186,7 @@ class Attempts:
             self._backoff_s *= 2
         else:
             raise error
-        pause_s *= random.uniform(1.0, 1.25)  # those who were refused together do not come back together
+        pause_s *= random.uniform(1.0, 1.25)  # callers refused at the same time do not all retry at the same time
         left_s = self.left_s
         if self._num_left == 0 or pause_s > (LONGEST_PAUSE_S if left_s is None else min(left_s, LONGEST_PAUSE_S)):
             raise error
@@ -245,8 +247,8 @@ class Readiness:
         self._last = f"its health is {health_name(answer)}"
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
-    def broke(self, error: grpc.RpcError) -> None:
-        """Note a look that failed for want of an answer.
+    def note_failure(self, error: grpc.RpcError) -> None:
+        """Remember a health check that got no answer.
 
         Raises:
             MiiServeError: the failure is another one, and waiting does not help.
@@ -258,6 +260,6 @@ class Readiness:
             raise failure from error
         self._last = str(failure)
 
-    def gave_up(self) -> UnavailableError:
+    def timeout_error(self) -> UnavailableError:
         reason = self._last or "no answer"
         return UnavailableError(f"{self._target} is not ready after {self._timeout:g} s: {reason}")

@@ -257,8 +257,14 @@ def test_threads_share_one_client(server: RunningServer, client: Client) -> None
     assert len(server.servicer.requests) == 16
 
 
-def test_importing_the_client_never_imports_a_model_library() -> None:
-    forbidden = ("torch", "diffusers", "transformers", "pydantic", "numpy")
-    code = f"import sys, mii_serve.client; print([name for name in {forbidden} if name in sys.modules])"
+def test_importing_the_client_needs_grpc_protobuf_and_pillow_only() -> None:
+    code = """
+import sys
+before = {*sys.modules, *sys.stdlib_module_names}
+import mii_serve.client
+print(*sorted({name.partition(".")[0] for name in sys.modules} - before))
+"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
-    assert ran.stdout.strip() == "[]"
+    # grpc imports its companion packages wherever they are installed, and is written in Cython.
+    others = [name for name in ran.stdout.split() if not name.startswith(("grpc", "cython", "_cython"))]
+    assert set(others) <= {"mii_serve", "google", "PIL", "typing_extensions"}
