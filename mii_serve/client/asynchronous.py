@@ -15,22 +15,18 @@ from grpc_health.v1 import health_pb2_grpc
 
 from mii_serve.client.arguments import check_bound, check_timeout
 from mii_serve.client.calls import (
-    HEALTH_OF_ALL,
-    MAX_RETRIES,
     OPTIONS,
-    RETRY_PAUSE_S,
-    Attempts,
     GenerationCalls,
     Pairs,
-    Readiness,
     StreamCall,
     cancelled_here,
     closed_client,
-    health_name,
     result_of,
     typed_error,
 )
+from mii_serve.client.health import HEALTH_OF_ALL, RETRY_PAUSE_S, Readiness, health_name
 from mii_serve.client.results import Event, GenerationResult
+from mii_serve.client.retries import MAX_RETRIES, Attempts
 from mii_serve.errors import MiiServeError
 from mii_serve.proto.codec import decode_server_info
 from mii_serve.proto.v1 import image_generation_pb2 as pb

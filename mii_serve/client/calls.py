@@ -1,15 +1,12 @@
-"""What the two transports share: calls and their arguments, channel options, failures and readiness. No I/O."""
+"""What the two clients share: how a call is written, read and fails. No I/O."""
 
 from __future__ import annotations
 
-import random
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar, Unpack, cast
 
 import grpc
-from grpc_health.v1 import health_pb2
 
 from mii_serve import __version__
 from mii_serve.client.arguments import (
@@ -21,12 +18,11 @@ from mii_serve.client.arguments import (
     lists_options,
 )
 from mii_serve.client.results import Event, GenerationResult, ResultBuilder
+from mii_serve.client.retries import checked_retries
 from mii_serve.errors import (
     ConfigError,
     DeadlineExceededError,
     MiiServeError,
-    ModerationFailedError,
-    QueueFullError,
     RequestCancelledError,
     UnavailableError,
 )
@@ -37,14 +33,6 @@ from mii_serve.proto.v1 import image_generation_pb2 as pb
 
 AnswerT = TypeVar("AnswerT")
 StreamT = TypeVar("StreamT")
-
-RETRY_PAUSE_S = 0.2
-"""Between two health checks of a server that is not ready yet."""
-
-MAX_RETRIES = 2
-FIRST_BACKOFF_S = 0.2
-LONGEST_PAUSE_S = 60.0
-"""A server that wants a longer pause than this is full, which the caller should know."""
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -69,7 +57,7 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
         if not isinstance(target, str) or not target or target.startswith(("http://", "https://", "grpc://")):
             raise ConfigError("target", f"must be HOST:PORT or a gRPC target, got {target!r}")
         self.target = target
-        self._max_retries = _checked_retries(max_retries)
+        self._max_retries = checked_retries(max_retries)
         self._metadata: Pairs = ()
         if api_key is not None:
             if not api_key or not api_key.isascii() or not api_key.isprintable():
@@ -149,51 +137,6 @@ class StreamCall:
         return cancelled_here() if self._is_cancelled else typed_error(error, self._target)
 
 
-def _checked_retries(max_retries: int) -> int:
-    if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
-        raise ConfigError("max_retries", f"must be a whole number, 0 or more, got {max_retries!r}")
-    return max_retries
-
-
-class Attempts:
-    """How often one call is tried, and with how much time.
-
-    An image is a function of its parameters, so a call whose answer was lost may be repeated, and a server without room may be
-    asked again when it said it will have some. An image that content safety could not judge is not asked for again: it would
-    be made once more only to be withheld again.
-    """
-
-    def __init__(self, max_retries: int, timeout: float | None) -> None:
-        self._num_left = max_retries
-        self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._backoff_s = FIRST_BACKOFF_S
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds for the next attempt."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-
-    def pause_s(self, error: MiiServeError) -> float:
-        """How long to wait before the next attempt.
-
-        Raises:
-            MiiServeError: the same error, where there is to be none.
-        """
-        if isinstance(error, QueueFullError) and error.retry_after_s is not None:
-            pause_s = error.retry_after_s
-        elif isinstance(error, UnavailableError) and not isinstance(error, ModerationFailedError):
-            pause_s = self._backoff_s
-            self._backoff_s *= 2
-        else:
-            raise error
-        pause_s *= random.uniform(1.0, 1.25)  # callers refused at the same time do not all retry at the same time
-        left_s = self.left_s
-        if self._num_left == 0 or pause_s > (LONGEST_PAUSE_S if left_s is None else min(left_s, LONGEST_PAUSE_S)):
-            raise error
-        self._num_left -= 1
-        return pause_s
-
-
 def result_of(message: pb.GenerateResponse) -> GenerationResult:
     """Read a unary answer.
 
@@ -224,42 +167,3 @@ def cancelled_here() -> RequestCancelledError:
 
 def closed_client(client: object) -> RuntimeError:
     return RuntimeError(f"{client!r} is closed")
-
-
-HEALTH_OF_ALL = health_pb2.HealthCheckRequest(service="")
-
-
-def health_name(answer: health_pb2.HealthCheckResponse) -> str:
-    """The status's name; UNKNOWN for one that only a newer server knows."""
-    names: dict[int, str] = {number: name for name, number in health_pb2.HealthCheckResponse.ServingStatus.items()}
-    return names.get(answer.status, "UNKNOWN")
-
-
-class Readiness:
-    """What `wait_ready` has seen so far, and what to say if its time runs out."""
-
-    def __init__(self, target: str, timeout: float) -> None:
-        self._target = target
-        self._timeout = timeout
-        self._last = ""
-
-    def is_ready(self, answer: health_pb2.HealthCheckResponse) -> bool:
-        self._last = f"its health is {health_name(answer)}"
-        return answer.status == health_pb2.HealthCheckResponse.SERVING
-
-    def note_failure(self, error: grpc.RpcError) -> None:
-        """Remember a health check that got no answer.
-
-        Raises:
-            MiiServeError: the failure is another one, and waiting does not help.
-        """
-        failure = typed_error(error, self._target)
-        if isinstance(failure, DeadlineExceededError):
-            return
-        if not isinstance(failure, UnavailableError):
-            raise failure from error
-        self._last = str(failure)
-
-    def timeout_error(self) -> UnavailableError:
-        reason = self._last or "no answer"
-        return UnavailableError(f"{self._target} is not ready after {self._timeout:g} s: {reason}")
