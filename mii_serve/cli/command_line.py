@@ -17,6 +17,7 @@ from mii_serve.cli import bench_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
+from mii_serve.types import PARAMETER_NAMES, PARAMETERS, RequestedParams
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
@@ -155,9 +156,12 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="json is one object a line")
 
 
+_METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X"}
+
+
 def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("prompt", metavar="PROMPT", help="what to draw")
+    add("prompt", metavar="PROMPT", help="what the image should show")
     add(
         "-o",
         "--output",
@@ -167,16 +171,13 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
         help=".png, .jpg, .jpeg or .webp, default out.png; several images become out-0.png, out-1.png, ...",
     )
     add("--target", metavar="HOST:PORT", help="ask this server; without it, the model is loaded here")
-    request = parser.add_argument_group("the picture; what is left out gets the model's own default")
-    add = request.add_argument
-    add("--num-inference-steps", type=int, metavar="N", help="denoising steps")
-    add("--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt")
-    add("--seed", type=int, metavar="S", help="image i is made from seed + i")
-    add("--negative-prompt", metavar="TEXT", help="what to avoid")
-    add("--height", type=int, metavar="PX", help="height in pixels")
-    add("--width", type=int, metavar="PX", help="width in pixels")
-    add("--num-images-per-prompt", type=int, metavar="N", help="images to make")
-    add("--scheduler", metavar="NAME", help="sampler; mii_serve status lists them")
+    request = parser.add_argument_group(
+        "the image; what is left out gets the model's own default", "mii_serve status shows a server's defaults and schedulers."
+    )
+    for parameter in PARAMETERS:
+        if parameter.name != "prompt":
+            flag = f"--{parameter.name.replace('_', '-')}"
+            request.add_argument(flag, type=parameter.kind, metavar=_METAVARS[parameter.kind], help=parameter.help)
     add = parser.add_argument_group("without --target").add_argument
     # No default: a flag that was not given leaves the choice to the environment.
     add("--model", default=argparse.SUPPRESS, metavar="MODEL", help=MODELS)
@@ -265,10 +266,9 @@ def _config(values: dict[str, Any]) -> int:
 
 def _generate(values: dict[str, Any]) -> int:
     from mii_serve.cli.generate import run
-    from mii_serve.types import RequestedParams
 
     return run(
-        RequestedParams(**{name: values[name] for name in RequestedParams.__dataclass_fields__}),
+        RequestedParams(**{name: values[name] for name in PARAMETER_NAMES}),
         output=values["output"],
         embed_metadata=values["embed_metadata"],
         connection=None if values["target"] is None else _connection(values),

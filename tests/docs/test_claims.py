@@ -172,11 +172,11 @@ class TestBounds:
         assert answers.GRACE_S == 10 and "goes on for ten seconds" in WIRE
 
     def test_of_a_requests_life(self):
-        from mii_serve.client import calls
+        from mii_serve.client import retries
 
         assert f"or {router.MAX_WAITING} requests wait for a replica" in REQUEST
         assert f"| {router.MAX_LOSSES} replicas were lost under it" in REQUEST
         assert f"{router.MAX_REMEMBERED} such kinds are remembered" in REQUEST
-        assert f"`max_retries` times ({calls.MAX_RETRIES})" in REQUEST
-        assert f"begins with {calls.FIRST_BACKOFF_S:g} s and doubles" in REQUEST
-        assert f"longer than {calls.LONGEST_PAUSE_S:g} s" in REQUEST
+        assert f"`max_retries` times ({retries.MAX_RETRIES})" in REQUEST
+        assert f"begins with {retries.FIRST_BACKOFF_S:g} s and doubles" in REQUEST
+        assert f"longer than {retries.LONGEST_PAUSE_S:g} s" in REQUEST

@@ -18,16 +18,37 @@ from patience import PATIENCE_S
 from PIL import Image
 
 from mii_serve.errors import MiiServeError
-from mii_serve.proto.codec import image_format_number
+from mii_serve.proto.codec import (
+    decode_request,
+    encode_answer,
+    encode_event,
+    encode_server_info,
+)
 from mii_serve.proto.status import encode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import (
     ImageGenerationServicer,
     add_ImageGenerationServicer_to_server,
 )
-from mii_serve.types import ImageFormat
+from mii_serve.types import (
+    Activity,
+    Done,
+    EffectiveParameters,
+    Event,
+    GenerationAnswer,
+    GenerationDefaults,
+    GenerationRequest,
+    ImageFormat,
+    ImageReady,
+    Limits,
+    Preview,
+    Queued,
+    ServerInfo,
+    Started,
+    Step,
+)
 
-Script = Callable[[pb.GenerateRequest], Iterator[pb.GenerateEvent]]
+Script = Callable[[GenerationRequest], Iterator[Event]]
 
 REQUEST_ID = "request-1"
 NUM_STEPS = 3
@@ -46,62 +67,109 @@ def encoded(image_format: ImageFormat, index: int = 0, size: tuple[int, int] = (
     return file.getvalue()
 
 
-def effective(request: pb.GenerateRequest) -> pb.EffectiveParameters:
-    return pb.EffectiveParameters(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
+def effective(request: GenerationRequest) -> EffectiveParameters:
+    asked = request.params
+    return EffectiveParameters(
+        prompt=asked.prompt,
+        negative_prompt=asked.negative_prompt or "",
         height=8,
         width=16,
         num_inference_steps=NUM_STEPS,
         guidance_scale=7.3,
-        num_images_per_prompt=request.num_images_per_prompt or 1,
+        num_images_per_prompt=num_images(request),
         scheduler="ddim",
-        seed=request.seed,
+        seed=asked.seed or 0,
         engine="reference",
         dtype="fp32",
         device="cpu",
         model="scripted",
         model_revision="r1",
+        dropped_prompt="",
+        dropped_negative_prompt="",
+        scheduler_class="DDIMScheduler",
+        scheduler_options={"steps_offset": "1"},
+        is_scheduler_compiled=True,
     )
 
 
-def image(request: pb.GenerateRequest, index: int, *, flag: bool | None = False) -> pb.GenerateEvent:
-    image_format = ImageFormat[pb.ImageFormat.Name(request.output.format).removeprefix("IMAGE_FORMAT_")]
-    message = pb.GeneratedImage(
-        index=index,
-        data=encoded(image_format, index),
-        format=image_format_number(image_format),
+def num_images(request: GenerationRequest) -> int:
+    return request.params.num_images_per_prompt or 1
+
+
+def image(request: GenerationRequest, index: int, *, flag: bool | None = False) -> ImageReady:
+    return ImageReady(
+        image_index=index,
+        encoded=encoded(request.output.format, index),
+        format=request.output.format,
         height=8,
         width=16,
-        seed=request.seed + index,
+        seed=(request.params.seed or 0) + index,
         nsfw_content_detected=flag,
     )
-    return pb.GenerateEvent(request_id=REQUEST_ID, image=message)
 
 
-def queued(ahead: int = 2) -> pb.GenerateEvent:
-    return pb.GenerateEvent(request_id=REQUEST_ID, queued=pb.GenerateEvent.Queued(num_samples_ahead=ahead))
+def preview(request: GenerationRequest, step: int = 1) -> Preview:
+    return Preview(
+        image_index=0,
+        step=step,
+        encoded=encoded(ImageFormat.JPEG),
+        format=ImageFormat.JPEG,
+        height=8,
+        width=16,
+        nsfw_content_detected=False,
+    )
 
 
-def done(parameters: pb.EffectiveParameters) -> pb.GenerateEvent:
-    timings = pb.Timings(queued_s=0.25, total_s=1.5)
-    return pb.GenerateEvent(request_id=REQUEST_ID, done=pb.GenerateEvent.Done(parameters=parameters, timings=timings))
+def queued(ahead: int = 2) -> Queued:
+    return Queued(num_samples_ahead=ahead)
 
 
-def all_pictures(request: pb.GenerateRequest, *, flag: bool | None = False) -> Iterator[pb.GenerateEvent]:
+def done(parameters: EffectiveParameters) -> Done:
+    return Done(parameters=parameters, queued_s=0.25, total_s=1.5)
+
+
+def all_events(request: GenerationRequest, *, flag: bool | None = False) -> Iterator[Event]:
     """What a healthy server says."""
     yield queued()
-    for index in range(request.num_images_per_prompt or 1):
-        yield pb.GenerateEvent(request_id=REQUEST_ID, started=pb.GenerateEvent.Started(image_index=index))
+    for index in range(num_images(request)):
+        yield Started(image_index=index)
         for step in range(1, NUM_STEPS + 1):
-            event = pb.GenerateEvent.Step(image_index=index, step=step, num_steps=NUM_STEPS)
-            yield pb.GenerateEvent(request_id=REQUEST_ID, step=event)
+            yield Step(image_index=index, step=step, num_steps=NUM_STEPS)
         yield image(request, index, flag=flag)
     yield done(effective(request))
 
 
+ACTIVITY = Activity(
+    uptime_s=61.0,
+    max_slots=8,
+    num_running=3,
+    num_waiting=1,
+    num_steps=70,
+    num_images=0,
+    num_requests=0,
+    num_cancelled_requests=0,
+    num_turns=0,
+    num_graph_misses=0,
+    max_cells_per_call=None,
+)
+INFO = ServerInfo(
+    version="9.9",
+    deployment_name="test",
+    model="scripted",
+    model_revision="r1",
+    engine="reference",
+    dtype="fp32",
+    device="cpu",
+    has_safety_checker=True,
+    defaults=GenerationDefaults(scheduler="ddim"),
+    limits=Limits(max_prompt_chars=100, max_num_inference_steps=200, max_size_px=768, max_images_per_prompt=4),
+    schedulers={"ddim": "ddim", "DDIMScheduler": "ddim"},
+    activity=ACTIVITY,
+)
+
+
 def refusal(error: MiiServeError) -> Script:
-    def script(request: pb.GenerateRequest) -> Iterator[pb.GenerateEvent]:
+    def script(request: GenerationRequest) -> Iterator[Event]:
         raise error
         yield
 
@@ -120,20 +188,21 @@ def answered_errors(context: grpc.ServicerContext) -> Iterator[None]:
 
 @dataclass
 class ScriptedServicer(ImageGenerationServicer):
-    script: Script = all_pictures
+    script: Script = all_events
     info_error: MiiServeError | None = None
-    requests: list[pb.GenerateRequest] = field(default_factory=list)
+    requests: list[GenerationRequest] = field(default_factory=list)
     asked: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
     """Set as soon as the last call is over, for whatever reason."""
 
-    def endless(self, request: pb.GenerateRequest) -> Iterator[pb.GenerateEvent]:
+    def endless(self, request: GenerationRequest) -> Iterator[Event]:
         """Say that it is queued and then nothing until the caller goes away."""
         yield queued()
         if not self.ended.wait(PATIENCE_S):
             raise AssertionError("the caller never went away")
 
-    def GenerateStream(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateEvent]:
+    def _events(self, message: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[Event]:
+        request = decode_request(message)
         self.requests.append(request)
         self.ended.clear()
         self.asked.set()
@@ -141,42 +210,20 @@ class ScriptedServicer(ImageGenerationServicer):
         with answered_errors(context):
             yield from self.script(request)
 
+    def GenerateStream(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateEvent]:
+        return (encode_event(REQUEST_ID, event) for event in self._events(request, context))
+
     def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> pb.GenerateResponse:
-        answer = pb.GenerateResponse(request_id=REQUEST_ID)
-        for event in self.GenerateStream(request, context):
-            if event.HasField("image"):
-                answer.images.append(event.image)
-            elif event.HasField("done"):
-                answer.parameters.CopyFrom(event.done.parameters)
-                answer.timings.CopyFrom(event.done.timings)
-        return answer
+        events = list(self._events(request, context))
+        images = tuple(event for event in events if isinstance(event, ImageReady))
+        last = next(event for event in events if isinstance(event, Done))
+        return encode_answer(REQUEST_ID, GenerationAnswer(images=images, done=last))
 
     def GetServerInfo(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> pb.GetServerInfoResponse:
         with answered_errors(context):
             if self.info_error is not None:
                 raise self.info_error
-        info = pb.GetServerInfoResponse
-        return info(
-            version="9.9",
-            deployment_name="test",
-            model="scripted",
-            model_revision="r1",
-            engine="reference",
-            dtype="fp32",
-            device="cpu",
-            has_safety_checker=True,
-            defaults=info.Defaults(scheduler="ddim", num_inference_steps=50, guidance_scale=7.5, height=512, width=512),
-            limits=info.Limits(
-                max_prompt_chars=100,
-                max_num_inference_steps=200,
-                max_guidance_scale=20,
-                min_size_px=64,
-                max_size_px=768,
-                max_images_per_prompt=4,
-            ),
-            schedulers={"ddim": "ddim", "DDIMScheduler": "ddim"},
-            activity=info.Activity(uptime_s=61.0, max_slots=8, num_running=3, num_waiting=1, num_steps=70),
-        )
+        return encode_server_info(INFO)
 
 
 @dataclass
