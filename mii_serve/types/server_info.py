@@ -35,9 +35,7 @@ class Activity:
         parts = list(activities)
         counts = {name: sum(getattr(part, name) for part in parts) for name in _COUNTS}
         bounds = [part.max_cells_per_call for part in parts if part.max_cells_per_call is not None]
-        return cls(
-            **counts, uptime_s=max(part.uptime_s for part in parts), max_cells_per_call=min(bounds) if bounds else None
-        )
+        return cls(**counts, uptime_s=max(part.uptime_s for part in parts), max_cells_per_call=min(bounds) if bounds else None)
 
 
 _COUNTS = [one.name for one in fields(Activity) if one.name not in ("uptime_s", "max_cells_per_call")]
