@@ -23,43 +23,45 @@ from starlette.routing import Match, Route
 
 from mii_serve.config import DeployConfig, HttpConfig
 from mii_serve.errors import MiiServeError
-from mii_serve.gateway.door import Door
-from mii_serve.gateway.hangups import ListeningConnection
-from mii_serve.gateway.hosts import HostCheck, Hosts
-from mii_serve.gateway.huggingface import HuggingFaceDialect, TextToImage
-from mii_serve.gateway.links import PLACE, KeptPictures
-from mii_serve.gateway.listening import BoundedListener, Connections, WorkCheck
-from mii_serve.gateway.names import ModelNames
-from mii_serve.gateway.openai import Images, Models, OpenAiDialect
+from mii_serve.gateway import image_links
+from mii_serve.gateway.dialects.azure_score import AzureDialect, Score
+from mii_serve.gateway.dialects.huggingface import HuggingFaceDialect, TextToImage
+from mii_serve.gateway.dialects.openai import Images, Models, OpenAiDialect
+from mii_serve.gateway.errors import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
+from mii_serve.gateway.hosts import AllowedHosts, HostCheck
+from mii_serve.gateway.image_links import ImageStore
+from mii_serve.gateway.listener import BoundedListener, ConcurrencyLimit, ConnectionPool
+from mii_serve.gateway.middleware import Endpoints
+from mii_serve.gateway.model_names import ModelNames
 from mii_serve.gateway.openapi import Description
 from mii_serve.gateway.page.calls import page_routes
 from mii_serve.gateway.page.files import PageFiles, wants_page
-from mii_serve.gateway.paths import PlainPaths
-from mii_serve.gateway.problems import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
-from mii_serve.gateway.score import AzureDialect, Score
+from mii_serve.gateway.paths import NormalizedPaths
+from mii_serve.gateway.protocol import HttpProtocol
 from mii_serve.metrics import CONTENT_TYPE
-from mii_serve.server.desk import Desk
+from mii_serve.server.call import Admission
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.open_files import MAX_CONNECTIONS
 from mii_serve.server.tls import Tls
 
 GRACE_S = 5
-"""At the end, callers who send or take in slowly are waited for so long; the pictures are made by then."""
+"""When the server stops, callers who send or take in slowly are waited for so long; the images are finished by then."""
 
 
 def build_app(
-    desk: Desk,
+    dispatcher: Dispatcher,
     keys: KeyRing,
     settings: HttpConfig | None = None,
-    served: Sequence[str] = (),
+    served_names: Sequence[str] = (),
     *,
-    hosts: Hosts | None = None,
-    connections: Connections | None = None,
+    hosts: AllowedHosts | None = None,
+    connections: ConnectionPool | None = None,
 ) -> Starlette:
-    """What is answered over HTTP, to those who name one of the `hosts`, over these connections.
+    """The application that answers HTTP, for requests that name one of the `hosts`, over these connections.
 
-    `served` are the operator's names for the model.
+    `served_names` are the operator's names for the model.
     """
     settings, files = settings or HttpConfig(), PageFiles()
 
@@ -67,45 +69,47 @@ def build_app(
         return PlainTextResponse("ok")
 
     async def readyz(request: Request) -> Response:
-        return PlainTextResponse("ok") if desk.is_ready else PlainTextResponse("not ready", status_code=503)
+        return PlainTextResponse("ok") if dispatcher.is_ready else PlainTextResponse("not ready", status_code=503)
 
     async def root(request: Request) -> Response:
         return files.page(request) if wants_page(request) else JSONResponse("healthy", headers={"vary": "accept"})
 
     async def metrics(request: Request) -> Response:
-        return Response(await desk.metrics_text(), media_type=CONTENT_TYPE)
+        return Response(await dispatcher.metrics_text(), media_type=CONTENT_TYPE)
 
     answers = {"/livez": livez, "/readyz": readyz, "/health": readyz, "/healthz": readyz, "/metrics": metrics, "/": root}
     routes = [Route(path, answer) for path, answer in answers.items()]
-    door = Door(desk, keys, settings)
-    calls = [*_calls(desk, door, settings, ModelNames(desk, served)), *page_routes(desk, door, files)]
-    checks = [Middleware(HostCheck, hosts or Hosts()), Middleware(WorkCheck, connections or Connections(MAX_CONNECTIONS))]
+    endpoints = Endpoints(Admission(dispatcher.metrics, keys), settings)
+    names = ModelNames(dispatcher, served_names)
+    calls = [*_calls(dispatcher, endpoints, settings, names), *page_routes(dispatcher, endpoints, files)]
+    pool = connections or ConnectionPool(MAX_CONNECTIONS)
+    checks = [Middleware(HostCheck, hosts or AllowedHosts()), Middleware(ConcurrencyLimit, pool)]
     app = Starlette(
         routes=[*routes, *calls],
         exception_handlers={HTTPException: _no_such_route},
-        middleware=[Middleware(PlainPaths), *checks],
+        middleware=[Middleware(NormalizedPaths), *checks],
     )
     app.router.redirect_slashes = False
     return app
 
 
-def _calls(desk: Desk, door: Door, settings: HttpConfig, names: ModelNames) -> list[Route]:
-    """The routes of those who want pictures, or to know about the model."""
-    kept = KeptPictures()
+def _calls(dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, names: ModelNames) -> list[Route]:
+    """The routes of the dialects, and of what describes the server."""
+    store = ImageStore()
     azure, openai, hugging_face = AzureDialect(settings), OpenAiDialect(), HuggingFaceDialect()
-    images, models, task = Images(desk, settings, names, kept), Models(names), TextToImage(desk, settings, names)
+    images, models, task = Images(dispatcher, settings, names, store), Models(names), TextToImage(dispatcher, settings, names)
     description = Description(names)
     return [
-        door.route("/score", Score(desk, settings), azure),
+        endpoints.route("/score", Score(dispatcher, settings), azure),
         *(
-            door.route(f"{prefix}/images/generations", images, openai)
+            endpoints.route(f"{prefix}/images/generations", images, openai)
             for prefix in ("/v1", "", "/openai/deployments/{deployment}")
         ),
-        door.route("/v1/models", models.all, openai, method="GET", is_work=False),
-        door.route("/v1/models/{model:path}", models.one, openai, method="GET", is_work=False),
-        door.route("/", task, hugging_face),
-        door.route("/models/{model:path}", task, hugging_face),
-        Route(PLACE + "/{name}", kept.answer),
+        endpoints.route("/v1/models", models.all, openai, method="GET", is_work=False),
+        endpoints.route("/v1/models/{model:path}", models.one, openai, method="GET", is_work=False),
+        endpoints.route("/", task, hugging_face),
+        endpoints.route("/models/{model:path}", task, hugging_face),
+        Route(image_links.PATH + "/{name}", store.answer),
         Route("/info", description.info),
         Route("/swagger.json", description.swagger),
         Route("/openapi.json", description.swagger),
@@ -114,11 +118,11 @@ def _calls(desk: Desk, door: Door, settings: HttpConfig, names: ModelNames) -> l
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told: MiiServeError = NotFoundError(f"there is nothing at {request.url.path[:100]!r}")
+    refusal: MiiServeError = NotFoundError(f"there is nothing at {request.url.path[:100]!r}")
     if error.status_code == MethodNotAllowedError.http_status:
-        told = MethodNotAllowedError(f"{request.method} is not answered here")
-        return problem_response(openai_problem(told), {"allow": ", ".join(_methods_at(request))})
-    return problem_response(openai_problem(told), error.headers)
+        refusal = MethodNotAllowedError(f"{request.method} is not answered here")
+        return problem_response(openai_problem(refusal), {"allow": ", ".join(_methods_at(request))})
+    return problem_response(openai_problem(refusal), error.headers)
 
 
 def _methods_at(request: Request) -> list[str]:
@@ -129,7 +133,7 @@ def _methods_at(request: Request) -> list[str]:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn inside a loop that is not its own: signals are the deployment's business."""
+    """uvicorn inside a loop that is not its own: the deployment handles signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -148,17 +152,18 @@ def _encrypted(tls: Tls) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def serve_http(
-    config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None = None, max_connections: int = MAX_CONNECTIONS
+    config: DeployConfig, dispatcher: Dispatcher, keys: KeyRing, tls: Tls | None = None, max_connections: int = MAX_CONNECTIONS
 ) -> AsyncIterator[str]:
     """Serve while the block runs; gives HOST:PORT. Without `tls` it is plain text.
 
     Raises:
         ConfigError: the address cannot be bound.
     """
-    connections = Connections(max_connections)
+    connections = ConnectionPool(max_connections)
     listener = BoundedListener.of(bind_tcp("http_port", config.host, config.http_port), connections)
-    app = build_app(desk, keys, config.http, config.served_model_name, hosts=Hosts.of(config), connections=connections)
-    listener.listen()  # who connects before the server has started waits for it
+    hosts = AllowedHosts.of(config)
+    app = build_app(dispatcher, keys, config.http, config.served_model_name, hosts=hosts, connections=connections)
+    listener.listen()  # callers who connect before the server has started wait for it
     settings = uvicorn.Config(
         app,
         log_config=None,
@@ -167,7 +172,7 @@ async def serve_http(
         access_log=False,
         server_header=False,
         proxy_headers=False,  # who may be believed about other addresses is not ours to guess, and addresses have shares
-        http=functools.partial(ListeningConnection, connections),  # type: ignore[arg-type]  # called like a class
+        http=functools.partial(HttpProtocol, connections),  # type: ignore[arg-type]  # called like a class
         timeout_keep_alive=config.http.keep_alive_s,  # type: ignore[arg-type]  # it is handed to the loop, which takes any number
         timeout_graceful_shutdown=GRACE_S,
         lifespan="off",

@@ -1,4 +1,4 @@
-"""Which names this server answers to over HTTP, and which sites' pages may put it to work.
+"""Which host names this server answers to over HTTP, and which sites' pages may use it.
 
 A page of any site can let its own name resolve to 127.0.0.1 and then talk to a server there as if it were the site's own (DNS
 rebinding). What such a page cannot do is change the `Host` header, which names the site; nor, on its POSTs, `Origin`.
@@ -17,8 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mii_serve.config import DeployConfig
 from mii_serve.errors import MiiServeError
-from mii_serve.gateway.door import Doorway
-from mii_serve.gateway.problems import OtherHostError, OtherOriginError, openai_problem, problem_response
+from mii_serve.gateway.errors import OtherHostError, OtherOriginError, openai_problem, problem_response
+from mii_serve.gateway.middleware import Endpoint
 from mii_serve.server.front import is_loopback
 
 ALL = "*"
@@ -27,9 +27,11 @@ _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 MAX_HOST_CHARS = 300
 """No name of the DNS is as long, port and brackets included."""
 SHOWN_CHARS = 80
+NO_REQUEST_ID = "-"
+"""In errors of requests that are refused before they have one."""
 
 
-class Hosts:
+class AllowedHosts:
     """The hosts that may be named. `allows` is about what stands in a header, port and all."""
 
     def __init__(self, names: Iterable[str] = (ALL,), *, allow_loopback_addresses: bool = False) -> None:
@@ -37,7 +39,7 @@ class Hosts:
         self._allow_loopback_addresses = allow_loopback_addresses
 
     @classmethod
-    def of(cls, config: DeployConfig) -> Hosts:
+    def of(cls, config: DeployConfig) -> AllowedHosts:
         """What the setting says. Without it, a server on a loopback address answers to this machine's own names only, and any
         other to every name: probes and load balancers come by addresses and names that it does not know.
         """
@@ -73,7 +75,7 @@ class Hosts:
 class HostCheck:
     """ASGI middleware: refuses what is meant for another host, or comes from another site's page, before anything is read."""
 
-    def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
+    def __init__(self, app: ASGIApp, hosts: AllowedHosts) -> None:
         self._app = app
         self._hosts = hosts
 
@@ -98,8 +100,8 @@ class HostCheck:
 def refusal_for(scope: Scope, error: MiiServeError) -> Response:
     """In the dialect of the route's callers."""
     for route in scope["app"].routes:
-        if route.matches(scope)[0] is Match.FULL and isinstance(route.endpoint, Doorway):
-            return route.endpoint.dialect.refusal(error)
+        if route.matches(scope)[0] is Match.FULL and isinstance(route.endpoint, Endpoint):
+            return route.endpoint.dialect.refusal(error, NO_REQUEST_ID)
     return problem_response(openai_problem(error))
 
 

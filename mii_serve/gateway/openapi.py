@@ -11,15 +11,46 @@ from starlette.responses import JSONResponse, Response
 
 from mii_serve import __version__
 from mii_serve.errors import InvalidRequestError, MiiServeError
-from mii_serve.gateway.names import ModelNames
-from mii_serve.gateway.problems import NotFoundError, azure_problem, problem_response
+from mii_serve.gateway.dialects.azure_score import SCORE_PARAMETERS
+from mii_serve.gateway.dialects.huggingface import TASK_PARAMETERS
+from mii_serve.gateway.dialects.openai import IMAGES_PARAMETERS
+from mii_serve.gateway.errors import NotFoundError, azure_problem, problem_response
+from mii_serve.gateway.model_names import ModelNames
+from mii_serve.types import PARAMETERS, RANDOM_SEED, Limits, Parameter
+
+JSON_TYPES: dict[type, str] = {str: "string", int: "integer", float: "number"}
 
 
 def document() -> dict[str, Any]:
-    """The OpenAPI document."""
+    """The OpenAPI document: what is written in `openapi.yaml`, and the parameters from their declarations."""
     written: dict[str, Any] = yaml.safe_load((files(__package__) / "openapi.yaml").read_text(encoding="utf-8"))
     written["info"]["version"] = __version__
+    schemas = written["components"]["schemas"]
+    task = schemas["TextToImageRequest"]["properties"]["parameters"]
+    for schema, names in (
+        (schemas["ScoreParameters"], SCORE_PARAMETERS),
+        (schemas["ImagesRequest"], IMAGES_PARAMETERS),
+        (task, TASK_PARAMETERS),
+    ):
+        schema["properties"] |= {name: {"$ref": f"#/components/schemas/{name}"} for name in names}
+    schemas |= {parameter.name: _schema(parameter) for parameter in PARAMETERS}
     return written
+
+
+def _schema(parameter: Parameter) -> dict[str, Any]:
+    """Optional parameters may be null."""
+    schema: dict[str, Any] = {"type": JSON_TYPES[parameter.kind], "description": parameter.help}
+    if parameter.bounds is not None:
+        least, most = parameter.bounds(Limits())
+        names = ("minLength", "maxLength") if parameter.kind is str else ("minimum", "maximum")
+        schema |= zip(names, (least, most), strict=True)
+    if parameter.multiple_of is not None:
+        schema["multipleOf"] = parameter.multiple_of
+    if parameter.name == "prompt":
+        return schema | {"minLength": 1}
+    if parameter.name == "seed":
+        schema |= {"minimum": RANDOM_SEED, "description": f"{parameter.help}; {RANDOM_SEED} is the same as left out"}
+    return schema | {"nullable": True}
 
 
 class Description:
@@ -35,19 +66,19 @@ class Description:
         if version == "3":
             return JSONResponse(self._document)
         if version == "2":
-            return _told(NotFoundError("there is no description in Swagger 2 here; ask for version=3"))
-        return _told(InvalidRequestError("version", "must be 3", repr(version[:20])))
+            return _refusal(NotFoundError("there is no description in Swagger 2 here; ask for version=3"))
+        return _refusal(InvalidRequestError("version", "must be 3", repr(version[:20])))
 
     async def info(self, request: Request) -> Response:
         try:
             model = (await self._names.info()).model
         except MiiServeError as error:
-            return _told(error)
+            return _refusal(error)
         owner = model.rpartition("/")[0]
         return JSONResponse(
             {"model_type": "stable-diffusion", "model_provider_name": owner or "mii_serve", "model_name": model}
         )
 
 
-def _told(error: MiiServeError) -> Response:
+def _refusal(error: MiiServeError) -> Response:
     return problem_response(azure_problem(error))

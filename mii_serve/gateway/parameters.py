@@ -1,76 +1,44 @@
-"""What foreign clients write where this server has a name of its own, and how JSON's numbers are read.
-
-The same for every dialect: a foreign name is refused with the name that is meant, and never read as it.
-"""
+"""The parameters of a request as members of JSON bodies; their names and types come from their declarations."""
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from mii_serve.errors import InvalidRequestError
-from mii_serve.types import RANDOM_SEED
+from pydantic import create_model
 
-WHOLE_NUMBERS = frozenset({"height", "num_images_per_prompt", "num_inference_steps", "seed", "width"})
-CLOSE = 0.75
-"""How alike two names are, of 1, for one to be taken for the other misspelt."""
-_LONGEST_NAME = 60
+from mii_serve.gateway.json_body import JsonObject, WholeNumber
+from mii_serve.types import PARAMETER_NAMES, PARAMETERS, RANDOM_SEED, RequestedParams
 
-_SYNONYMS = {
-    "num_inference_steps": "steps n_steps num_steps sampling_steps inference_steps sample_steps ddim_steps denoising_steps"
-    " num_inference_step num_diffusion_steps iterations",
-    "guidance_scale": "cfg_scale cfg guidance scale cfg_strength guidance_strength classifier_free_guidance_scale",
-    "scheduler": "sampler sampler_name sampler_index sampling_method sample_method scheduler_name scheduler_type",
-    "seed": "random_seed noise_seed manual_seed generator seeds",
-    "negative_prompt": "negative neg_prompt negative_text exclude uc negative_prompts",
-    "prompt inputs": "text input inputs prompt prompts text_prompts description",
-    "num_images_per_prompt n": "n num_images num_outputs n_samples num_samples samples batch_size n_iter num_generations"
-    " number_of_images image_count count num_images_per_prompt",
-    "width size": "width w image_width",
-    "height size": "height h image_height",
-    "size": "resolution dimensions image_size aspect_ratio target_size",
-    "output_format": "format image_format file_format output_type mime_type",
-    "output_compression": "compression jpeg_quality output_quality",
-    "parameters": "params",
-    "inputs": "input_data",
-}
+_TYPES: dict[type, Any] = {str: str, int: WholeNumber, float: float}
 
 
-def _plain(name: str) -> str:
-    """The name without its spelling: `cfgScale`, `cfg-scale` and `CFG_SCALE` are one."""
-    return re.sub(r"[^a-z0-9]", "", name[:_LONGEST_NAME].casefold())
+class Parameters(JsonObject):
+    """A JSON object that has parameters among its members; null is the same as left out."""
+
+    def given(self) -> dict[str, Any]:
+        """The parameters that the caller named, in the order of their declaration."""
+        values = {name: getattr(self, name) for name in PARAMETER_NAMES if name in self.model_fields_set}
+        return {name: value for name, value in values.items() if value is not None}
 
 
-_MEANT: dict[str, list[str]] = {}
-for _ours, _theirs in _SYNONYMS.items():
-    for _name in _theirs.split():
-        _MEANT.setdefault(_plain(_name), []).extend(_ours.split())
+Body = TypeVar("Body", bound=Parameters)
 
 
-def meant(name: str, known: Collection[str]) -> str | None:
-    """The known name that an unknown one probably stands for."""
-    plain = _plain(name)
-    same = [one for one in known if _plain(one) == plain] or [one for one in _MEANT.get(plain, ()) if one in known]
-    close: list[str] = difflib.get_close_matches(name[:_LONGEST_NAME].casefold(), known, 1, CLOSE)
-    return next(iter((*same, *close)), None)
+def with_parameters(base: type[Body], names: Collection[str]) -> type[Body]:
+    """The model with these parameters as further, optional members."""
+    members: dict[str, Any] = {
+        parameter.name: (_TYPES[parameter.kind] | None, None) for parameter in PARAMETERS if parameter.name in names
+    }
+    return create_model(base.__name__, __base__=base, **members)
 
 
-def whole(value: Any) -> Any:
-    """JSON has one kind of number: 4.0 is the whole number 4. Anything else as it is."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def names_without(*names: str) -> tuple[str, ...]:
+    """All parameters but these."""
+    return tuple(name for name in PARAMETER_NAMES if name not in names)
 
 
-def settled(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters with whole numbers as such, and without a seed that asks for any."""
-    read = {name: whole(value) if name in WHOLE_NUMBERS else value for name, value in given.items()}
-    if read.get("seed") == RANDOM_SEED and not isinstance(read["seed"], bool):
-        read["seed"] = None
-    return read
-
-
-def unknown_member(path: str, name: str, known: Collection[str]) -> InvalidRequestError:
-    """The refusal of a member that is not read; `path` is how its place is called, `name` what was written."""
-    hint = f"; did you mean {nearest}?" if (nearest := meant(name, known)) is not None else ";"
-    return InvalidRequestError(path, f"is not known here{hint} known are {', '.join(sorted(known))}")
+def requested(given: Mapping[str, Any]) -> RequestedParams:
+    """The parameters of a request; a seed of -1 is the same as none."""
+    seed = given.get("seed")
+    return RequestedParams(**{"prompt": "", **given, "seed": None if seed == RANDOM_SEED else seed})

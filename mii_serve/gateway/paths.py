@@ -1,4 +1,4 @@
-"""Addresses as clients write them, made one: `/v1/models/`, `/v1//models` and `GET http://host/v1/models` are `/v1/models`."""
+"""Paths are normalized: `/v1/models/`, `/v1//models` and `GET http://host/v1/models` are `/v1/models`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _ABSOLUTE = re.compile(rb"https?://(?P<host>[^/?#]*)(?P<path>/.*)?", re.IGNORECA
 _SLASHES = re.compile(r"/{2,}")
 
 
-class PlainPaths:
+class NormalizedPaths:
     """Middleware: what is behind it sees paths without doubled and trailing slashes, and never a request for a whole address.
 
-    Of a whole address the host stands for the header `Host`, as RFC 9112 (3.2.2) wants it.
+    Of a whole address the host stands for the header `Host`, as RFC 9112 (3.2.2) requires.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -21,11 +21,11 @@ class PlainPaths:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope = _plain(scope)
+            scope = _normalized(scope)
         await self._app(scope, receive, send)
 
 
-def _plain(scope: Scope) -> Scope:
+def _normalized(scope: Scope) -> Scope:
     path, raw, headers = scope["path"], scope.get("raw_path") or b"", scope["headers"]
     if (whole := _ABSOLUTE.fullmatch(raw)) is not None:
         raw = whole["path"] or b"/"

@@ -17,7 +17,11 @@ from dataclasses import dataclass, field, replace
 
 from mii_serve.errors import InvalidRequestError, MiiServeError
 from mii_serve.metrics import FrontMetrics
-from mii_serve.proto.metadata import AUTHORIZATION_KEY, CLIENT_ID_KEY, REQUEST_ID_KEY, check_client_id, check_request_id
+from mii_serve.proto.metadata import AUTHORIZATION_KEY as AUTHORIZATION_KEY
+from mii_serve.proto.metadata import CLIENT_ID_KEY, check_client_id, check_request_id
+from mii_serve.proto.metadata import IDEMPOTENCY_KEY as IDEMPOTENCY_KEY
+from mii_serve.proto.metadata import MAX_ID_CHARS as MAX_ID_CHARS
+from mii_serve.proto.metadata import REQUEST_ID_KEY as REQUEST_ID_KEY
 from mii_serve.server.access_log import AccessLog, CallLog, is_work
 from mii_serve.server.keys import KeyRing
 

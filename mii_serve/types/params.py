@@ -8,7 +8,6 @@ building one, through `Capabilities.resolve`, is the validation.
 from __future__ import annotations
 
 import difflib
-import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -155,7 +154,7 @@ class Capabilities:
             value = getattr(asked, parameter.name)
             if value is None:
                 value = fallback_seed if parameter.name == "seed" else parameter.default_in(self.defaults)
-            values[parameter.name] = parameter.check(parameter.name, parameter.of_kind(value), self)
+            values[parameter.name] = parameter.checked(value, self)
         return GenerationParams(**values)
 
     def scheduler_named(self, name: str) -> str:
@@ -179,17 +178,13 @@ def draw_seed() -> int:
     return secrets.randbits(32)
 
 
-def _prompt(name: str, value: str, capabilities: Capabilities) -> str:
-    prompt = _text(name, value, capabilities)
-    if not prompt.strip():
-        raise InvalidRequestError(name, "must not be empty")
-    return prompt
+def _count(name: str, value: int, most: int) -> int:
+    if not 1 <= value <= most:
+        raise InvalidRequestError(name, f"must be in [1, {most}]", str(value))
+    return value
 
 
 def _text(name: str, value: str, capabilities: Capabilities) -> str:
-    most = capabilities.limits.max_prompt_chars
-    if len(value) > most:
-        raise InvalidRequestError(name, f"must be at most {most} characters", str(len(value)))
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -197,43 +192,22 @@ def _text(name: str, value: str, capabilities: Capabilities) -> str:
     return value
 
 
-def _count(name: str, value: int, most: int) -> int:
-    if not 1 <= value <= most:
-        raise InvalidRequestError(name, f"must be in [1, {most}]", str(value))
-    return value
-
-
-def _steps(name: str, value: int, capabilities: Capabilities) -> int:
-    return _count(name, value, capabilities.limits.max_num_inference_steps)
-
-
-def _images(name: str, value: int, capabilities: Capabilities) -> int:
-    return _count(name, value, capabilities.limits.max_images_per_prompt)
-
-
-def _size(name: str, value: int, capabilities: Capabilities) -> int:
-    limits = capabilities.limits
-    if not limits.min_size_px <= value <= limits.max_size_px or value % LATENT_SCALE:
-        rule = f"must be a multiple of {LATENT_SCALE} in [{limits.min_size_px}, {limits.max_size_px}]"
-        raise InvalidRequestError(name, rule, str(value))
-    return value
-
-
-def _guidance(name: str, value: float, capabilities: Capabilities) -> float:
-    most = capabilities.limits.max_guidance_scale
-    if not math.isfinite(value) or not 0 <= value <= most:
-        raise InvalidRequestError(name, f"must be a finite number in [0, {most:g}]", str(value))
-    return float(value)
+def _prompt(name: str, value: str, capabilities: Capabilities) -> str:
+    if not value.strip():
+        raise InvalidRequestError(name, "must not be empty")
+    return _text(name, value, capabilities)
 
 
 def _scheduler(name: str, value: str, capabilities: Capabilities) -> str:
     return capabilities.scheduler_named(value)
 
 
-def _seed(name: str, value: int, capabilities: Capabilities) -> int:
-    if not 0 <= value <= MAX_SEED:
-        raise InvalidRequestError(name, "must be in [0, 2**64 - 1]", str(value))
-    return value
+def _num_chars(limits: Limits) -> tuple[int, int]:
+    return 0, limits.max_prompt_chars
+
+
+def _size_px(limits: Limits) -> tuple[int, int]:
+    return limits.min_size_px, limits.max_size_px
 
 
 def _of_kind(name: str, value: Any, kind: type) -> Any:
@@ -251,16 +225,43 @@ _KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "tru
 class Parameter:
     """The declaration of one parameter.
 
-    `kind` is the Python type of its value: str, int or float. `check` takes the name, a value of that kind and the model's
-    capabilities and returns the value, or raises `InvalidRequestError`. The default is the field of the same name in
-    `GenerationDefaults` where there is one, else `default`. `help` is for command lines and documentation.
+    `kind` is the Python type of its value: str, int or float. `bounds` gives the least and the most that a number may be, or
+    the characters that a text may have; a number is also a `multiple_of`, where that is set. `check` is a further rule: it
+    takes the name, a value within the bounds and the model's capabilities and returns the value, or raises
+    `InvalidRequestError`. The default is the field of the same name in `GenerationDefaults` where there is one, else `default`.
+    `help` is for command lines, forms and documentation.
     """
 
     name: str
     kind: type[str] | type[int] | type[float]
-    check: Callable[[str, Any, Capabilities], Any]
     help: str
+    bounds: Callable[[Limits], tuple[float, float]] | None = None
+    multiple_of: int | None = None
+    check: Callable[[str, Any, Capabilities], Any] | None = None
     default: Any = None
+
+    def checked(self, value: Any, capabilities: Capabilities) -> Any:
+        """The value, of the parameter's kind and within its rules.
+
+        Raises:
+            InvalidRequestError: naming the parameter and the rule it breaks.
+        """
+        value = self.of_kind(value)
+        if self.bounds is not None:
+            value = self._within(value, *self.bounds(capabilities.limits))
+        return value if self.check is None else self.check(self.name, value, capabilities)
+
+    def _within(self, value: Any, least: float, most: float) -> Any:
+        if self.kind is str:
+            if not least <= len(value) <= most:
+                raise InvalidRequestError(self.name, f"must be at most {most} characters", str(len(value)))
+            return value
+        if not least <= value <= most or (self.multiple_of is not None and value % self.multiple_of):
+            number = "a finite number " if self.kind is float else ""
+            number = f"a multiple of {self.multiple_of} " if self.multiple_of is not None else number
+            bound = "2**64 - 1" if most == MAX_SEED else f"{most:g}" if self.kind is float else str(most)
+            raise InvalidRequestError(self.name, f"must be {number}in [{least}, {bound}]", str(value)[:80])
+        return self.kind(value)
 
     def default_in(self, defaults: GenerationDefaults) -> Any:
         """What a request that leaves the parameter out gets from this model."""
@@ -276,20 +277,50 @@ class Parameter:
 
 
 PARAMETERS = (
-    Parameter(name="prompt", kind=str, check=_prompt, help="what the image should show"),
-    Parameter(name="negative_prompt", kind=str, check=_text, default="", help="what the image should not show"),
-    Parameter(name="height", kind=int, check=_size, help=f"height in pixels, a multiple of {LATENT_SCALE}"),
-    Parameter(name="width", kind=int, check=_size, help=f"width in pixels, a multiple of {LATENT_SCALE}"),
-    Parameter(name="num_inference_steps", kind=int, check=_steps, help="denoising steps"),
+    Parameter(name="prompt", kind=str, bounds=_num_chars, check=_prompt, help="what the image should show"),
+    Parameter(
+        name="negative_prompt", kind=str, bounds=_num_chars, check=_text, default="", help="what the image should not show"
+    ),
+    Parameter(
+        name="height",
+        kind=int,
+        bounds=_size_px,
+        multiple_of=LATENT_SCALE,
+        help=f"height in pixels, a multiple of {LATENT_SCALE}",
+    ),
+    Parameter(
+        name="width",
+        kind=int,
+        bounds=_size_px,
+        multiple_of=LATENT_SCALE,
+        help=f"width in pixels, a multiple of {LATENT_SCALE}",
+    ),
+    Parameter(
+        name="num_inference_steps",
+        kind=int,
+        bounds=lambda limits: (1, limits.max_num_inference_steps),
+        help="denoising steps",
+    ),
     Parameter(
         name="guidance_scale",
         kind=float,
-        check=_guidance,
+        bounds=lambda limits: (0, limits.max_guidance_scale),
         help="how closely the image follows the prompt; above 1, classifier-free guidance is on",
     ),
-    Parameter(name="num_images_per_prompt", kind=int, check=_images, default=1, help="number of images"),
+    Parameter(
+        name="num_images_per_prompt",
+        kind=int,
+        bounds=lambda limits: (1, limits.max_images_per_prompt),
+        default=1,
+        help="number of images",
+    ),
     Parameter(name="scheduler", kind=str, check=_scheduler, help="the sampler's name; the model's own scheduler by default"),
-    Parameter(name="seed", kind=int, check=_seed, help="image i is made from seed + i; drawn at random by default"),
+    Parameter(
+        name="seed",
+        kind=int,
+        bounds=lambda limits: (0, MAX_SEED),
+        help="image i is made from seed + i; drawn at random by default",
+    ),
 )
 PARAMETER_NAMES = tuple(parameter.name for parameter in PARAMETERS)
 

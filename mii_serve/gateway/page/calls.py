@@ -1,4 +1,4 @@
-"""The calls the page makes: `/ui/info`, `/ui/state`, and `/ui/generate`, which answers with Server-Sent Events.
+"""The page's calls: `/ui/info`, `/ui/state`, and `/ui/generate`, which answers with Server-Sent Events.
 
 A call that is refused before anything was done is an HTTP error; what goes wrong later is the stream's last event. Closing
 the tab closes the connection, and that cancels the work.
@@ -17,12 +17,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mii_serve.errors import InvalidRequestError, MiiServeError, QueueFullError, UnavailableError
-from mii_serve.gateway.door import Call, Door, EventStream
-from mii_serve.gateway.page.files import PLACE, PageFiles
-from mii_serve.gateway.page.messages import event_told, info_told, read_request, state_told
-from mii_serve.proto.interceptor import current_request_id
-from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.server.desk import Desk
+from mii_serve.gateway.middleware import Endpoints, EventStream, HttpCall
+from mii_serve.gateway.page.files import PATH, PageFiles
+from mii_serve.gateway.page.messages import event_to_json, info_to_json, parse, state_to_json
+from mii_serve.server.dispatcher import Dispatcher
+from mii_serve.types import Event, ServerInfo
 
 FRESH_S = 0.5
 """Any number of open pages asks the replicas how busy they are no more often than this."""
@@ -30,80 +29,81 @@ FRESH_S = 0.5
 _NO_STORE = {"cache-control": "no-store"}
 
 
-def page_routes(desk: Desk, door: Door, files: PageFiles) -> list[Route]:
+def page_routes(dispatcher: Dispatcher, endpoints: Endpoints, files: PageFiles) -> list[Route]:
     """Everything of the page but `/` itself, which it shares with probes."""
-    calls, dialect = PageCalls(desk), PageDialect()
+    calls, dialect = PageCalls(dispatcher), PageDialect()
     return [
-        Route(PLACE + "/{version}/{name}", files.asset),
-        door.route("/ui/info", calls.info, dialect, method="GET", is_work=False),
-        door.route("/ui/state", calls.state, dialect, method="GET", is_work=False),
-        door.route("/ui/generate", calls.generate, dialect),
+        Route(PATH + "/{version}/{name}", files.asset),
+        endpoints.route("/ui/info", calls.info, dialect, method="GET", is_work=False),
+        endpoints.route("/ui/state", calls.state, dialect, method="GET", is_work=False),
+        endpoints.route("/ui/generate", calls.generate, dialect),
     ]
 
 
 class PageDialect:
     """Errors as the page reads them; `field` and `rule` where one parameter is to blame."""
 
-    def refusal(self, error: MiiServeError) -> Response:
+    def refusal(self, error: MiiServeError, request_id: str) -> Response:
         headers = dict(_NO_STORE)
         if error.http_status == 401:
             headers["www-authenticate"] = "Bearer"
         if isinstance(error, QueueFullError) and error.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-        return JSONResponse({"error": _error_told(error)}, error.http_status, headers)
+        return JSONResponse({"error": _error_to_json(error, request_id)}, error.http_status, headers)
 
-    def broken_off(self, error: MiiServeError) -> bytes:
-        return _piece("error", _error_told(error))
+    def last_event(self, error: MiiServeError, request_id: str) -> bytes:
+        return _piece("error", _error_to_json(error, request_id))
 
 
 class PageCalls:
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
         self._asking = asyncio.Lock()
-        self._known: pb.GetServerInfoResponse | UnavailableError | None = None
+        self._known: ServerInfo | UnavailableError | None = None
         self._known_at = float("-inf")
 
-    async def info(self, call: Call) -> Response:
-        return JSONResponse(info_told(await self._desk.server_info(), self._desk.grpc_port), headers=_NO_STORE)
+    async def info(self, call: HttpCall) -> Response:
+        info = await self._dispatcher.server_info()
+        return JSONResponse(info_to_json(info, self._dispatcher.grpc_port), headers=_NO_STORE)
 
-    async def state(self, call: Call) -> Response:
+    async def state(self, call: HttpCall) -> Response:
         async with self._asking:
             if self._known is None or time.monotonic() - self._known_at > FRESH_S:
                 try:
-                    self._known = await self._desk.server_info()
-                except UnavailableError as error:  # replicas that hang take their time to say nothing
+                    self._known = await self._dispatcher.server_info()
+                except UnavailableError as error:  # a replica that hangs is found out only after a while
                     self._known = error
                 self._known_at = time.monotonic()
         if isinstance(self._known, UnavailableError):
             raise UnavailableError(str(self._known))
-        return JSONResponse(state_told(self._known), headers=_NO_STORE)
+        return JSONResponse(state_to_json(self._known), headers=_NO_STORE)
 
-    async def generate(self, call: Call) -> EventStream:
+    async def generate(self, call: HttpCall) -> EventStream:
         site = call.request.headers.get("sec-fetch-site", "same-origin")
-        if site not in ("same-origin", "none"):  # another site's page must not put its visitors to work here
+        if site not in ("same-origin", "none"):  # another site's page must not use the server through its visitors' browsers
             raise InvalidRequestError("sec-fetch-site", "must be this server's own page", repr(site[:20]))
-        events = self._desk.events(read_request(call.body), call.visit())
+        events = self._dispatcher.events(parse(call.body), call.context)
         try:
             first = await anext(events)
         except BaseException:
             await events.aclose()
             raise
-        return EventStream(_pieces(first, events))
+        return EventStream(_pieces(first, events, call.context.request_id))
 
 
-async def _pieces(first: pb.GenerateEvent, events: AsyncGenerator[pb.GenerateEvent, None]) -> AsyncGenerator[bytes, None]:
+async def _pieces(first: Event, events: AsyncGenerator[Event, None], request_id: str) -> AsyncGenerator[bytes, None]:
     async with contextlib.aclosing(events):
-        yield _piece(*event_told(first))
+        yield _piece(*event_to_json(first, request_id))
         async for event in events:
-            yield _piece(*event_told(event))
+            yield _piece(*event_to_json(event, request_id))
 
 
 def _piece(name: str, value: dict[str, object]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(value)}\n\n".encode()
 
 
-def _error_told(error: MiiServeError) -> dict[str, object]:
-    answer: dict[str, object] = {"code": error.grpc_code, "message": str(error), "request_id": current_request_id.get()}
+def _error_to_json(error: MiiServeError, request_id: str) -> dict[str, object]:
+    answer: dict[str, object] = {"code": error.grpc_code, "message": str(error), "request_id": request_id}
     if isinstance(error, InvalidRequestError):
         answer |= {"field": error.field, "rule": str(error).removeprefix(f"{error.field}: ")}
     if isinstance(error, QueueFullError) and error.retry_after_s is not None:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 ASSETS = Path(__file__).parent / "assets"
-PLACE = "/ui/assets"
+PATH = "/ui/assets"
 MARK = "{{assets}}"
 """Stands in the HTML for the folder of the other files."""
 
@@ -45,14 +45,14 @@ _FOR_EVER = "public, max-age=31536000, immutable"
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class _Asset:
     content: bytes
     zipped: bytes
     kind: str
     tag: str
 
     @classmethod
-    def of(cls, content: bytes, kind: str) -> _File:
+    def of(cls, content: bytes, kind: str) -> _Asset:
         tag = f'"{hashlib.sha256(content).hexdigest()[:20]}"'
         return cls(content, gzip.compress(content, 9, mtime=0), f"{kind}; charset=utf-8", tag)
 
@@ -74,9 +74,9 @@ class PageFiles:
         for name, content in contents.items():
             digest.update(f"{name} {len(content)} ".encode() + content)
         self._version = digest.hexdigest()[:16]
-        html = contents.pop("index.html").decode().replace(MARK, f"{PLACE}/{self._version}")
-        self._page = _File.of(html.encode(), _KINDS[".html"])
-        self._files = {name: _File.of(content, _KINDS[Path(name).suffix]) for name, content in contents.items()}
+        html = contents.pop("index.html").decode().replace(MARK, f"{PATH}/{self._version}")
+        self._page = _Asset.of(html.encode(), _KINDS[".html"])
+        self._files = {name: _Asset.of(content, _KINDS[Path(name).suffix]) for name, content in contents.items()}
 
     def page(self, request: Request) -> Response:
         return self._page.answer(request, "no-cache", "accept, accept-encoding")

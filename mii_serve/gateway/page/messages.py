@@ -1,151 +1,142 @@
-"""What the page sends and gets: JSON with diffusers' names. A seed travels as text, for JavaScript's numbers end at 2**53."""
+"""What the page sends and gets: JSON with the values' own names. A seed is text there: JavaScript's numbers end at 2**53."""
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Annotated, Any
 
-from mii_serve.errors import InvalidRequestError
-from mii_serve.gateway.bodies import no_others
-from mii_serve.gateway.parameters import settled, whole
-from mii_serve.proto.codec import encode_request
-from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.types import DEFAULT_SCHEDULER, RANDOM_SEED, ImageFormat, OutputOptions, RequestedParams
+from pydantic import BeforeValidator
 
-_FIELDS = frozenset(RequestedParams.__dataclass_fields__)
+from mii_serve.gateway.generation import to_base64
+from mii_serve.gateway.json_body import WholeNumber, broken_rule, validated
+from mii_serve.gateway.openapi import JSON_TYPES
+from mii_serve.gateway.parameters import Parameters, names_without, requested, with_parameters
+from mii_serve.types import (
+    DEFAULT_SCHEDULER,
+    PARAMETER_NAMES,
+    PARAMETERS,
+    RANDOM_SEED,
+    Done,
+    Event,
+    GenerationRequest,
+    ImageFormat,
+    ImageReady,
+    OutputOptions,
+    Parameter,
+    Preview,
+    Queued,
+    Restarted,
+    ServerInfo,
+    Started,
+    Step,
+)
+
 _ENGINE = ("engine", "dtype", "device", "model", "model_revision")
-_LONGEST_SEED = 30
+_MAX_SEED_DIGITS = 30
+_EVENT_NAMES: dict[type, str] = {
+    Queued: "queued",
+    Started: "started",
+    Step: "step",
+    Preview: "preview",
+    ImageReady: "image",
+    Restarted: "restarted",
+    Done: "done",
+}
+_DONE = (
+    *PARAMETER_NAMES,
+    *_ENGINE,
+    *("dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options"),
+)
+"""Members of the parameters that were really used."""
 
 
-def read_request(body: object) -> pb.GenerateRequest:
+def _seed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.strip() == str(RANDOM_SEED):
+        return RANDOM_SEED
+    if not re.fullmatch(rf"[0-9]{{1,{_MAX_SEED_DIGITS}}}", value.strip(), re.ASCII):
+        raise broken_rule("must be a whole number in [0, 2**64 - 1]")
+    return int(value)
+
+
+class _PageBody(Parameters):
+    seed: Annotated[WholeNumber | None, BeforeValidator(_seed)] = None
+    preview_every: WholeNumber | None = None
+
+
+PageBody = with_parameters(_PageBody, names_without("seed"))
+
+
+def parse(body: object) -> GenerationRequest:
     """The JSON value as a request for PNG files that hold their own parameters.
 
     Raises:
         InvalidRequestError: naming the field and the rule.
     """
-    if not isinstance(body, dict):
-        raise InvalidRequestError("body", "must be a JSON object", type(body).__name__)
-    asked = dict(body)
-    preview_every = whole(asked.pop("preview_every", None))
-    no_others("", asked, _FIELDS | {"preview_every"})
-    if "seed" in asked:
-        asked["seed"] = _seed(asked["seed"])
-    asked = settled(asked)
-    params = RequestedParams(**{"prompt": "", **asked})
-    if preview_every is not None and type(preview_every) is not int:
-        raise InvalidRequestError("preview_every", "must be a whole number", type(preview_every).__name__)
-    output = OutputOptions.checked(format=ImageFormat.PNG, quality=None, embed_metadata=True, preview_every=preview_every)
-    return encode_request(params, output)
+    page = validated(PageBody, body)
+    output = OutputOptions.checked(format=ImageFormat.PNG, quality=None, embed_metadata=True, preview_every=page.preview_every)
+    return GenerationRequest(params=requested(page.given()), output=output)
 
 
-def _seed(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    if value.strip() == str(RANDOM_SEED):
-        return RANDOM_SEED
-    if not re.fullmatch(rf"[0-9]{{1,{_LONGEST_SEED}}}", value.strip(), re.ASCII):
-        raise InvalidRequestError("seed", "must be a whole number in [0, 2**64 - 1]", repr(value[:40]))
-    return int(value)
+def event_to_json(event: Event, request_id: str) -> tuple[str, dict[str, Any]]:
+    """The event's name and its members."""
+    members: dict[str, Any] = {one.name: getattr(event, one.name) for one in fields(event)}
+    match event:
+        case Queued():
+            members = {"request_id": request_id, **members}
+        case Preview() | ImageReady():
+            del members["format"]
+            members["png"] = to_base64(members.pop("encoded"))
+        case Done():
+            members["parameters"] = _with_text_seed({name: getattr(event.parameters, name) for name in _DONE})
+            members["parameters"]["scheduler_options"] = dict(event.parameters.scheduler_options)
+    return _EVENT_NAMES[type(event)], _with_text_seed(members)
 
 
-def event_told(event: pb.GenerateEvent) -> tuple[str, dict[str, object]]:
-    """The event's name and what the page is told of it."""
-    kind = event.WhichOneof("event") or "unknown"
-    match kind:
-        case "queued":
-            queued = event.queued
-            wait_s = queued.estimated_wait_s if queued.HasField("estimated_wait_s") else None
-            return kind, {
-                "request_id": event.request_id,
-                "num_samples_ahead": queued.num_samples_ahead,
-                "estimated_wait_s": wait_s,
-            }
-        case "started":
-            return kind, {"image_index": event.started.image_index}
-        case "step":
-            step = event.step
-            left_s = step.estimated_left_s if step.HasField("estimated_left_s") else None
-            told = {"image_index": step.image_index, "step": step.step, "num_steps": step.num_steps}
-            return kind, {**told, "estimated_left_s": left_s}
-        case "preview":
-            preview = event.preview
-            return kind, {
-                "image_index": preview.image_index,
-                "step": preview.step,
-                "width": preview.width,
-                "height": preview.height,
-                "nsfw_content_detected": _flag(preview, "nsfw_content_detected"),
-                "png": _base64(preview.data),
-            }
-        case "image":
-            return kind, _image_told(event.image)
-        case "restarted":
-            return kind, {"image_indexes": list(event.restarted.image_indexes)}
-        case "done":
-            return kind, _done_told(event.done)
-        case _:
-            return kind, {}
+def _with_text_seed(members: dict[str, Any]) -> dict[str, Any]:
+    return {**members, "seed": str(members["seed"])} if "seed" in members else members
 
 
-def _image_told(image: pb.GeneratedImage) -> dict[str, object]:
-    return {
-        "image_index": image.index,
-        "width": image.width,
-        "height": image.height,
-        "seed": str(image.seed),
-        "nsfw_content_detected": _flag(image, "nsfw_content_detected"),
-        "moderation_blocked": _flag(image, "moderation_blocked"),
-        "png": _base64(image.data),
-    }
-
-
-def _flag(told: pb.GeneratedImage | pb.GenerateEvent.Preview, name: str) -> bool | None:
-    """None before the first look."""
-    return getattr(told, name) if told.HasField(name) else None
-
-
-def _done_told(done: pb.GenerateEvent.Done) -> dict[str, object]:
-    names = (*sorted(_FIELDS), *_ENGINE, "dropped_prompt", "dropped_negative_prompt")
-    parameters = {name: getattr(done.parameters, name) for name in names} | {"seed": str(done.parameters.seed)}
-    parameters |= {
-        "scheduler_class": done.parameters.scheduler_class,
-        "scheduler_options": dict(done.parameters.scheduler_options),
-    }
-    return {"parameters": parameters, "queued_s": done.timings.queued_s, "total_s": done.timings.total_s}
-
-
-def info_told(info: pb.GetServerInfoResponse, grpc_port: int | None) -> dict[str, object]:
+def info_to_json(info: ServerInfo, grpc_port: int | None) -> dict[str, Any]:
     """What the form and the code to copy are made from."""
     names = ("version", "deployment_name", *_ENGINE, "has_safety_checker")
     return {
         **{name: getattr(info, name) for name in names},
-        "defaults": _fields(info.defaults),
-        "limits": _fields(info.limits),
-        "schedulers": _schedulers(info),
+        "defaults": asdict(info.defaults),
+        "limits": asdict(info.limits),
+        "schedulers": _schedulers(info.schedulers),
+        "parameters": [_parameter_to_json(parameter, info) for parameter in PARAMETERS],
         "grpc_port": grpc_port,
     }
 
 
-def _schedulers(info: pb.GetServerInfoResponse) -> list[str]:
+def _parameter_to_json(parameter: Parameter, info: ServerInfo) -> dict[str, Any]:
+    least, most = (None, None) if parameter.bounds is None else parameter.bounds(info.limits)
+    return {
+        "name": parameter.name,
+        "type": JSON_TYPES[parameter.kind],
+        "help": parameter.help,
+        "default": parameter.default_in(info.defaults),
+        "least": least,
+        "most": most,
+        "multiple_of": parameter.multiple_of,
+    }
+
+
+def _schedulers(schedulers: Mapping[str, str]) -> list[str]:
     """The model's own first; class names, which mean much the same once more, are for programs."""
-    names = {name for name in info.schedulers.values() if not name[:1].isupper()}
+    names = {name for name in schedulers.values() if not name[:1].isupper()}
     return sorted(names, key=lambda name: (name != DEFAULT_SCHEDULER, name))
 
 
-def state_told(info: pb.GetServerInfoResponse) -> dict[str, object]:
-    """How busy the server is, for the strip."""
+def state_to_json(info: ServerInfo) -> dict[str, Any]:
+    """How busy the server is, for the strip at the top."""
     names = ("uptime_s", "max_slots", "num_running", "num_waiting", "num_steps", "num_images")
     return {
         **{name: getattr(info.activity, name) for name in names},
         "num_replicas": len(info.replicas),
         "num_replicas_ready": sum(replica.is_ready for replica in info.replicas),
     }
-
-
-def _fields(message: pb.GetServerInfoResponse.Defaults | pb.GetServerInfoResponse.Limits) -> Mapping[str, object]:
-    return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
-
-
-def _base64(picture: bytes) -> str:
-    return base64.b64encode(picture).decode("ascii")

@@ -1,6 +1,7 @@
 // The same picture from code: one picture, all of its parameters, so that it comes out the same.
 
-const PYTHON_NAMES = ["negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "scheduler", "seed"];
+// Parameters of one picture beside its prompt. `place` is the server that the code is for, with the names of all parameters.
+const optionNames = (place) => place.names.filter((name) => name !== "prompt" && name !== "num_images_per_prompt");
 
 // A value as Python and JSON both write it. Seeds are texts of digits here, and numbers there.
 function literal(name, value) {
@@ -28,14 +29,14 @@ function python(params, place) {
 with Client(${[JSON.stringify(place.grpc), ...options].join(", ")}) as client:
     result = client.generate(
         ${literal("prompt", params.prompt)},
-${named(params, PYTHON_NAMES).map(([name, value]) => `        ${name}=${value},`).join("\n")}
+${named(params, optionNames(place)).map(([name, value]) => `        ${name}=${value},`).join("\n")}
     )
 result.images[0].save("picture.png")
 `;
 }
 
 function curl(params, place) {
-  const body = `{"inputs": ${literal("prompt", params.prompt)}, "parameters": ${object(named(params, PYTHON_NAMES))}}`;
+  const body = `{"inputs": ${literal("prompt", params.prompt)}, "parameters": ${object(named(params, optionNames(place)))}}`;
   const key = place.wantsKey ? ' \\\n  -H "Authorization: Bearer $MII_SERVE_API_KEY"' : "";
   return `curl --fail-with-body ${shellQuoted(`${place.http}/`)} -o picture.png${key} \\
   -H 'Content-Type: application/json' \\
@@ -44,7 +45,7 @@ function curl(params, place) {
 }
 
 function openai(params, place) {
-  const more = named(params, PYTHON_NAMES.filter((name) => name !== "height" && name !== "width"));
+  const more = named(params, optionNames(place).filter((name) => name !== "height" && name !== "width"));
   return `import base64
 ${place.wantsKey ? "import os\n" : ""}
 from openai import OpenAI

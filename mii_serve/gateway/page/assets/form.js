@@ -1,19 +1,8 @@
-// The form: filled from the server's defaults, read as it stands. The server alone knows the rules; its errors go to their fields.
+// The form: filled from the parameters' declarations, read as it stands. Only the server checks the rules; its errors go to their fields.
 
 import { byId, element } from "./words.js";
 
-const FIELDS = [
-  "prompt",
-  "negative_prompt",
-  "num_inference_steps",
-  "guidance_scale",
-  "seed",
-  "width",
-  "height",
-  "num_images_per_prompt",
-  "scheduler",
-];
-const NUMBERS = new Set(["num_inference_steps", "guidance_scale", "width", "height", "num_images_per_prompt"]);
+let parameters = []; // as the server declares them
 const NUM_PREVIEWS = 20;
 
 const EXAMPLES = {
@@ -23,23 +12,18 @@ const EXAMPLES = {
 
 export function fill(info) {
   const { defaults, limits } = info;
-  for (const name of ["num_inference_steps", "guidance_scale", "width", "height"]) {
-    const input = byId(name);
-    if (!input.value) input.value = defaults[name];
+  parameters = info.parameters;
+  for (const parameter of parameters) {
+    if (byId(parameter.name) === null) addControl(parameter);
+    const input = byId(parameter.name);
+    if (input.type !== "number") continue;
+    if (parameter.least !== null) [input.min, input.max] = [parameter.least, parameter.most];
+    if (!input.value && parameter.default !== null) input.value = parameter.default;
   }
   const schedulers = byId("scheduler");
   const chosen = schedulers.value || defaults.scheduler;
   schedulers.replaceChildren(...info.schedulers.map((name) => new Option(name, name)));
   schedulers.value = chosen;
-  byId("num_inference_steps").min = 1;
-  byId("num_inference_steps").max = limits.max_num_inference_steps;
-  byId("guidance_scale").min = 0;
-  byId("guidance_scale").max = limits.max_guidance_scale;
-  for (const name of ["width", "height"]) {
-    byId(name).min = limits.min_size_px;
-    byId(name).max = limits.max_size_px;
-  }
-  byId("num_images_per_prompt").max = limits.max_images_per_prompt;
   byId("steps-slide").max = Math.min(100, limits.max_num_inference_steps);
   byId("guidance-slide").max = Math.min(20, limits.max_guidance_scale);
   follow("num_inference_steps");
@@ -58,6 +42,26 @@ export function fill(info) {
   );
 }
 
+// A control for a parameter that the page knows only from its declaration.
+function addControl({ name, type, help, multiple_of: step }) {
+  const words = name.replaceAll("_", " ");
+  const label = element("label", "", words[0].toUpperCase() + words.slice(1));
+  label.htmlFor = name;
+  const input = element("input");
+  input.id = input.name = name;
+  input.type = type === "string" ? "text" : "number";
+  input.step = step ?? (type === "integer" ? 1 : "any");
+  input.title = help;
+  input.autocomplete = "off";
+  input.setAttribute("aria-describedby", `${name}-error`);
+  const error = element("p", "error");
+  error.id = `${name}-error`;
+  const field = element("div", "field");
+  field.append(label, input, error);
+  byId("more-fields").append(field);
+  byId("more").hidden = false;
+}
+
 const SLIDES = { num_inference_steps: "steps-slide", guidance_scale: "guidance-slide" };
 
 function follow(name) {
@@ -72,21 +76,21 @@ export function pairSliders() {
     });
     byId(name).addEventListener("input", () => follow(name));
   }
-  for (const name of FIELDS) byId(name).addEventListener("input", () => clearError(name));
+  byId("form").addEventListener("input", (event) => event.target.name && clearError(event.target.name));
 }
 
 // What was typed, as it was typed: a field that is not a number goes out as text, and the server says so.
 export function read() {
   const request = {};
-  for (const name of FIELDS) {
+  for (const { name, type } of parameters) {
     const input = byId(name);
     if (input.validity.badInput) {
       request[name] = "not a number";
       continue;
     }
-    const text = name === "prompt" || name === "negative_prompt" ? input.value : input.value.trim();
+    const text = type === "string" ? input.value : input.value.trim();
     if (name !== "prompt" && text === "") continue;
-    request[name] = NUMBERS.has(name) ? Number(text) : text;
+    request[name] = input.type === "number" ? Number(text) : text;
   }
   const steps = Number(request.num_inference_steps);
   request.preview_every = steps >= 1 && steps <= 1000 ? Math.ceil(steps / NUM_PREVIEWS) : 1;
@@ -94,7 +98,7 @@ export function read() {
 }
 
 export function apply(params) {
-  for (const name of FIELDS) {
+  for (const { name } of parameters) {
     byId(name).value = name === "num_images_per_prompt" ? 1 : params[name] ?? "";
     clearError(name);
   }
@@ -108,17 +112,18 @@ function clearError(name) {
 }
 
 export function clearErrors() {
-  FIELDS.forEach(clearError);
+  for (const { name } of parameters) clearError(name);
   byId("form-error").textContent = "";
 }
 
 const labelOf = (name) => byId(name).labels[0].firstChild.textContent.trim();
 
 export function showError(error) {
-  if (FIELDS.includes(error.field)) {
+  if (parameters.some(({ name }) => name === error.field)) {
     byId(`${error.field}-error`).textContent = `${labelOf(error.field)} ${error.rule}`;
     const input = byId(error.field);
     input.setAttribute("aria-invalid", "true");
+    input.closest("details")?.setAttribute("open", "");
     input.focus();
     return;
   }

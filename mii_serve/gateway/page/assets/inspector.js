@@ -13,7 +13,9 @@ const HELD_BACK = {
 let code = {};
 let language = "python";
 
-function facts(picture) {
+const SHOWN = ["prompt", "num_images_per_prompt", "num_inference_steps", "guidance_scale", "scheduler", "width", "height", "seed", "negative_prompt"];
+
+function facts(picture, place) {
   const { params } = picture;
   const isBlocked = picture.moderation_blocked;
   const checked = { true: "flagged", false: "passed" }[picture.nsfw_content_detected] ?? "this model has none";
@@ -26,6 +28,7 @@ function facts(picture) {
     ["Safety checker", isBlocked && checked === "passed" ? "" : checked], // the last word is not "passed" on a black picture
     ["Content safety", { true: "blocked", false: "passed" }[isBlocked]],
     ["Negative prompt", params.negative_prompt, "wide"],
+    ...place.names.filter((name) => !SHOWN.includes(name)).map((name) => [name, params[name]]),
     ["Made by", params.engine && `${params.engine} ${params.dtype} on ${params.device}`],
     ["Took, and in line", picture.total_s == null ? "" : `${took(picture.total_s)}, ${took(picture.queued_s)}`],
   ].filter(([, value]) => value !== "" && value != null);
@@ -43,7 +46,7 @@ export function show(picture, place) {
   note("dropped", dropped && `These words did not fit into the text encoder and were not used: ${dropped}`);
   byId("said").textContent = params.prompt;
   byId("parameters").replaceChildren(
-    ...facts(picture).map(([name, value, className]) => {
+    ...facts(picture, place).map(([name, value, className]) => {
       const row = element("div", className ?? "");
       row.append(element("dt", "", name), element("dd", "", String(value)));
       return row;

@@ -22,6 +22,7 @@ const place = () => ({
   isTls: location.protocol === "https:",
   wantsKey: server.hasKey(),
   model: info.model,
+  names: info.parameters.map((parameter) => parameter.name),
 });
 
 function say(text) {
@@ -66,7 +67,7 @@ byId("key-form").addEventListener("submit", (event) => {
   keyGiven = null;
 });
 
-// ---- the server's own words ------------------------------------------------------------------------------------------
+// ---- what the server is ------------------------------------------------------------------------------------------
 
 async function learn() {
   while (info === null) {
@@ -105,7 +106,7 @@ function progress() {
   }
 }
 
-const tellers = {
+const onEvent = {
   queued({ num_samples_ahead: ahead, estimated_wait_s: wait }) {
     if (running.isStarted) return;
     const text = ahead ? `${counted(ahead, "picture")} ahead` : "next in line";
@@ -131,10 +132,10 @@ const tellers = {
   },
   preview({ image_index: index, step, png, nsfw_content_detected: isFlagged }) {
     stage.previewed(index, step, server.pngUrl(png), isFlagged === true);
-    if (!isFlagged && !running.isToldOfFlags) return;
+    if (!isFlagged && !running.hasFlaggedPreview) return;
     byId("where").textContent = isFlagged ? FLAGGED_PREVIEW : "\u00a0";
-    if (isFlagged && !running.isToldOfFlags) say(FLAGGED_PREVIEW);
-    running.isToldOfFlags = true;
+    if (isFlagged && !running.hasFlaggedPreview) say(FLAGGED_PREVIEW);
+    running.hasFlaggedPreview = true;
   },
   image({ image_index: index, png, ...image }) {
     const { preview_every: _, num_images_per_prompt: __, ...asked } = running.request;
@@ -157,8 +158,8 @@ const tellers = {
       Object.assign(picture, { queued_s, total_s });
     }
     const held = running.pictures.map(heldBack);
-    const told = { flagged: "flagged by the safety checker", blocked: "blocked by content safety" };
-    const ends = Object.entries(told).map(([name, words]) => [held.filter((one) => one === name).length, words]);
+    const texts = { flagged: "flagged by the safety checker", blocked: "blocked by content safety" };
+    const ends = Object.entries(texts).map(([name, words]) => [held.filter((one) => one === name).length, words]);
     const end = ends.filter(([count]) => count).map(([count, words]) => ` ${counted(count, "picture")} ${words}.`).join("");
     say(`Finished: ${counted(running.pictures.length, "picture")} in ${took(total_s)}.${end}`);
   },
@@ -191,7 +192,7 @@ function begin(request) {
     pictures: [],
     isStarted: false,
     isShown: false,
-    isToldOfFlags: false,
+    hasFlaggedPreview: false,
     numStarted: 0,
     quarter: 0,
   };
@@ -199,7 +200,7 @@ function begin(request) {
 }
 
 // The stage changes only once the server has taken the request: what it refuses leaves the last picture where it is.
-function raiseCurtain() {
+function showRunning() {
   running.isShown = true;
   const { request } = running;
   stage.begin(request, Number(request.width) || info.defaults.width, Number(request.height) || info.defaults.height);
@@ -219,8 +220,8 @@ async function run() {
   let failure = null;
   try {
     await server.generate(running.request, stop.signal, (name, value) => {
-      if (!running.isShown) raiseCurtain();
-      tellers[name]?.(value);
+      if (!running.isShown) showRunning();
+      onEvent[name]?.(value);
     });
   } catch (error) {
     failure = error;

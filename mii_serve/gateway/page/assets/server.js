@@ -3,13 +3,13 @@
 const KEY = "mii_serve.api_key";
 
 export class ServerError extends Error {
-  constructor(told, status) {
-    super(told.message);
+  constructor(error, status) {
+    super(error.message);
     this.status = status;
-    this.code = told.code;
-    this.field = told.field ?? null;
-    this.rule = told.rule ?? told.message;
-    this.retryAfter = told.retry_after_s ?? null;
+    this.code = error.code;
+    this.field = error.field ?? null;
+    this.rule = error.rule ?? error.message;
+    this.retryAfter = error.retry_after_s ?? null;
   }
 }
 
@@ -26,13 +26,13 @@ function headers(more = {}) {
 }
 
 async function refused(answer) {
-  let told = { code: "UNKNOWN", message: `the server answered ${answer.status}` };
+  let error = { code: "UNKNOWN", message: `the server answered ${answer.status}` };
   try {
-    told = (await answer.json()).error ?? told;
+    error = (await answer.json()).error ?? error;
   } catch {
     // not ours: a proxy in between has answered
   }
-  return new ServerError(told, answer.status);
+  return new ServerError(error, answer.status);
 }
 
 export async function ask(path) {

@@ -1,40 +1,40 @@
-"""What the one model of a deployment is called by those who ask for it by name."""
+"""The names of the deployment's one model, for dialects whose requests name a model."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 
-from mii_serve.gateway.problems import NotFoundError
-from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.server.desk import Desk
+from mii_serve.gateway.errors import NotFoundError
+from mii_serve.server.dispatcher import Dispatcher
+from mii_serve.types import ServerInfo
 
 
 class ModelNames:
     """Asks the replicas once: a deployment's model never changes."""
 
-    def __init__(self, desk: Desk, served: Sequence[str] = ()) -> None:
+    def __init__(self, dispatcher: Dispatcher, served: Sequence[str] = ()) -> None:
         """`served` are the names that the operator gave the model; without any it has its own."""
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._served = tuple(served)
-        self._info: pb.GetServerInfoResponse | None = None
+        self._info: ServerInfo | None = None
         self.created = int(time.time())
 
-    async def info(self) -> pb.GetServerInfoResponse:
+    async def info(self) -> ServerInfo:
         """The model and the deployment; counts in it are old.
 
         Raises:
-            UnavailableError: no replica has told yet.
+            UnavailableError: no replica has described itself yet.
         """
         if self._info is None:
-            self._info = await self._desk.server_info()
+            self._info = await self._dispatcher.server_info()
         return self._info
 
     async def all(self) -> tuple[str, ...]:
-        """The model's names, the one that answers tell first.
+        """The model's names, the one that answers name first.
 
         Raises:
-            UnavailableError: no replica has told yet.
+            UnavailableError: no replica has described itself yet.
         """
         return self._served or ((await self.info()).model,)
 

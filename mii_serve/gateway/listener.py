@@ -1,7 +1,7 @@
-"""The HTTP port's connections, bounded: at the bound, the one that has been idle longest makes room for a new one.
+"""The HTTP port's connections, bounded: at the bound, the one that has been idle longest is closed for a new one.
 
-Idle are connections without a request in work: between two requests, in the middle of a head, a body or a TLS handshake,
-with an answer to a probe that is not taken in. So many of them do not silence the probes; and requests in work are bounded
+Idle are connections without a running request: between two requests, in the middle of a head, a body or a TLS handshake, with
+an answer to a probe that is not taken in. Any number of them leaves the probes answered, because running requests are bounded
 below the number of connections, so that some are idle.
 """
 
@@ -26,21 +26,21 @@ logger = logging.getLogger(__name__)
 CONNECTION = "mii_serve.connection"
 """Key of a scope: the file number of the connection that the request came by."""
 NUM_IDLE = 16
-"""Connections that are kept out of the reach of requests in work."""
+"""Connections that are kept out of the reach of running requests."""
 NUM_CLOSING = 16
 """Closed ones that may not be gone yet."""
 LOG_EVERY_S = 60.0
 PROBES = frozenset({"/livez", "/readyz", "/healthz", "/health", "/metrics", "/"})
-"""Answered however many requests are in work."""
+"""Answered however many requests run."""
 
 
-class Connections:
+class ConnectionPool:
     """Those that are open, by file number; the idle ones in the order in which they became so."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._open: dict[int, Accepted] = {}
-        self._idle: OrderedDict[int, Accepted] = OrderedDict()
+        self._open: dict[int, PooledSocket] = {}
+        self._idle: OrderedDict[int, PooledSocket] = OrderedDict()
         self._closing: set[int] = set()
         self._logged_at = float("-inf")
 
@@ -52,7 +52,7 @@ class Connections:
     def num_closing(self) -> int:
         return len(self._closing)
 
-    def add(self, connection: Accepted) -> None:
+    def add(self, connection: PooledSocket) -> None:
         self._open[connection.fileno()] = self._idle[connection.fileno()] = connection
 
     def remove(self, number: int) -> None:
@@ -61,8 +61,8 @@ class Connections:
         self._closing.discard(number)
 
     @contextlib.contextmanager
-    def in_work(self, number: int) -> Iterator[None]:
-        """While the block runs, a request is in work on this connection."""
+    def running(self, number: int) -> Iterator[None]:
+        """While the block runs, so does a request on this connection."""
         connection = self._open.get(number)
         self._idle.pop(number, None)
         try:
@@ -93,10 +93,10 @@ class Connections:
             logger.warning(message, *arguments)
 
 
-class Accepted(socket.socket):
+class PooledSocket(socket.socket):
     """One connection, which says when it is closed."""
 
-    connections: Connections | None = None
+    connections: ConnectionPool | None = None
 
     def close(self) -> None:
         if self.connections is not None and (number := self.fileno()) >= 0:
@@ -107,10 +107,10 @@ class Accepted(socket.socket):
 class BoundedListener(socket.socket):
     """A listening socket for asyncio, whose `accept` keeps to the bound and is not ended by a lack of files."""
 
-    connections: Connections
+    connections: ConnectionPool
 
     @classmethod
-    def of(cls, listener: socket.socket, connections: Connections) -> BoundedListener:
+    def of(cls, listener: socket.socket, connections: ConnectionPool) -> BoundedListener:
         bounded = cls(fileno=listener.detach())
         bounded.connections = connections
         bounded._spare = os.open(os.devnull, os.O_RDONLY)
@@ -136,7 +136,7 @@ class BoundedListener(socket.socket):
                 self._turn_away()
                 raise BlockingIOError from None
             raise
-        accepted = Accepted(self.family, self.type, self.proto, fileno=number)
+        accepted = PooledSocket(self.family, self.type, self.proto, fileno=number)
         if not has_room:
             accepted.close()
             raise BlockingIOError
@@ -167,13 +167,13 @@ class BoundedListener(socket.socket):
             self._spare = os.open(os.devnull, os.O_RDONLY)
 
 
-class WorkCheck:
-    """ASGI middleware: so many requests may be in work at once; probes are answered beyond that.
+class ConcurrencyLimit:
+    """ASGI middleware: so many requests may run at once; probes are answered beyond that.
 
-    A request is in work once its body is there: until then it costs nothing but its connection, which counts as idle.
+    A request runs once its body is there: until then it costs nothing but its connection, which counts as idle.
     """
 
-    def __init__(self, app: ASGIApp, connections: Connections) -> None:
+    def __init__(self, app: ASGIApp, connections: ConnectionPool) -> None:
         self._app = app
         self._connections = connections
         self._most = connections.most - NUM_IDLE
@@ -191,13 +191,13 @@ class WorkCheck:
                 await refusal_for(scope, error)(scope, receive, send)
                 return
             if is_read_only:
-                work.enter_context(self._in_work(scope))
+                work.enter_context(self._running(scope))
                 await self._app(scope, receive, send)
             else:
                 await self._app(scope, self._counted(scope, receive, work), send)
 
     def _counted(self, scope: Scope, receive: Receive, work: contextlib.ExitStack) -> Receive:
-        """`receive`, at the end of whose body the request's work begins; raises `UnavailableError` where there is no room."""
+        """`receive`, at the end of whose body the request begins to run; raises `UnavailableError` where there is no room."""
         has_begun = False
 
         async def received() -> Message:
@@ -205,7 +205,7 @@ class WorkCheck:
             message = await receive()
             if not has_begun and message["type"] == "http.request" and not message.get("more_body", False):
                 self._check_room()
-                work.enter_context(self._in_work(scope))
+                work.enter_context(self._running(scope))
                 has_begun = True
             return message
 
@@ -216,10 +216,10 @@ class WorkCheck:
             raise UnavailableError(f"{self._num_running} HTTP requests are in work, the most there may be")
 
     @contextlib.contextmanager
-    def _in_work(self, scope: Scope) -> Iterator[None]:
+    def _running(self, scope: Scope) -> Iterator[None]:
         self._num_running += 1
         try:
-            with self._connections.in_work(scope.get(CONNECTION, -1)):
+            with self._connections.running(scope.get(CONNECTION, -1)):
                 yield
         finally:
             self._num_running -= 1

@@ -1,8 +1,8 @@
-"""Errors as HTTP callers are told them, once for every dialect.
+"""Errors as HTTP answers, for every dialect.
 
 The body is one object in which Azure ML's client, the OpenAI client and plain readers find their parts; Hugging Face's form is
-in `huggingface.py`. Which status an error has depends on the dialect, because clients retry by status: what a second try cannot
-mend, or would pay for twice, gets one that its client does not retry.
+in `dialects/huggingface.py`. Which status an error has depends on the dialect, because clients retry by status: where a second
+try would fail again, or cost the work again, the status is one that its client does not retry.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class HeaderTooLongError(InvalidRequestError):
 
 
 class ImagesHeldBackError(MiiServeError):
-    """No picture of the request is left to hand over: content safety blocked them, or the model's own checker fired on all."""
+    """No image of the request can be sent: content safety blocked them, or the model's own checker fired on all."""
 
     grpc_code = "INVALID_ARGUMENT"
     http_status = 400
