@@ -19,7 +19,7 @@ from mii_serve.tracing import flush_traces, start_tracing
 if TYPE_CHECKING:
     from mii_serve.config import DeployConfig
     from mii_serve.server.deploy import Ready
-    from mii_serve.server.desk import Desk
+    from mii_serve.server.dispatcher import Dispatcher
     from mii_serve.server.keys import KeyRing
     from mii_serve.server.tls import Tls
 
@@ -95,7 +95,7 @@ def _tell_ready(ready: Ready) -> None:
 
 
 def _open_http(
-    config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None, max_connections: int
+    config: DeployConfig, dispatcher: Dispatcher, keys: KeyRing, tls: Tls | None, max_connections: int
 ) -> AbstractAsyncContextManager[str | None]:
     try:
         from mii_serve.gateway.app import serve_http
@@ -104,7 +104,7 @@ def _open_http(
             raise
         say("HTTP is off: it needs the extra mii-serve[http]")
         return _no_http()
-    return serve_http(config, desk, keys, tls, max_connections)
+    return serve_http(config, dispatcher, keys, tls, max_connections)
 
 
 @asynccontextmanager

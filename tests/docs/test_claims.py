@@ -18,7 +18,7 @@ from mii_serve.proto.codec import MAX_REQUEST_BYTES
 from mii_serve.proto.metadata import MAX_ID_CHARS
 from mii_serve.samplers.names import SAMPLERS
 from mii_serve.server import answers, front, open_files, router
-from mii_serve.server.dispatcher import Desk
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.keys import KeyRing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ class TestOpenAddresses:
     def app(self, tmp_path):
         file = tmp_path / "keys"
         file.write_text("a-key-that-is-long-enough\n")
-        return build_app(Desk(), KeyRing(file))
+        return build_app(Dispatcher(), KeyRing(file))
 
     def test_the_page_lists_every_one_that_needs_no_key(self, app):
         (said,) = re.findall(r"<!-- open -->(.*?)<!-- end -->", CONFIGURATION)

@@ -16,13 +16,13 @@ import httpx2
 import pytest
 from fake_engine import FakeEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from mii_serve.gateway.listening import NUM_CLOSING, NUM_IDLE, BoundedListener, Connections
 from servers import running_server
 from web import Web
 
 from mii_serve.config import DeployConfig
 from mii_serve.gateway.app import serve_http
-from mii_serve.gateway.listening import NUM_CLOSING, NUM_IDLE, BoundedListener, Connections
-from mii_serve.server.dispatcher import Desk
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import GrpcFront, bind_tcp
 from mii_serve.server.keys import KeyRing
 
@@ -154,7 +154,7 @@ def test_a_lack_of_files_ends_nothing_and_is_told_once(caplog):
 
 
 async def test_grpc_takes_no_more_than_its_bound_and_again_as_soon_as_one_goes():
-    front = GrpcFront(Desk(), max_connections=4)
+    front = GrpcFront(Dispatcher(), max_connections=4)
     port = await front.listen("127.0.0.1", 0)
     settings = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
     callers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]

@@ -110,7 +110,7 @@ async def test_queued_work_is_told_in_seconds(two):
 
 async def test_they_are_served_over_http(two):
     await two.stub.Generate(request())
-    async with serve_http(DeployConfig.load({"http_port": 0}), two.desk, KeyRing()) as address:
+    async with serve_http(DeployConfig.load({"http_port": 0}), two.dispatcher, KeyRing()) as address:
         answer = await asyncio.to_thread(urllib.request.urlopen, f"http://{address}/metrics", timeout=PATIENCE_S)
         with answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")

@@ -9,7 +9,7 @@ from mii_serve.config import DeployConfig
 from mii_serve.errors import ConfigError
 from mii_serve.gateway.app import build_app
 from mii_serve.gateway.hosts import Hosts
-from mii_serve.server.dispatcher import Desk
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.keys import KeyRing
 
 OWN = [
@@ -81,7 +81,7 @@ def test_several_are_named_with_commas_in_the_environment(monkeypatch):
 
 @pytest.fixture
 def client():
-    return TestClient(build_app(Desk(), KeyRing(), hosts=hosts()), base_url="http://localhost")
+    return TestClient(build_app(Dispatcher(), KeyRing(), hosts=hosts()), base_url="http://localhost")
 
 
 PATHS = [

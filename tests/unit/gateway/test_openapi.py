@@ -9,7 +9,7 @@ from mii_serve.config import HttpConfig
 from mii_serve.gateway import huggingface, openai, score
 from mii_serve.gateway.app import build_app
 from mii_serve.gateway.openapi import document
-from mii_serve.server.dispatcher import Desk
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.keys import KeyRing
 
 
@@ -18,7 +18,7 @@ def properties(name: str) -> set[str]:
 
 
 async def test_every_route_is_described():
-    app = build_app(Desk(), KeyRing(), HttpConfig())
+    app = build_app(Dispatcher(), KeyRing(), HttpConfig())
     served = {
         (route.path.replace(":path}", "}"), method.lower())
         for route in app.routes
