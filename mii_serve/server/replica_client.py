@@ -155,16 +155,18 @@ class ReplicaConnection:
         self._orders = asyncio.Queue()
         for number, running in self._running.items():
             self._orders.put_nowait(pb.Order(generate=_encoded(number, running.order)))
-        call = self._stub.Work(_each(self._orders), metadata=self._metadata)
         try:
-            async for report in call:
-                self._deliver(report)
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError):
+            call = self._stub.Work(_each(self._orders), metadata=self._metadata)
+            try:
+                async for report in call:
+                    self._deliver(report)
+            finally:
+                call.cancel()
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError):  # the latter: its channel is closed
             pass
         except Exception:
             logger.exception("a replica's report could not be read")
-        finally:  # a closed channel looks as if this task had been cancelled
-            call.cancel()
+        finally:  # a channel that is closed meanwhile looks as if this task had been cancelled
             self._break()
 
     def _deliver(self, report: pb.Report) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from mii_serve.client import AsyncClient
 from mii_serve.errors import DeadlineExceededError, InvalidRequestError
-from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server import idempotency
 from mii_serve.server.idempotency import IdempotencyCache
+from mii_serve.types import Done, ImageFormat, ImageReady
 
 
 @pytest.fixture
@@ -104,13 +104,13 @@ async def test_previews_are_not_kept(client):
 
 async def test_what_is_kept_has_a_bound_in_bytes_and_time():
     now = [0.0]
-    kept = IdempotencyCache(max_bytes=250, clock=lambda: now[0])
+    kept = IdempotencyCache(max_bytes=200, clock=lambda: now[0])
     made = []
 
     async def make(name):
         made.append(name)
-        yield pb.GenerateEvent(image=pb.GeneratedImage(data=b"x" * 80))
-        yield pb.GenerateEvent(done=pb.GenerateEvent.Done())
+        yield ImageReady(image_index=0, encoded=b"x" * 80, format=ImageFormat.PNG, height=8, width=8, seed=0)
+        yield Done(parameters=None, queued_s=0.0, total_s=0.0)
 
     async def ask(name):
         return [event async for event in kept.events(("", name), b"", lambda: make(name))]

@@ -133,4 +133,4 @@ async def test_each_request_has_one_line_without_its_prompt(two, caplog):
 
 
 def lines(caplog) -> list[logging.LogRecord]:
-    return [record for record in caplog.records if record.name == "mii_serve.server.ledger"]
+    return [record for record in caplog.records if record.name == "mii_serve.server.access_log"]

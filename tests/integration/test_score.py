@@ -334,7 +334,7 @@ async def test_a_call_is_counted_and_logged_without_its_prompt(served, caplog):
     text = (await served.client.get("/metrics")).text
     assert counted(text, "mii_serve_requests_total", method="POST /score", code="OK") == 1
     assert counted(text, "mii_serve_requests_total", method="POST /score", code="INVALID_ARGUMENT") == 1
-    told = [record.request for record in caplog.records if record.name == "mii_serve.server.ledger"]
+    told = [record.request for record in caplog.records if record.name == "mii_serve.server.access_log"]
     assert (told[0]["request_id"], told[0]["code"], told[0]["seed"], told[0]["http_status"]) == ("mine", "OK", 9, 200)
     assert (told[1]["code"], told[1]["http_status"]) == ("INVALID_ARGUMENT", 400)
     assert "secret" not in caplog.text + text

@@ -207,5 +207,5 @@ async def test_two_thousand_requests_with_random_cancels_leave_nothing_behind():
         await asyncio.gather(turns, return_exceptions=True)
         engine_thread.shutdown()
     assert 1000 < done < 1900
-    assert not loop._callers and not loop._encoding
+    assert not loop._generations and not loop._encoding
     assert grown < 100_000, f"{grown} bytes for 2,000 requests"

@@ -84,7 +84,7 @@ async def test_who_takes_in_nothing_is_given_up_and_hung_up_on(impatient, name):
     callers = [await call_unread(impatient, method, message.SerializeToString()) for _ in range(3)]
     ended = impatient.dispatcher.metrics.requests.labels(name, "CANCELLED")
     await impatient.until(lambda: ended._value.get() == 3)
-    await impatient.until(lambda: not impatient.dispatcher._active and not impatient.loop._callers)
+    await impatient.until(lambda: not impatient.dispatcher._active and not impatient.loop._generations)
     async with asyncio.timeout(PATIENCE_S):
         for reader, writer in callers:
             with contextlib.suppress(ConnectionError):
