@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mii_serve.engine.machine import Machine
+from mii_serve.extras import how_to_get
 
 ENGINES = ("reference", "native", "deepspeed")
 
@@ -68,7 +69,7 @@ def _deepspeed(machine: Machine) -> Sequence[Requirement]:
             f"deepspeed {_dotted(DEEPSPEED_SERIES)}",
             deepspeed or "not installed",
             deepspeed is not None and _numbers(deepspeed)[:2] == DEEPSPEED_SERIES,
-            "pip install 'mii-serve[deepspeed]'",
+            how_to_get("deepspeed"),
         ),
         _line(
             f"triton before {_dotted(FIRST_TRITON_WITHOUT_BLOCK_POINTERS)}",
