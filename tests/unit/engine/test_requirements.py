@@ -125,6 +125,14 @@ def test_a_torch_that_cannot_be_imported_is_everybodys_lack():
         assert lack is not None and "libcudart" in lack.found and lack.remedy.startswith("pip install torch")
 
 
+def test_what_the_client_alone_lacks_comes_with_the_extra_server():
+    client = replace(
+        COMPLETE, packages={}, torch_error="ModuleNotFoundError: No module named 'torch'", torch_cuda=None, gpus=()
+    )
+    for one in requirements("native", client):
+        assert (one.found, one.remedy) == ("not installed", "install mii_serve with the extra server: see README, Install")
+
+
 def test_this_machine_is_seen_as_it_is():
     import torch
 
