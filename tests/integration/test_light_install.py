@@ -68,7 +68,19 @@ LIGHT_MODULES = (
     "mii_serve.bench.mii_driver",
     "mii_serve.bench.environment",
 )
-COMMANDS = ("", "bench", "bench compare", "config", "config schema", "config show", "deploy", "doctor", "generate", "status")
+COMMANDS = (
+    "",
+    "bench",
+    "bench compare",
+    "config",
+    "config schema",
+    "config show",
+    "deploy",
+    "doctor",
+    "generate",
+    "status",
+    "verify",
+)
 
 
 def base_modules() -> set[str]:
