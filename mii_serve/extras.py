@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Mapping
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "bench": ("httpx2", "h11", "matplotlib", "numpy", "prometheus_client", "yaml"),
+    "bench": ("httpx2", "matplotlib", "numpy", "prometheus_client", "yaml"),
     "server": (
         "torch",
         "diffusers",

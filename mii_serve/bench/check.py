@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from mii_serve.bench.values import Answer, PlannedRequest, Record, Shown
+from mii_serve.config import DeployConfig
 from mii_serve.errors import MiiServeError
 
 FP32_MAX_LEVELS = 1
@@ -144,7 +146,6 @@ def open_reference(model: str) -> Iterator[LocalReference]:
     Raises:
         ConfigError, ModelError: it cannot be loaded.
     """
-    from mii_serve.config import DeployConfig
     from mii_serve.replica.local import open_local
 
     with open_local(DeployConfig.load({"model": model, "engine": "reference", "dtype": "fp32", "max_slots": 1})) as local:
@@ -188,8 +189,6 @@ def distance(one: Image.Image, other: Image.Image) -> tuple[int, float]:
     """
     if one.size != other.size:
         raise ValueError(f"it is {one.width}x{one.height}, the reference's {other.width}x{other.height}")
-    import numpy as np
-
     gap = np.asarray(one.convert("RGB"), np.float64) - np.asarray(other.convert("RGB"), np.float64)
     mean_square = float(np.mean(gap**2))
     psnr_db = math.inf if mean_square == 0 else 10 * math.log10(255**2 / mean_square)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mii_serve.bench.values import PlannedRequest
 from mii_serve.errors import ConfigError
 from mii_serve.types import RequestedParams
@@ -95,8 +97,6 @@ def check_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(file: Path) -> Mix:
-    import yaml
-
     try:
         loaded = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -7,12 +7,12 @@ import math
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
+from mii_serve.bench.http_wire import HttpError, HttpPool, Url
 from mii_serve.proto.codec import Activity
-
-if TYPE_CHECKING:
-    from mii_serve.bench.http_wire import Url
 
 SCRAPE_TIMEOUT_S = 10.0
 
@@ -50,8 +50,6 @@ _WANTED = {
 
 def read_metrics(text: str) -> Scrape:
     """The histograms of `_WANTED` in a Prometheus text, those of all replicas together."""
-    from prometheus_client.parser import text_string_to_metric_families
-
     found: dict[tuple[str, str], _Series] = {}
     for family in text_string_to_metric_families(text):
         if family.name not in _WANTED:
@@ -70,8 +68,6 @@ def read_metrics(text: str) -> Scrape:
 
 async def scrape(url: Url, tls: ssl.SSLContext | None = None, headers: Mapping[str, str] | None = None) -> Scrape | str:
     """A look at the server's metrics, or why there is none."""
-    from mii_serve.bench.http_wire import HttpError, HttpPool
-
     pool = HttpPool(url, tls=tls, headers=headers)
     try:
         async with asyncio.timeout(SCRAPE_TIMEOUT_S), pool.request("GET", "/metrics") as response:

@@ -7,20 +7,18 @@ import itertools
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mii_serve.bench.arrivals import Arrival, constant, poisson
 from mii_serve.bench.check import Kept, Sampler
 from mii_serve.bench.grpc_driver import GrpcDriver
+from mii_serve.bench.http_wire import Url
 from mii_serve.bench.load import Bounds, Driver, closed_loop, open_loop
 from mii_serve.bench.mix import Mix
 from mii_serve.bench.observe import between, between_activities, scrape
 from mii_serve.bench.values import Answer, PlannedRequest, Record
 from mii_serve.client import ServerInfo
 from mii_serve.errors import MiiServeError
-
-if TYPE_CHECKING:
-    from mii_serve.bench.http_wire import Url
 
 Protocol = Literal["grpc", "http", "mii"]
 

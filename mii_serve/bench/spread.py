@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mii_serve.bench.statistics import PERCENTS, Rows, interval, resampled
 from mii_serve.bench.values import Record
 
@@ -31,11 +33,7 @@ class Spread:
 
 
 def spread(records: Sequence[Record], *, target_s: float | None, seed: int = 0) -> Spread:
-    """Re-draw a run; nothing of one with too few requests, nor where numpy is not installed."""
-    try:
-        import numpy as np
-    except ModuleNotFoundError:
-        return Spread(figures={})
+    """Re-draw a run; nothing of one with too few requests."""
     figures: dict[str, Rows] = {}
     well = sorted((record for record in records if record.is_ok), key=lambda record: record.intended_s)
     if len(well) >= LEAST_ROWS:
@@ -50,8 +48,6 @@ def spread(records: Sequence[Record], *, target_s: float | None, seed: int = 0) 
 
 
 def _latencies(runs: Rows) -> Rows:
-    import numpy as np
-
     totals = runs[..., 0]
     return np.concatenate((totals.mean(axis=1)[None], np.percentile(totals, PERCENTS, axis=1))).T
 
@@ -64,14 +60,10 @@ def _rows_of_rates(records: Sequence[Record], target_s: float | None) -> Rows:
         is_good = record.is_ok and target_s is not None and record.total_s <= target_s
         rows.append([record.ended_s - before_s, record.is_ok, record.is_ok * record.num_images, is_good])
         before_s = record.ended_s
-    import numpy as np
-
     return np.array(rows, dtype=np.float64)
 
 
 def _rates(runs: Rows) -> Rows:
-    import numpy as np
-
     sums = runs.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         rates: Rows = sums[:, 1:] / sums[:, :1]
@@ -100,8 +92,6 @@ def differences(
     first: Sequence[Record], second: Sequence[Record], *, target_s: float | None, figures: tuple[dict[str, Any], dict[str, Any]]
 ) -> list[Difference]:
     """`figures` are what the two runs measured, by the names of `Spread.figures`."""
-    import numpy as np
-
     spreads = spread(first, target_s=target_s, seed=1), spread(second, target_s=target_s, seed=2)
     found = []
     for name in spreads[0].figures:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+import numpy as np
+import numpy.typing as npt
 
 PERCENTS = (50, 90, 95, 99)
 CONFIDENCE = 0.95
@@ -21,7 +19,7 @@ NUM_RESAMPLES = 2000
 ROWS_AT_ONCE = 500_000
 """Bounds the memory of re-drawing."""
 
-Rows: TypeAlias = "npt.NDArray[np.float64]"
+Rows = npt.NDArray[np.float64]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -57,8 +55,6 @@ def resampled(rows: Rows, figures: Callable[[Rows], Rows], *, seed: int, num_res
 
     `figures` gets runs × rows × columns and answers with runs × figures.
     """
-    import numpy as np
-
     count = len(rows)
     length = block_length(count)
     num_blocks = -(-count // length)
@@ -75,8 +71,6 @@ def resampled(rows: Rows, figures: Callable[[Rows], Rows], *, seed: int, num_res
 
 def interval(figures: Rows) -> list[float]:
     """What lies between the outer 2.5 % on each side."""
-    import numpy as np
-
     outer = 100 * (1 - CONFIDENCE) / 2
     low, high = np.nanpercentile(figures, (outer, 100 - outer))
     return [float(low), float(high)]

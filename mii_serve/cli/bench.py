@@ -22,10 +22,8 @@ from mii_serve.bench.run import Loop, Measured, Plan, Protocol, described, measu
 from mii_serve.cli.connection import API_KEY_VARIABLE, Connection
 from mii_serve.cli.exits import ExitCode, say
 from mii_serve.errors import ConfigError, MiiServeError, UnavailableError
-from mii_serve.extras import MissingExtraError, how_to_get, is_installed, require
 
 if TYPE_CHECKING:
-    from mii_serve.bench.http_wire import Url
     from mii_serve.bench.load import Driver
     from mii_serve.bench.values import Record
     from mii_serve.client import ServerInfo
@@ -48,8 +46,6 @@ def run(values: dict[str, Any], connection: Connection) -> int:
         if values[name] is not None and not values[name].absolute().parent.is_dir():
             raise ConfigError(f"--{name}", f"no such folder: {values[name].absolute().parent}")
     _positive("--goodput", values["goodput"])
-    if plan.sample_size and values["check_model"] is not None:
-        require("server")
     is_quiet = not sys.stderr.isatty()
     info, measured = asyncio.run(_measure(plan, protocol, connection, is_quiet=is_quiet))
     verdict = _check(plan, measured, info, values, is_quiet=is_quiet)
@@ -64,8 +60,6 @@ def run(values: dict[str, Any], connection: Connection) -> int:
         verdict=verdict,
         examples=measured.examples,
     )
-    if not is_installed("numpy"):
-        say(f"no intervals: numpy is not installed: {how_to_get('bench')}")
     if values["output"] is not None:
         values["output"].write_text(made.to_json())
     if values["html"] is not None:
@@ -112,6 +106,8 @@ def plan_of(values: dict[str, Any]) -> Plan:
     duration_s = values["duration"]
     if duration_s is None and values["requests"] is None and values["trace"] is None:
         duration_s = DEFAULT_DURATION_S
+    from mii_serve.bench.http_wire import Url
+
     return Plan(
         loop=_loop(values),
         mix=parse_mix(values["mix"]),
@@ -125,14 +121,8 @@ def plan_of(values: dict[str, Any]) -> Plan:
         num_warmup=values["warmup"],
         preview_every=values["preview_every"],
         sample_size=values["check"],
-        metrics=None if values["metrics"] is None else _url(values["metrics"]),
+        metrics=None if values["metrics"] is None else Url.parse(values["metrics"]),
     )
-
-
-def _url(text: str) -> Url:
-    from mii_serve.bench.http_wire import Url
-
-    return Url.parse(text)
 
 
 def _loop(values: dict[str, Any]) -> Loop:
@@ -264,11 +254,6 @@ def _check(plan: Plan, measured: Measured, info: ServerInfo | None, values: dict
     model = values["check_model"] or _model_of(info)
     if model is None:
         return check.Verdict(tolerance=tolerance, reference="none", text="--check-model says which model to hold them against")
-    try:
-        require("server")
-    except MissingExtraError as error:
-        text = f"{error.name} is not installed: {how_to_get('server')}"
-        return check.Verdict(tolerance=tolerance, reference="none", text=text)
     if not is_quiet:
         say(f"checking {len(measured.kept)} pictures against the reference engine, {model}")
     with check.open_reference(model) as reference:
