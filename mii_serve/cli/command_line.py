@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mii_serve import __version__
 from mii_serve.cli import bench_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
+from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
 from mii_serve.types import PARAMETER_NAMES, PARAMETERS, RequestedParams
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(ExitCode.INVALID)
     wait_briefly()  # before a command, or a process that it starts, loads torch
     with exit_codes():
+        if (extra := _needed_extra(command, values)) is not None:
+            require(extra)
         code = _COMMANDS[command](values)
         sys.stdout.flush()
         sys.exit(code)
@@ -239,6 +242,17 @@ def _add_tls_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="speak TLS, and trust certificates signed by these")
     group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate to show to the server")
     group.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
+
+
+def _needed_extra(command: str, values: dict[str, Any]) -> str | None:
+    """The extra without which a command can do nothing of what it is asked to."""
+    match command:
+        case "config" | "deploy" | "verify":
+            return "server"
+        case "generate":
+            return "server" if values["target"] is None else None
+        case _:
+            return None
 
 
 def _connection(values: dict[str, Any]) -> Connection:

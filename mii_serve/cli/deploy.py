@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mii_serve import __version__
 from mii_serve.cli.exits import ExitCode, say, silence
+from mii_serve.extras import EXTRAS, how_to_get
 from mii_serve.logs import LogFormat, configure_logs
 from mii_serve.tracing import flush_traces, start_tracing
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 EXAMPLE_PROMPT = "a red circle on a blue background"
 logger = logging.getLogger(__name__)
-
-HTTP_PACKAGES = ("starlette", "uvicorn")
 
 
 def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: LogFormat, mii_file: Path | None = None) -> int:
@@ -100,9 +99,9 @@ def _open_http(
     try:
         from mii_serve.gateway.app import serve_http
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in HTTP_PACKAGES:
+        if (error.name or "").partition(".")[0] not in EXTRAS["http"]:
             raise
-        say("HTTP is off: it needs the extra mii-serve[http]")
+        say(f"HTTP is off: {error.name} is not installed: {how_to_get('http')}")
         return _no_http()
     return serve_http(config, dispatcher, keys, tls, max_connections)
 

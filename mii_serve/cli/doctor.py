@@ -9,12 +9,13 @@ from typing import Any
 from mii_serve.cli.exits import ExitCode
 from mii_serve.engine.machine import PACKAGES, Machine, look
 from mii_serve.engine.requirements import ENGINES, first_lack, preferred, requirements
+from mii_serve.extras import how_to_get
 
 GIB = 1 << 30
 
 EXTRAS = {
-    "http": (("starlette", "uvicorn"), "pip install 'mii-serve[http]'"),
-    "otel": (("opentelemetry-sdk",), "pip install 'mii-serve[otel]'"),
+    "http": (("starlette", "uvicorn"), how_to_get("http")),
+    "otel": (("opentelemetry-sdk",), how_to_get("otel")),
     "mii": (
         ("deepspeed-mii",),
         "pip install --no-deps deepspeed-mii==0.3.3 && pip install ujson pyzmq Flask-RESTful",

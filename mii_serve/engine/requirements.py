@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mii_serve.engine.machine import Machine
+from mii_serve.extras import how_to_get
 
 ENGINES = ("reference", "native", "deepspeed")
 
@@ -68,7 +69,7 @@ def _deepspeed(machine: Machine) -> Sequence[Requirement]:
             f"deepspeed {_dotted(DEEPSPEED_SERIES)}",
             deepspeed or "not installed",
             deepspeed is not None and _numbers(deepspeed)[:2] == DEEPSPEED_SERIES,
-            "pip install 'mii-serve[deepspeed]'",
+            how_to_get("deepspeed"),
         ),
         _line(
             f"triton before {_dotted(FIRST_TRITON_WITHOUT_BLOCK_POINTERS)}",
@@ -96,14 +97,15 @@ def _extensions(machine: Machine, torch: str) -> Requirement:
 
 
 def _torch(machine: Machine) -> Requirement:
-    found = machine.torch_error or machine.packages.get("torch", "not installed")
-    is_met = machine.torch_error is None and "torch" in machine.packages
-    return _line("torch that can be imported", found, is_met, "pip install torch==2.13.0")
+    if "torch" not in machine.packages:
+        return _line("torch that can be imported", "not installed", False, how_to_get("server"))
+    found = machine.torch_error or machine.packages["torch"]
+    return _line("torch that can be imported", found, machine.torch_error is None, "pip install torch==2.13.0")
 
 
 def _package(machine: Machine, name: str) -> Requirement:
     version = machine.packages.get(name)
-    return _line(name, version or "not installed", version is not None, f"pip install {name}")
+    return _line(name, version or "not installed", version is not None, how_to_get("server"))
 
 
 def _line(what: str, found: str, is_met: bool, remedy: str) -> Requirement:

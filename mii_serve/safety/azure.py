@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from mii_serve import __version__
 from mii_serve.config import ContentSafetyConfig
 from mii_serve.errors import ConfigError, ContentBlockedError, ModerationFailedError
+from mii_serve.extras import how_to_get
 from mii_serve.safety.moderation import Moderator, Verdict
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class AzureModerator:
             from azure.core.credentials import AzureKeyCredential
             from azure.identity.aio import ManagedIdentityCredential
         except ModuleNotFoundError as error:
-            raise ConfigError("content_safety", "needs the extra mii-serve[azure]") from error
+            raise ConfigError("content_safety", f"{error.name} is not installed: {how_to_get('azure')}") from error
         logging.getLogger("azure").setLevel(logging.WARNING)  # at INFO it has a line for every header
         self._settings = settings
         self._identity: ManagedIdentityCredential | None = None

@@ -62,8 +62,8 @@ LACKS = {
         "such a GPU",
     ),
     "torch for cpu": (replace(COMPLETE, torch_cuda=None), "torch built for CUDA", "a build without CUDA", "whl/cu130"),
-    "no deepspeed": (without("deepspeed"), "deepspeed 0.19", "not installed", "pip install 'mii-serve[deepspeed]'"),
-    "another deepspeed": (with_version("deepspeed", "0.20.0"), "deepspeed 0.19", "0.20.0", "mii-serve[deepspeed]"),
+    "no deepspeed": (without("deepspeed"), "deepspeed 0.19", "not installed", "install mii_serve with the extra deepspeed"),
+    "another deepspeed": (with_version("deepspeed", "0.20.0"), "deepspeed 0.19", "0.20.0", "with the extra deepspeed"),
     "triton 3.9": (with_version("triton", "3.9.0"), "triton before 3.9", "3.9.0", "torch<2.15"),
     "triton 4": (with_version("triton", "4.0.1"), "triton before 3.9", "4.0.1", "torch<2.15"),
     "no triton": (without("triton"), "triton before 3.9", "not installed", "torch<2.15"),
@@ -123,6 +123,14 @@ def test_a_torch_that_cannot_be_imported_is_everybodys_lack():
     for engine in ENGINES:
         lack = first_lack(engine, broken)
         assert lack is not None and "libcudart" in lack.found and lack.remedy.startswith("pip install torch")
+
+
+def test_what_the_client_alone_lacks_comes_with_the_extra_server():
+    client = replace(
+        COMPLETE, packages={}, torch_error="ModuleNotFoundError: No module named 'torch'", torch_cuda=None, gpus=()
+    )
+    for one in requirements("native", client):
+        assert (one.found, one.remedy) == ("not installed", "install mii_serve with the extra server: see README, Install")
 
 
 def test_this_machine_is_seen_as_it_is():
