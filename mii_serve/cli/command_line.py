@@ -17,12 +17,13 @@ from mii_serve.cli import bench_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
+from mii_serve.types import ENGINE_CHOICES
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
 
 DEFAULT_TARGET = "127.0.0.1:50050"
-ENGINES = "{auto,reference,native,deepspeed}"
+ENGINES = f"{{{','.join(ENGINE_CHOICES)}}}"
 DTYPES = "{auto,fp32,fp16,bf16}"
 MODELS = "hub id, diffusers folder, Azure ML model folder, or demo, the model in the package and the default"
 
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("config", "show|schema", _add_config_flags, "show how a server would be configured, and why", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, what it runs and how busy it is", ""),
         ("verify", "[MODEL]", _add_verify_flags, "hold an engine against the FP32 reference, stage by stage", _VERIFY_MORE),
-        ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine lacks", _DOCTOR_MORE),
+        ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine needs", _DOCTOR_MORE),
         ("bench", "", _add_bench_flags, "load a server, time it, and check its pictures", bench_flags.MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
@@ -89,14 +90,12 @@ a flag, a variable, the file, or the default. schema prints the JSON schema of t
 
 _DOCTOR_MORE = """
 
-It says for each engine what it needs, what was found, and the command that mends a lack.
+It says for each engine what it needs, what was found, and the command that installs what is missing.
 Exit code 0: the engine asked for can run here, with auto one of them; 1: it cannot."""
 
 
 def _add_doctor_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--engine", choices=("auto", "reference", "native", "deepspeed"), default="auto", help="for the exit code"
-    )
+    parser.add_argument("--engine", choices=ENGINE_CHOICES, default="auto", help="for the exit code")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 

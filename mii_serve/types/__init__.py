@@ -1,5 +1,6 @@
 """The values that travel through the server: frozen dataclasses, standard library only."""
 
+from mii_serve.types.engines import ENGINE_CHOICES, ENGINES, EngineChoice, EngineName
 from mii_serve.types.events import (
     Done,
     Effective,
@@ -18,10 +19,12 @@ from mii_serve.types.params import (
     MAX_SCHEDULER_CHARS,
     MAX_SEED,
     RANDOM_SEED,
+    BatchKey,
     Capabilities,
     GenerationDefaults,
     GenerationParams,
     ImageFormat,
+    LatentShape,
     Limits,
     OutputOptions,
     Priority,
@@ -40,20 +43,26 @@ from mii_serve.types.turn import (
 
 __all__ = [
     "DEFAULT_SCHEDULER",
+    "ENGINES",
+    "ENGINE_CHOICES",
     "LATENT_SCALE",
     "MAX_SCHEDULER_CHARS",
     "MAX_SEED",
     "RANDOM_SEED",
+    "BatchKey",
     "Capabilities",
     "Done",
     "Effective",
     "EngineCapacity",
+    "EngineChoice",
     "EngineDescription",
+    "EngineName",
     "Event",
     "GenerationDefaults",
     "GenerationParams",
     "ImageFormat",
     "ImageReady",
+    "LatentShape",
     "Limits",
     "OutputOptions",
     "Picture",

@@ -135,7 +135,7 @@ def _check_unet(judge: _Judge, probe: Probe, truth: Truth) -> None:
         with judge.asking(stage, name, "alone"):
             alone[name] = probe.predict([call])[0]
     judge.tensors(stage, "alone", alone, truth.predictions)
-    for names in _grouped((name, call.shape) for name, call in truth.calls.items()):
+    for names in _grouped((name, call.latent_shape) for name, call in truth.calls.items()):
         with judge.asking(stage, EVERYTHING, "crowd"):
             crowd.update(zip(names, probe.predict([truth.calls[name] for name in names]), strict=True))
     judge.tensors(stage, "crowd", crowd, truth.predictions)

@@ -7,8 +7,8 @@ from samplers import USUAL
 from test_engine import finish, most_different, real_engine, sample
 
 from mii_serve.config import LimitsConfig
-from mii_serve.engine.native import NativeEngine
-from mii_serve.engine.native.lattice import declare
+from mii_serve.engine.batched.buckets import declare_buckets
+from mii_serve.engine.factory import native_engine
 from mii_serve.models import load_model
 
 TOLERANCE = 1
@@ -69,12 +69,12 @@ def crowded(request):
     Padded, as turns are for CUDA graphs: to the sizes a GPU would have captured, the smaller half of which is too small here.
     """
     model = load_model("demo", revision=None, dtype="fp32", device="cpu", limits=LimitsConfig(), enable_safety_checker=False)
-    lattice = declare(len(CROWD), 8, 8) if request.param == "padded" else ()
-    engine = NativeEngine(model, max_slots=len(CROWD), lattice=lattice)
+    buckets = declare_buckets(len(CROWD), 8, 8) if request.param == "padded" else ()
+    engine = native_engine(model, max_slots=len(CROWD), buckets=buckets)
     engine.warmup()
     samples = [sample(engine, f"r{i}", **asked) for i, asked in enumerate(CROWD)]
     together = finish(engine, *samples, late=2)
-    assert (engine.num_graph_misses > 0) == bool(lattice), "the two samples of another size run without"
+    assert (engine.num_graph_misses > 0) == bool(buckets), "the two samples of another size run without"
     yield [together[one.id][-1].picture for one in samples]
     engine.close()
 

@@ -9,9 +9,10 @@ import torch
 from test_engine import sample
 
 from mii_serve.config import LimitsConfig
+from mii_serve.engine.batched import BatchedEngine
+from mii_serve.engine.batched.buckets import declare_buckets
 from mii_serve.engine.decode import decode
-from mii_serve.engine.native import NativeEngine
-from mii_serve.engine.native.lattice import declare
+from mii_serve.engine.factory import native_engine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.errors import EngineError, NotFiniteError
 from mii_serve.models import Precision, load_model
@@ -37,10 +38,10 @@ def load(dtype: Precision = "fp32"):
     return model
 
 
-ENGINES: dict[str, Callable[..., ReferenceEngine | NativeEngine]] = {
+ENGINES: dict[str, Callable[..., ReferenceEngine | BatchedEngine]] = {
     "reference": ReferenceEngine,
-    "native": NativeEngine,
-    "native, padded": lambda model: NativeEngine(model, max_slots=4, lattice=declare(4, 8, 8)),
+    "native": native_engine,
+    "native, padded": lambda model: native_engine(model, max_slots=4, buckets=declare_buckets(4, 8, 8)),
 }
 
 
@@ -119,10 +120,10 @@ def test_a_poisoned_negative_prompt_fails_too(engine, poisoned):
 def test_latents_that_overflow_on_the_way_fail_with_the_preview_that_shows_it(engine):
     one = sample(engine, "r", prompt="a red ring", num_inference_steps=6, scheduler="ddim", seed=5)
     engine.run(StepPlan(joins=(one,), steps=(one.id,)))
-    running = engine._running[one.id]
-    if isinstance(engine, NativeEngine):
+    running = engine._samples[one.id]
+    if isinstance(engine, BatchedEngine):
         with torch.inference_mode():
-            engine._denoiser.bank(running.shape).state[running.slot, 0, 0, 0, 0] = torch.inf
+            engine._denoiser.pool(running.latent_shape).state[running.slot, 0, 0, 0, 0] = torch.inf
     else:
         running.latents[0, 0, 0, 0] = torch.inf
     [progress] = engine.run(StepPlan(steps=(one.id,), previews=(one.id,)))
@@ -133,7 +134,7 @@ def test_latents_that_overflow_on_the_way_fail_with_the_preview_that_shows_it(en
 
 def test_a_preview_that_cannot_be_estimated_is_left_out_and_the_picture_comes(engine, monkeypatch):
     """Where a schedule starts from pure noise, nothing can be said about the picture at first."""
-    module = f"mii_serve.engine.{'native.engine' if isinstance(engine, NativeEngine) else 'reference'}"
+    module = f"mii_serve.engine.{'batched.engine' if isinstance(engine, BatchedEngine) else 'reference'}"
     monkeypatch.setattr(f"{module}.estimate_x0", lambda model_input, model_output, x0: model_input * torch.inf)
     one = sample(engine, "r", prompt="a red ring", num_inference_steps=2, scheduler="ddim", seed=5)
     [progress] = engine.run(StepPlan(joins=(one,), steps=(one.id,), previews=(one.id,)))
@@ -224,7 +225,7 @@ def test_an_fp16_deployment_of_a_vae_that_overflows_draws_what_fp32_draws():
     for dtype in ("fp16", "fp32"):
         model = load(dtype)
         overflowing(model.pipeline.vae)
-        engine = NativeEngine(model)
+        engine = native_engine(model)
         engine.warmup()
         [progress] = run_crowd(engine, [{"prompt": "a red circle", "num_inference_steps": 5, "scheduler": "ddim", "seed": 1}])
         pictures.append(torch.frombuffer(bytearray(progress.picture.rgb), dtype=torch.uint8).float())
@@ -240,7 +241,7 @@ def test_the_error_says_what_to_do(dtype, force_upcast, words):
     model = load(dtype)
     model.pipeline.vae.register_to_config(force_upcast=force_upcast)
     model.pipeline.vae.decoder.conv_out.weight.data[0, 0, 0, 0] = torch.nan
-    engine = NativeEngine(model)
+    engine = native_engine(model)
     [progress] = run_crowd(engine, [{"prompt": "a red circle", "num_inference_steps": 1, "scheduler": "ddim", "seed": 1}])
     assert isinstance(progress.error, NotFiniteError)
     assert words in str(progress.error)
@@ -249,6 +250,6 @@ def test_the_error_says_what_to_do(dtype, force_upcast, words):
 def test_latents_that_overflow_in_fp16_suggest_bf16():
     model = load("fp16")
     model.pipeline.unet.conv_out.bias.data.fill_(torch.inf)
-    [progress] = run_crowd(NativeEngine(model), [{"prompt": "a", "num_inference_steps": 1, "scheduler": "ddim", "seed": 1}])
+    [progress] = run_crowd(native_engine(model), [{"prompt": "a", "num_inference_steps": 1, "scheduler": "ddim", "seed": 1}])
     assert isinstance(progress.error, NotFiniteError)
     assert "--dtype bf16" in str(progress.error)

@@ -13,9 +13,10 @@ import mii_serve.engine.factory
 import mii_serve.verify.runs
 import mii_serve.verify.truth
 from mii_serve.config import DeployConfig, LimitsConfig
+from mii_serve.engine.batched import BatchedEngine
+from mii_serve.engine.batched.buckets import declare_buckets
 from mii_serve.engine.decode import Decoded
-from mii_serve.engine.native import NativeEngine
-from mii_serve.engine.native.lattice import declare
+from mii_serve.engine.factory import native_engine
 from mii_serve.errors import ConfigError, EngineError, InvalidRequestError, VerificationError
 from mii_serve.models import Precision, load_model
 from mii_serve.replica.local import build_warm_engine
@@ -54,9 +55,9 @@ def short_truth(truth) -> Truth:
     return dataclasses.replace(truth, cases=cases)
 
 
-def native(dtype: Precision = "fp32", **options) -> NativeEngine:
+def native(dtype: Precision = "fp32", **options) -> BatchedEngine:
     model = load_model("demo", revision=None, dtype=dtype, device="cpu", limits=LimitsConfig())
-    return NativeEngine(model, **options)
+    return native_engine(model, **options)
 
 
 def test_the_truth_is_complete_and_worth_comparing_with(truth):
@@ -89,7 +90,7 @@ def test_the_native_engine_passes_in_bf16_though_every_stage_is_less_exact(short
 
 
 def test_turns_padded_as_for_cuda_graphs_pass(short_truth):
-    report = verify(native(max_slots=4, lattice=declare(4, 8, 8)), short_truth)
+    report = verify(native(max_slots=4, buckets=declare_buckets(4, 8, 8)), short_truth)
     assert report.is_passed, report.verdict
 
 
@@ -111,41 +112,46 @@ def test_an_engine_is_the_same_after_it_was_verified(short_truth):
 # ---- what is wrong is found ----------------------------------------------------------------------------------------
 
 
-def five_percent(part: str, weight: str) -> Callable[[NativeEngine], None]:
+def five_percent(part: str, weight: str) -> Callable[[BatchedEngine], None]:
     """One weight of a part of the pipeline, five per cent too large."""
 
-    def plant(engine: NativeEngine) -> None:
+    def plant(engine: BatchedEngine) -> None:
         named = getattr(engine._pipeline, part).named_parameters()
         next(values for name, values in named if name.endswith(weight)).data.mul_(1.05)
 
     return plant
 
 
-def drop_a_key(engine: NativeEngine) -> None:
+def drop_a_key(engine: BatchedEngine) -> None:
     """The last token has no key in any cross-attention: what kernels that take 76 of 77 tokens do."""
-    project = engine._prompts._unet.project_prompts
+    project = engine._prompts._kernels.project_prompts
 
     def without_the_last(embeds: torch.Tensor) -> torch.Tensor:
         key_values = project(embeds)
         key_values[:, -1, : key_values.shape[-1] // 2] = 0
         return key_values
 
-    engine._prompts._unet.project_prompts = without_the_last
+    engine._prompts._kernels.project_prompts = without_the_last
 
 
-def mix_up_times(engine: NativeEngine) -> None:
-    """Each row gets its neighbour's time. Alone there is no neighbour."""
-    rows = engine._times.rows
-    engine._times.rows = lambda timesteps: [*(found := rows(timesteps))[1:], found[0]]
+def mix_up_times(engine: BatchedEngine) -> None:
+    """Each row gets its neighbour's timestep. Alone there is no neighbour."""
+    rows = engine._timesteps.rows
+    engine._timesteps.rows = lambda timesteps: [*(found := rows(timesteps))[1:], found[0]]
 
 
-def forget_guidance(engine: NativeEngine) -> None:
+def forget_guidance(engine: BatchedEngine) -> None:
     """Pictures only: the scale that requests ask for is lost on its way, single calls are right."""
-    move = engine._move
-    engine._move = lambda *arguments: dataclasses.replace(move(*arguments), guidance_scale=1.1)
+    right = engine._inputs
+
+    def wrong(due, failed):
+        able, inputs = right(due, failed)
+        return able, [dataclasses.replace(one, guidance_scale=1.1) for one in inputs]
+
+    engine._inputs = wrong
 
 
-def spoil(engine: NativeEngine) -> None:
+def spoil(engine: BatchedEngine) -> None:
     engine._pipeline.vae.decoder.conv_in.weight.data[0, 0, 0, 0] = torch.nan
 
 
@@ -282,7 +288,7 @@ def test_an_engine_without_a_probe_cannot_be_verified(short_truth):
 def planted(monkeypatch, short_truth):
     """What `deploy --verify` builds has a dropped key; the truth is at hand already."""
 
-    def build(config: DeployConfig) -> NativeEngine:
+    def build(config: DeployConfig) -> BatchedEngine:
         engine = native()
         drop_a_key(engine)
         return engine

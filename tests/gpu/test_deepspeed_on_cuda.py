@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from mii_serve.config import LimitsConfig
 from mii_serve.engine.machine import look
-from mii_serve.engine.requirements import first_lack
+from mii_serve.engine.requirements import first_missing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -30,8 +30,8 @@ MIN_PSNR_DB = 30.0
 @pytest.fixture(scope="class")
 def operations():
     """The compiled extensions, with room for the shapes below."""
-    lack = first_lack("deepspeed", look())
-    assert lack is None, f"{lack.what}: {lack.found}; mend it with: {lack.remedy}"
+    lack = first_missing("deepspeed", look())
+    assert lack is None, f"{lack.what}: {lack.found}; fix it with: {lack.remedy}"
     from deepspeed.ops.op_builder import InferenceBuilder
 
     loaded = InferenceBuilder().load()
@@ -130,11 +130,11 @@ def load(dtype: str, model: str = "demo") -> Any:
 
 @pytest.fixture(scope="class")
 def engine():
-    lack = first_lack("deepspeed", look())
-    assert lack is None, f"{lack.what}: {lack.found}; mend it with: {lack.remedy}"
-    from mii_serve.engine.deepspeed import DeepSpeedEngine
+    lack = first_missing("deepspeed", look())
+    assert lack is None, f"{lack.what}: {lack.found}; fix it with: {lack.remedy}"
+    from mii_serve.engine.factory import deepspeed_engine
 
-    built = DeepSpeedEngine(load("fp16"), max_slots=8)
+    built = deepspeed_engine(load("fp16"), max_slots=8)
     built.warmup()
     yield built
     torch.cuda.synchronize()
@@ -157,9 +157,9 @@ class TestUNet:
     @pytest.mark.parametrize("size", [(64, 64), (72, 72), (9, 7), (33, 31), (96, 64)], ids=str)
     def test_the_injected_unet_answers_what_the_fp32_unet_answers(self, size):
         """Full width, random weights; none of the odd sizes is a whole number of the flash kernel's blocks."""
-        from mii_serve.engine.deepspeed.injection import inject, injected_attentions
-        from mii_serve.engine.deepspeed.unet import DeepSpeedRowUNet
-        from mii_serve.engine.deepspeed.workspace import Workspace
+        from mii_serve.engine.kernels.deepspeed import DeepSpeedKernels
+        from mii_serve.engine.kernels.deepspeed.injection import inject, injected_attentions
+        from mii_serve.engine.kernels.deepspeed.workspace import Workspace
 
         unet = load("fp16", "random-sd-v1-4").pipeline.unet.to(memory_format=torch.channels_last)
         before = load("fp32", "random-sd-v1-4").pipeline.unet
@@ -171,10 +171,10 @@ class TestUNet:
         assert inject(unet) == 16
         assert {parameter.device.type for parameter in unet.parameters()} == {"cuda"}
         assert len(injected_attentions(unet)) == 32
-        workspace = Workspace(unet, max_cells=3 * size[0] * size[1], sides=range(min(size), max(size) + 1))
-        injected = DeepSpeedRowUNet(unet)
+        workspace = Workspace(unet, max_latent_pixels=3 * size[0] * size[1], sides=range(min(size), max(size) + 1))
+        injected = DeepSpeedKernels(unet, workspace)
         model_input = latents.contiguous(memory_format=torch.channels_last)
-        made = injected(model_input, injected.embed_times(times), injected.project_prompts(embeds), rows)
+        made = injected.predict_noise(model_input, injected.embed_timesteps(times), injected.project_prompts(embeds), rows)
         torch.cuda.synchronize()
         workspace.release()
         assert relative(made, true) < 0.01

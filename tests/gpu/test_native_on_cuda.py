@@ -10,7 +10,8 @@ from drawing import draw, run_alone
 from samplers import USUAL
 
 from mii_serve.config import LimitsConfig
-from mii_serve.engine.native import NativeEngine
+from mii_serve.engine.batched import BatchedEngine
+from mii_serve.engine.factory import native_engine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.models import load_model
 from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
@@ -38,15 +39,15 @@ def reference() -> ReferenceEngine:
 
 
 @pytest.fixture(scope="module")
-def fp32() -> NativeEngine:
-    engine = NativeEngine(load("fp32"), max_slots=8)
+def fp32() -> BatchedEngine:
+    engine = native_engine(load("fp32"), max_slots=8)
     engine.warmup()
     return engine
 
 
 @pytest.fixture(scope="module")
-def fp16() -> NativeEngine:
-    engine = NativeEngine(load("fp16"), max_slots=8)
+def fp16() -> BatchedEngine:
+    engine = native_engine(load("fp16"), max_slots=8)
     engine.warmup()
     return engine
 
@@ -55,7 +56,7 @@ def levels(picture: Picture) -> np.ndarray:
     return np.frombuffer(picture.rgb, np.uint8).astype(int)
 
 
-def crowd(engine: NativeEngine, asked: list[dict[str, object]]) -> list[Picture]:
+def crowd(engine: BatchedEngine, asked: list[dict[str, object]]) -> list[Picture]:
     """All of these together, as the scheduler would plan it: who has ended leaves, the others go on."""
     samples = [
         Sample(id=SampleId(f"r{i}", 0), params=engine.capabilities.resolve(RequestedParams(**one), fallback_seed=0))
@@ -109,14 +110,14 @@ def test_pndm_without_guidance_keeps_no_history_in_a_graphs_outputs(reference, f
     assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32
 
 
-def test_what_the_lattice_lacks_is_counted_and_drawn_all_the_same(reference, fp32):
+def test_a_batch_without_a_bucket_is_counted_and_drawn_all_the_same(reference, fp32):
     before = fp32.num_graph_misses
     made, true = (draw(engine, height=96, num_inference_steps=5) for engine in (fp32, reference))
     assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32
     assert fp32.num_graph_misses == before + engine_calls(fp32, 5)
 
 
-def engine_calls(engine: NativeEngine, steps: int) -> int:
+def engine_calls(engine: BatchedEngine, steps: int) -> int:
     return engine.check(engine.capabilities.resolve(RequestedParams(prompt="a", num_inference_steps=steps), fallback_seed=0))
 
 
@@ -132,7 +133,7 @@ def test_half_precision_stays_close_to_the_reference(reference, fp16, scheduler)
 
 
 def test_full_size_random_weights_make_a_batch_in_half_precision():
-    engine = NativeEngine(load("fp16", "random-sd-v1-4"), max_slots=4)
+    engine = native_engine(load("fp16", "random-sd-v1-4"), max_slots=4)
     engine.warmup()
     asked = [{"prompt": f"number {i}", "seed": i, "num_inference_steps": 3 + i} for i in range(4)]
     pictures = crowd(engine, asked)

@@ -6,7 +6,7 @@ import random
 import threading
 from dataclasses import dataclass, replace
 
-from mii_serve.engine.stages import StageClock
+from mii_serve.engine.stage_timer import StageTimer
 from mii_serve.errors import EngineError, InvalidRequestError
 from mii_serve.types import (
     Capabilities,
@@ -46,7 +46,7 @@ class FakeEngine:
     def __init__(self, *, max_slots: int = 1, max_decodes: int = 4) -> None:
         self._capacity = EngineCapacity(max_slots=max_slots, max_decodes=max_decodes)
         self._running: dict[SampleId, _Running] = {}
-        self._clock = StageClock()
+        self._clock = StageTimer()
         self._fails_next = False
         self._fails_sample: str | None = None
         self.gate = threading.Event()

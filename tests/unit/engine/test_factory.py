@@ -37,9 +37,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(factory, "_device", lambda name: "cuda" if seen.gpus else "cpu")
         monkeypatch.setattr(factory, "why_unsupported", lambda unet: None)
         monkeypatch.setattr(
-            factory, "NativeEngine", lambda model, *, max_slots, note: SimpleNamespace(name="native", note=note)
+            factory, "native_engine", lambda model, *, max_slots, note: SimpleNamespace(name="native", note=note)
         )
-        monkeypatch.setattr("mii_serve.engine.deepspeed.DeepSpeedEngine", deepspeed)
+        monkeypatch.setattr(factory, "deepspeed_engine", deepspeed)
         return loaded
 
     return put
