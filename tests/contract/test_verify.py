@@ -249,12 +249,12 @@ def test_half_precision_does_not_hide_a_gross_error(short_truth, plant):
     assert not verify(engine, short_truth).is_passed
 
 
-def test_what_is_wrong_only_in_a_crowd_is_found_there(short_truth):
+def test_what_is_wrong_only_in_a_batch_is_found_there(short_truth):
     engine = native()
     mix_up_times(engine)
     failed = [check for check in verify(engine, short_truth).checks if not check.is_passed]
     assert failed
-    assert {check.company for check in failed} == {"crowd"}
+    assert {check.batching for check in failed} == {"batched"}
 
 
 def test_a_stage_that_fails_instead_of_answering_is_named(short_truth):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from buckets import worst_bucket
-from drawing import draw
+from drawing import draw, draw_batch
 from torch.nn import functional
 
 from mii_serve.config import LimitsConfig
@@ -192,8 +192,6 @@ class TestEngine:
         assert psnr(draw(engine, **asked), draw(reference, **asked)) >= MIN_PSNR_DB
 
     def test_changing_batch_size_and_steps_between_replays_changes_no_picture(self, engine, reference):
-        from gpu.test_native_on_cuda import crowd
-
         kinds = [
             {"prompt": "a red circle", "seed": 1, "scheduler": "pndm", "num_inference_steps": 12, "guidance_scale": 1.0},
             {"prompt": "a green star", "seed": 2, "scheduler": "euler_a", "num_inference_steps": 5},
@@ -201,7 +199,7 @@ class TestEngine:
         ]
         true = [draw(reference, **one) for one in kinds]
         for chosen in ([0], [0, 1, 2], [2, 1], [1, 1, 0, 2, 2, 0, 1], [0, 0]):
-            for index, made in zip(chosen, crowd(engine, [kinds[i] for i in chosen]), strict=True):
+            for index, made in zip(chosen, draw_batch(engine, [kinds[i] for i in chosen]), strict=True):
                 assert psnr(made, true[index]) >= MIN_PSNR_DB
             other = {"height": 72, "width": 96, "num_inference_steps": 3}
             assert psnr(draw(engine, **other), draw(reference, **other)) >= MIN_PSNR_DB, "made without a graph in between"
@@ -209,8 +207,6 @@ class TestEngine:
 
 class TestFullSize:
     def test_random_weights_make_a_batch_and_auto_takes_deepspeed(self):
-        from gpu.test_native_on_cuda import crowd
-
         from mii_serve.config import DeployConfig
         from mii_serve.engine.factory import build_engine
 
@@ -218,6 +214,6 @@ class TestFullSize:
         assert (built.description.engine, built.description.note) == ("deepspeed", "")
         built.warmup()
         asked = [{"prompt": f"number {i}", "seed": i, "num_inference_steps": 3 + i} for i in range(4)]
-        assert all(len(set(picture.rgb)) > 8 for picture in crowd(built, asked))
+        assert all(len(set(picture.rgb)) > 8 for picture in draw_batch(built, asked))
         assert built.num_graph_misses == 0
         built.close()

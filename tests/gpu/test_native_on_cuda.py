@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from buckets import worst_bucket
-from drawing import draw, run_alone
+from drawing import draw, draw_batch, run_alone
 from samplers import USUAL
 
 from mii_serve.config import LimitsConfig
@@ -14,7 +14,7 @@ from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.factory import native_engine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.models import load_model
-from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
+from mii_serve.types import Picture, RequestedParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -56,25 +56,6 @@ def levels(picture: Picture) -> np.ndarray:
     return np.frombuffer(picture.rgb, np.uint8).astype(int)
 
 
-def crowd(engine: BatchedEngine, asked: list[dict[str, object]]) -> list[Picture]:
-    """All of these together, as the scheduler would plan it: who has ended leaves, the others go on."""
-    samples = [
-        Sample(id=SampleId(f"r{i}", 0), params=engine.capabilities.resolve(RequestedParams(**one), fallback_seed=0))
-        for i, one in enumerate(asked)
-    ]
-    left = {sample.id: engine.check(sample.params) for sample in samples}
-    pictures: dict[SampleId, Picture] = {}
-    joins = tuple(samples)
-    while left:
-        ending = tuple(sample_id for sample_id, calls in left.items() if calls == 1)
-        for progress in engine.run(StepPlan(joins=joins, steps=tuple(left), decodes=ending)):
-            if progress.picture is not None:
-                pictures[progress.id] = progress.picture
-        left = {sample_id: calls - 1 for sample_id, calls in left.items() if calls > 1}
-        joins = ()
-    return [pictures[sample.id] for sample in samples]
-
-
 @pytest.mark.parametrize("scheduler", USUAL)
 def test_fp32_through_graphs_draws_what_the_reference_draws(reference, fp32, scheduler):
     made, true = (draw(engine, scheduler=scheduler, num_inference_steps=10) for engine in (fp32, reference))
@@ -82,7 +63,7 @@ def test_fp32_through_graphs_draws_what_the_reference_draws(reference, fp32, sch
     assert fp32.num_graph_misses == 0
 
 
-def test_a_mixed_crowd_draws_what_each_draws_alone_on_the_reference(reference, fp32):
+def test_a_mixed_batch_draws_what_each_draws_alone_on_the_reference(reference, fp32):
     asked = [
         {"prompt": "a red circle", "seed": 1, "scheduler": "euler_a", "num_inference_steps": 12, "guidance_scale": 3.0},
         {"prompt": "a green star", "seed": 2, "scheduler": "pndm", "num_inference_steps": 20, "guidance_scale": 1.0},
@@ -90,7 +71,7 @@ def test_a_mixed_crowd_draws_what_each_draws_alone_on_the_reference(reference, f
         {"prompt": "a red circle", "seed": 4, "scheduler": "unipc", "num_inference_steps": 9, "guidance_scale": 5.0},
         {"prompt": "a blue ring", "seed": 5, "scheduler": "dpm++_2m_sde", "num_inference_steps": 15},
     ]
-    for one, made in zip(asked, crowd(fp32, asked), strict=True):
+    for one, made in zip(asked, draw_batch(fp32, asked), strict=True):
         params = reference.capabilities.resolve(RequestedParams(**one), fallback_seed=0)
         true = run_alone(reference, params, 0)[0]
         assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32
@@ -136,6 +117,6 @@ def test_full_size_random_weights_make_a_batch_in_half_precision():
     engine = native_engine(load("fp16", "random-sd-v1-4"), max_slots=4)
     engine.warmup()
     asked = [{"prompt": f"number {i}", "seed": i, "num_inference_steps": 3 + i} for i in range(4)]
-    pictures = crowd(engine, asked)
+    pictures = draw_batch(engine, asked)
     assert all((picture.width, picture.height) == (512, 512) and len(set(picture.rgb)) > 8 for picture in pictures)
     assert engine.num_graph_misses == 0
