@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mii_serve.cli.exits import ExitCode
-from mii_serve.engine.machine import PACKAGES, Machine, look
+from mii_serve.engine.machine import PACKAGES, Machine, inspect_machine
 from mii_serve.engine.requirements import first_missing, preferred, requirements
 from mii_serve.types import ENGINES, EngineChoice
 
@@ -26,7 +26,7 @@ EXTRAS = {
 
 def run(engine: EngineChoice, *, is_json: bool) -> int:
     """Print the verdict; the exit code is about `engine`."""
-    machine = look()
+    machine = inspect_machine()
     chosen = preferred(machine) if engine == "auto" else engine
     if is_json:
         print(json.dumps(as_json(machine), indent=1))

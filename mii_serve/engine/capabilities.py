@@ -1,4 +1,4 @@
-"""What an engine says about itself and its model: its description, and what requests may ask for."""
+"""An engine's description of itself, and what requests to its model may ask for."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.batched.buckets import BatchShape
 from mii_serve.engine.batched.engine import CUDA_SLOTS
 from mii_serve.engine.kernels.native import NativeKernels, why_unsupported
-from mii_serve.engine.machine import look
+from mii_serve.engine.machine import inspect_machine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.engine.requirements import first_missing
 from mii_serve.errors import ConfigError, ModelError, UnusableEngineError
@@ -68,7 +68,7 @@ def _deepspeed(config: DeployConfig, device: str) -> Engine:
         raise UnusableEngineError(f"deepspeed computes in fp16 only, and the setting dtype is {config.dtype!r}")
     if not device.startswith("cuda") and config.device != "auto":
         raise UnusableEngineError(f"deepspeed computes on CUDA only, and the setting device is {config.device!r}")
-    if (missing := first_missing("deepspeed", look())) is not None:
+    if (missing := first_missing("deepspeed", inspect_machine())) is not None:
         raise UnusableEngineError(f"deepspeed needs {missing.what}, found {missing.found}; fix it with: {missing.remedy}")
     model = _load(config, device, "fp16")
     if (reason := why_unsupported(model.pipeline.unet)) is not None:
@@ -150,6 +150,6 @@ def _device(name: str) -> str:
 
 
 def _keep_prompts_out_of_logs() -> None:
-    """diffusers and transformers warn about a long prompt by quoting it; the answer to the caller says it better."""
+    """diffusers and transformers log the text of a prompt that is too long; the caller gets it in the result instead."""
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()

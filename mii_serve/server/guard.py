@@ -19,7 +19,7 @@ from mii_serve.errors import ContentBlockedError, DeadlineExceededError, MiiServ
 from mii_serve.metrics import FrontMetrics
 from mii_serve.proto.codec import image_format_of
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.safety.moderation import Moderator, Verdict
+from mii_serve.safety.moderation import ModerationVerdict, Moderator
 from mii_serve.server.router import Call
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,9 @@ class Guard:
             image.data = await asyncio.to_thread(black_picture, image_format_of(image.format), image.width, image.height)
         return event
 
-    async def _verdict(self, stage: Stage, image: pb.GeneratedImage | pb.GenerateEvent.Preview, call: Call) -> Verdict:
+    async def _verdict(
+        self, stage: Stage, image: pb.GeneratedImage | pb.GenerateEvent.Preview, call: Call
+    ) -> ModerationVerdict:
         from mii_serve.safety.pictures import is_scannable, scannable  # Pillow is for those who moderate
 
         async with self._noted(stage, call) as outcome:

@@ -12,7 +12,7 @@ from drawing import draw, draw_batch
 from torch.nn import functional
 
 from mii_serve.config import LimitsConfig
-from mii_serve.engine.machine import look
+from mii_serve.engine.machine import inspect_machine
 from mii_serve.engine.requirements import first_missing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -30,8 +30,8 @@ MIN_PSNR_DB = 30.0
 @pytest.fixture(scope="class")
 def operations():
     """The compiled extensions, with room for the shapes below."""
-    lack = first_missing("deepspeed", look())
-    assert lack is None, f"{lack.what}: {lack.found}; fix it with: {lack.remedy}"
+    missing = first_missing("deepspeed", inspect_machine())
+    assert missing is None, f"{missing.what}: {missing.found}; fix it with: {missing.remedy}"
     from deepspeed.ops.op_builder import InferenceBuilder
 
     loaded = InferenceBuilder().load()
@@ -130,8 +130,8 @@ def load(dtype: str, model: str = "demo") -> Any:
 
 @pytest.fixture(scope="class")
 def engine():
-    lack = first_missing("deepspeed", look())
-    assert lack is None, f"{lack.what}: {lack.found}; fix it with: {lack.remedy}"
+    missing = first_missing("deepspeed", inspect_machine())
+    assert missing is None, f"{missing.what}: {missing.found}; fix it with: {missing.remedy}"
     from mii_serve.engine.factory import deepspeed_engine
 
     built = deepspeed_engine(load("fp16"), max_slots=8)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_engine import FakeEngine
-from unit.engine.test_requirements import COMPLETE, LACKS
+from machines import COMPLETE, MISSING
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import factory
@@ -32,7 +32,7 @@ def machine(monkeypatch):
                 raise UnusableEngineError(deepspeed_fails)
             return FakeEngine()
 
-        monkeypatch.setattr(factory, "look", lambda: seen)
+        monkeypatch.setattr(factory, "inspect_machine", lambda: seen)
         monkeypatch.setattr(factory, "_load", load)
         monkeypatch.setattr(factory, "_device", lambda name: "cuda" if seen.gpus else "cpu")
         monkeypatch.setattr(factory, "why_unsupported", lambda unet: None)
@@ -56,8 +56,8 @@ def test_deepspeed_is_built_in_half_precision_where_it_can_run(machine, engine):
     assert loaded == ["fp16"]
 
 
-@pytest.mark.parametrize(("seen", "what", "found", "remedy"), LACKS.values(), ids=list(LACKS))
-def test_a_lack_refuses_deepspeed_before_anything_is_loaded_and_auto_takes_native(machine, caplog, seen, what, found, remedy):
+@pytest.mark.parametrize(("seen", "what", "found", "remedy"), MISSING.values(), ids=list(MISSING))
+def test_what_is_missing_refuses_deepspeed_before_loading_and_auto_takes_native(machine, caplog, seen, what, found, remedy):
     loaded = machine(seen)
     with pytest.raises(UnusableEngineError) as caught:
         build(engine="deepspeed")
@@ -87,7 +87,7 @@ def test_other_precisions_are_refused_by_name(machine, settings, named):
 
 
 def test_a_device_chosen_to_be_the_cpu_is_refused_by_name(machine):
-    machine(LACKS["no gpu"][0])
+    machine(MISSING["no gpu"][0])
     with pytest.raises(UnusableEngineError, match="on CUDA only, and the setting device is 'cpu'"):
         build(engine="deepspeed", device="cpu")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from engine_player import Player, request, scheduler_of
 from hypothesis import given, settings, strategies
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
+from player import Player, request, scheduler_of
 
 from mii_serve.errors import DeadlineExceededError, EngineError, QueueFullError
 from mii_serve.scheduler import Scheduler

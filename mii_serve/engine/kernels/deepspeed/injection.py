@@ -71,7 +71,7 @@ def inject(unet: Any) -> int:
         try:
             importlib.import_module("diffusers.models.autoencoders.autoencoder_kl")  # looked up there, not imported
             from deepspeed.module_inject.replace_module import generic_injection
-        except Exception as error:  # whatever a package does when it is imported on a machine it was not made for
+        except Exception as error:  # an import can fail in any way on a machine without CUDA
             raise UnusableEngineError(f"DeepSpeed cannot be imported: {type(error).__name__}: {error}") from error
         text_encoder = SimpleNamespace(text_model=SimpleNamespace(), device=device, dtype=unet.dtype, config=None)
         generic_injection(SimpleNamespace(text_encoder=text_encoder, unet=unet), dtype=torch.float16, enable_cuda_graph=False)

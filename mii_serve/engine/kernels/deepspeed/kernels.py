@@ -100,7 +100,7 @@ def _install(unet: Any, check: SelfCheck, *, max_latent_pixels: int, sides: rang
             undo.pop_all()
     except UnusableEngineError:
         raise
-    except Exception as error:  # of the inside of a package that may have moved, or of a kernel not made for this device
+    except Exception as error:  # from DeepSpeed's internals, which change, or from a kernel that this device cannot run
         raise UnusableEngineError(f"DeepSpeed fails here: {type(error).__name__}: {error}") from error
     logger.info("DeepSpeed computes %d transformer blocks, %.2g off the UNet's own modules", num_blocks, worst_error)
     return kernels

@@ -66,7 +66,7 @@ class Workspace:
         tokens = _tokens_for(needed)
         try:
             # hidden size, heads, prompt length, rows, layers, ranks, cache elsewhere, rank, most and least tokens. The least
-            # is the most: with less memory than that it would otherwise be smaller than asked for, and say nothing.
+            # is the most: with less memory than that it would otherwise silently be smaller than requested.
             self._operation.allocate_workspace(SMALLEST_HEAD, 1, 0, 1, 0, 1, True, 0, tokens, tokens)
         except RuntimeError as error:
             raise UnusableEngineError(f"no memory for DeepSpeed's workspace of {2 * needed:,} bytes: {error}") from error
