@@ -203,7 +203,7 @@ def _add_status_flags(parser: argparse.ArgumentParser) -> None:
 _VERIFY_MORE = """
 
 First the reference is compared with diffusers' own pipeline on the model. Then a fixed set of prompts, samplers and
-sizes is drawn with the reference and with the engine, there alone and in a crowded batch, and printed is how far the
+sizes is drawn with the reference and with the engine, there alone and in a batch, and printed is how far the
 text encoder, single UNet calls, the VAE and whole pictures are off. The exit code is 1 when a limit is broken.
 Settings come from flags, the environment and the file, as for deploy."""
 
@@ -216,7 +216,7 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     add("--engine", metavar=ENGINES, help="the engine to verify")
     add("--dtype", metavar=DTYPES, help="its precision")
     add("--device", metavar="{auto,cpu,cuda}", help="where the model runs, the reference too")
-    add("--max-slots", type=int, metavar="N", help="most images in work at once, which is how crowded it gets")
+    add("--max-slots", type=int, metavar="N", help="most images in work at once, which is the size of the batch")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
