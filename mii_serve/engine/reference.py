@@ -29,9 +29,7 @@ from mii_serve.samplers.preview import x0_coefficients
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
     LATENT_SCALE,
-    Capabilities,
     EngineCapacity,
-    EngineDescription,
     GenerationParams,
     Picture,
     Sample,
@@ -62,6 +60,7 @@ class ReferenceSample:
 class ReferenceEngine:
     """Implements `mii_serve.engine.Engine` and `mii_serve.engine.probe.ProbedEngine`."""
 
+    capacity = EngineCapacity(max_slots=1)
     num_graph_misses = 0
 
     def __init__(self, model: LoadedModel, *, note: str = "") -> None:
@@ -72,20 +71,8 @@ class ReferenceEngine:
         self._timer = StageTimer()
         self._samples: dict[SampleId, ReferenceSample] = {}
         self._num_calls: dict[tuple[str, int], int] = {}  # at most 1000 step counts of each sampler
-        self._capabilities = capabilities_of(model, self._schedulers, self._count_calls)
-        self._description = description_of(model, "reference", note)
-
-    @property
-    def description(self) -> EngineDescription:
-        return self._description
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
-
-    @property
-    def capacity(self) -> EngineCapacity:
-        return EngineCapacity(max_slots=1)
+        self.capabilities = capabilities_of(model, self._schedulers, self._count_calls)
+        self.description = description_of(model, "reference", note)
 
     def stage_seconds(self) -> dict[str, float]:
         return self._timer.take()

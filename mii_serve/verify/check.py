@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from mii_serve.engine import Engine
-from mii_serve.engine.probe import Probe, ProbedEngine
+from mii_serve.engine.probe import ProbedEngine
 from mii_serve.errors import EngineError, InvalidRequestError
 from mii_serve.types import Picture
 from mii_serve.verify.cases import PROMPTS, PictureCase
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 EVERYTHING = "all together"
 """The case of a check that failed for a whole batch."""
 
-Tensors = Mapping[str, torch.Tensor]
+T = TypeVar("T")
 
 
 def verify(engine: Engine, truth: Truth) -> Report:
@@ -43,9 +44,9 @@ def verify(engine: Engine, truth: Truth) -> Report:
     pictures: dict[str, tuple[Picture, Picture]] = {}
     _check_reference(checks, truth)
     with contextlib.suppress(_StageFailedError), probe.without_checker():
-        _check_text_encoder(checks, probe, truth)
-        _check_unet(checks, probe, truth)
-        _check_vae(checks, probe, truth)
+        checks.compare_stage(Stage.TEXT_ENCODER, PROMPTS, probe.encode, truth.embeds)
+        checks.compare_stage(Stage.UNET, truth.calls, probe.predict, truth.predictions)
+        checks.compare_stage(Stage.VAE, truth.latents, lambda latents: probe.decode(torch.stack(latents)), truth.images)
         _check_pictures(checks, engine, truth, skipped, pictures)
     return Report(
         engine=description,
@@ -81,79 +82,48 @@ class _Checks:
             self.add(stage, case, batching, None, f"no answer, {type(error).__name__}: {error}")
             raise _StageFailedError from error
 
-    def tensors(self, stage: Stage, batching: Batching, outputs: Tensors, truth: Tensors) -> None:
-        for name, tensor in outputs.items():
-            output, expected = tensor.numpy(), truth[name].numpy()
-            if output.shape != expected.shape:
-                self.add(stage, name, batching, None, f"has the shape {output.shape}, the reference's has {expected.shape}")
-            elif stage is Stage.VAE:
-                self.add(stage, name, batching, picture_difference(_levels(output), _levels(expected)))
-            else:
-                self.add(stage, name, batching, difference(output, expected))
+    def compare(self, stage: Stage, case: str, batching: Batching, output: np.ndarray, expected: np.ndarray) -> None:
+        if output.shape != expected.shape:
+            whose = "pipeline" if stage is Stage.PIPELINE else "reference"
+            self.add(stage, case, batching, None, f"has the shape {output.shape}, the {whose}'s has {expected.shape}")
+        elif stage in (Stage.TEXT_ENCODER, Stage.UNET):
+            self.add(stage, case, batching, difference(output, expected))
+        elif stage is Stage.VAE:
+            self.add(stage, case, batching, picture_difference(_levels(output), _levels(expected)))
+        else:
+            self.add(stage, case, batching, picture_difference(output, expected))
+
+    def compare_stage(
+        self, stage: Stage, inputs: Mapping[str, T], run: Callable[[list[T]], torch.Tensor], truth: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Run a stage on each input alone, then on those whose outputs have one shape together."""
+        for name, one in inputs.items():
+            with self.running(stage, name, "alone"):
+                output = run([one])[0]
+            self.compare(stage, name, "alone", output.numpy(), truth[name].numpy())
+        for shape in dict.fromkeys(truth[name].shape for name in inputs):
+            names = [name for name in inputs if truth[name].shape == shape]
+            with self.running(stage, EVERYTHING, "batched"):
+                outputs = run([inputs[name] for name in names])
+            for name, output in zip(names, outputs, strict=True):
+                self.compare(stage, name, "batched", output.numpy(), truth[name].numpy())
 
     def pictures(self, batching: Batching, outputs: Mapping[str, Picture], truth: Mapping[str, Picture]) -> None:
         for name, picture in outputs.items():
-            output, expected = _pixels(picture), _pixels(truth[name])
-            if output.shape != expected.shape:
-                self.add(
-                    Stage.PICTURES, name, batching, None, f"has the shape {output.shape}, the reference's has {expected.shape}"
-                )
-            else:
-                self.add(Stage.PICTURES, name, batching, picture_difference(output, expected))
+            self.compare(Stage.PICTURES, name, batching, _pixels(picture), _pixels(truth[name]))
 
 
 def _check_reference(checks: _Checks, truth: Truth) -> None:
     """Compare the reference with diffusers' own pipeline before anything is compared with the reference."""
-    stage: Stage = Stage.PIPELINE
     for name, pair in truth.pipeline.items():
         if pair.ours is None or pair.plain is None:
-            checks.add(stage, name, "alone", None, pair.fault)
-            continue
-        output, expected = _pixels(pair.ours), _pixels(pair.plain)
-        if output.shape != expected.shape:
-            checks.add(stage, name, "alone", None, f"has the shape {output.shape}, the pipeline's has {expected.shape}")
+            checks.add(Stage.PIPELINE, name, "alone", None, pair.fault)
         elif pair.ours.nsfw_content_detected != pair.plain.nsfw_content_detected:
             flags = pair.ours.nsfw_content_detected, pair.plain.nsfw_content_detected
-            checks.add(stage, name, "alone", None, f"nsfw_content_detected is {flags[0]}, the pipeline's is {flags[1]}")
+            fault = f"nsfw_content_detected is {flags[0]}, the pipeline's is {flags[1]}"
+            checks.add(Stage.PIPELINE, name, "alone", None, fault)
         else:
-            checks.add(stage, name, "alone", picture_difference(output, expected))
-
-
-def _check_text_encoder(checks: _Checks, probe: Probe, truth: Truth) -> None:
-    stage, alone = Stage.TEXT_ENCODER, {}
-    for name, text in PROMPTS.items():
-        with checks.running(stage, name, "alone"):
-            alone[name] = probe.encode([text])[0]
-    checks.tensors(stage, "alone", alone, truth.embeds)
-    with checks.running(stage, EVERYTHING, "batched"):
-        batched = dict(zip(PROMPTS, probe.encode(list(PROMPTS.values())), strict=True))
-    checks.tensors(stage, "batched", batched, truth.embeds)
-
-
-def _check_unet(checks: _Checks, probe: Probe, truth: Truth) -> None:
-    stage, alone = Stage.UNET, {}
-    batched: dict[str, torch.Tensor] = {}
-    for name, call in truth.calls.items():
-        with checks.running(stage, name, "alone"):
-            alone[name] = probe.predict([call])[0]
-    checks.tensors(stage, "alone", alone, truth.predictions)
-    for names in _grouped((name, call.latent_shape) for name, call in truth.calls.items()):
-        with checks.running(stage, EVERYTHING, "batched"):
-            batched.update(zip(names, probe.predict([truth.calls[name] for name in names]), strict=True))
-    checks.tensors(stage, "batched", batched, truth.predictions)
-
-
-def _check_vae(checks: _Checks, probe: Probe, truth: Truth) -> None:
-    stage, alone = Stage.VAE, {}
-    batched: dict[str, torch.Tensor] = {}
-    for name, latents in truth.latents.items():
-        with checks.running(stage, name, "alone"):
-            alone[name] = probe.decode(latents[None])[0]
-    checks.tensors(stage, "alone", alone, truth.images)
-    for names in _grouped((name, latents.shape) for name, latents in truth.latents.items()):
-        with checks.running(stage, EVERYTHING, "batched"):
-            batched.update(zip(names, probe.decode(torch.stack([truth.latents[name] for name in names])), strict=True))
-    checks.tensors(stage, "batched", batched, truth.images)
+            checks.compare(Stage.PIPELINE, name, "alone", _pixels(pair.ours), _pixels(pair.plain))
 
 
 def _check_pictures(
@@ -177,14 +147,6 @@ def _check_pictures(
             raise EngineError("it can draw none of the pictures")
     checks.pictures("batched", batched, truth.pictures)
     pictures.update({name: (expected, batched[name]) for name, expected in truth.pictures.items() if name in batched})
-
-
-def _grouped(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[list[str]]:
-    """The names of each shape."""
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, shape in shapes:
-        groups.setdefault(tuple(shape), []).append(name)
-    return list(groups.values())
 
 
 def _levels(image: np.ndarray) -> Array:

@@ -15,7 +15,7 @@ import mii_serve.verify.truth
 from mii_serve.config import DeployConfig, LimitsConfig
 from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.batched.buckets import declare_buckets
-from mii_serve.engine.decode import Decoded
+from mii_serve.engine.decode import Decoded, decode
 from mii_serve.engine.factory import native_engine
 from mii_serve.errors import ConfigError, EngineError, InvalidRequestError, VerificationError
 from mii_serve.models import Precision, load_model
@@ -268,10 +268,12 @@ def test_a_stage_that_fails_instead_of_answering_is_named(short_truth):
     assert list(report.lines())
 
 
-def test_an_answer_of_another_size_is_a_failure_and_no_crash(short_truth):
-    engine = native()
-    engine._decode, decode = lambda latents: Decoded(decode(latents).images[..., :-8], [None] * len(latents)), engine._decode
-    failure = verify(engine, short_truth).first_failure
+def test_an_output_of_another_size_is_a_failure_and_no_crash(short_truth, monkeypatch):
+    def narrower(vae, latents):
+        return Decoded(decode(vae, latents).images[..., :-8], [None] * len(latents))
+
+    monkeypatch.setattr("mii_serve.engine.batched.probe.decode", narrower)
+    failure = verify(native(), short_truth).first_failure
     assert failure.stage is Stage.VAE
     assert "has the shape" in failure.faults[0]
 

@@ -152,7 +152,7 @@ class TestInjection:
         """Tokens may be a view of an image, channels first, and the kernels know no strides."""
         injected = pair[1]
         embeds = torch.randn(3, NUM_TOKENS, 48).half()
-        call = injected._forward_pass(injected.embed_timesteps(TIMES), embeds, None)
+        call = injected.forward_pass(injected, injected.embed_timesteps(TIMES), embeds, None)
         block, view = injected_blocks(injected._unet)[0], torch.randn(3, 32, 64).half().transpose(1, 2)
         made, _ = call._block(block, view, view)
         assert torch.equal(made, call._block(block, view.contiguous(), view)[0])

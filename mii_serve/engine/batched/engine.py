@@ -23,7 +23,7 @@ from mii_serve.engine.batched.prompt_cache import Prompt, PromptCache
 from mii_serve.engine.batched.stepping import ObjectStepping, Stepping, TableStepping
 from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.capabilities import capabilities_of, description_of
-from mii_serve.engine.decode import Decoded, decode, is_finite
+from mii_serve.engine.decode import decode, is_finite
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.sample_errors import is_of_one_sample, not_finite, sample_error
 from mii_serve.engine.stage_timer import StageTimer
@@ -36,9 +36,7 @@ from mii_serve.samplers.sampling import Samplings, Uncompiled
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
     LATENT_SCALE,
-    Capabilities,
     EngineCapacity,
-    EngineDescription,
     GenerationParams,
     LatentShape,
     Picture,
@@ -109,7 +107,7 @@ class BatchedEngine:
         self._schedulers = ModelSchedulers(pipeline.scheduler)
         self._samplings = Samplings(self._schedulers)
         self._max_slots = max_slots or default_slots(self._device)
-        self._capabilities = capabilities_of(model, self._schedulers, self._samplings.of)
+        self.capabilities = capabilities_of(model, self._schedulers, self._samplings.of)
         if buckets is None:
             latent_shape = model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE
             buckets = declare_buckets(self._max_slots, *latent_shape) if self._device.type == "cuda" else ()
@@ -127,15 +125,7 @@ class BatchedEngine:
         )
         self._timer = StageTimer()
         self._samples: dict[SampleId, BatchedSample] = {}
-        self._description = description_of(model, kernels.name, note)
-
-    @property
-    def description(self) -> EngineDescription:
-        return self._description
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
+        self.description = description_of(model, kernels.name, note)
 
     @property
     def capacity(self) -> EngineCapacity:
@@ -187,10 +177,10 @@ class BatchedEngine:
                 results.update(self._finish(plan.decodes))
                 return tuple(results.values())
         except Exception as error:
-            raise EngineError(f"the engine {self._description.engine} failed: {type(error).__name__}: {error}") from error
+            raise EngineError(f"the engine {self.description.engine} failed: {type(error).__name__}: {error}") from error
 
     def probe(self) -> BatchedProbe:
-        return BatchedProbe(self._pipeline, self._prompts, self._timesteps, self._denoiser, self.capacity, self._decode)
+        return BatchedProbe(self._pipeline, self._prompts, self._timesteps, self._denoiser, self.capacity)
 
     def close(self) -> None:
         self._samples.clear()
@@ -322,7 +312,7 @@ class BatchedEngine:
     def _pictures(self, samples: Sequence[BatchedSample], latents: torch.Tensor) -> dict[SampleId, Picture | NotFiniteError]:
         """The picture of each sample, or why it has none. `latents` is N × channels × height × width in float32."""
         with self._timer.time("decode"):
-            decoded = self._decode(latents)
+            decoded = decode(self._pipeline.vae, latents)
         results: dict[SampleId, Picture | NotFiniteError] = {
             one.sample.id: not_finite(fault, step=one.step, pipeline=self._pipeline)
             for one, fault in zip(samples, decoded.faults, strict=True)
@@ -344,10 +334,6 @@ class BatchedEngine:
             )
             for index, (one, image) in enumerate(zip(good, images, strict=True))
         }
-
-    def _decode(self, latents: torch.Tensor) -> Decoded:
-        """Images from latents in float32."""
-        return decode(self._pipeline.vae, latents)
 
 
 def default_slots(device: torch.device) -> int:

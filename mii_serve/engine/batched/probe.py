@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,62 +14,52 @@ from mii_serve.engine.batched.denoiser import Denoiser
 from mii_serve.engine.batched.prompt_cache import PromptCache
 from mii_serve.engine.batched.stepping import NO_UPDATE
 from mii_serve.engine.batched.timestep_cache import TimestepCache
-from mii_serve.engine.decode import Decoded
+from mii_serve.engine.decode import decode
 from mii_serve.engine.probe import UNetCall, without_checker
 from mii_serve.types import EngineCapacity
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class BatchedProbe:
     """Implements `mii_serve.engine.probe.Probe`."""
 
-    def __init__(
-        self,
-        pipeline: Any,
-        prompts: PromptCache,
-        timesteps: TimestepCache,
-        denoiser: Denoiser,
-        capacity: EngineCapacity,
-        decode: Callable[[torch.Tensor], Decoded],
-    ) -> None:
-        self._pipeline = pipeline
-        self._device = prompts.projected.device
-        self._prompts = prompts
-        self._timesteps = timesteps
-        self._denoiser = denoiser
-        self._capacity = capacity
-        self._decode = decode
+    pipeline: Any
+    prompts: PromptCache
+    timesteps: TimestepCache
+    denoiser: Denoiser
+    capacity: EngineCapacity
 
     @property
     def num_channels(self) -> int:
-        return int(self._pipeline.unet.config.in_channels)
+        return int(self.pipeline.unet.config.in_channels)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        return _on_cpu(self._prompts.embed(prompts))
+        return _on_cpu(self.prompts.embed(prompts))
 
     @torch.inference_mode()
     def predict(self, calls: Sequence[UNetCall]) -> torch.Tensor:
-        most = self._capacity.max_slots
+        most = self.capacity.max_slots
         return torch.cat([self._predict(calls[i : i + most]) for i in range(0, len(calls), most)])
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        batches = latents.to(self._device).split(self._capacity.max_decodes)
-        return torch.cat([_on_cpu(self._decode(batch).images) for batch in batches])
+        batches = latents.to(self.pipeline.device).split(self.capacity.max_decodes)
+        return torch.cat([_on_cpu(decode(self.pipeline.vae, batch).images) for batch in batches])
 
     def without_checker(self) -> AbstractContextManager[None]:
-        return without_checker(self._pipeline)
+        return without_checker(self.pipeline)
 
     def _predict(self, calls: Sequence[UNetCall]) -> torch.Tensor:
         latent_shape = calls[0].latent_shape
-        pool = self._denoiser.pool(latent_shape)
+        pool = self.denoiser.pool(latent_shape)
         embeds = [call.prompt_embeds for call in calls]
         embeds += [call.negative_prompt_embeds for call in calls if call.negative_prompt_embeds is not None]
-        slots = [pool.acquire(call.latents.to(self._device)) for call in calls]
+        slots = [pool.acquire(call.latents.to(self.pipeline.device)) for call in calls]
         try:
-            with self._prompts.temporary_rows(torch.stack(embeds)) as prompt_rows:
+            with self.prompts.temporary_rows(torch.stack(embeds)) as prompt_rows:
                 negative_rows = iter(prompt_rows[len(calls) :])
-                timestep_rows = self._timesteps.rows([call.timestep for call in calls])
+                timestep_rows = self.timesteps.rows([call.timestep for call in calls])
                 inputs = [
                     SampleInputs(
                         slot=slot,
@@ -82,11 +73,11 @@ class BatchedProbe:
                     )
                     for call, slot, timestep_row, prompt_row in zip(calls, slots, timestep_rows, prompt_rows, strict=False)
                 ]
-                return _on_cpu(self._denoiser.step(inputs, latent_shape)[1])
+                return _on_cpu(self.denoiser.step(inputs, latent_shape)[1])
         finally:
             for slot in slots:
                 pool.release(slot)
-            self._denoiser.free_unused(latent_shape)
+            self.denoiser.free_unused(latent_shape)
 
 
 def _on_cpu(output: torch.Tensor) -> torch.Tensor:

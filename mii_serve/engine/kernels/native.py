@@ -15,6 +15,7 @@ None of it changes what is computed, only how often.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,14 +66,106 @@ def why_unsupported(unet: Any) -> str | None:
     return None
 
 
+@dataclass(slots=True, eq=False)
+class ForwardPass:
+    """One pass through the UNet; the tensors are the arguments of `predict_noise`.
+
+    `sample_of_row` becomes None when the activations have been expanded from one entry per sample to one per row. `skips` are
+    the activations of the down blocks that the up blocks take in.
+    """
+
+    kernels: NativeKernels
+    timestep_embeds: torch.Tensor
+    prompts: torch.Tensor
+    sample_of_row: torch.Tensor | None
+    skips: list[torch.Tensor] = field(default_factory=list)
+
+    def run(self, unet: Any, hidden: torch.Tensor, halvings: int) -> torch.Tensor:
+        is_odd = any(size % halvings for size in hidden.shape[-2:])
+        hidden = unet.conv_in(hidden)
+        self.skips.append(hidden)
+        for block in unet.down_blocks:
+            hidden = self._down(block, hidden)
+        hidden = self._resnet(unet.mid_block.resnets[0], hidden)
+        for transformer, resnet in zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True):
+            hidden = self._resnet(resnet, self._transformer(transformer, hidden))
+        for block in unet.up_blocks:
+            hidden = self._up(block, hidden, is_odd)
+        return unet.conv_out(silu(unet.conv_norm_out(hidden)))
+
+    def _down(self, block: Any, hidden: torch.Tensor) -> torch.Tensor:
+        for index, resnet in enumerate(block.resnets):
+            hidden = self._resnet(resnet, hidden)
+            if hasattr(block, "attentions"):
+                hidden = self._transformer(block.attentions[index], hidden)
+            self.skips.append(hidden)
+        for downsampler in block.downsamplers or ():
+            hidden = downsampler(hidden)
+            self.skips.append(hidden)
+        return hidden
+
+    def _up(self, block: Any, hidden: torch.Tensor, is_odd: bool) -> torch.Tensor:
+        for index, resnet in enumerate(block.resnets):
+            hidden = self._resnet(resnet, torch.cat((hidden, self.skips.pop()), dim=1))
+            if hasattr(block, "attentions"):
+                hidden = self._transformer(block.attentions[index], hidden)
+        for upsampler in block.upsamplers or ():
+            hidden = upsampler(hidden, self.skips[-1].shape[-2:] if is_odd else None)
+        return hidden
+
+    def _resnet(self, resnet: ResnetBlock2D, hidden: torch.Tensor) -> torch.Tensor:
+        residual = resnet.conv1(silu(resnet.norm1(hidden)))
+        residual = residual + self.timestep_embeds[:, self.kernels.time_of(resnet), None, None]
+        residual = resnet.conv2(silu(resnet.norm2(residual)))
+        return residual + (hidden if resnet.conv_shortcut is None else resnet.conv_shortcut(hidden))
+
+    def _transformer(self, transformer: Transformer2DModel, hidden: torch.Tensor) -> torch.Tensor:
+        """Tokens are B × (H·W) × channels inside."""
+        tokens = transformer.norm(hidden)
+        if not transformer.use_linear_projection:
+            tokens = transformer.proj_in(tokens)
+        tokens = tokens.permute(0, 2, 3, 1).flatten(1, 2)
+        if transformer.use_linear_projection:
+            tokens = transformer.proj_in(tokens)
+        for block in transformer.transformer_blocks:
+            tokens, hidden = self._block(block, tokens, hidden)
+        if transformer.use_linear_projection:
+            tokens = transformer.proj_out(tokens)
+        image = tokens.unflatten(1, hidden.shape[-2:]).permute(0, 3, 1, 2)
+        if not transformer.use_linear_projection:
+            image = transformer.proj_out(image)
+        return image + hidden
+
+    def _block(
+        self, block: BasicTransformerBlock, tokens: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        own, cross = block.attn1, block.attn2
+        normed = block.norm1(tokens)
+        tokens = tokens + _attend(own, own.to_q(normed), own.to_k(normed), own.to_v(normed))
+        query = cross.to_q(block.norm2(tokens))
+        if self.sample_of_row is not None:
+            tokens, query, hidden = self._expand_to_rows(tokens, query, hidden)
+        keys, values = self.prompts[..., self.kernels.keys_of(cross)], self.prompts[..., self.kernels.values_of(cross)]
+        tokens = tokens + _attend(cross, query, keys, values)
+        return tokens + block.ff(block.norm3(tokens)), hidden
+
+    def _expand_to_rows(self, *activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The activations with one entry per row instead of one per sample; so is all that comes after."""
+        rows, self.sample_of_row = self.sample_of_row, None
+        self.timestep_embeds = self.timestep_embeds[rows]
+        self.skips = [_take(skip, rows) for skip in self.skips]
+        return tuple(_take(activation, rows) for activation in activations)
+
+
 class NativeKernels:
     """Implements `mii_serve.engine.kernels.KernelSet` with the UNet's own modules and weights.
 
     A subclass may keep something else of a prompt (`project_prompts`, `prompt_width`) and compute the transformer blocks in
-    another way (`_forward_pass`).
+    another way (`forward_pass`).
     """
 
     name: EngineName = "native"
+    forward_pass: type[ForwardPass] = ForwardPass
 
     def __init__(self, unet: Any, *, max_latent_pixels_per_call: int | None = None) -> None:
         """`unet` is a `UNet2DConditionModel` for which `why_unsupported` returns None."""
@@ -106,15 +199,11 @@ class NativeKernels:
         sample_of_row: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `KernelSet`."""
-        return self._forward_pass(timestep_embeds, prompts, sample_of_row).run(self._unet, model_input, self._halvings)
+        forward_pass = self.forward_pass(self, timestep_embeds, prompts, sample_of_row)
+        return forward_pass.run(self._unet, model_input, self._halvings)
 
     def close(self) -> None:
         pass
-
-    def _forward_pass(
-        self, timestep_embeds: torch.Tensor, prompts: torch.Tensor, sample_of_row: torch.Tensor | None
-    ) -> ForwardPass:
-        return ForwardPass(self, timestep_embeds, prompts, sample_of_row)
 
     def time_of(self, resnet: ResnetBlock2D) -> slice:
         return self._time_of[resnet]
@@ -125,103 +214,6 @@ class NativeKernels:
     def values_of(self, attention: Attention) -> slice:
         keys, shift = self._text_of[attention], self.prompt_width // 2
         return slice(keys.start + shift, keys.stop + shift)
-
-
-class ForwardPass:
-    """One pass through the UNet; the arguments are those of `predict_noise`.
-
-    `_skips` are the activations of the down blocks that the up blocks take in. `_pending_rows` is `sample_of_row` until the
-    activations have been expanded from one entry per sample to one per row, None afterwards.
-    """
-
-    def __init__(
-        self,
-        layout: NativeKernels,
-        timestep_embeds: torch.Tensor,
-        prompts: torch.Tensor,
-        sample_of_row: torch.Tensor | None,
-    ) -> None:
-        self._layout = layout
-        self._timestep_embeds = timestep_embeds
-        self._prompts = prompts
-        self._pending_rows = sample_of_row
-        self._skips: list[torch.Tensor] = []
-
-    def run(self, unet: Any, hidden: torch.Tensor, halvings: int) -> torch.Tensor:
-        is_odd = any(size % halvings for size in hidden.shape[-2:])
-        hidden = unet.conv_in(hidden)
-        self._skips.append(hidden)
-        for block in unet.down_blocks:
-            hidden = self._down(block, hidden)
-        hidden = self._resnet(unet.mid_block.resnets[0], hidden)
-        for transformer, resnet in zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True):
-            hidden = self._resnet(resnet, self._transformer(transformer, hidden))
-        for block in unet.up_blocks:
-            hidden = self._up(block, hidden, is_odd)
-        return unet.conv_out(silu(unet.conv_norm_out(hidden)))
-
-    def _down(self, block: Any, hidden: torch.Tensor) -> torch.Tensor:
-        for index, resnet in enumerate(block.resnets):
-            hidden = self._resnet(resnet, hidden)
-            if hasattr(block, "attentions"):
-                hidden = self._transformer(block.attentions[index], hidden)
-            self._skips.append(hidden)
-        for downsampler in block.downsamplers or ():
-            hidden = downsampler(hidden)
-            self._skips.append(hidden)
-        return hidden
-
-    def _up(self, block: Any, hidden: torch.Tensor, is_odd: bool) -> torch.Tensor:
-        for index, resnet in enumerate(block.resnets):
-            hidden = self._resnet(resnet, torch.cat((hidden, self._skips.pop()), dim=1))
-            if hasattr(block, "attentions"):
-                hidden = self._transformer(block.attentions[index], hidden)
-        for upsampler in block.upsamplers or ():
-            hidden = upsampler(hidden, self._skips[-1].shape[-2:] if is_odd else None)
-        return hidden
-
-    def _resnet(self, resnet: ResnetBlock2D, hidden: torch.Tensor) -> torch.Tensor:
-        residual = resnet.conv1(silu(resnet.norm1(hidden)))
-        residual = residual + self._timestep_embeds[:, self._layout.time_of(resnet), None, None]
-        residual = resnet.conv2(silu(resnet.norm2(residual)))
-        return residual + (hidden if resnet.conv_shortcut is None else resnet.conv_shortcut(hidden))
-
-    def _transformer(self, transformer: Transformer2DModel, hidden: torch.Tensor) -> torch.Tensor:
-        """Tokens are B × (H·W) × channels inside."""
-        tokens = transformer.norm(hidden)
-        if not transformer.use_linear_projection:
-            tokens = transformer.proj_in(tokens)
-        tokens = tokens.permute(0, 2, 3, 1).flatten(1, 2)
-        if transformer.use_linear_projection:
-            tokens = transformer.proj_in(tokens)
-        for block in transformer.transformer_blocks:
-            tokens, hidden = self._block(block, tokens, hidden)
-        if transformer.use_linear_projection:
-            tokens = transformer.proj_out(tokens)
-        image = tokens.unflatten(1, hidden.shape[-2:]).permute(0, 3, 1, 2)
-        if not transformer.use_linear_projection:
-            image = transformer.proj_out(image)
-        return image + hidden
-
-    def _block(
-        self, block: BasicTransformerBlock, tokens: torch.Tensor, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        own, cross = block.attn1, block.attn2
-        normed = block.norm1(tokens)
-        tokens = tokens + _attend(own, own.to_q(normed), own.to_k(normed), own.to_v(normed))
-        query = cross.to_q(block.norm2(tokens))
-        if self._pending_rows is not None:
-            tokens, query, hidden = self._expand_to_rows(tokens, query, hidden)
-        keys, values = self._prompts[..., self._layout.keys_of(cross)], self._prompts[..., self._layout.values_of(cross)]
-        tokens = tokens + _attend(cross, query, keys, values)
-        return tokens + block.ff(block.norm3(tokens)), hidden
-
-    def _expand_to_rows(self, *activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The activations with one entry per row instead of one per sample; so is all that comes after."""
-        rows, self._pending_rows = self._pending_rows, None
-        self._timestep_embeds = self._timestep_embeds[rows]
-        self._skips = [_take(skip, rows) for skip in self._skips]
-        return tuple(_take(activation, rows) for activation in activations)
 
 
 def _take(activation: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -29,6 +29,14 @@ ODD_SIDE = 9
 """Latent height and width of the second size that is checked: its 81 tokens fill no block of the flash kernel."""
 
 
+class _ForwardPass(ForwardPass):
+    def _block(self, block: Any, tokens: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.sample_of_row is not None:
+            tokens, hidden = self._expand_to_rows(tokens, hidden)
+        # The kernels read memory in order, whatever the tensors' strides.
+        return block(tokens.contiguous(), encoder_hidden_states=self.prompts.contiguous()), hidden
+
+
 class DeepSpeedKernels(NativeKernels):
     """Implements `mii_serve.engine.kernels.KernelSet` for a UNet whose blocks `injection.inject` has replaced.
 
@@ -36,6 +44,7 @@ class DeepSpeedKernels(NativeKernels):
     """
 
     name: EngineName = "deepspeed"
+    forward_pass = _ForwardPass
 
     def __init__(self, unet: Any, workspace: Workspace, *, max_latent_pixels_per_call: int | None = None) -> None:
         """`workspace` has room for calls of `max_latent_pixels_per_call` rows × latent height × latent width."""
@@ -48,19 +57,6 @@ class DeepSpeedKernels(NativeKernels):
 
     def close(self) -> None:
         self._workspace.release()
-
-    def _forward_pass(
-        self, timestep_embeds: torch.Tensor, prompts: torch.Tensor, sample_of_row: torch.Tensor | None
-    ) -> ForwardPass:
-        return _ForwardPass(self, timestep_embeds, prompts, sample_of_row)
-
-
-class _ForwardPass(ForwardPass):
-    def _block(self, block: Any, tokens: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._pending_rows is not None:
-            tokens, hidden = self._expand_to_rows(tokens, hidden)
-        # The kernels read memory in order, whatever the tensors' strides.
-        return block(tokens.contiguous(), encoder_hidden_states=self._prompts.contiguous()), hidden
 
 
 def install_kernels(model: LoadedModel, *, max_slots: int) -> DeepSpeedKernels:
