@@ -110,7 +110,7 @@ def free_memory() -> None:
 
 @contextlib.contextmanager
 def _plain_float32() -> Iterator[None]:
-    """Without TF32, which cuDNN uses for float32 convolutions unless told not to: it rounds to ten bits."""
+    """Without TF32, which cuDNN uses for float32 convolutions by default: it rounds to ten bits."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False

@@ -48,7 +48,7 @@ from mii_serve.types import (
 )
 
 CPU_SLOTS, CUDA_SLOTS = 8, 16
-"""Default number of samples at once: larger batches no longer raise the throughput (`benchmarks/engines.py`)."""
+"""Default number of samples at once. On a CPU 16 are no faster than 8 (`benchmarks/engines.py`); on CUDA not measured yet."""
 
 MAX_DECODES = 4
 """Pictures decoded in one VAE call, which needs far more memory per sample than the UNet."""

@@ -1,4 +1,4 @@
-"""What a request gets that names no scheduler, and what an operator is told where that cannot be."""
+"""What a request gets that names no scheduler, and the error that an operator gets where there is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which engine is built, why not another, and how that is told."""
+"""Which engine is built, and the note that says why it is not another."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_kernels_that_prove_wrong_make_auto_load_the_model_again_for_native(mach
     assert loaded == ["fp16", "fp16"], "the UNet was changed in place"
 
 
-def test_who_asks_for_native_is_not_told_about_deepspeed(machine):
+def test_the_engine_native_has_no_note_about_deepspeed(machine):
     machine(COMPLETE)
     assert build(engine="native").note == ""
 
@@ -122,12 +122,12 @@ def test_fp32_is_computed_in_fp32(monkeypatch):
     assert seen == [("fp32", False, False)] * 2
 
 
-def test_callers_are_told_the_first_of_the_operators_names(monkeypatch):
+def test_the_description_has_the_first_of_the_operators_names(monkeypatch):
     model = LoadedModel(pipeline=None, name="folder", revision="1", defaults=None, limits=None)
     monkeypatch.setattr(factory, "load_model", lambda name, **settings: model)
 
-    def told(**settings):
+    def model_name(**settings):
         return factory._load(DeployConfig.load(settings), "cpu", "fp32").name
 
-    assert told(model="/home/op/folder", served_model_name=["org/sd", "dall-e-3"]) == "org/sd"
-    assert told(model="/home/op/folder") == "folder"
+    assert model_name(model="/home/op/folder", served_model_name=["org/sd", "dall-e-3"]) == "org/sd"
+    assert model_name(model="/home/op/folder") == "folder"
