@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from mii_serve.server.dispatcher import Dispatcher
 
 from mii_serve.bench import environment
 from mii_serve.proto.codec import CHANNEL_OPTIONS
@@ -32,6 +31,7 @@ from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import replica_server
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.router import Router
 

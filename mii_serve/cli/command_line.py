@@ -18,13 +18,13 @@ from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_stre
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
-from mii_serve.types import PARAMETER_NAMES, PARAMETERS, RequestedParams
+from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, RequestedParams
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
 
 DEFAULT_TARGET = "127.0.0.1:50050"
-ENGINES = "{auto,reference,native,deepspeed}"
+ENGINES = f"{{{','.join(ENGINE_CHOICES)}}}"
 DTYPES = "{auto,fp32,fp16,bf16}"
 MODELS = "hub id, diffusers folder, Azure ML model folder, or demo, the model in the package and the default"
 
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("config", "show|schema", _add_config_flags, "show how a server would be configured, and why", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, what it runs and how busy it is", ""),
         ("verify", "[MODEL]", _add_verify_flags, "hold an engine against the FP32 reference, stage by stage", _VERIFY_MORE),
-        ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine lacks", _DOCTOR_MORE),
+        ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine needs", _DOCTOR_MORE),
         ("bench", "", _add_bench_flags, "load a server, time it, and check its pictures", bench_flags.MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
@@ -93,14 +93,12 @@ a flag, a variable, the file, or the default. schema prints the JSON schema of t
 
 _DOCTOR_MORE = """
 
-It says for each engine what it needs, what was found, and the command that mends a lack.
+It says for each engine what it needs, what was found, and the command that installs what is missing.
 Exit code 0: the engine asked for can run here, with auto one of them; 1: it cannot."""
 
 
 def _add_doctor_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--engine", choices=("auto", "reference", "native", "deepspeed"), default="auto", help="for the exit code"
-    )
+    parser.add_argument("--engine", choices=ENGINE_CHOICES, default="auto", help="for the exit code")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -208,7 +206,7 @@ def _add_status_flags(parser: argparse.ArgumentParser) -> None:
 _VERIFY_MORE = """
 
 First the reference is compared with diffusers' own pipeline on the model. Then a fixed set of prompts, samplers and
-sizes is drawn with the reference and with the engine, there alone and in a crowded batch, and printed is how far the
+sizes is drawn with the reference and with the engine, there alone and in a batch, and printed is how far the
 text encoder, single UNet calls, the VAE and whole pictures are off. The exit code is 1 when a limit is broken.
 Settings come from flags, the environment and the file, as for deploy."""
 
@@ -221,7 +219,7 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     add("--engine", metavar=ENGINES, help="the engine to verify")
     add("--dtype", metavar=DTYPES, help="its precision")
     add("--device", metavar="{auto,cpu,cuda}", help="where the model runs, the reference too")
-    add("--max-slots", type=int, metavar="N", help="most images in work at once, which is how crowded it gets")
+    add("--max-slots", type=int, metavar="N", help="most images in work at once, which is the size of the batch")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")

@@ -20,8 +20,8 @@ from mii_serve.errors import (
     ContentBlockedError,
     InvalidRequestError,
     MiiServeError,
+    ModerationStage,
     QueueFullError,
-    Stage,
     error_for_grpc_code,
 )
 from mii_serve.proto.metadata import STATUS_DETAILS_KEY
@@ -89,7 +89,7 @@ def _block(field: str, facts: Mapping[str, str]) -> ContentBlockedError:
         for key, text in sorted(facts.items())
         if key.startswith("severity") and re.fullmatch("[0-9]{1,3}", text)
     }
-    stage: Stage = "output" if facts.get("stage") == "output" else "input"
+    stage: ModerationStage = "output" if facts.get("stage") == "output" else "input"
     return ContentBlockedError(field, categories, stage=stage, on_blocklist=facts.get("onBlocklist") == "true")
 
 

@@ -125,7 +125,7 @@ class ReplicaLoop:
             num_cancelled_requests=self._num_cancelled,
             num_turns=self._num_turns,
             num_graph_misses=self._engine.num_graph_misses,
-            max_cells_per_call=self._engine.capacity.max_cells_per_call,
+            max_cells_per_call=self._engine.capacity.max_latent_pixels_per_call,
         )
 
     async def generate(

@@ -18,7 +18,7 @@ from typing import Literal
 
 from mii_serve.errors import ContentBlockedError, DeadlineExceededError, MiiServeError, ModerationFailedError
 from mii_serve.metrics import FrontMetrics
-from mii_serve.safety.moderation import Moderator, Verdict
+from mii_serve.safety.moderation import ModerationVerdict, Moderator
 from mii_serve.server.router import Work
 from mii_serve.types import Done, Event, ImageReady, Preview
 
@@ -106,7 +106,7 @@ class ModerationFilter:
         black = await asyncio.to_thread(black_picture, event.format, event.width, event.height)
         return replace(event, encoded=black, moderation_blocked=True)
 
-    async def _verdict(self, part: CheckedPart, image: Preview | ImageReady, work: Work) -> Verdict:
+    async def _verdict(self, part: CheckedPart, image: Preview | ImageReady, work: Work) -> ModerationVerdict:
         from mii_serve.safety.pictures import is_scannable, scannable  # Pillow is for those who moderate
 
         async with self._counted(part, work) as outcome:

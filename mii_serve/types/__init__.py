@@ -1,5 +1,6 @@
 """The values that travel through the server: frozen dataclasses, standard library only."""
 
+from mii_serve.types.engines import ENGINE_CHOICES, ENGINES, EngineChoice, EngineName
 from mii_serve.types.events import (
     Done,
     EffectiveParameters,
@@ -23,12 +24,14 @@ from mii_serve.types.params import (
     PARAMETER_NAMES,
     PARAMETERS,
     RANDOM_SEED,
+    BatchKey,
     Capabilities,
     GenerationDefaults,
     GenerationKwargs,
     GenerationParams,
     GenerationRequest,
     ImageFormat,
+    LatentShape,
     Limits,
     OutputOptions,
     Parameter,
@@ -54,6 +57,8 @@ from mii_serve.types.turn import (
 
 __all__ = [
     "DEFAULT_SCHEDULER",
+    "ENGINES",
+    "ENGINE_CHOICES",
     "LATENT_SCALE",
     "MAX_SCHEDULER_CHARS",
     "MAX_SEED",
@@ -61,11 +66,14 @@ __all__ = [
     "PARAMETER_NAMES",
     "RANDOM_SEED",
     "Activity",
+    "BatchKey",
     "Capabilities",
     "Done",
     "EffectiveParameters",
     "EngineCapacity",
+    "EngineChoice",
     "EngineDescription",
+    "EngineName",
     "Event",
     "GenerationAnswer",
     "GenerationDefaults",
@@ -74,6 +82,7 @@ __all__ = [
     "GenerationRequest",
     "ImageFormat",
     "ImageReady",
+    "LatentShape",
     "Limits",
     "OutputOptions",
     "Parameter",

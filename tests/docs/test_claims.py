@@ -11,7 +11,7 @@ from mii_serve.proto.writing import ABORT_TIMEOUT_S, WRITE_TIMEOUT_S
 from starlette.routing import Route
 
 from mii_serve.config import DeployConfig
-from mii_serve.engine.native.engine import CPU_SLOTS, CUDA_SLOTS
+from mii_serve.engine.batched.engine import CPU_SLOTS, CUDA_SLOTS
 from mii_serve.gateway import bodies, connections, door, links, listening
 from mii_serve.gateway.app import GRACE_S, build_app
 from mii_serve.proto.codec import MAX_REQUEST_BYTES
