@@ -88,8 +88,8 @@ async def site_of(
 ) -> AsyncIterator[Site]:
     config = DeployConfig.load({"http_port": 0})
     async with running_server(folder, engine, max_waiting_samples=64, moderator=moderator) as server:
-        server.desk.grpc_port = int(server.target.rpartition(":")[2])
-        async with serve_http(config, server.desk, keys or KeyRing()) as address:
+        server.dispatcher.grpc_port = int(server.target.rpartition(":")[2])
+        async with serve_http(config, server.dispatcher, keys or KeyRing()) as address:
             site = Site(server, f"http://{address}", browser)
             try:
                 yield site

@@ -6,10 +6,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from mii_serve.server.desk import Desk
 
 from mii_serve.errors import ConfigError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.server.desk import Desk
 from mii_serve.server.front import SERVICE_NAME, GrpcFront, bind_tcp
 
 

@@ -65,15 +65,15 @@ ENDS = {
 
 @pytest.mark.slow
 async def test_azures_client_sends_again_only_what_cost_nothing(served, tmp_path, monkeypatch):
-    events = served.server.desk.events
+    events = served.server.dispatcher.events
 
-    async def ending(request, visit):
+    async def ending(request, call, **options):
         if request.prompt in ENDS:
             raise ENDS[request.prompt]
-        async for event in events(request, visit):
+        async for event in events(request, call, **options):
             yield event
 
-    monkeypatch.setattr(served.server.desk, "events", ending)
+    monkeypatch.setattr(served.server.dispatcher, "events", ending)
     requests = {
         "good": {"columns": ["prompt"], "data": ["a", "a skull"], "index": [0, 1], "parameters": {"num_inference_steps": 3}},
         "malformed": {"columns": ["prompt"], "data": [1]},

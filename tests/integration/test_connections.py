@@ -21,8 +21,8 @@ from web import Web
 
 from mii_serve.config import DeployConfig
 from mii_serve.gateway.app import serve_http
-from mii_serve.gateway.listening import NUM_CLOSING, NUM_IDLE, BoundedListener, Connections
-from mii_serve.server.desk import Desk
+from mii_serve.gateway.listener import NUM_CLOSING, NUM_IDLE, BoundedListener, ConnectionPool
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import GrpcFront, bind_tcp
 from mii_serve.server.keys import KeyRing
 
@@ -39,7 +39,7 @@ async def small(tmp_path):
     """A server that takes few connections."""
     async with (
         running_server(tmp_path, FakeEngine(), max_waiting_samples=256) as server,
-        serve_http(DeployConfig.load({"http_port": 0}), server.desk, KeyRing(), max_connections=MOST) as address,
+        serve_http(DeployConfig.load({"http_port": 0}), server.dispatcher, KeyRing(), max_connections=MOST) as address,
         httpx2.AsyncClient(base_url=f"http://{address}", timeout=20.0) as client,
     ):
         yield Web(server, client, address)
@@ -127,7 +127,7 @@ async def test_the_one_that_has_been_idle_longest_goes_first(small):
 
 
 def test_a_lack_of_files_ends_nothing_and_is_told_once(caplog):
-    listener = BoundedListener.of(bind_tcp("http_port", "127.0.0.1", 0), Connections(1000))
+    listener = BoundedListener.of(bind_tcp("http_port", "127.0.0.1", 0), ConnectionPool(1000))
     listener.listen()
     listener.setblocking(False)
     callers = [socket.create_connection(listener.getsockname()) for _ in range(20)]
@@ -154,7 +154,7 @@ def test_a_lack_of_files_ends_nothing_and_is_told_once(caplog):
 
 
 async def test_grpc_takes_no_more_than_its_bound_and_again_as_soon_as_one_goes():
-    front = GrpcFront(Desk(), max_connections=4)
+    front = GrpcFront(Dispatcher(), max_connections=4)
     port = await front.listen("127.0.0.1", 0)
     settings = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
     callers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]

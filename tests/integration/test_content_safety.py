@@ -18,6 +18,7 @@ import pytest
 from content_safety_double import FAILURES, KEY, ContentSafetyDouble, content_safety_double
 from fake_engine import FakeEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from mii_serve.server.desk import Visit
 from patience import PATIENCE_S
 from PIL import Image
 from servers import RunningServer, Turnstile, running_server
@@ -30,7 +31,6 @@ from mii_serve.proto.interceptor import IDEMPOTENCY_KEY
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.safety.azure import open_moderator
-from mii_serve.server.desk import Visit
 from mii_serve.server.keys import KeyRing
 from mii_serve.types import Limits
 

@@ -95,7 +95,7 @@ async def test_a_link_begins_with_the_configured_address(tmp_path):
 async def test_the_operators_names_are_the_models_names(served):
     import httpx2
 
-    app = build_app(served.server.desk, KeyRing(), None, ("org/sd", "dall-e-3"))
+    app = build_app(served.server.dispatcher, KeyRing(), None, ("org/sd", "dall-e-3"))
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://x") as client:
         listed = (await client.get("/v1/models")).json()["data"]
         assert [(model["id"], model["owned_by"]) for model in listed] == [("org/sd", "org"), ("dall-e-3", "mii_serve")]
@@ -200,7 +200,7 @@ async def test_addresses_in_every_spelling(served):
 
 
 async def test_health_follows_readiness(served):
-    await served.server.desk.drain(1)
+    await served.server.dispatcher.drain(1)
     assert {(await served.client.get(path)).status_code for path in ("/health", "/healthz", "/readyz")} == {503}
 
 
@@ -260,7 +260,7 @@ async def test_who_leaves_is_still_noticed(served, version):
         writer.close()
     else:  # HTTP/1.0 has nothing to ask with whether the caller still listens
         writer.write_eof()
-    await served.server.until(lambda: not served.server.desk._active)
+    await served.server.until(lambda: not served.server.dispatcher._active)
     writer.close()
     served.server.engine.gate.set()
     await served.until_idle()

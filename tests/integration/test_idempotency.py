@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from mii_serve.server.answers import Answers
 
 from mii_serve.client import AsyncClient
 from mii_serve.errors import DeadlineExceededError, InvalidRequestError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server import answers
-from mii_serve.server.answers import Answers
 
 
 @pytest.fixture

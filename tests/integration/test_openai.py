@@ -10,8 +10,8 @@ from patience import PATIENCE_S
 from web import events_of, picture, web
 
 from mii_serve.errors import ContentBlockedError
-from mii_serve.gateway import door
-from mii_serve.gateway.openai import FORMATS, QUALITIES
+from mii_serve.gateway import middleware
+from mii_serve.gateway.dialects.openai import FORMATS, QUALITIES
 from mii_serve.server.keys import KeyRing
 
 PATH = "/v1/images/generations"
@@ -147,7 +147,7 @@ async def test_a_stream_that_cannot_go_on_says_so(served):
 
 
 async def test_a_stream_that_waits_shows_that_it_is_there(served, monkeypatch):
-    monkeypatch.setattr(door, "KEEPALIVE_S", 0.05)
+    monkeypatch.setattr(middleware, "KEEPALIVE_S", 0.05)
     served.server.engine.gate.clear()
     reader, writer = await served.start(PATH, {"prompt": "a", "stream": True})
     async with asyncio.timeout(PATIENCE_S):
@@ -184,7 +184,7 @@ async def test_statuses_tell_the_client_what_to_repeat(tmp_path):
         served.server.engine.fail_sample_of("doomed")
         failed = await served.post(PATH, {"prompt": "a"}, x_request_id="doomed")
         assert (failed.status_code, failed.headers["x-should-retry"]) == (500, "false")
-        await served.server.desk.drain(1)
+        await served.server.dispatcher.drain(1)
         draining = await served.post(PATH, {"prompt": "a", "stream": True})
         assert (draining.status_code, draining.headers["x-should-retry"]) == (503, "true")
 
@@ -204,11 +204,11 @@ async def test_flagged_pictures(tmp_path):
 
 
 async def test_a_prompt_that_content_safety_blocks(served, monkeypatch):
-    async def events(request, visit):
+    async def events(request, call, **options):
         raise ContentBlockedError("prompt", {"Violence": 4}, stage="input")
         yield
 
-    monkeypatch.setattr(served.server.desk, "events", events)
+    monkeypatch.setattr(served.server.dispatcher, "events", events)
     for body in ({"prompt": "a"}, {"prompt": "a", "stream": True}):
         answer = await served.post(PATH, body)
         told = answer.json()["error"]

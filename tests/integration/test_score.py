@@ -7,12 +7,14 @@ import gzip
 import io
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from fake_engine import FakeEngine
 from web import Web, counted, picture, web
 
 from mii_serve.errors import ContentBlockedError
+from mii_serve.types import ImageReady
 
 CARD = {
     "input_data": {
@@ -124,8 +126,8 @@ LIMITS = {
 async def test_a_number_out_of_bounds_is_a_limit(served):
     for name, value in LIMITS.items():
         answer = await served.post("/score", asking(["a"], parameters={name: value}))
-        is_beyond_the_field = name == "seed"  # no unsigned number: refused by its kind
-        assert answer.status_code == (400 if is_beyond_the_field else 422), answer.text
+        is_of_the_type = name == "seed"  # the bounds of a seed are those of its type
+        assert answer.status_code == (400 if is_of_the_type else 422), answer.text
         assert answer.json()["error"]["param"] == f"input_data.parameters.{name}"
 
 
@@ -214,19 +216,19 @@ async def test_parameters_hold_for_every_row_and_the_row_has_the_last_word(serve
     body = asking([["a", None], ["b", "mine"]], BOTH, parameters=parameters)
     body["params"] = {"seed": 7}
     seen = []
-    events = served.server.desk.events
+    events = served.server.dispatcher.events
 
-    def spying(request, visit):
+    def spying(request, call, **options):
         seen.append(request)
-        return events(request, visit)
+        return events(request, call, **options)
 
-    served.server.desk.events = spying
+    served.server.dispatcher.events = spying
     answer = await served.post("/score", body)
     assert [image["prompt"] for image in answer.json()] == ["a", "a", "b", "b"]
     assert answer.headers["x-mii-seeds"] == "7,8,7,8"
     assert picture(answer.json()[0]["generated_image"]).size == (64, 128)
-    assert [(request.prompt, request.negative_prompt) for request in seen] == [("a", "p"), ("b", "mine")]
-    assert {request.num_inference_steps for request in seen} == {3}
+    assert [(request.params.prompt, request.params.negative_prompt) for request in seen] == [("a", "p"), ("b", "mine")]
+    assert {request.params.num_inference_steps for request in seen} == {3}
 
 
 async def test_rows_share_the_batch(tmp_path):
@@ -263,13 +265,13 @@ async def test_a_failure_is_never_a_status_that_clients_repeat(tmp_path, caplog)
         failed = await served.post("/score", asking(["a"]), x_request_id="doomed")
         assert failed.status_code == 424 and failed.json()["error"]["code"] == "generation_failed"
         assert failed.headers["x-ms-run-function-failed"] == "True"
-        defect = served.server.desk.events
-        served.server.desk.events = None
+        defect = served.server.dispatcher.events
+        served.server.dispatcher.events = None
         broken = await served.post("/score", asking(["a"]), x_request_id="mine")
         assert broken.status_code == 424 and broken.json()["message"] == "internal error, request id mine"
         assert "Traceback" in caplog.text and "Traceback" not in broken.text
-        served.server.desk.events = defect
-        await served.server.desk.drain(1)
+        served.server.dispatcher.events = defect
+        await served.server.dispatcher.drain(1)
         assert (await served.post("/score", asking(["a"]))).status_code == 503
         assert (await served.client.get("/readyz")).status_code == 503
 
@@ -295,7 +297,7 @@ async def test_who_hangs_up_frees_the_slots(served, body):
 
 
 def counted_cancelled(served: Web) -> float:
-    metrics = served.server.desk.metrics.requests.labels("POST /score", "CANCELLED")
+    metrics = served.server.dispatcher.metrics.requests.labels("POST /score", "CANCELLED")
     return metrics._value.get()
 
 
@@ -334,7 +336,7 @@ async def test_a_call_is_counted_and_logged_without_its_prompt(served, caplog):
     text = (await served.client.get("/metrics")).text
     assert counted(text, "mii_serve_requests_total", method="POST /score", code="OK") == 1
     assert counted(text, "mii_serve_requests_total", method="POST /score", code="INVALID_ARGUMENT") == 1
-    told = [record.request for record in caplog.records if record.name == "mii_serve.server.ledger"]
+    told = [record.request for record in caplog.records if record.name == "mii_serve.server.access_log"]
     assert (told[0]["request_id"], told[0]["code"], told[0]["seed"], told[0]["http_status"]) == ("mine", "OK", 9, 200)
     assert (told[1]["code"], told[1]["http_status"]) == ("INVALID_ARGUMENT", 400)
     assert "secret" not in caplog.text + text
@@ -349,11 +351,11 @@ class TestBlocked:
             yield running
 
     def block(self, served: Web, monkeypatch) -> None:
-        async def events(request, visit):
+        async def events(request, call, **options):
             raise ContentBlockedError("prompt", {"Violence": 4}, stage="input")
             yield
 
-        monkeypatch.setattr(served.server.desk, "events", events)
+        monkeypatch.setattr(served.server.dispatcher, "events", events)
 
     async def test_input_is_an_empty_object_with_headers(self, served, monkeypatch):
         self.block(served, monkeypatch)
@@ -369,15 +371,14 @@ class TestBlocked:
         assert answer.json()["error"]["code"] == "content_filter"
 
     async def test_an_output_is_an_empty_text(self, served, monkeypatch):
-        events = served.server.desk.events
+        events = served.server.dispatcher.events
 
-        async def blocking(request, visit):
-            async for event in events(request, visit):
-                if event.HasField("image") and event.image.index == 1:
-                    event.image.moderation_blocked = True
-                yield event
+        async def blocking(request, call, **options):
+            async for event in events(request, call, **options):
+                is_second = isinstance(event, ImageReady) and event.image_index == 1
+                yield replace(event, moderation_blocked=True) if is_second else event
 
-        monkeypatch.setattr(served.server.desk, "events", blocking)
+        monkeypatch.setattr(served.server.dispatcher, "events", blocking)
         answer = await served.post("/score", asking(["a"], parameters={"num_images_per_prompt": 2}))
         first, second = answer.json()
         assert first["generated_image"] and second["generated_image"] == ""

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+from mii_serve.server.link import Connection
 from replicas import KILLED, Deployment, deployment_of, events_of, request
 
 from mii_serve.errors import UnavailableError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.server.link import Connection
 
 
 async def assert_told(call: asyncio.Task) -> None:

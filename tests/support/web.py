@@ -55,7 +55,7 @@ class Web:
 
 def await_free(server: RunningServer) -> bool:
     activity = server.loop.activity()
-    return not activity.num_running and not activity.num_waiting and not server.desk._active
+    return not activity.num_running and not activity.num_waiting and not server.dispatcher._active
 
 
 @contextlib.asynccontextmanager
@@ -73,7 +73,7 @@ async def web(
     engine = engine or FakeEngine(max_slots=4)
     async with (
         running_server(folder, engine, max_waiting_samples=max_waiting_samples, **(behind or {})) as server,
-        serve_http(config, server.desk, keys or KeyRing()) as address,
+        serve_http(config, server.dispatcher, keys or KeyRing()) as address,
         httpx2.AsyncClient(base_url=f"http://{address}", timeout=PATIENCE_S) as client,
     ):
         with nothing_escapes():

@@ -23,9 +23,10 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from mii_serve.errors import MiiServeError
-from mii_serve.gateway import bodies, door, hosts, huggingface, openai, parameters, paths, score
+from mii_serve.gateway import hosts, json_body, middleware, paths, suggestions
+from mii_serve.gateway.dialects import azure_score, huggingface, openai
+from mii_serve.gateway.errors import OverLimitError
 from mii_serve.gateway.page import messages
-from mii_serve.gateway.problems import OverLimitError
 from mii_serve.proto import codec, interceptor, mii_codec, writing
 from mii_serve.proto.mii import pictures_pb2 as mii
 from mii_serve.proto.v1 import image_generation_pb2 as pb
@@ -99,7 +100,7 @@ def body_of(raw: bytes) -> Request:
 
 
 def read(raw: bytes) -> object:
-    return asyncio.run(bodies.read_json(body_of(raw), 2**24))
+    return asyncio.run(json_body.read_json(body_of(raw), 2**24))
 
 
 def decoded(raw: bytes) -> Any:
@@ -137,16 +138,17 @@ BODIES: dict[str, Callable[[int], bytes]] = {
 
 @pytest.mark.parametrize("name", BODIES)
 def test_reading_json(name, monkeypatch):
-    found = bodies._object
-    monkeypatch.setattr(bodies, "_object", lambda pairs: found([(CountedKey(key), value) for key, value in pairs]))
+    found = json_body._object
+    monkeypatch.setattr(json_body, "_object", lambda pairs: found([(CountedKey(key), value) for key, value in pairs]))
     check(read, BODIES[name])
 
 
 def openai_body(raw: Any) -> object:
-    return openai.parse(bodies.an_object("", raw), CAPABILITIES)
+    return openai.parse(json_body.validated(openai.ImagesBody, raw), CAPABILITIES)
 
 
-read_score = functools.partial(score.parse, max_rows=2**24)
+read_score = functools.partial(azure_score.parse, max_rows=2**24)
+read_task = functools.partial(huggingface.parse, image_format=ImageFormat.PNG)
 
 
 DIALECTS: dict[str, tuple[Callable[[Any], object], Callable[[int], bytes]]] = {
@@ -163,13 +165,13 @@ DIALECTS: dict[str, tuple[Callable[[Any], object], Callable[[int], bytes]]] = {
     "a size of spaces": (openai_body, lambda n: json.dumps({"prompt": "a", "size": " " * n + "1" + " " * n}).encode()),
     "a long model": (openai_body, lambda n: json.dumps({"prompt": "a", "model": "m" * n, "n": 1}).encode()),
     "a long format": (openai_body, lambda n: json.dumps({"prompt": "a", "output_format": "p" * n}).encode()),
-    "members of Hugging Face's": (huggingface._parsed, keys),
+    "members of Hugging Face's": (read_task, keys),
     "parameters of Hugging Face's": (
-        huggingface._parsed,
+        read_task,
         lambda n: json.dumps({"inputs": "a", "parameters": {f"k{i}": 1 for i in range(n)}}).encode(),
     ),
-    "members of the page's": (messages.read_request, keys),
-    "a long seed": (messages.read_request, lambda n: json.dumps({"prompt": "a", "seed": " 1" * n}).encode()),
+    "members of the page's": (messages.parse, keys),
+    "a long seed": (messages.parse, lambda n: json.dumps({"prompt": "a", "seed": " 1" * n}).encode()),
 }
 
 
@@ -182,10 +184,10 @@ def test_reading_what_the_json_says(name):
 @pytest.mark.parametrize("form", [lambda n: ["a"] * n, lambda n: [["a"]] * n, lambda n: {"prompt": ["a"] * n}])
 def test_no_row_is_looked_at_where_there_are_more_than_one_call_may_have(form):
     bodies_of = [decoded(score_body(data=form(num_rows))) for num_rows in (100, 8000)]
-    few, many = (work_of(functools.partial(score.parse, max_rows=64), body) for body in bodies_of)
+    few, many = (work_of(functools.partial(azure_score.parse, max_rows=64), body) for body in bodies_of)
     assert few == many
     with pytest.raises(OverLimitError, match="at most 64 images in all, got 8000"):
-        score.parse(bodies_of[1], max_rows=64)
+        azure_score.parse(bodies_of[1], max_rows=64)
 
 
 def kwargs_of_old_mii(n: int) -> bytes:
@@ -243,22 +245,22 @@ def headers(raw: bytes) -> Headers:
 
 
 def plain_path(path: str) -> object:
-    return paths._plain({"path": path, "raw_path": path.encode(), "headers": [(b"host", b"a")]})
+    return paths._normalized({"path": path, "raw_path": path.encode(), "headers": [(b"host", b"a")]})
 
 
 HEADERS: dict[str, tuple[Callable[[Any], object], Callable[[int], object]]] = {
     "a head": (heads, lambda n: b"GET / HTTP/1.1\r\nHost: a\r\nx: " + b"y" * n),
     "a head of many lines": (heads, lambda n: b"GET / HTTP/1.1\r\nHost: a\r\n" + b"x: y\r\n" * (n // 4) + b"\r\n"),
     "a folded head": (heads, lambda n: b"GET / HTTP/1.1\r\nHost: a\r\nx: y\r\n" + b" z\r\n" * (n // 4) + b"\r\n"),
-    "ids among many headers": (lambda raw: door._id_headers(headers(raw), "id"), lambda n: b"x" * n),
+    "ids among many headers": (lambda raw: middleware._id_headers(headers(raw), "id"), lambda n: b"x" * n),
     "media types": (huggingface.accepted, lambda n: ",".join(["text/html;q=0.1;a;b"] * n)),
     "options of a media type": (huggingface.accepted, lambda n: "image/png" + ";a=1" * n),
-    "a content type": (bodies._check_media_type, lambda n: "application/json" + ' ; charset="utf-8"' * n),
-    "a host": (hosts.Hosts(["localhost"], allow_loopback_addresses=True).allows, lambda n: "a." * n),
-    "digits of a host": (hosts.Hosts(["localhost"], allow_loopback_addresses=True).allows, lambda n: "[" + "1:" * n + "]"),
-    "an origin": (hosts.Hosts(["localhost"]).allows_origin, lambda n: "http://" + "a." * n),
+    "a content type": (json_body._check_media_type, lambda n: "application/json" + ' ; charset="utf-8"' * n),
+    "a host": (hosts.AllowedHosts(["localhost"], allow_loopback_addresses=True).allows, lambda n: "a." * n),
+    "digits of a host": (hosts.AllowedHosts(["localhost"], allow_loopback_addresses=True).allows, lambda n: "[" + "1:" * n + "]"),
+    "an origin": (hosts.AllowedHosts(["localhost"]).allows_origin, lambda n: "http://" + "a." * n),
     "a key": (
-        lambda text: KeyRing().admitted(door.authorization_of({"authorization": text})).__enter__(),
+        lambda text: KeyRing().admitted(middleware.authorization_of({"authorization": text})).__enter__(),
         lambda n: "Bearer " * n,
     ),
     "a request id": (interceptor.check_request_id, lambda n: "i" * n),
@@ -296,7 +298,9 @@ def test_the_meter_sees_a_square():
         )
 
 
-MODULES = (bodies, door, hosts, huggingface, openai, parameters, paths, score, messages, codec, interceptor, mii_codec, writing)
+MODULES = (
+    *(azure_score, hosts, huggingface, json_body, messages, middleware, openai, paths, suggestions),
+    *(codec, interceptor, mii_codec, writing)
 UNBOUNDED_INSIDE_UNBOUNDED = re.compile(r"[+*}]\)[+*{]")
 
 
