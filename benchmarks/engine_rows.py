@@ -1,7 +1,7 @@
 """What `engines.py` times: our engines through their three methods, and the ways other people run the same pipeline.
 
 Every row loads the same folder, makes bursts of images of one request (seed, seed + 1, …), and tells its stages through a
-`StageClock`. A row that cannot run here says why by raising `UnableError`.
+`StageTimer`. A row that cannot run here says why by raising `UnableError`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from PIL import Image
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
-from mii_serve.engine.factory import build_engine
-from mii_serve.engine.native import NativeEngine
-from mii_serve.engine.stages import StageClock
+from mii_serve.engine.factory import build_engine, native_engine
+from mii_serve.engine.stage_timer import StageTimer
 from mii_serve.errors import MiiServeError
 from mii_serve.models import load_model
 from mii_serve.samplers.build import ModelSchedulers
@@ -100,7 +99,7 @@ class PipelineRow:
         self.dtype, self._device = place.dtype, place.device
         limits = DeployConfig.load({"model": place.model}).limits
         loaded = load_model(place.model, revision=None, dtype=place.dtype, device=place.device, limits=limits)
-        self._defaults, self._clock = loaded.defaults, StageClock()
+        self._defaults, self._clock = loaded.defaults, StageTimer()
         self._schedulers = ModelSchedulers(loaded.pipeline.scheduler)
         self._pipeline = pipeline = change(loaded.pipeline)
         for holder, name, stage in (
@@ -163,7 +162,7 @@ def native_without_graphs(place: Place) -> Row:
         raise UnableError("there are no CUDA graphs on this device to do without")
     limits = DeployConfig.load({"model": place.model}).limits
     loaded = load_model(place.model, revision=None, dtype=place.dtype, device=place.device, limits=limits)
-    return EngineRow(NativeEngine(loaded, lattice=()))
+    return EngineRow(native_engine(loaded, buckets=()))
 
 
 def deepspeed(place: Place) -> Row:

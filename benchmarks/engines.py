@@ -33,7 +33,7 @@ from PIL import Image
 from mii_serve.bench import environment
 from mii_serve.bench.check import distance
 from mii_serve.config import DeployConfig
-from mii_serve.engine.stages import StageClock
+from mii_serve.engine.stage_timer import StageTimer
 from mii_serve.models import RANDOM_SD_V1_4, load_model
 from mii_serve.replica.encoding import PNG_COMPRESS_LEVEL
 from mii_serve.types import RequestedParams
@@ -119,12 +119,12 @@ def stages(row: Row, asked: RequestedParams, count: int, pictures: list[Image.Im
 
 @contextlib.contextmanager
 def _settled_stages() -> Iterator[None]:
-    before = StageClock.settle
-    StageClock.settle = staticmethod(_settle)
+    before = StageTimer.settle
+    StageTimer.settle = staticmethod(_settle)
     try:
         yield
     finally:
-        StageClock.settle = staticmethod(before)
+        StageTimer.settle = staticmethod(before)
 
 
 def _settle() -> None:

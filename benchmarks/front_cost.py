@@ -31,7 +31,7 @@ from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import replica_server
-from mii_serve.server.desk import Desk
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import GrpcFront
 from mii_serve.server.router import Router
 
@@ -60,11 +60,11 @@ async def replica(socket: str) -> None:
 
 
 async def front(replica_socket: str, socket: str) -> None:
-    desk = Desk(Router())
-    server = GrpcFront(desk)
+    dispatcher = Dispatcher(Router())
+    server = GrpcFront(dispatcher)
     while not Path(replica_socket).exists():  # noqa: ASYNC110, ASYNC240 - another process makes it
         await asyncio.sleep(0.05)
-    await desk.attach(Path(replica_socket))
+    await dispatcher.attach(ReplicaAddress.socket(Path(replica_socket)))
     port = await server.listen("127.0.0.1", 0)
     Path(socket).write_text(str(port))  # noqa: ASYNC240
     await asyncio.Event().wait()

@@ -22,7 +22,7 @@ import torch
 from engines import circumstances
 
 from mii_serve.config import DeployConfig
-from mii_serve.engine.native.unet import RowUNet
+from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.models import load_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,26 +36,26 @@ def variants(unet: Any, num_samples: int, side: int) -> dict[str, Callable[[], o
     times = (torch.rand(num_samples, generator=generator) * 999).to(device)
     embeds = torch.randn(2 * num_samples, 77, unet.config.cross_attention_dim, generator=generator).to(device, dtype)
     pairs = torch.arange(num_samples, device=device).repeat(2)
-    row_unet = RowUNet(unet)
-    time_rows, key_values = row_unet.embed_times(times), row_unet.project_prompts(embeds)
+    kernels = NativeKernels(unet)
+    time_rows, key_values = kernels.embed_timesteps(times), kernels.project_prompts(embeds)
 
     def diffusers() -> object:
         return unet(latents[pairs], times[pairs], encoder_hidden_states=embeds, return_dict=False)
 
     def no_saving() -> object:
-        return row_unet(latents[pairs], row_unet.embed_times(times[pairs]), row_unet.project_prompts(embeds))
+        return kernels.predict_noise(latents[pairs], kernels.embed_timesteps(times[pairs]), kernels.project_prompts(embeds))
 
     def prompts_kept() -> object:
-        return row_unet(latents[pairs], row_unet.embed_times(times[pairs]), key_values)
+        return kernels.predict_noise(latents[pairs], kernels.embed_timesteps(times[pairs]), key_values)
 
     def times_kept() -> object:
-        return row_unet(latents[pairs], time_rows[pairs], row_unet.project_prompts(embeds))
+        return kernels.predict_noise(latents[pairs], time_rows[pairs], kernels.project_prompts(embeds))
 
     def pair_shared() -> object:
-        return row_unet(latents, row_unet.embed_times(times), row_unet.project_prompts(embeds), pairs)
+        return kernels.predict_noise(latents, kernels.embed_timesteps(times), kernels.project_prompts(embeds), pairs)
 
     def together() -> object:
-        return row_unet(latents, time_rows, key_values, pairs)
+        return kernels.predict_noise(latents, time_rows, key_values, pairs)
 
     made = (diffusers, no_saving, prompts_kept, times_kept, pair_shared, together)
     return {variant.__name__: variant for variant in made}

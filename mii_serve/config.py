@@ -26,8 +26,8 @@ from pydantic_settings import (
 )
 
 from mii_serve.errors import ConfigError
+from mii_serve.types import EngineChoice
 
-EngineName = Literal["auto", "reference", "native", "deepspeed"]
 DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -152,7 +152,7 @@ class DeployConfig(BaseSettings):
     revision: str | None = None
     allow_pickle: bool = False
     enable_safety_checker: bool = True
-    engine: EngineName = "auto"
+    engine: EngineChoice = "auto"
     dtype: DtypeName = "auto"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     replicas: int = Field(1, ge=1)

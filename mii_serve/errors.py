@@ -6,14 +6,14 @@
     ├── QueueFullError           no room now, try again later                    RESOURCE_EXHAUSTED   429
     │   └── RateLimitedError     this API key has had its share
     ├── UnauthenticatedError     no API key, or an unknown one                   UNAUTHENTICATED      401
-    ├── PermissionDeniedError    the operator has not allowed this to anybody    PERMISSION_DENIED    403
+    ├── PermissionDeniedError    the operator has not allowed this               PERMISSION_DENIED    403
     ├── DeadlineExceededError    the caller's time ran out                       DEADLINE_EXCEEDED    424
     ├── RequestCancelledError    the caller hung up                              CANCELLED            499
     ├── UnsupportedError         this server cannot do that                      UNIMPLEMENTED        501
     ├── UnavailableError         not ready, draining, or unreachable             UNAVAILABLE          503
     │   └── ModerationFailedError content safety gave no verdict, so nothing leaves                   424
     ├── EngineError              the device or the model failed                  INTERNAL             500
-    │   ├── NotFiniteError       at this picture: it has values that are not numbers
+    │   ├── NotFiniteError       this picture has values that are not finite
     │   ├── EngineLostError      and the replica has to be started again
     │   └── PoisonedRequestError replicas crash under this request
     ├── ConfigError              a setting breaks a rule; the server will not start
@@ -28,18 +28,25 @@ never used: the Azure ML client crashes on it. 424 is what that service's own ga
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-Stage = Literal["input", "output"]
-"""What content safety looked at: the request's texts, or a picture made from them."""
+ModerationStage = Literal["input", "output"]
+"""What content safety checked: the request's texts, or a picture made from them."""
 
 
 class MiiServeError(Exception):
-    """Root of the tree. `str(error)` is fit to show to the caller."""
+    """Root of the tree. `str(error)` is fit to show to the caller. Every error can be pickled and copied."""
 
     grpc_code: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without calling `__init__`, whose arguments are not those of `Exception`."""
+        return _restore, (type(self), self.args), self.__dict__
+
+
+def _restore(cls: type[MiiServeError], args: tuple[Any, ...]) -> MiiServeError:
+    return cls.__new__(cls, *args)
 
 
 class InvalidRequestError(MiiServeError):
@@ -62,17 +69,17 @@ class ContentBlockedError(InvalidRequestError):
     """
 
     def __init__(
-        self, field: str, categories: Mapping[str, int], *, stage: Stage = "input", on_blocklist: bool = False
+        self, field: str, categories: Mapping[str, int], *, stage: ModerationStage = "input", on_blocklist: bool = False
     ) -> None:
         found = [f"{name} {severity}" for name, severity in categories.items()] + ["a blocklist"] * on_blocklist
         super().__init__(field, "refused by content safety: " + (", ".join(found) or "no reason given"))
         self.stage = stage
-        self.categories = MappingProxyType(dict(categories))
+        self.categories: Mapping[str, int] = dict(categories)
         self.on_blocklist = on_blocklist
 
 
 class QueueFullError(MiiServeError):
-    """`retry_after_s` is when it is worth another try, where that is known."""
+    """No room now. `retry_after_s` are the seconds after which another try is worthwhile, None where that is not known."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
     http_status = 429
@@ -83,7 +90,7 @@ class QueueFullError(MiiServeError):
 
 
 class RateLimitedError(QueueFullError):
-    """The caller's API key has reached a limit of its own; other callers are not concerned."""
+    """The caller's API key has reached its own limit; other callers are not affected."""
 
 
 class UnauthenticatedError(MiiServeError):
@@ -117,28 +124,30 @@ class UnavailableError(MiiServeError):
 
 
 class ModerationFailedError(UnavailableError):
-    """Content safety gave no verdict. 424, as clients repeat a 503 several times and the picture may have been made already."""
+    """Content safety gave no verdict. 424, as clients retry a 503 several times and the picture may have been made already."""
 
     http_status = 424
 
 
 class EngineError(MiiServeError):
-    """The device or the model failed at this."""
+    """The device or the model failed."""
 
 
 class NotFiniteError(EngineError):
-    """This picture overflowed on its way and cannot be shown; the text says where and what to do. Others are unharmed."""
+    """This picture overflowed on its way and cannot be shown; the text says where and what to do. Others are not affected."""
 
 
 class EngineLostError(EngineError):
-    """The replica is finished. Nothing is known against the request, so it can be made again elsewhere."""
+    """The replica is finished. The request is not known to be the cause, so another replica can run it."""
 
 
 class PoisonedRequestError(EngineError):
-    """Replicas crashed while they worked on this request; it is not tried again."""
+    """Replicas crashed while they ran this request; it is not tried again."""
 
 
 class ConfigError(MiiServeError):
+    """The setting `setting` breaks `rule`."""
+
     grpc_code = "FAILED_PRECONDITION"
 
     def __init__(self, setting: str, rule: str) -> None:
@@ -148,7 +157,7 @@ class ConfigError(MiiServeError):
 
 
 class UnusableEngineError(ConfigError):
-    """The machine, an extension or the model is not what the engine needs; nothing is known against other engines."""
+    """The machine, an extension or the model is not what the engine needs; another engine may work."""
 
     def __init__(self, rule: str) -> None:
         super().__init__("engine", rule)
@@ -159,7 +168,7 @@ class ModelError(MiiServeError):
 
 
 class VerificationError(MiiServeError):
-    """The message names the stage whose answers are off first."""
+    """The text names the first stage whose results are not the reference's."""
 
     grpc_code = "FAILED_PRECONDITION"
 
@@ -167,7 +176,7 @@ class VerificationError(MiiServeError):
 def error_for_grpc_code(code: str, reason: str = "") -> type[MiiServeError]:
     """The class a client raises for a status of this name; the root for codes that have no class.
 
-    `reason` is the name of the class that was raised, where the server told it.
+    `reason` is the name of the class that was raised, where the server sent it.
     """
     return _BY_REASON.get((code, reason)) or _BY_GRPC_CODE.get(code, MiiServeError)
 

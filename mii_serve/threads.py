@@ -1,9 +1,9 @@
-"""How torch's threads wait for each other on a CPU: briefly awake, and asleep soon, so that whatever else runs there can.
+"""How long torch's threads spin at a barrier on a CPU before they sleep and leave the core to other processes.
 
-torch's CPU build computes with GNU's OpenMP, whose threads spin at every barrier for as long as something like a millisecond.
-Alone that is fastest. Beside anything else that wants the cores, the spinning thread holds the core that the awaited one needs,
-and a UNet call has hundreds of barriers. `benchmarks/threads.py` measures what each length of spinning costs; the one here is
-within some percent of the default on an idle machine. The runtime reads it once, when torch is loaded.
+torch's CPU build computes with GNU's OpenMP, whose threads spin at every barrier for about a millisecond. On an idle machine
+that is fastest. On a busy one, the spinning thread occupies the core that the thread it waits for needs, and a UNet call has
+hundreds of barriers. `benchmarks/threads.py` measures what each length of spinning costs; the one here is within a few percent
+of the default on an idle machine. The runtime reads it once, when torch is loaded.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import os
 from collections.abc import Mapping
 
 SPIN_COUNT = 2500
-"""In turns of libgomp's waiting loop, some ten microseconds in all. Its own default is 300,000."""
+"""Rounds of libgomp's waiting loop, about ten microseconds in all. Its own default is 300,000."""
 
 WAIT_VARIABLES = frozenset({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"})
-"""An operator who set one of these has decided how threads wait, and is not overruled."""
+"""Where the operator has set one of these, it stays as it is."""
 
 
 def wait_settings(environment: Mapping[str, str]) -> dict[str, str]:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from mii_serve.extras import how_to_get
+
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span, SpanKind
@@ -42,7 +44,7 @@ def start_tracing() -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        logger.warning("OTEL_EXPORTER_OTLP_ENDPOINT is set, but tracing needs: pip install 'mii-serve[otel]'")
+        logger.warning("OTEL_EXPORTER_OTLP_ENDPOINT is set, but traces need more: %s", how_to_get("otel"))
         return
     name = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "mii_serve"}
     _provider = TracerProvider(resource=Resource.create(name), shutdown_on_exit=False)

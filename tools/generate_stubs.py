@@ -11,6 +11,8 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTO = "mii_serve/proto/v1/image_generation.proto"
+REPLICA_PROTO = "mii_serve/proto/replica/replica.proto"
+"""Between a front and its replicas."""
 MII_PROTO = "mii_serve/proto/mii/pictures.proto"
 """Messages only: what mii calls its service is said where the calls are answered."""
 
@@ -21,7 +23,8 @@ def generate(out: Path) -> None:
     Raises:
         SystemExit: protoc failed; it has said why.
     """
-    for proto, kinds in ((PROTO, ("python", "pyi", "grpc_python", "mypy_grpc")), (MII_PROTO, ("python", "pyi"))):
+    service = ("python", "pyi", "grpc_python", "mypy_grpc")
+    for proto, kinds in ((PROTO, service), (REPLICA_PROTO, service), (MII_PROTO, ("python", "pyi"))):
         outputs = [f"--{kind}_out={out}" for kind in kinds]
         if code := protoc.main(["protoc", f"-I{ROOT}", *outputs, str(ROOT / proto)]):
             sys.exit(code)

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from PIL import Image
 from mii_serve.bench.values import Answer, PlannedRequest, Record, Shown
 from mii_serve.config import DeployConfig
 from mii_serve.errors import MiiServeError
+from mii_serve.types import MAX_SEED, GenerationRequest, ImageFormat, OutputOptions
 
 FP32_MAX_LEVELS = 1
 """In float32 engines differ by the order of their operations only: one level of 255 in any pixel."""
@@ -123,20 +124,14 @@ class LocalReference:
         Raises:
             MiiServeError: it cannot be made.
         """
-        from dataclasses import replace
-
-        from mii_serve.client.messages import Gathering
-        from mii_serve.types import MAX_SEED, OutputOptions
-
         # Image i of a request is the picture of seed + i; the others need not be made.
         seed = ((request.asked.seed or 0) + image_index) & MAX_SEED
         asked = replace(request.asked, seed=seed, num_images_per_prompt=1)
-        gathering = Gathering()
-        for message in self._local.stream_messages(asked, OutputOptions()):
-            gathering.take(message)
-        result = gathering.result()
-        self.name = f"{result.parameters.engine} {result.parameters.dtype}, {result.parameters.model_revision}"
-        return result.images[0]
+        output = OutputOptions(format=ImageFormat.RAW_RGB)
+        answer = self._local.generate(GenerationRequest(params=asked, output=output))
+        done, image = answer.parameters, answer.images[0]
+        self.name = f"{done.engine} {done.dtype}, {done.model_revision}"
+        return Image.frombytes("RGB", (image.width, image.height), image.encoded)
 
 
 @contextmanager

@@ -8,19 +8,26 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from mii_serve.bench.values import OK, UNREACHABLE, Answer, PlannedRequest, Shown
-from mii_serve.client import ServerInfo
+from mii_serve.bench.values import BAD_ANSWER, OK, UNREACHABLE, Answer, PlannedRequest, Shown
 from mii_serve.client.calls import OPTIONS, Pairs, typed_error
-from mii_serve.client.messages import decode_server_info
-from mii_serve.errors import InvalidRequestError
-from mii_serve.proto.codec import encode_request, image_format_number
-from mii_serve.proto.status import STATUS_DETAILS_KEY
+from mii_serve.errors import InvalidRequestError, MiiServeError
+from mii_serve.proto.codec import decode_event, decode_server_info, encode_request
+from mii_serve.proto.metadata import STATUS_DETAILS_KEY
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
-from mii_serve.types import ImageFormat, OutputOptions
+from mii_serve.types import (
+    Done,
+    GenerationRequest,
+    ImageFormat,
+    ImageReady,
+    OutputOptions,
+    Preview,
+    ServerInfo,
+    Started,
+    Step,
+)
 
 INFO_TIMEOUT_S = 10.0
-_RAW = image_format_number(ImageFormat.RAW_RGB)
 
 
 class GrpcDriver:
@@ -37,27 +44,29 @@ class GrpcDriver:
 
     async def ask(self, request: PlannedRequest, timeout_s: float) -> Answer:
         clock = asyncio.get_running_loop().time
-        first: dict[str, float] = {}
+        first: dict[type, float] = {}
         pictures: dict[int, Shown] = {}
+        asked = GenerationRequest(params=request.asked, output=OutputOptions(preview_every=request.preview_every))
         try:
-            message = encode_request(request.asked, OutputOptions(preview_every=request.preview_every))
-            call = self._stub.GenerateStream(message, timeout=timeout_s, metadata=self._metadata)
-            while (event := await call.read()) is not grpc.aio.EOF:
-                kind = event.WhichOneof("event")
-                first.setdefault(kind, clock())
-                if kind == "image":
-                    pictures[event.image.index] = shown(event.image)
+            call = self._stub.GenerateStream(encode_request(asked), timeout=timeout_s, metadata=self._metadata)
+            while (message := await call.read()) is not grpc.aio.EOF:
+                event = decode_event(message)
+                first.setdefault(type(event), clock())
+                if isinstance(event, ImageReady):
+                    pictures[event.image_index] = shown(event)
         except grpc.RpcError as error:
             return Answer(code=code_of(error), text=str(typed_error(error, self._target)))
         except InvalidRequestError as error:  # no message could carry it
             return Answer(code=error.grpc_code, text=str(error))
+        except MiiServeError as error:  # of a newer server
+            return Answer(code=BAD_ANSWER, text=str(error))
         return Answer(
-            code=OK if "done" in first else "CANCELLED",
-            text="" if "done" in first else "the stream ended before the request was done",
+            code=OK if Done in first else "CANCELLED",
+            text="" if Done in first else "the stream ended before the request was done",
             pictures=tuple(pictures[index] for index in sorted(pictures)),
-            started_at=first.get("started"),
-            first_step_at=first.get("step"),
-            first_preview_at=first.get("preview"),
+            started_at=first.get(Started),
+            first_step_at=first.get(Step),
+            first_preview_at=first.get(Preview),
         )
 
     async def server_info(self) -> ServerInfo:
@@ -84,5 +93,6 @@ def code_of(error: grpc.RpcError) -> str:
     return UNREACHABLE if error.code() is grpc.StatusCode.UNAVAILABLE and not is_told else error.code().name
 
 
-def shown(image: pb.GeneratedImage) -> Shown:
-    return Shown(encoded=image.data, raw_size=(image.width, image.height) if image.format == _RAW else None)
+def shown(image: ImageReady) -> Shown:
+    is_raw = image.format is ImageFormat.RAW_RGB
+    return Shown(encoded=image.encoded, raw_size=(image.width, image.height) if is_raw else None)

@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from mii_serve.bench.http_wire import HttpError, HttpPool, Url
-from mii_serve.proto.codec import Activity
+from mii_serve.types import Activity
 
 SCRAPE_TIMEOUT_S = 10.0
 

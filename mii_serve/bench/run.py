@@ -17,8 +17,8 @@ from mii_serve.bench.load import Bounds, Driver, closed_loop, open_loop
 from mii_serve.bench.mix import Mix
 from mii_serve.bench.observe import between, between_activities, scrape
 from mii_serve.bench.values import Answer, PlannedRequest, Record
-from mii_serve.client import ServerInfo
 from mii_serve.errors import MiiServeError
+from mii_serve.types import ServerInfo
 
 Protocol = Literal["grpc", "http", "mii"]
 

@@ -26,7 +26,7 @@ from mii_serve.errors import ConfigError, MiiServeError, UnavailableError
 if TYPE_CHECKING:
     from mii_serve.bench.load import Driver
     from mii_serve.bench.values import Record
-    from mii_serve.client import ServerInfo
+    from mii_serve.types import ServerInfo
 
 DEFAULT_CONCURRENCY = 8
 DEFAULT_DURATION_S = 30.0

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mii_serve import __version__
 from mii_serve.cli import bench_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
+from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
+from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, RequestedParams
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
 
 DEFAULT_TARGET = "127.0.0.1:50050"
-ENGINES = "{auto,reference,native,deepspeed}"
+ENGINES = f"{{{','.join(ENGINE_CHOICES)}}}"
 DTYPES = "{auto,fp32,fp16,bf16}"
 MODELS = "hub id, diffusers folder, Azure ML model folder, or demo, the model in the package and the default"
 
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(ExitCode.INVALID)
     wait_briefly()  # before a command, or a process that it starts, loads torch
     with exit_codes():
+        if (extra := _needed_extra(command, values)) is not None:
+            require(extra)
         code = _COMMANDS[command](values)
         sys.stdout.flush()
         sys.exit(code)
@@ -64,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("config", "show|schema", _add_config_flags, "show how a server would be configured, and why", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, what it runs and how busy it is", ""),
         ("verify", "[MODEL]", _add_verify_flags, "hold an engine against the FP32 reference, stage by stage", _VERIFY_MORE),
-        ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine lacks", _DOCTOR_MORE),
+        ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine needs", _DOCTOR_MORE),
         ("bench", "", _add_bench_flags, "load a server, time it, and check its pictures", bench_flags.MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
@@ -89,14 +93,12 @@ a flag, a variable, the file, or the default. schema prints the JSON schema of t
 
 _DOCTOR_MORE = """
 
-It says for each engine what it needs, what was found, and the command that mends a lack.
+It says for each engine what it needs, what was found, and the command that installs what is missing.
 Exit code 0: the engine asked for can run here, with auto one of them; 1: it cannot."""
 
 
 def _add_doctor_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--engine", choices=("auto", "reference", "native", "deepspeed"), default="auto", help="for the exit code"
-    )
+    parser.add_argument("--engine", choices=ENGINE_CHOICES, default="auto", help="for the exit code")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -155,9 +157,12 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="json is one object a line")
 
 
+_METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X"}
+
+
 def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("prompt", metavar="PROMPT", help="what to draw")
+    add("prompt", metavar="PROMPT", help="what the image should show")
     add(
         "-o",
         "--output",
@@ -167,16 +172,13 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
         help=".png, .jpg, .jpeg or .webp, default out.png; several images become out-0.png, out-1.png, ...",
     )
     add("--target", metavar="HOST:PORT", help="ask this server; without it, the model is loaded here")
-    request = parser.add_argument_group("the picture; what is left out gets the model's own default")
-    add = request.add_argument
-    add("--num-inference-steps", type=int, metavar="N", help="denoising steps")
-    add("--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt")
-    add("--seed", type=int, metavar="S", help="image i is made from seed + i")
-    add("--negative-prompt", metavar="TEXT", help="what to avoid")
-    add("--height", type=int, metavar="PX", help="height in pixels")
-    add("--width", type=int, metavar="PX", help="width in pixels")
-    add("--num-images-per-prompt", type=int, metavar="N", help="images to make")
-    add("--scheduler", metavar="NAME", help="sampler; mii_serve status lists them")
+    request = parser.add_argument_group(
+        "the image; what is left out gets the model's own default", "mii_serve status shows a server's defaults and schedulers."
+    )
+    for parameter in PARAMETERS:
+        if parameter.name != "prompt":
+            flag = f"--{parameter.name.replace('_', '-')}"
+            request.add_argument(flag, type=parameter.kind, metavar=_METAVARS[parameter.kind], help=parameter.help)
     add = parser.add_argument_group("without --target").add_argument
     # No default: a flag that was not given leaves the choice to the environment.
     add("--model", default=argparse.SUPPRESS, metavar="MODEL", help=MODELS)
@@ -204,7 +206,7 @@ def _add_status_flags(parser: argparse.ArgumentParser) -> None:
 _VERIFY_MORE = """
 
 First the reference is compared with diffusers' own pipeline on the model. Then a fixed set of prompts, samplers and
-sizes is drawn with the reference and with the engine, there alone and in a crowded batch, and printed is how far the
+sizes is drawn with the reference and with the engine, there alone and in a batch, and printed is how far the
 text encoder, single UNet calls, the VAE and whole pictures are off. The exit code is 1 when a limit is broken.
 Settings come from flags, the environment and the file, as for deploy."""
 
@@ -217,7 +219,7 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     add("--engine", metavar=ENGINES, help="the engine to verify")
     add("--dtype", metavar=DTYPES, help="its precision")
     add("--device", metavar="{auto,cpu,cuda}", help="where the model runs, the reference too")
-    add("--max-slots", type=int, metavar="N", help="most images in work at once, which is how crowded it gets")
+    add("--max-slots", type=int, metavar="N", help="most images in work at once, which is the size of the batch")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
@@ -238,6 +240,17 @@ def _add_tls_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="speak TLS, and trust certificates signed by these")
     group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate to show to the server")
     group.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
+
+
+def _needed_extra(command: str, values: dict[str, Any]) -> str | None:
+    """The extra without which a command can do nothing of what it is asked to."""
+    match command:
+        case "config" | "deploy" | "verify":
+            return "server"
+        case "generate":
+            return "server" if values["target"] is None else None
+        case _:
+            return None
 
 
 def _connection(values: dict[str, Any]) -> Connection:
@@ -265,10 +278,9 @@ def _config(values: dict[str, Any]) -> int:
 
 def _generate(values: dict[str, Any]) -> int:
     from mii_serve.cli.generate import run
-    from mii_serve.types import RequestedParams
 
     return run(
-        RequestedParams(**{name: values[name] for name in RequestedParams.__dataclass_fields__}),
+        RequestedParams(**{name: values[name] for name in PARAMETER_NAMES}),
         output=values["output"],
         embed_metadata=values["embed_metadata"],
         connection=None if values["target"] is None else _connection(values),

@@ -13,20 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from mii_serve import __version__
 from mii_serve.cli.exits import ExitCode, say, silence
+from mii_serve.extras import EXTRAS, how_to_get
 from mii_serve.logs import LogFormat, configure_logs
 from mii_serve.tracing import flush_traces, start_tracing
 
 if TYPE_CHECKING:
     from mii_serve.config import DeployConfig
     from mii_serve.server.deploy import Ready
-    from mii_serve.server.desk import Desk
+    from mii_serve.server.dispatcher import Dispatcher
     from mii_serve.server.keys import KeyRing
     from mii_serve.server.tls import Tls
 
 EXAMPLE_PROMPT = "a red circle on a blue background"
 logger = logging.getLogger(__name__)
-
-HTTP_PACKAGES = ("starlette", "uvicorn")
 
 
 def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: LogFormat, mii_file: Path | None = None) -> int:
@@ -95,16 +94,16 @@ def _tell_ready(ready: Ready) -> None:
 
 
 def _open_http(
-    config: DeployConfig, desk: Desk, keys: KeyRing, tls: Tls | None, max_connections: int
+    config: DeployConfig, dispatcher: Dispatcher, keys: KeyRing, tls: Tls | None, max_connections: int
 ) -> AbstractAsyncContextManager[str | None]:
     try:
         from mii_serve.gateway.app import serve_http
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in HTTP_PACKAGES:
+        if (error.name or "").partition(".")[0] not in EXTRAS["http"]:
             raise
-        say("HTTP is off: it needs the extra mii-serve[http]")
+        say(f"HTTP is off: {error.name} is not installed: {how_to_get('http')}")
         return _no_http()
-    return serve_http(config, desk, keys, tls, max_connections)
+    return serve_http(config, dispatcher, keys, tls, max_connections)
 
 
 @asynccontextmanager

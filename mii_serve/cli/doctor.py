@@ -1,4 +1,4 @@
-"""`mii_serve doctor`: what this machine has, what each engine needs, and the command that mends a lack."""
+"""`mii_serve doctor`: what this machine has, what each engine needs, and the command that installs what is missing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import asdict
 from typing import Any
 
 from mii_serve.cli.exits import ExitCode
-from mii_serve.engine.machine import PACKAGES, Machine, look
-from mii_serve.engine.requirements import ENGINES, first_lack, preferred, requirements
+from mii_serve.engine.machine import PACKAGES, Machine, inspect_machine
+from mii_serve.engine.requirements import first_missing, preferred, requirements
+from mii_serve.extras import how_to_get
+from mii_serve.types import ENGINES, EngineChoice
 
 GIB = 1 << 30
 
 EXTRAS = {
-    "http": (("starlette", "uvicorn"), "pip install 'mii-serve[http]'"),
-    "otel": (("opentelemetry-sdk",), "pip install 'mii-serve[otel]'"),
+    "http": (("starlette", "uvicorn"), how_to_get("http")),
+    "otel": (("opentelemetry-sdk",), how_to_get("otel")),
     "mii": (
         ("deepspeed-mii",),
         "pip install --no-deps deepspeed-mii==0.3.3 && pip install ujson pyzmq Flask-RESTful",
@@ -23,15 +25,15 @@ EXTRAS = {
 """What is missing only to those who want it: the HTTP port, traces, MII's own configuration classes."""
 
 
-def run(engine: str, *, is_json: bool) -> int:
+def run(engine: EngineChoice, *, is_json: bool) -> int:
     """Print the verdict; the exit code is about `engine`."""
-    machine = look()
+    machine = inspect_machine()
     chosen = preferred(machine) if engine == "auto" else engine
     if is_json:
         print(json.dumps(as_json(machine), indent=1))
     else:
         _show(machine)
-    return ExitCode.OK if first_lack(chosen, machine) is None else ExitCode.FAILED
+    return ExitCode.OK if first_missing(chosen, machine) is None else ExitCode.FAILED
 
 
 def as_json(machine: Machine) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def as_json(machine: Machine) -> dict[str, Any]:
         "machine": found,
         "engines": {
             engine: {
-                "is_usable": first_lack(engine, machine) is None,
+                "is_usable": first_missing(engine, machine) is None,
                 "requirements": [asdict(one) for one in requirements(engine, machine)],
             }
             for engine in ENGINES
@@ -73,8 +75,8 @@ def _show(machine: Machine) -> None:
         table.add_row(name, Text(value))
     console.print(table)
     for engine in ENGINES:
-        lack = first_lack(engine, machine)
-        console.print(f"\n{engine}: " + ("can run" if lack is None else "cannot run"), style="bold")
+        missing = first_missing(engine, machine)
+        console.print(f"\n{engine}: " + ("can run" if missing is None else "cannot run"), style="bold")
         for one in requirements(engine, machine):
             _show_line(console, one.is_met, f"{one.what}: {one.found}", one.remedy)
     console.print("\nextras", style="bold")

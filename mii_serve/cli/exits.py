@@ -17,6 +17,7 @@ from mii_serve.errors import (
     MiiServeError,
     UnavailableError,
 )
+from mii_serve.extras import MissingExtraError, extra_with, how_to_get
 
 
 class ExitCode(IntEnum):
@@ -26,6 +27,7 @@ class ExitCode(IntEnum):
     UNAVAILABLE = 3
     DEADLINE_EXCEEDED = 4
     REJECTED = 5
+    NOT_INSTALLED = 6
     INTERRUPTED = 130
 
 
@@ -37,6 +39,7 @@ exit codes:
   3    server unreachable or not ready
   4    deadline exceeded
   5    the pictures are not those of the reference
+  6    this command needs an extra of the package that is not installed
   130  interrupted
 """
 
@@ -105,9 +108,22 @@ def exit_codes() -> Iterator[None]:
             raise
         say(f"error: {error}")
         sys.exit(exit_code_of(error))
+    except ModuleNotFoundError as error:
+        if is_debug:
+            raise
+        say(f"error: {_missing(error)}")
+        sys.exit(ExitCode.NOT_INSTALLED)
     except Exception as error:  # the last stop before the user; the traceback stays one variable away
         if is_debug:
             raise
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         say(f"error: {kind}{error} ({DEBUG_VARIABLE}=1 shows where)")
         sys.exit(ExitCode.FAILED)
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    module = error.name or str(error)
+    extra = error.extra if isinstance(error, MissingExtraError) else extra_with(module)
+    if extra is None:
+        return f"{module} is not installed, and no extra of mii_serve brings it ({DEBUG_VARIABLE}=1 shows what needs it)"
+    return f"{module} is not installed: {how_to_get(extra)}"

@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import time
+import uuid
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -18,11 +19,11 @@ from mii_serve.cli.exits import ExitCode, say
 from mii_serve.cli.files import check_output, output_paths, write_all
 from mii_serve.cli.interrupt import CtrlC
 from mii_serve.errors import DeadlineExceededError, InvalidRequestError
-from mii_serve.types import ImageFormat, OutputOptions, RequestedParams
+from mii_serve.types import Done, GenerationRequest, ImageFormat, OutputOptions, Queued, RequestedParams, Started, Step
+from mii_serve.types import Event as ServerEvent
 
 if TYPE_CHECKING:
     from mii_serve.client import Event, GenerationResult
-    from mii_serve.proto.v1 import image_generation_pb2 as pb
 
 
 def run(
@@ -48,10 +49,11 @@ def run(
         raise InvalidRequestError(f"--{name}", "is the server's choice and cannot be combined with --target")
 
     is_quiet = is_json or not sys.stderr.isatty()
+    request = GenerationRequest(params=asked, output=options)
     if connection is None:
-        result = _make_here(asked, options, flags, timeout, is_quiet=is_quiet, is_json=is_json)
+        result = _generate_here(request, flags, timeout, is_quiet=is_quiet, is_json=is_json)
     else:
-        result = _ask(connection, asked, options, timeout, is_quiet=is_quiet)
+        result = _ask(connection, request, timeout, is_quiet=is_quiet)
 
     paths = output_paths(output, len(result.encoded))
     write_all(paths, result.encoded)
@@ -59,42 +61,24 @@ def run(
     return ExitCode.OK
 
 
-def _ask(
-    connection: Connection, asked: RequestedParams, options: OutputOptions, timeout: float | None, *, is_quiet: bool
-) -> GenerationResult:
-    with (
-        CtrlC() as ctrl_c,
-        connection.open() as client,
-        client.stream(
-            asked.prompt,
-            negative_prompt=asked.negative_prompt,
-            num_inference_steps=asked.num_inference_steps,
-            guidance_scale=asked.guidance_scale,
-            seed=asked.seed,
-            height=asked.height,
-            width=asked.width,
-            num_images_per_prompt=asked.num_images_per_prompt,
-            scheduler=asked.scheduler,
-            output_format=options.format.value,
-            embed_metadata=options.embed_metadata,
-            timeout=timeout,
-        ) as stream,
-    ):
+def _ask(connection: Connection, request: GenerationRequest, timeout: float | None, *, is_quiet: bool) -> GenerationResult:
+    options: dict[str, Any] = {
+        **asdict(request.params),
+        "output_format": request.output.format.value,
+        "embed_metadata": request.output.embed_metadata,
+        "timeout": timeout,
+    }
+    with CtrlC() as ctrl_c, connection.open() as client, client.stream(**options) as stream:
         ctrl_c.cancels(stream)
         _show(stream, is_quiet=is_quiet)
         return stream.result()
 
 
-def _make_here(
-    asked: RequestedParams,
-    options: OutputOptions,
-    flags: dict[str, Any],
-    timeout: float | None,
-    *,
-    is_quiet: bool,
-    is_json: bool,
+def _generate_here(
+    request: GenerationRequest, flags: dict[str, Any], timeout: float | None, *, is_quiet: bool, is_json: bool
 ) -> GenerationResult:
-    from mii_serve.client.messages import Gathering, check_timeout
+    from mii_serve.client.arguments import check_timeout
+    from mii_serve.client.results import ResultBuilder
 
     timeout = check_timeout(timeout)
     from mii_serve.config import DeployConfig
@@ -104,24 +88,23 @@ def _make_here(
         say(f"mii_serve {__version__}: loading {config.model}")
     from mii_serve.replica.local import open_local
 
-    gathering = Gathering()
-    with open_local(config) as local, closing(_within(timeout, local.stream_messages(asked, options))) as messages:
-        taken = (gathering.take(message) for message in messages)
-        _show((event for event in taken if event is not None), is_quiet=is_quiet)
-    return gathering.result()
+    builder = ResultBuilder(uuid.uuid4().hex)
+    with open_local(config) as local, closing(_within(timeout, local.stream(request))) as events:
+        _show(map(builder.add, events), is_quiet=is_quiet)
+    return builder.result()
 
 
-def _within(timeout: float | None, messages: Iterator[pb.GenerateEvent]) -> Generator[pb.GenerateEvent, None, None]:
-    """The messages for as long as there is time, looked at after each; closing this cancels the request."""
+def _within(timeout: float | None, events: Iterator[ServerEvent]) -> Generator[ServerEvent, None, None]:
+    """The events for as long as there is time, looked at after each; closing this cancels the request."""
     start = time.monotonic()
     try:
-        for message in messages:
-            yield message
-            if timeout is not None and time.monotonic() - start > timeout and message.WhichOneof("event") != "done":
+        for event in events:
+            yield event
+            if timeout is not None and time.monotonic() - start > timeout and not isinstance(event, Done):
                 raise DeadlineExceededError(f"the pictures were not ready within {timeout:g} s")
     finally:
-        if isinstance(messages, Generator):
-            messages.close()
+        if isinstance(events, Generator):
+            events.close()
 
 
 # ---- what the user sees --------------------------------------------------------------------------------------------
@@ -133,8 +116,6 @@ def _show(events: Iterable[Event], *, is_quiet: bool) -> None:
         for _ in events:
             pass
         return
-    from mii_serve.client import Queued, Started, Step
-
     with _bars() as bars:
         tasks: dict[int, Any] = {}
         waiting = bars.add_task("waiting", total=None, left="")

@@ -14,8 +14,7 @@ from mii_serve.errors import DeadlineExceededError, MiiServeError, UnavailableEr
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mii_serve.client import ServerInfo
-    from mii_serve.proto.codec import Activity
+    from mii_serve.types import Activity, ServerInfo
 
 SERVING = "SERVING"
 UNREACHABLE = "UNREACHABLE"

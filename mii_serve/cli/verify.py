@@ -48,7 +48,7 @@ def run(
 
         write_all([picture_file], [sheet(report.pictures, image_format)])
         if not report.pictures:
-            say(f"warning: {picture_file} shows nothing: the engine failed before it had drawn in a crowd")
+            say(f"warning: {picture_file} shows nothing: the engine failed before it had drawn a batch")
     return ExitCode.OK if report.is_passed else ExitCode.FAILED
 
 

@@ -6,24 +6,14 @@
         result = client.generate("a red circle", num_inference_steps=20, seed=7)
         result.images[0].save("circle.png")
 
-`AsyncClient` is the same for asyncio. Every failure is an error from `mii_serve.errors`. A call is made once: nothing is
-retried behind the caller's back. Importing this never imports torch.
+`AsyncClient` is the same for asyncio. Every failure is an error from `mii_serve.errors`. `generate` retries what is safe to
+repeat, at most `max_retries` times. The SDK needs grpc, protobuf and Pillow, and imports nothing else.
 """
 
 from mii_serve.client.asynchronous import AsyncClient, AsyncGenerationStream
 from mii_serve.client.blocking import Client, GenerationStream
-from mii_serve.client.values import (
-    Done,
-    EffectiveParameters,
-    Event,
-    GenerationResult,
-    PictureReady,
-    PreviewReady,
-    ReplicaInfo,
-    Restarted,
-    ServerInfo,
-)
-from mii_serve.types import Queued, Started, Step
+from mii_serve.client.results import Event, GenerationResult, PictureReady, PreviewReady
+from mii_serve.types import Done, EffectiveParameters, Queued, ReplicaInfo, Restarted, ServerInfo, Started, Step
 
 __all__ = [
     "AsyncClient",

@@ -13,40 +13,29 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
 
+from mii_serve.client.arguments import check_bound, check_timeout
 from mii_serve.client.calls import (
-    HEALTH_OF_ALL,
-    MAX_RETRIES,
     OPTIONS,
-    RETRY_PAUSE_S,
-    Attempts,
     GenerationCalls,
     Pairs,
-    Readiness,
+    StreamCall,
     cancelled_here,
     closed_client,
-    health_name,
+    result_of,
     typed_error,
 )
-from mii_serve.client.messages import Gathering, check_bound, check_timeout, decode_response, decode_server_info
-from mii_serve.client.values import Event, GenerationResult, ServerInfo
+from mii_serve.client.health import HEALTH_OF_ALL, RETRY_PAUSE_S, Readiness, health_name
+from mii_serve.client.results import Event, GenerationResult
+from mii_serve.client.retries import MAX_RETRIES, Attempts
 from mii_serve.errors import MiiServeError
+from mii_serve.proto.codec import decode_server_info
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
+from mii_serve.types import ServerInfo
 
 
-class AsyncGenerationStream:
+class AsyncGenerationStream(StreamCall):
     """The events of one request. Leaving its `async with` block early cancels the request, as cancelling its reader does."""
-
-    def __init__(self, call: Any, target: str) -> None:
-        self._call = call
-        self._target = target
-        self._gathering = Gathering()
-        self._cancelled = False
-
-    @property
-    def request_id(self) -> str:
-        """The server's name for the request; empty until the first event."""
-        return self._gathering.request_id
 
     def __aiter__(self) -> AsyncGenerationStream:
         return self
@@ -56,34 +45,29 @@ class AsyncGenerationStream:
             try:
                 message = await self._call.read()
             except grpc.RpcError as error:
-                raise (cancelled_here() if self._cancelled else typed_error(error, self._target)) from error
+                raise self._error(error) from error
             except asyncio.CancelledError as error:
                 if _is_task_cancelled():
                     raise
                 raise cancelled_here() from error
             if message is grpc.aio.EOF:
-                self._gathering.result()  # a stream that ends early is an error, not a short stream
+                self._builder.result()  # a stream that ends early is an error, not a short stream
                 raise StopAsyncIteration
             try:
-                # Decoding a picture takes milliseconds that the other tasks need.
-                is_picture = message.HasField("image")
-                take = self._gathering.take
-                event = await asyncio.to_thread(take, message) if is_picture else take(message)
+                # Decoding an image takes milliseconds that the other tasks need.
+                has_image = message.WhichOneof("event") in ("image", "preview")
+                event = await asyncio.to_thread(self._event, message) if has_image else self._event(message)
             except (MiiServeError, asyncio.CancelledError):
                 self.cancel()
                 raise
             if event is not None:
                 return event
 
-    def cancel(self) -> None:
-        """Tell the server to stop; nothing happens if the request is over."""
-        self._cancelled = bool(self._call.cancel()) or self._cancelled
-
     async def result(self) -> GenerationResult:
         """Read the rest of the events and return what `generate` would have."""
         async for _ in self:
             pass
-        return self._gathering.result()
+        return self._builder.result()
 
     async def __aenter__(self) -> AsyncGenerationStream:
         return self
@@ -145,7 +129,7 @@ class AsyncClient(GenerationCalls[Coroutine[Any, Any, GenerationResult], AsyncGe
             try:
                 call = self._stub().Generate(request, timeout=attempts.left_s, metadata=metadata)
                 message = await self._answer(call)
-                return await asyncio.to_thread(decode_response, message)
+                return await asyncio.to_thread(result_of, message)
             except MiiServeError as error:
                 await asyncio.sleep(attempts.pause_s(error))
 
@@ -177,11 +161,11 @@ class AsyncClient(GenerationCalls[Coroutine[Any, Any, GenerationResult], AsyncGe
                     if readiness.is_ready(answer):
                         return
             except grpc.RpcError as error:
-                readiness.broke(error)
+                readiness.note_failure(error)
             finally:
                 watch.cancel()
             await asyncio.sleep(min(RETRY_PAUSE_S, max(0.0, deadline - time.monotonic())))
-        raise readiness.gave_up()
+        raise readiness.timeout_error()
 
     async def close(self) -> None:
         """Close the connection; what is in flight is cancelled."""

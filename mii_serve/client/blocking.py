@@ -8,43 +8,32 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from mii_serve.client.arguments import check_bound, check_timeout
 from mii_serve.client.calls import (
-    HEALTH_OF_ALL,
-    MAX_RETRIES,
     OPTIONS,
-    RETRY_PAUSE_S,
-    Attempts,
     GenerationCalls,
     Pairs,
-    Readiness,
+    StreamCall,
     cancelled_here,
     closed_client,
-    health_name,
+    result_of,
     typed_error,
 )
-from mii_serve.client.messages import Gathering, check_bound, check_timeout, decode_response, decode_server_info
-from mii_serve.client.values import Event, GenerationResult, ServerInfo
+from mii_serve.client.health import HEALTH_OF_ALL, RETRY_PAUSE_S, Readiness, health_name
+from mii_serve.client.results import Event, GenerationResult
+from mii_serve.client.retries import MAX_RETRIES, Attempts
 from mii_serve.errors import MiiServeError
+from mii_serve.proto.codec import decode_server_info
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
+from mii_serve.types import ServerInfo
 
 
-class GenerationStream:
+class GenerationStream(StreamCall):
     """The events of one request. Leaving its `with` block early cancels the request.
 
     One thread reads; any thread may cancel.
     """
-
-    def __init__(self, call: Any, target: str) -> None:
-        self._call = call
-        self._target = target
-        self._gathering = Gathering()
-        self._cancelled = False
-
-    @property
-    def request_id(self) -> str:
-        """The server's name for the request; empty until the first event."""
-        return self._gathering.request_id
 
     def __iter__(self) -> GenerationStream:
         return self
@@ -54,27 +43,23 @@ class GenerationStream:
             try:
                 message = next(self._call)
             except StopIteration:
-                self._gathering.result()  # a stream that ends early is an error, not a short stream
+                self._builder.result()  # a stream that ends early is an error, not a short stream
                 raise
             except grpc.RpcError as error:
-                raise (cancelled_here() if self._cancelled else typed_error(error, self._target)) from error
+                raise self._error(error) from error
             try:
-                event = self._gathering.take(message)
+                event = self._event(message)
             except MiiServeError:
                 self.cancel()
                 raise
             if event is not None:
                 return event
 
-    def cancel(self) -> None:
-        """Tell the server to stop; nothing happens if the request is over."""
-        self._cancelled = bool(self._call.cancel()) or self._cancelled
-
     def result(self) -> GenerationResult:
         """Read the rest of the events and return what `generate` would have."""
         for _ in self:
             pass
-        return self._gathering.result()
+        return self._builder.result()
 
     def __enter__(self) -> GenerationStream:
         return self
@@ -125,8 +110,8 @@ class Client(GenerationCalls[GenerationResult, GenerationStream]):
         except grpc.RpcError as error:
             raise typed_error(error, self.target) from error
         finally:
-            call.cancel()  # no answer: an interrupt; the server should not go on
-        return decode_response(message)
+            call.cancel()  # without an answer this was an interrupt: the server is to stop
+        return result_of(message)
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> GenerationStream:
         self._check_open()
@@ -166,11 +151,11 @@ class Client(GenerationCalls[GenerationResult, GenerationStream]):
                 if any(readiness.is_ready(answer) for answer in watch):
                     return
             except grpc.RpcError as error:
-                readiness.broke(error)
+                readiness.note_failure(error)
             finally:
                 watch.cancel()
             time.sleep(min(RETRY_PAUSE_S, max(0.0, deadline - time.monotonic())))
-        raise readiness.gave_up()
+        raise readiness.timeout_error()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,4 +1,4 @@
-"""What runs a `StepPlan`: the FP32 reference, and in time faster kernel sets under the same three methods."""
+"""What runs a `StepPlan`: `reference`, plain FP32 diffusers, or `batched`, the fast loop over one of the `kernels`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mii_serve.types import (
 
 
 class Engine(Protocol):
-    """A loaded model on a device, built, warmed and run by one and the same thread.
+    """A loaded model on a device. It is built, warmed up and run by one thread; only `check` may be called from others.
 
-    Not only for safety: each thread that computes gets a pool of helpers of its own, and with two pools on the same cores
-    torch's CPU kernels take twice as long.
+    Each thread that computes gets an OpenMP thread pool of its own, and with two pools on the same cores torch's CPU kernels
+    take twice as long.
     """
 
     @property
@@ -30,16 +30,16 @@ class Engine(Protocol):
 
     @property
     def capacity(self) -> EngineCapacity:
-        """What fits at once; may shrink when a device turns out to have less memory than thought."""
+        """What fits at once; it shrinks when a call runs out of memory."""
         ...
 
     @property
     def num_graph_misses(self) -> int:
-        """Turns that were made without a captured CUDA graph although there are some; 0 where there are none."""
+        """UNet calls for which no CUDA-graph bucket fitted; 0 where no buckets are declared."""
         ...
 
     def stage_seconds(self) -> dict[str, float]:
-        """Seconds that `run` has spent in each of `stages.STAGES` since this was last asked."""
+        """Seconds that `run` has spent in each of `stage_timer.STAGES` since the last call."""
         ...
 
     def check(self, params: GenerationParams) -> int:
@@ -51,21 +51,24 @@ class Engine(Protocol):
         ...
 
     def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
-        """What the scheduler of such a request is; of parameters that `check` has let pass."""
+        """The diffusers scheduler behind these parameters, which `check` has accepted."""
         ...
 
     def warmup(self) -> None:
-        """Make a picture, so that "ready" means "has worked"."""
+        """Make a picture, so that "ready" means "has worked".
+
+        Raises:
+            EngineError: the engine failed, or its picture is not finite.
+        """
         ...
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
-        """Carry out one turn; the answer has one entry for each sample of `plan.steps` and `plan.decodes`, in that order.
+        """Run one turn. The result has one entry for each sample of `plan.steps` and `plan.decodes`, in that order.
 
-        A sample that is in both has one entry. One that fails by itself ends with an error in its entry and costs nobody else
-        anything.
+        A sample that is in both has one entry. One that fails by itself has an error in its entry; the others are not affected.
 
         Raises:
-            EngineError: the engine's state is unknown and everything it held is lost.
+            EngineError: the engine's state is unknown and all its samples are lost.
         """
         ...
 

@@ -1,6 +1,6 @@
-"""Latents become images, and an image that is not finite is never handed out as a picture.
+"""Decodes latents into images. An image that is not finite is reported as a fault and never becomes a picture.
 
-The VAE of many models overflows in fp16 on some latents; a black picture is what users of diffusers then see. Such an image is
+The VAE of many models overflows in fp16 on some latents; users of diffusers then see a black picture. Such an image is
 decoded again in fp32, by itself, unless the VAE's config says `force_upcast: false`, with which a model declares that its VAE
 needs no fp32; diffusers reads the key the same way in its SDXL pipelines, where it decodes in fp32 from the start. What was not
 finite before it was decoded, or is not afterwards, is a fault of that sample alone.
@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-
-from mii_serve.errors import NotFiniteError
 
 Fault = Literal["latents", "image"]
 """What is not finite."""
@@ -38,44 +36,31 @@ class Decoded:
 
 
 def decode(vae: Any, latents: torch.Tensor, generator: torch.Generator | None = None) -> Decoded:
-    """Decode as `StableDiffusionPipeline.__call__` does. The one answer fetched from the device is whether all is finite."""
+    """Decode latents, N × channels × H/8 × W/8, as `StableDiffusionPipeline.__call__` does.
+
+    All that is fetched from the device is whether the values are finite.
+    """
     scaled = latents / vae.config.scaling_factor
     images = vae.decode(scaled.to(vae.dtype), return_dict=False, generator=generator)[0]
     are_finite: list[list[bool]] = torch.stack((_are_finite(latents), _are_finite(images)), dim=1).tolist()
     faults = [_fault(*each) for each in are_finite]
-    overflown = [index for index, fault in enumerate(faults) if fault == "image"]
-    if overflown and vae.dtype == torch.float16 and vae.config.get("force_upcast", True):
-        again = _decode_in_fp32(vae, scaled[overflown], generator)
+    overflowed = [index for index, fault in enumerate(faults) if fault == "image"]
+    if overflowed and decodes_in_fp32(vae):
+        again = _decode_in_fp32(vae, scaled[overflowed], generator)
         images = images.clone()
-        images[overflown] = again.clamp(*_range(images.dtype)).to(images.dtype)
-        for index, is_finite in zip(overflown, _are_finite(again).tolist(), strict=True):
+        images[overflowed] = again.clamp(*_range(images.dtype)).to(images.dtype)
+        for index, is_finite in zip(overflowed, _are_finite(again).tolist(), strict=True):
             faults[index] = _fault(True, is_finite)
     return Decoded(images, faults)
 
 
-def not_finite(fault: Fault, *, step: int, vae: Any, unet: Any) -> NotFiniteError:
-    """What a sample with this fault ends in: what happened, and what to do."""
-    if fault == "latents":
-        what, remedy = f"its latents are not finite after step {step}", _remedy(unet.dtype)
-    elif vae.dtype == torch.float16 and vae.config.get("force_upcast", True):
-        what, remedy = "what its VAE decodes is not finite, in fp16 nor in fp32", "look at the VAE's weights"
-    elif vae.dtype == torch.float16:
-        what = "what its VAE decodes in fp16 is not finite, and its config says force_upcast: false, so fp32 was not tried"
-        remedy = "deploy the model with --dtype bf16 or fp32, or set force_upcast to true in vae/config.json for an fp32 VAE"
-    else:
-        what, remedy = "what its VAE decodes is not finite", _remedy(vae.dtype)
-    return NotFiniteError(f"this picture failed: {what}; {remedy}")
+def decodes_in_fp32(vae: Any) -> bool:
+    """Whether an image that overflows in this VAE's precision is decoded again in fp32."""
+    return vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", True))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.isfinite().all())
-
-
-def _remedy(dtype: torch.dtype) -> str:
-    if dtype == torch.float16:
-        return "fp16 overflows easily: deploy the model with --dtype bf16 or fp32, or ask for other parameters"
-    first = "--dtype fp32 may help; " if dtype == torch.bfloat16 else ""
-    return f"{first}look at the model's weights, and at the scheduler with this number of steps and this guidance_scale"
 
 
 def _fault(has_finite_latents: bool, has_finite_image: bool) -> Fault | None:

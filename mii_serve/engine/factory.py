@@ -1,12 +1,13 @@
-"""Loads the configured model and puts the configured engine on it.
+"""Loads the configured model and builds the configured engine for it.
 
-`auto` takes DeepSpeed's kernels where somebody has installed them and they prove right, our own otherwise, and the reference
-for a UNet that neither knows. What it could not take, and why, is the engine's note.
+`auto` is `deepspeed` where DeepSpeed is installed and its kernels pass their check, `native` otherwise, and `reference` for a
+UNet that neither supports. What could not be used, and why, is the engine's note.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import diffusers
@@ -15,11 +16,13 @@ import transformers
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
-from mii_serve.engine.machine import look
-from mii_serve.engine.native import NativeEngine
-from mii_serve.engine.native.unet import why_unsupported
+from mii_serve.engine.batched import BatchedEngine
+from mii_serve.engine.batched.buckets import BatchShape
+from mii_serve.engine.batched.engine import CUDA_SLOTS
+from mii_serve.engine.kernels.native import NativeKernels, why_unsupported
+from mii_serve.engine.machine import inspect_machine
 from mii_serve.engine.reference import ReferenceEngine
-from mii_serve.engine.requirements import first_lack
+from mii_serve.engine.requirements import first_missing
 from mii_serve.errors import ConfigError, ModelError, UnusableEngineError
 from mii_serve.models import LoadedModel, Precision, load_model
 
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_engine(config: DeployConfig) -> Engine:
-    """Find, load and wrap the model.
+    """Find and load the model, and build its engine, which is not warm yet.
 
     Raises:
         ConfigError: a setting asks for what this machine or this release does not have.
@@ -51,7 +54,7 @@ def build_engine(config: DeployConfig) -> Engine:
     model = _load(config, device, _dtype(config, device))
     reason = why_unsupported(model.pipeline.unet)
     if reason is None:
-        return NativeEngine(model, max_slots=config.max_slots, note=note)
+        return native_engine(model, max_slots=config.max_slots, note=note)
     if config.engine == "native":
         raise ModelError(f"the native engine cannot run this UNet: {reason}. Use the engine 'reference'")
     logger.warning("the reference engine serves this model, one picture at a time: its UNet has %s", reason)
@@ -65,18 +68,41 @@ def _deepspeed(config: DeployConfig, device: str) -> Engine:
         raise UnusableEngineError(f"deepspeed computes in fp16 only, and the setting dtype is {config.dtype!r}")
     if not device.startswith("cuda") and config.device != "auto":
         raise UnusableEngineError(f"deepspeed computes on CUDA only, and the setting device is {config.device!r}")
-    if (lack := first_lack("deepspeed", look())) is not None:
-        raise UnusableEngineError(f"deepspeed needs {lack.what}, found {lack.found}; mend it with: {lack.remedy}")
+    if (missing := first_missing("deepspeed", inspect_machine())) is not None:
+        raise UnusableEngineError(f"deepspeed needs {missing.what}, found {missing.found}; fix it with: {missing.remedy}")
     model = _load(config, device, "fp16")
     if (reason := why_unsupported(model.pipeline.unet)) is not None:
         raise UnusableEngineError(f"deepspeed cannot run this UNet: it has {reason}")
-    from mii_serve.engine.deepspeed import DeepSpeedEngine
+    return deepspeed_engine(model, max_slots=config.max_slots)
 
-    return DeepSpeedEngine(model, max_slots=config.max_slots)
+
+def native_engine(
+    model: LoadedModel,
+    *,
+    max_slots: int | None = None,
+    buckets: Sequence[BatchShape] | None = None,
+    note: str = "",
+) -> BatchedEngine:
+    """The batched engine with our own kernels. `why_unsupported` returns None for the model's UNet; see `BatchedEngine`."""
+    return BatchedEngine(model, NativeKernels(model.pipeline.unet), max_slots=max_slots, buckets=buckets, note=note)
+
+
+def deepspeed_engine(
+    model: LoadedModel, *, max_slots: int | None = None, buckets: Sequence[BatchShape] | None = None
+) -> BatchedEngine:
+    """The batched engine with DeepSpeed's kernels. The UNet of `model`, in float16, is changed in place.
+
+    Raises:
+        UnusableEngineError: DeepSpeed cannot do it, or its kernels do not compute what the UNet computes.
+    """
+    from mii_serve.engine.kernels.deepspeed import install_kernels
+
+    slots = max_slots or CUDA_SLOTS
+    return BatchedEngine(model, install_kernels(model, max_slots=slots), max_slots=slots, buckets=buckets)
 
 
 def precision_of(config: DeployConfig) -> Precision:
-    """What the configured engine will compute in, known before anything is loaded.
+    """The precision the configured engine will compute in, known before anything is loaded.
 
     Raises:
         ConfigError: this engine or this device cannot.
@@ -124,6 +150,6 @@ def _device(name: str) -> str:
 
 
 def _keep_prompts_out_of_logs() -> None:
-    """diffusers and transformers warn about a long prompt by quoting it; the answer to the caller says it better."""
+    """diffusers and transformers log the text of a prompt that is too long; the caller gets it in the result instead."""
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()

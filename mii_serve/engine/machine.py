@@ -72,8 +72,8 @@ class Machine:
     nvcc: str | None = None
 
 
-def look() -> Machine:
-    """Look around; takes as long as importing torch."""
+def inspect_machine() -> Machine:
+    """Find out; takes as long as importing torch."""
     torch_error, torch_cuda, gpus = _devices()
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -136,7 +136,7 @@ def _nvcc() -> str | None:
     if path is None:
         return None
     try:
-        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=NVCC_TIMEOUT_S, check=True).stdout
+        output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=NVCC_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.partition("release ")[2].partition(",")[0] or None
+    return output.partition("release ")[2].partition(",")[0] or None

@@ -1,8 +1,8 @@
 """An engine's stages one by one, for `mii_serve verify`.
 
 A probe computes with the weights, kernels, caches and captured graphs that `Engine.run` uses, and each stage is given its
-input: what is wrong in one stage shows in that stage and not in the next. Only the engine's own thread may use it, and only
-while the engine holds no samples.
+input: a fault of one stage shows in that stage and not in the next. Only the engine's own thread may use it, and only while the
+engine holds no samples.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from mii_serve.types import LatentShape
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class UNetCall:
-    """What one sample brings to a UNet call, in float32 on the CPU: latents C × H × W, embedded prompts tokens × text width.
+    """One sample of a UNet call, in float32 on the CPU: latents C × H × W, embedded prompts tokens × text width.
 
     Without `negative_prompt_embeds` the sample is not guided.
     """
@@ -30,13 +32,13 @@ class UNetCall:
     guidance_scale: float
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def latent_shape(self) -> LatentShape:
         height, width = self.latents.shape[-2:]
         return height, width
 
 
 class Probe(Protocol):
-    """Takes and gives float32 tensors on the CPU, whatever it computes in. What is asked in one call is computed together."""
+    """Takes and returns float32 tensors on the CPU, whatever it computes in. All inputs of one call are computed together."""
 
     @property
     def num_channels(self) -> int:
@@ -56,13 +58,13 @@ class Probe(Protocol):
         ...
 
     def without_checker(self) -> AbstractContextManager[None]:
-        """While it is open, `Engine.run` blackens nothing: two black pictures would be equal too easily."""
+        """Within it, `Engine.run` blackens no picture: two black pictures would be equal whatever is wrong."""
         ...
 
 
 @runtime_checkable
 class ProbedEngine(Protocol):
-    """What an `Engine` has to have on top to be verified."""
+    """What an `Engine` must offer in addition to be verified."""
 
     def probe(self) -> Probe: ...
 

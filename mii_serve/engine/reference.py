@@ -1,4 +1,4 @@
-"""The truth: FP32, plain diffusers modules, a diffusers scheduler object of its own for every image.
+"""The engine that the others are compared with: FP32, plain diffusers modules, one diffusers scheduler object per image.
 
 Computes what `StableDiffusionPipeline.__call__` computes, operation by operation, so that on the same machine its pictures are
 the same bits; only the loop is turned inside out, one UNet call per turn. Slow on purpose and never optimised.
@@ -6,7 +6,6 @@ the same bits; only the loop is turned inside out, one UNet call per turn. Slow 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from mii_serve.engine.decode import decode, is_finite, not_finite
-from mii_serve.engine.failures import is_of_one_sample
+from mii_serve.engine.capabilities import capabilities_of, description_of
+from mii_serve.engine.decode import decode, is_finite
 from mii_serve.engine.probe import UNetCall, without_checker
-from mii_serve.engine.schedulers import capabilities_of
-from mii_serve.engine.stages import StageClock
-from mii_serve.engine.text import dropped_text
+from mii_serve.engine.sample_errors import is_of_one_sample, not_finite, sample_error
+from mii_serve.engine.stage_timer import StageTimer
+from mii_serve.engine.truncation import dropped_text
 from mii_serve.engine.warmup import make_pictures, warm_up_request
 from mii_serve.errors import EngineError, NotFiniteError
 from mii_serve.models import LoadedModel
@@ -30,9 +29,7 @@ from mii_serve.samplers.preview import x0_coefficients
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
     LATENT_SCALE,
-    Capabilities,
     EngineCapacity,
-    EngineDescription,
     GenerationParams,
     Picture,
     Sample,
@@ -42,12 +39,10 @@ from mii_serve.types import (
     StepPlan,
 )
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(slots=True)
-class _Running:
-    """One image on its way: everything `StableDiffusionPipeline.__call__` keeps in local variables."""
+class ReferenceSample:
+    """One image in the making: everything `StableDiffusionPipeline.__call__` keeps in local variables."""
 
     sample: Sample
     scheduler: Any
@@ -65,6 +60,7 @@ class _Running:
 class ReferenceEngine:
     """Implements `mii_serve.engine.Engine` and `mii_serve.engine.probe.ProbedEngine`."""
 
+    capacity = EngineCapacity(max_slots=1)
     num_graph_misses = 0
 
     def __init__(self, model: LoadedModel, *, note: str = "") -> None:
@@ -72,34 +68,14 @@ class ReferenceEngine:
         self._pipeline = model.pipeline
         self._device = torch.device(model.pipeline.device)
         self._schedulers = ModelSchedulers(model.pipeline.scheduler)
-        self._clock = StageClock()
-        self._running: dict[SampleId, _Running] = {}
+        self._timer = StageTimer()
+        self._samples: dict[SampleId, ReferenceSample] = {}
         self._num_calls: dict[tuple[str, int], int] = {}  # at most 1000 step counts of each sampler
-        self._capabilities = capabilities_of(model, self._schedulers, self._count_calls)
-        self._description = EngineDescription(
-            engine="reference",
-            dtype="fp32",
-            device=str(self._device),
-            model=model.name,
-            model_revision=model.revision,
-            has_safety_checker=model.pipeline.safety_checker is not None,
-            note=note,
-        )
-
-    @property
-    def description(self) -> EngineDescription:
-        return self._description
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
-
-    @property
-    def capacity(self) -> EngineCapacity:
-        return EngineCapacity(max_slots=1)
+        self.capabilities = capabilities_of(model, self._schedulers, self._count_calls)
+        self.description = description_of(model, "reference", note)
 
     def stage_seconds(self) -> dict[str, float]:
-        return self._clock.take()
+        return self._timer.take()
 
     def check(self, params: GenerationParams) -> int:
         return self._count_calls(params.scheduler, params.num_inference_steps)
@@ -120,17 +96,17 @@ class ReferenceEngine:
         try:
             with torch.no_grad():
                 for sample_id in plan.leaves:
-                    self._running.pop(sample_id, None)
+                    self._samples.pop(sample_id, None)
                 for sample in plan.joins:
-                    self._running[sample.id] = self._start(sample)
-                made = {
-                    sample_id: self._or_failed(self._step, self._running[sample_id], sample_id in plan.previews)
+                    self._samples[sample.id] = self._start(sample)
+                results = {
+                    sample_id: self._or_failed(self._step, self._samples[sample_id], sample_id in plan.previews)
                     for sample_id in plan.steps
                 }
                 for sample_id in plan.decodes:
-                    if (running := self._running.get(sample_id)) is not None:
-                        made[sample_id] = self._or_failed(self._finish, running)
-                return tuple(made.values())
+                    if (running := self._samples.get(sample_id)) is not None:
+                        results[sample_id] = self._or_failed(self._finish, running)
+                return tuple(results.values())
         except Exception as error:
             raise EngineError(f"the reference engine failed: {type(error).__name__}: {error}") from error
 
@@ -138,13 +114,13 @@ class ReferenceEngine:
         return ReferenceProbe(self._pipeline)
 
     def close(self) -> None:
-        self._running.clear()
+        self._samples.clear()
 
-    def _start(self, sample: Sample) -> _Running:
+    def _start(self, sample: Sample) -> ReferenceSample:
         params, pipeline = sample.params, self._pipeline
         scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device)
         is_guided = params.is_guided
-        with self._clock.time("encode"):
+        with self._timer.time("encode"):
             prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
                 params.prompt, self._device, 1, is_guided, params.negative_prompt
             )
@@ -154,7 +130,7 @@ class ReferenceEngine:
         channels = pipeline.unet.config.in_channels
         shape = (1, channels, params.height // LATENT_SCALE, params.width // LATENT_SCALE)
         latents = randn_tensor(shape, generator=generator, device=self._device, dtype=prompt_embeds.dtype)
-        return _Running(
+        return ReferenceSample(
             sample=sample,
             scheduler=scheduler,
             step_kwargs=step_kwargs(scheduler, generator),
@@ -163,28 +139,24 @@ class ReferenceEngine:
             latents=latents * scheduler.init_noise_sigma,
         )
 
-    def _or_failed(self, do: Callable[..., SampleProgress], running: _Running, *arguments: bool) -> SampleProgress:
+    def _or_failed(self, do: Callable[..., SampleProgress], running: ReferenceSample, *arguments: bool) -> SampleProgress:
         try:
             return do(running, *arguments)
-        except NotFiniteError as error:
-            self._running.pop(running.sample.id, None)
-            return replace(running.progress, error=error)
         except Exception as error:
             if not is_of_one_sample(error):
                 raise
-            logger.exception("a sample failed, request_id=%s", running.sample.id.request_id)
-            self._running.pop(running.sample.id, None)
-            reason = EngineError(f"this image failed after step {running.step}: {type(error).__name__}: {error}")
-            return replace(running.progress, error=reason)
+            failed = replace(running.progress, error=sample_error(error, running.sample, running.step))
+            del self._samples[running.sample.id]
+            return failed
 
-    def _step(self, running: _Running, is_shown: bool) -> SampleProgress:
+    def _step(self, running: ReferenceSample, is_shown: bool) -> SampleProgress:
         scheduler, latents = running.scheduler, running.latents
         timestep = scheduler.timesteps[running.step]
         guidance_scale = running.sample.params.guidance_scale
         is_guided = running.sample.params.is_guided
         model_input = torch.cat([latents] * 2) if is_guided else latents
         model_input = scheduler.scale_model_input(model_input, timestep)
-        with self._clock.time("denoise"):
+        with self._timer.time("denoise"):
             embeds = running.prompt_embeds
             noise_pred = self._pipeline.unet(model_input, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
             if is_guided:
@@ -198,13 +170,13 @@ class ReferenceEngine:
             preview = self._preview(running, estimate_x0(model_input[:1], noise_pred, x0))
         return replace(running.progress, preview=preview)
 
-    def _finish(self, running: _Running) -> SampleProgress:
+    def _finish(self, running: ReferenceSample) -> SampleProgress:
         picture = self._picture(running, running.latents)
-        del self._running[running.sample.id]
+        del self._samples[running.sample.id]
         return replace(running.progress, picture=picture)
 
-    def _preview(self, running: _Running, x0: torch.Tensor) -> Picture | None:
-        """None where only the estimate is not finite, as of a v-prediction model's first step: the sample is well."""
+    def _preview(self, running: ReferenceSample, x0: torch.Tensor) -> Picture | None:
+        """None where only the estimate is not finite, as in a v-prediction model's first step: the sample is sound."""
         try:
             return self._picture(running, x0)
         except NotFiniteError:
@@ -212,13 +184,13 @@ class ReferenceEngine:
                 return None
             raise
 
-    def _picture(self, running: _Running, latents: torch.Tensor) -> Picture:
+    def _picture(self, running: ReferenceSample, latents: torch.Tensor) -> Picture:
         params = running.sample.params
-        with self._clock.time("decode"):
+        with self._timer.time("decode"):
             decoded = decode(self._pipeline.vae, latents, running.generator)
         if (fault := decoded.faults[0]) is not None:
-            raise not_finite(fault, step=running.step, vae=self._pipeline.vae, unet=self._pipeline.unet)
-        with self._clock.time("safety"):
+            raise not_finite(fault, step=running.step, pipeline=self._pipeline)
+        with self._timer.time("safety"):
             pictures, flags = checked_pictures(self._pipeline, decoded.images)
         picture = pictures[0].convert("RGB")
         tokenizer = self._pipeline.tokenizer
@@ -233,7 +205,7 @@ class ReferenceEngine:
 
 
 class ReferenceProbe:
-    """Implements `mii_serve.engine.probe.Probe`: the calls that the engine makes, one at a time."""
+    """Implements `mii_serve.engine.probe.Probe` by the calls that the engine makes, one at a time."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline

@@ -1,4 +1,4 @@
-"""What each engine needs of a machine, what mends a lack, and which engine `auto` would take. Pure: facts in, verdicts out."""
+"""What each engine needs of a machine, the command that installs what is missing, and which engine `auto` takes. Pure."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mii_serve.engine.machine import Machine
-
-ENGINES = ("reference", "native", "deepspeed")
+from mii_serve.extras import how_to_get
+from mii_serve.types import EngineName
 
 EXTENSIONS = ("transformer_inference", "spatial_inference")
 """DeepSpeed's compiled extensions that its Stable Diffusion blocks call."""
 
 DEEPSPEED_SERIES = (0, 19)
-"""Of DeepSpeed's releases, those whose insides `engine/deepspeed` was written against."""
+"""The releases of DeepSpeed whose internals `engine/kernels/deepspeed` was written against."""
 
 FIRST_TRITON_WITHOUT_BLOCK_POINTERS = (3, 9)
-LEAST_COMPUTE_CAPABILITY = (8, 0)
+"""DeepSpeed's flash kernel calls `tl.make_block_ptr`."""
+MIN_COMPUTE_CAPABILITY = (8, 0)
 
 BUILD_EXTENSIONS = "pip install --force-reinstall --no-deps $(tools/build_deepspeed_ops.sh --torch {torch})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirement:
-    """One line of the verdict. `remedy` is what mends it, empty where it is met."""
+    """One line of `mii_serve doctor`. `remedy` is the command that fixes it, empty where it is met."""
 
     what: str
     found: str
@@ -31,19 +32,19 @@ class Requirement:
     remedy: str = ""
 
 
-def requirements(engine: str, machine: Machine) -> tuple[Requirement, ...]:
-    """Everything one of `ENGINES` needs, in the order in which it makes sense to mend it."""
+def requirements(engine: EngineName, machine: Machine) -> tuple[Requirement, ...]:
+    """Everything an engine needs, in the order in which it makes sense to install it."""
     every = (_torch(machine), *(_package(machine, name) for name in ("diffusers", "transformers", "safetensors")))
     return (*every, *_deepspeed(machine)) if engine == "deepspeed" else every
 
 
-def first_lack(engine: str, machine: Machine) -> Requirement | None:
+def first_missing(engine: EngineName, machine: Machine) -> Requirement | None:
     return next((one for one in requirements(engine, machine) if not one.is_met), None)
 
 
-def preferred(machine: Machine) -> str:
-    """The engine `auto` tries first: DeepSpeed's kernels where somebody has installed them, else our own."""
-    return "deepspeed" if first_lack("deepspeed", machine) is None else "native"
+def preferred(machine: Machine) -> EngineName:
+    """The engine `auto` tries first: `deepspeed` where all it needs is installed, else `native`."""
+    return "deepspeed" if first_missing("deepspeed", machine) is None else "native"
 
 
 def _deepspeed(machine: Machine) -> Sequence[Requirement]:
@@ -59,16 +60,16 @@ def _deepspeed(machine: Machine) -> Sequence[Requirement]:
             f"pip install --force-reinstall torch=={torch or '2.13.0'} --index-url https://download.pytorch.org/whl/cu130",
         ),
         _line(
-            f"a CUDA device of compute capability {_dotted(LEAST_COMPUTE_CAPABILITY)} or more",
+            f"a CUDA device of compute capability {_dotted(MIN_COMPUTE_CAPABILITY)} or more",
             gpus or "none",
-            any(gpu.compute_capability >= LEAST_COMPUTE_CAPABILITY for gpu in machine.gpus),
+            any(gpu.compute_capability >= MIN_COMPUTE_CAPABILITY for gpu in machine.gpus),
             "run on a machine with such a GPU and NVIDIA's driver; nvidia-smi lists what the driver sees",
         ),
         _line(
             f"deepspeed {_dotted(DEEPSPEED_SERIES)}",
             deepspeed or "not installed",
             deepspeed is not None and _numbers(deepspeed)[:2] == DEEPSPEED_SERIES,
-            "pip install 'mii-serve[deepspeed]'",
+            how_to_get("deepspeed"),
         ),
         _line(
             f"triton before {_dotted(FIRST_TRITON_WITHOUT_BLOCK_POINTERS)}",
@@ -96,14 +97,15 @@ def _extensions(machine: Machine, torch: str) -> Requirement:
 
 
 def _torch(machine: Machine) -> Requirement:
-    found = machine.torch_error or machine.packages.get("torch", "not installed")
-    is_met = machine.torch_error is None and "torch" in machine.packages
-    return _line("torch that can be imported", found, is_met, "pip install torch==2.13.0")
+    if "torch" not in machine.packages:
+        return _line("torch that can be imported", "not installed", False, how_to_get("server"))
+    found = machine.torch_error or machine.packages["torch"]
+    return _line("torch that can be imported", found, machine.torch_error is None, "pip install torch==2.13.0")
 
 
 def _package(machine: Machine, name: str) -> Requirement:
     version = machine.packages.get(name)
-    return _line(name, version or "not installed", version is not None, f"pip install {name}")
+    return _line(name, version or "not installed", version is not None, how_to_get("server"))
 
 
 def _line(what: str, found: str, is_met: bool, remedy: str) -> Requirement:

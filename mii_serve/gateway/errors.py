@@ -19,10 +19,10 @@ from mii_serve.errors import (
     DeadlineExceededError,
     InvalidRequestError,
     MiiServeError,
+    ModerationStage,
     QueueFullError,
     RateLimitedError,
     RequestCancelledError,
-    Stage,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -88,7 +88,7 @@ class ImagesHeldBackError(MiiServeError):
 
     grpc_code = "INVALID_ARGUMENT"
     http_status = 400
-    stage: Stage = "output"
+    stage: ModerationStage = "output"
 
     def __init__(self, text: str, category: str) -> None:
         super().__init__(text)

@@ -1,4 +1,4 @@
-"""Find a Stable Diffusion v1.x model, look it over, and load it.
+"""Find a Stable Diffusion v1.x model, inspect it, and load it.
 
 What `model` may be, in the order it is tried:
 
@@ -9,13 +9,13 @@ What `model` may be, in the order it is tried:
 3. `org/name` or `org/name@revision`: a model on the Hugging Face hub or in its local cache. `HF_HOME`, `HF_HUB_CACHE`,
    `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` have their usual meaning.
 
-A folder is inspected before anything of it is loaded, so a model that cannot be served fails within a second and says
-why. No code of a model is ever run: only the known classes of a `StableDiffusionPipeline` are made, pickled weights are
-refused unless `allow_pickle`, and even then read without code.
+A folder is inspected before anything of it is loaded, so a model that cannot be served fails within a second with the
+reason. No code of a model is ever run: only the known classes of a `StableDiffusionPipeline` are built, pickled weights are
+refused unless `allow_pickle`, and even then read without running code.
 
 A model declares what requests that leave parameters out get, and which sizes it can make, in `mii_serve_defaults.json`
-beside `model_index.json` (see `defaults.py`). Which schedulers exist is not decided here: `defaults.scheduler` is what
-that file says, or the class name of the model's own scheduler.
+beside `model_index.json` (see `defaults.py`). Which schedulers exist is not decided here: `defaults.scheduler` is the
+one that file names, or `default`, the model's own.
 
 Importing this package costs nothing; torch, diffusers and transformers are imported when a model is loaded.
 """
@@ -42,7 +42,7 @@ RANDOM_SD_V1_4 = "random-sd-v1-4"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A pipeline on its device, in evaluation mode, every part in the precision asked for.
+    """A pipeline on its device, in evaluation mode, every part in the requested precision.
 
     `revision` is the hub commit where the files prove it, otherwise `sha256:` and a fingerprint of them (`fingerprint.py`).
     """

@@ -52,7 +52,7 @@ def load(
             found.folder, dtype=dtype, allow_pickle=allow_pickle, enable_safety_checker=enable_safety_checker
         )
         declared = read_defaults(found.folder)
-        _tell_about_the_checker(found, checked, enable_safety_checker)
+        _warn_about_the_checker(found, checked, enable_safety_checker)
         with ThreadPoolExecutor(1, thread_name_prefix="revision") as beside:
             # Both read the same files, so that the second to come finds them in memory.
             named = beside.submit(revision_of, found.folder, (*checked.files, *defaults_files(found.folder)), found.commit)
@@ -76,7 +76,7 @@ def _loaded(
     return LoadedModel(pipeline=pipeline, name=name, revision=revision, defaults=defaults, limits=limits)
 
 
-def _tell_about_the_checker(found: FoundModel, checked: CheckedFolder, enable_safety_checker: bool) -> None:
+def _warn_about_the_checker(found: FoundModel, checked: CheckedFolder, enable_safety_checker: bool) -> None:
     if not enable_safety_checker:
         _logger.warning("%s: the safety checker is turned off; images are not checked", found.name)
     elif "safety_checker" not in checked.parts:

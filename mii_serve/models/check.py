@@ -1,4 +1,4 @@
-"""Look a diffusers folder over before anything of it is loaded: is it all there, is it whole, can we serve it?
+"""Inspects a diffusers folder before anything of it is loaded: is it complete, is it intact, can we serve it?
 
 Reads JSON and file headers, a few kilobytes in all, and imports neither torch nor diffusers. What only shows when tensors
 are read (wrong shapes, missing tensors) is left to `loading.py`.
@@ -58,7 +58,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedFolder:
-    """A pipeline's folder that has all it needs. An optional part that is not used is not in `parts`."""
+    """A pipeline's folder that is complete. An optional part that is not used is not in `parts`."""
 
     folder: Path
     parts: Mapping[str, Part]

@@ -1,4 +1,4 @@
-"""What a model declares in `mii_serve_defaults.json`, and what becomes of it under the operator's limits.
+"""What a model declares in `mii_serve_defaults.json`, and how the operator's limits change it.
 
 Every key may be left out:
 
@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 class DeclaredDefaults(BaseModel):
-    """The file's content; None is "not said"."""
+    """The file's content; None where it does not name the key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -44,7 +44,7 @@ class DeclaredDefaults(BaseModel):
 
 
 def defaults_files(folder: Path) -> tuple[Path, ...]:
-    """The file where there is one: what it says changes pictures."""
+    """The file where there is one: its content changes pictures."""
     file = folder / DEFAULTS_FILE
     return (file,) if file.is_file() else ()
 
@@ -79,7 +79,7 @@ def read_defaults(folder: Path) -> DeclaredDefaults:
 def settle(
     declared: DeclaredDefaults, bounds: LimitsConfig, *, sample_size: int | Sequence[int] | None
 ) -> tuple[GenerationDefaults, Limits]:
-    """Put the model's declaration, its configuration and the operator's bounds together.
+    """Combine the model's declaration, its configuration and the operator's bounds.
 
     Raises:
         ConfigError: the bounds leave no size.
@@ -130,7 +130,7 @@ def _first(*values: int | None) -> int:
 
 
 def _trained_size(sample_size: int | Sequence[int] | None) -> tuple[int, int]:
-    """Height and width in pixels; 512 where the configuration does not say, as in diffusers."""
+    """Height and width in pixels; 512 where the configuration has none, as in diffusers."""
     if sample_size is None:
         return 512, 512
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size

@@ -1,11 +1,11 @@
-"""Name what a model's pictures are made from: the hub's commit where it is proven, otherwise `sha256:` and twelve hex digits.
+"""The revision of a model's files: the hub's commit where it is proven, otherwise `sha256:` and twelve hex digits.
 
 The fingerprint covers, for every file the pipeline is loaded from (weights, configurations, tokenizer, declared defaults;
 sorted by path within the folder), its path, its size and every byte of it. Two folders of one name draw the same pictures.
 
-A folder of the hub's cache says which commit it is, but anybody may have edited it since. It is proven by its files: the cache
-keeps each as a link to a blob, named by the hash that the hub gave it. Where a file is no such link, or its content has another
-hash, the name is the commit, a `+` and the fingerprint. That a file has been taken away from such a folder is not seen.
+A folder of the hub's cache is named after its commit, but may have been edited since. The files prove it: the cache keeps each
+as a link to a blob, named by the hash that the hub gave it. Where a file is no such link, or its content has another hash, the
+name is the commit, a `+` and the fingerprint. That a file has been taken away from such a folder is not seen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Digest:
 
 
 def revision_of(folder: Path, files: Iterable[Path], commit: str | None) -> str:
-    """What names the files' content; `commit` is what the folder's place says it is, None where it says nothing."""
+    """The name of the files' content. `commit` is the one in the folder's path, None where there is none."""
     digests = _digests(folder, files)
     if commit is None:
         return _named(digests)

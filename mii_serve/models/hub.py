@@ -94,7 +94,7 @@ def _has_weights(folder: Path, part: str, dtype: Precision, *, allow_pickle: boo
 
 
 def _is_refusal(error: Exception) -> bool:
-    """The hub was reached, and said no."""
+    """The hub was reached, and has no such model or revision."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     return isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
@@ -142,5 +142,5 @@ def _without_weights(repo: str, revision: str | None, part: str, folder: Path, *
     return ModelError(
         f"{repo} has no weights of {part} as safetensors, or they could not be fetched into {folder}. Where it has only"
         " pickles (.bin), which can run code when they are read: convert it, choose another revision, or, if you trust"
-        " whoever made them, set allow_pickle (MII_SERVE_ALLOW_PICKLE=true)"
+        " their source, set allow_pickle (MII_SERVE_ALLOW_PICKLE=true)"
     )

@@ -1,7 +1,7 @@
 """A checked folder becomes a diffusers pipeline on its device, every part in one precision.
 
-The parts are loaded one by one and not by `StableDiffusionPipeline.from_pretrained`: that one fills tensors a file lacks
-with random numbers and only logs it, and with transformers 5 leaves some parts in the precision they were stored in.
+The parts are loaded one by one and not by `StableDiffusionPipeline.from_pretrained`, which fills tensors that are missing in a
+file with random numbers and only logs it, and with transformers 5 leaves some parts in the precision they were stored in.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _load_weights(part: Part, dtype: torch.dtype, device: torch.device) -> Any:
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(
-            f"{part.name}: the weights in {part.folder} lack {len(missing)} tensors of a {part.class_name}, for example"
+            f"{part.name}: {len(missing)} tensors of a {part.class_name} are missing in {part.folder}, for example"
             f" {missing[0]}. They are of another model, or damaged; fetch the model again"
         )
     if found["unexpected_keys"]:
@@ -121,7 +121,7 @@ def _scheduler_class(part: Part) -> Any:
 
 
 def _check_tokens(tokenizer: Any, text_encoder: Any, checked: CheckedFolder) -> None:
-    """A token the encoder has no row for would be a crash of the device at the first prompt that has it."""
+    """A token without a row in the encoder's embedding would crash the device at the first prompt that contains it."""
     config = text_encoder.config
     if len(tokenizer) > config.vocab_size:
         raise ModelError(

@@ -1,6 +1,6 @@
 """Keep diffusers and transformers quiet while they load: no progress bars, no notes about deprecations or missing extras.
 
-Errors still come through, and what the operator must know about a model is said by our own logger.
+Errors still come through, and what the operator must know about a model is in our own log.
 """
 
 from __future__ import annotations

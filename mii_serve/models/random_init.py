@@ -1,7 +1,7 @@
 """`random-sd-v1-4`: a pipeline of the size and shape of Stable Diffusion v1-4 with random weights, for benchmarks.
 
-It costs what the real one costs, UNet call for UNet call, but its pictures are noise. It is made on the device and in the
-precision asked for, without a copy on the CPU. The weights are seeded: the same everywhere on the same kind of device with
+It costs what the real one costs, UNet call for UNet call, but its pictures are noise. It is built on the device and in the
+requested precision, without a copy on the CPU. The weights are seeded: the same everywhere on the same kind of device with
 the same torch; a GPU's generator differs from the CPU's.
 
 What differs from the real one: the tokenizer is the demo model's (the real vocabulary is not part of this package), so a
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SEED = 0
 NEVER = 2.0
-"""A threshold above every cosine: a concept with it is never found."""
+"""A threshold above every cosine similarity, so that no concept is ever detected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +158,7 @@ def build_random_pipeline(
         "tokenizer": CLIPTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True),
         "scheduler": PNDMScheduler.from_config(dict(shape.scheduler)),
     }
-    with _made_on(device, dtype):
+    with _building_on(device, dtype):
         parts["text_encoder"] = CLIPTextModel(CLIPTextConfig(**shape.text_encoder))
         parts["unet"] = UNet2DConditionModel(**shape.unet)
         parts["vae"] = AutoencoderKL(**shape.vae)
@@ -174,7 +174,7 @@ def build_random_pipeline(
 
 
 @contextmanager
-def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def _building_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """New modules get their seeded random weights where they will live; the process's own generators stay untouched."""
     before = torch.get_default_dtype()
     cuda = [device.index or 0] if device.type == "cuda" else []

@@ -1,4 +1,4 @@
-"""From what the operator called a model to a folder, a name and, where it is known, a hub commit.
+"""From the operator's setting `model` to a folder, a name and, where it is known, a hub commit.
 
 The rules of naming are in the package's docstring. Nothing is inspected here beyond what finding takes.
 """

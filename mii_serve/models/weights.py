@@ -1,4 +1,4 @@
-"""Which weight files a part is loaded from, and whether they are whole. Reads names and headers, never tensors.
+"""Which weight files a part is loaded from, and whether they are intact. Reads names and headers, never tensors.
 
 Safetensors are preferred to pickles (`.bin`), which are only used where the operator allows them. A half-precision variant
 (`*.fp16.*`) is preferred for fp16 and is a last resort for the other precisions.
@@ -82,7 +82,7 @@ def candidates(part: str, dtype: Precision, *, allow_pickle: bool) -> tuple[Cand
 
 
 def find_weights(folder: Path, part: str, dtype: Precision, *, allow_pickle: bool) -> Weights:
-    """Choose the part's weight files in `folder`, and make sure that they are whole.
+    """Choose the part's weight files in `folder`, and check that they are intact.
 
     Raises:
         ModelError
@@ -101,7 +101,7 @@ def find_weights(folder: Path, part: str, dtype: Precision, *, allow_pickle: boo
         raise ModelError(
             f"{part}: {folder} has its weights only as pickles ({', '.join(pickles)}), which can run code when they are"
             " read. Convert them once, where that is safe: StableDiffusionPipeline.from_pretrained(FOLDER)"
-            ".save_pretrained(NEW_FOLDER). Or, if you trust whoever made them, set allow_pickle"
+            ".save_pretrained(NEW_FOLDER). Or, if you trust their source, set allow_pickle"
             " (MII_SERVE_ALLOW_PICKLE=true); they are then read without running code"
         )
     wanted = " or ".join(candidate.file for candidate in candidates(part, dtype, allow_pickle=allow_pickle))
@@ -150,7 +150,7 @@ def _files(folder: Path, candidate: Candidate) -> tuple[Path, ...]:
 
 
 def _check_safetensors(file: Path) -> None:
-    """The header says how long the file must be: eight bytes of length, the header, the tensors."""
+    """The file is as long as its header implies: eight bytes of header length, the header, the tensors."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")

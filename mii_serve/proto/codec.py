@@ -29,6 +29,7 @@ from mii_serve.types import (
     Queued,
     ReplicaInfo,
     RequestedParams,
+    ResolvedRequest,
     Restarted,
     ServerInfo,
     Started,
@@ -88,26 +89,18 @@ def _all_fields(message: Message, value_type: type[Value]) -> Value:
 # ---- requests ----------------------------------------------------------------------------------------------------
 
 
-def encode_request(request: GenerationRequest) -> pb.GenerateRequest:
+def encode_request(request: GenerationRequest | ResolvedRequest) -> pb.GenerateRequest:
     """Write a request; parameters that are None stay absent.
 
     Raises:
         InvalidRequestError: a value that has no place in its field, such as a number beyond 64 bits or text for a number.
     """
-    return _encode(request.params, request.output, request.priority)
-
-
-def encode_params(params: GenerationParams, output: OutputOptions, priority: Priority) -> pb.GenerateRequest:
-    """Write a request in which nothing is open, for `decode_params`."""
-    return _encode(params, output, priority)
-
-
-def _encode(params: RequestedParams | GenerationParams, output: OutputOptions, priority: Priority) -> pb.GenerateRequest:
+    output = request.output
     message = pb.GenerateRequest(output=pb.OutputOptions(format=_FORMATS[output.format]))
-    if priority is not Priority.NORMAL:
-        message.priority = _PRIORITIES[priority]
+    if request.priority is not Priority.NORMAL:
+        message.priority = _PRIORITIES[request.priority]
     for name in PARAMETER_NAMES:
-        _put(message, name, getattr(params, name))
+        _put(message, name, getattr(request.params, name))
     for name in ("quality", "embed_metadata", "preview_every"):
         _put(message.output, name, getattr(output, name))
     return message
@@ -161,10 +154,13 @@ def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
     )
 
 
-def decode_params(message: pb.GenerateRequest) -> tuple[GenerationParams, OutputOptions, Priority]:
-    """Read what `encode_params` wrote. Nothing is checked again."""
-    params = _all_fields(message, GenerationParams)
-    return params, _decode_output(message.output), _decode_priority(message.priority)
+def decode_resolved(message: pb.GenerateRequest) -> ResolvedRequest:
+    """Read a resolved request that this package wrote. Nothing is checked again."""
+    return ResolvedRequest(
+        params=_all_fields(message, GenerationParams),
+        output=_decode_output(message.output),
+        priority=_decode_priority(message.priority),
+    )
 
 
 def _decode_output(message: pb.OutputOptions) -> OutputOptions:
@@ -244,9 +240,7 @@ def decode_event(message: pb.GenerateEvent) -> Event | None:
             return Started(image_index=message.started.image_index)
         case "queued":
             queued = message.queued
-            return Queued(
-                num_samples_ahead=queued.num_samples_ahead, estimated_wait_s=_optional(queued, "estimated_wait_s")
-            )
+            return Queued(num_samples_ahead=queued.num_samples_ahead, estimated_wait_s=_optional(queued, "estimated_wait_s"))
         case "restarted":
             return Restarted(image_indexes=tuple(message.restarted.image_indexes))
         case "preview":

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from google.protobuf.message import DecodeError, Message
-from google.protobuf.unknown_fields import UnknownFieldSet
+from google.protobuf.message import DecodeError
 
 from mii_serve.errors import InvalidRequestError
-from mii_serve.proto.codec import MAX_TOLD_FIELDS
+from mii_serve.proto.codec import MAX_NAMED_FIELDS, unknown_field_numbers
 from mii_serve.proto.mii import pictures_pb2 as mii
-from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.types import MAX_SEED, RANDOM_SEED, Capabilities, GenerationParams, RequestedParams
+from mii_serve.types import (
+    PARAMETERS,
+    RANDOM_SEED,
+    GenerationParams,
+    GenerationRequest,
+    ImageFormat,
+    ImageReady,
+    OutputOptions,
+    RequestedParams,
+    ResolvedRequest,
+)
 
 MAX_PICTURES_PER_CALL = 64
 """Prompts × images of each. MII itself knows no bound."""
@@ -24,16 +32,7 @@ MAX_REPLY_BYTES = 2**27 - 64 * 1024
 
 _MAX_KWARGS = 64
 
-MII_KWARGS = (
-    "guidance_scale",
-    "height",
-    "negative_prompt",
-    "num_images_per_prompt",
-    "num_inference_steps",
-    "scheduler",
-    "seed",
-    "width",
-)
+MII_KWARGS = tuple(sorted(parameter.name for parameter in PARAMETERS if parameter.name != "prompt"))
 """The query_kwargs that are taken. `seed` and `scheduler` are ours: MII takes no notice of them."""
 
 REFUSED_KWARGS = frozenset(
@@ -59,6 +58,9 @@ REFUSED_KWARGS = frozenset(
     }
 )
 """What diffusers' pipeline takes and we do not."""
+
+MII_PACKAGES = ("legacymodelresponse", "modelresponse")
+"""DeepSpeed-MII's, since 0.1.1 and before."""
 
 Scalar: TypeAlias = str | int | float | bool
 
@@ -86,9 +88,9 @@ def parse_mii_request(wire: bytes) -> MiiRequest:
         InvalidRequestError: naming the field and the rule.
     """
     message = mii.PictureRequest.FromString(wire)
-    if unknown := _unknown_field_numbers(message):
+    if unknown := unknown_field_numbers(message):
         raise InvalidRequestError(
-            "request", "has fields this server does not know", f"field numbers {unknown[:MAX_TOLD_FIELDS]}"
+            "request", "has fields this server does not know", f"field numbers {unknown[:MAX_NAMED_FIELDS]}"
         )
     if len(message.prompt) > MAX_PICTURES_PER_CALL:
         raise InvalidRequestError("prompt", f"must be at most {MAX_PICTURES_PER_CALL} in one call", str(len(message.prompt)))
@@ -108,8 +110,10 @@ def parse_mii_request(wire: bytes) -> MiiRequest:
     )
 
 
-def resolve_mii_request(request: MiiRequest, capabilities: Capabilities, *, fallback_seed: int) -> list[GenerationParams]:
-    """What to make for each prompt. The k-th picture of the whole reply is made from seed + k.
+def decode_mii_request(
+    request: MiiRequest, resolve: Callable[[GenerationRequest], ResolvedRequest], *, fallback_seed: int
+) -> list[ResolvedRequest]:
+    """What to make for each prompt, resolved by `resolve`. Image k of the whole reply is made from seed + k.
 
     Raises:
         InvalidRequestError: naming what breaks a rule; of several prompts, which.
@@ -119,20 +123,20 @@ def resolve_mii_request(request: MiiRequest, capabilities: Capabilities, *, fall
         raise InvalidRequestError("prompt", "must be one text or more")
     kwargs = dict(request.kwargs)
     negatives = _negative_prompts(request, kwargs.pop("negative_prompt", None))
-    resolved: list[GenerationParams] = []
+    seed = kwargs.get("seed", RANDOM_SEED)
+    if seed == RANDOM_SEED and not isinstance(seed, bool):
+        kwargs["seed"] = fallback_seed
+    resolved: list[ResolvedRequest] = []
     for i, (prompt, negative) in enumerate(zip(request.prompts, negatives, strict=True)):
-        if kwargs.get("seed") == RANDOM_SEED and not isinstance(kwargs["seed"], bool):
-            del kwargs["seed"]
         asked = RequestedParams(prompt=prompt, negative_prompt=negative, **kwargs)  # type: ignore[arg-type]  # resolve checks
         try:
-            params = capabilities.resolve(asked, fallback_seed=fallback_seed)
+            one = resolve(GenerationRequest(params=asked, output=OutputOptions(format=ImageFormat.RAW_RGB)))
         except InvalidRequestError as error:
             raise _of_prompt(i, error) if len(request.prompts) > 1 else error from None
         if not resolved:
-            _refuse_too_much(len(request.prompts), params)
-        resolved.append(params)
-    num_each = resolved[0].num_images_per_prompt
-    return [_with_seed(params, resolved[0].seed + i * num_each) for i, params in enumerate(resolved)]
+            _refuse_too_much(len(request.prompts), one.params)
+        resolved.append(replace(one, params=replace(one.params, seed=one.params.seed_of(i * one.params.num_images_per_prompt))))
+    return resolved
 
 
 def shortest_decimal(value: float) -> float:
@@ -182,15 +186,10 @@ def _as_entries(wires: Iterable[bytes]) -> list[mii.KwargEntry] | None:
             entry = mii.KwargEntry.FromString(wire)
         except DecodeError:
             return None
-        if not entry.key or not entry.HasField("value") or _unknown_field_numbers(entry) or len(entries) == _MAX_KWARGS:
+        if not entry.key or not entry.HasField("value") or unknown_field_numbers(entry) or len(entries) == _MAX_KWARGS:
             return None
         entries.append(entry)
     return entries or None
-
-
-def _unknown_field_numbers(message: Message) -> list[int]:
-    fields = UnknownFieldSet(message)
-    return sorted({fields[i].field_number for i in range(len(fields))})
 
 
 def _decoded(index: int, text: bytes) -> str:
@@ -260,17 +259,13 @@ def _refuse_too_much(num_prompts: int, params: GenerationParams) -> None:
         raise InvalidRequestError("num_images_per_prompt", rule, str(num_pictures))
 
 
-def _with_seed(params: GenerationParams, seed: int) -> GenerationParams:
-    return replace(params, seed=seed & MAX_SEED)
-
-
 # ---- answers -----------------------------------------------------------------------------------------------------
 
 
 _IMAGES_TAG = bytes([mii.ImageReply.IMAGES_FIELD_NUMBER << 3 | 2])
 
 
-def encode_mii_reply(images: Sequence[pb.GeneratedImage], seconds: float) -> bytes:
+def encode_mii_reply(images: Sequence[ImageReady], seconds: float) -> bytes:
     """An `ImageReply` with the raw pictures in this order, as it goes on the wire.
 
     MII has no word for "nobody checked", and says False then; so does this. The pixels are put in place by hand: protobuf
@@ -278,7 +273,7 @@ def encode_mii_reply(images: Sequence[pb.GeneratedImage], seconds: float) -> byt
     """
     first = images[0]
     rest = mii.ImageReply(
-        nsfw_content_detected=[image.nsfw_content_detected for image in images],
+        nsfw_content_detected=[bool(image.nsfw_content_detected) for image in images],
         mode="RGB",
         size_w=first.width,
         size_h=first.height,
@@ -286,8 +281,7 @@ def encode_mii_reply(images: Sequence[pb.GeneratedImage], seconds: float) -> byt
     )
     wire: list[bytes] = []
     for image in images:
-        data = image.data
-        wire += (_IMAGES_TAG, _varint(len(data)), data)
+        wire += (_IMAGES_TAG, _varint(len(image.encoded)), image.encoded)
     return b"".join((*wire, rest.SerializeToString()))
 
 

@@ -20,19 +20,24 @@ from mii_serve.errors import (
     ContentBlockedError,
     InvalidRequestError,
     MiiServeError,
+    ModerationStage,
     QueueFullError,
-    Stage,
     error_for_grpc_code,
 )
+from mii_serve.proto.metadata import STATUS_DETAILS_KEY
 
 ERROR_DOMAIN = "mii_serve"
-STATUS_DETAILS_KEY = "grpc-status-details-bin"
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
 def encode_error(error: MiiServeError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
     """What to end a call with: the code, the text and the trailing metadata."""
+    return grpc.StatusCode[error.grpc_code], str(error), ((STATUS_DETAILS_KEY, status_of(error).SerializeToString()),)
+
+
+def status_of(error: MiiServeError) -> status_pb2.Status:
+    """The error with all that `error_of` needs to build it again."""
     facts = _block_facts(error) if isinstance(error, ContentBlockedError) else {}
     cause = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN, metadata=facts)
     details: list[any_pb2.Any] = [_packed(cause)]
@@ -44,22 +49,29 @@ def encode_error(error: MiiServeError) -> tuple[grpc.StatusCode, str, tuple[tupl
         retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(_packed(retry))
     number = code_pb2.Code.Value(error.grpc_code)
-    status = status_pb2.Status(code=number, message=str(error), details=details)
-    return grpc.StatusCode[error.grpc_code], str(error), ((STATUS_DETAILS_KEY, status.SerializeToString()),)
+    return status_pb2.Status(code=number, message=str(error), details=details)
 
 
 def decode_error(code: grpc.StatusCode, text: str, trailing: Metadata | None) -> MiiServeError:
     """The error a client raises for a failed call; typed as it was when the server raised it."""
-    details = _details(trailing)
+    return _error(code.name, text, _details(trailing))
+
+
+def error_of(status: status_pb2.Status) -> MiiServeError:
+    """The error that `status_of` wrote down."""
+    return _error(code_pb2.Code.Name(status.code), status.message, status.details)
+
+
+def _error(code: str, text: str, details: Sequence[any_pb2.Any]) -> MiiServeError:
     info = _unpacked(details, error_details_pb2.ErrorInfo())
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
+    if code == "INVALID_ARGUMENT":
         for violation in _unpacked(details, error_details_pb2.BadRequest()).field_violations:
             if info.reason == ContentBlockedError.__name__:
                 return _block(violation.field, info.metadata)
             rule = violation.description.removeprefix(f"{violation.field}: ")
             return InvalidRequestError(violation.field, rule)
         return InvalidRequestError("request", text)
-    error = error_for_grpc_code(code.name, info.reason)(text or code.name)
+    error = error_for_grpc_code(code, info.reason)(text or code)
     if isinstance(error, QueueFullError):
         retry = _unpacked(details, error_details_pb2.RetryInfo())
         error.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
@@ -77,7 +89,7 @@ def _block(field: str, facts: Mapping[str, str]) -> ContentBlockedError:
         for key, text in sorted(facts.items())
         if key.startswith("severity") and re.fullmatch("[0-9]{1,3}", text)
     }
-    stage: Stage = "output" if facts.get("stage") == "output" else "input"
+    stage: ModerationStage = "output" if facts.get("stage") == "output" else "input"
     return ContentBlockedError(field, categories, stage=stage, on_blocklist=facts.get("onBlocklist") == "true")
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict
+from dataclasses import fields
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mii_serve.types import Effective, ImageFormat, OutputOptions, Picture
+from mii_serve.types import EffectiveParameters, GenerationParams, ImageFormat, OutputOptions, Picture
 
 PNG_COMPRESS_LEVEL = 1
 """A quarter of the default level's time for files a tenth larger."""
@@ -20,15 +20,15 @@ ENGINE_FIELDS = ("engine", "dtype", "model", "model_revision")
 """What a file tells of the parts that made it; the device, and the note on the choice of engine, are the operator's."""
 
 
-def encode_picture(picture: Picture, output: OutputOptions, effective: Effective, seed: int) -> bytes:
-    """Encode; `effective` and `seed` go into a PNG's text chunks where `output` asks for it."""
+def encode_picture(picture: Picture, output: OutputOptions, parameters: EffectiveParameters, seed: int) -> bytes:
+    """Encode; `parameters` and `seed` go into a PNG's text chunks where `output` asks for it."""
     if output.format is ImageFormat.RAW_RGB:
         return picture.rgb
     image = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
     buffer = io.BytesIO()
     match output.format:
         case ImageFormat.PNG:
-            info = _metadata(effective, seed) if output.embed_metadata else None
+            info = _metadata(parameters, seed) if output.embed_metadata else None
             image.save(buffer, "png", compress_level=PNG_COMPRESS_LEVEL, pnginfo=info)
         case ImageFormat.JPEG:
             image.save(buffer, "jpeg", quality=output.quality or DEFAULT_QUALITY)
@@ -37,21 +37,25 @@ def encode_picture(picture: Picture, output: OutputOptions, effective: Effective
     return buffer.getvalue()
 
 
-def _metadata(effective: Effective, seed: int) -> PngInfo:
+def _metadata(parameters: EffectiveParameters, seed: int) -> PngInfo:
     """Two text chunks: `mii_serve` for programs (JSON), `parameters` in the form image-generation tools show.
 
     They say what was asked for and what was done. Files are passed on, so nothing of the host goes into them.
     """
-    params, engine = effective.params, effective.engine
+    params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams)}
+    engine = {name: getattr(parameters, name) for name in ENGINE_FIELDS}
+    scheduler = {
+        "scheduler_class": parameters.scheduler_class,
+        "scheduler_options": dict(parameters.scheduler_options),
+    }
     info = PngInfo()
-    done = {name: getattr(engine, name) for name in ENGINE_FIELDS}
-    scheduler = {"scheduler_class": effective.scheduler.class_name, "scheduler_options": dict(effective.scheduler.options)}
-    told = {**asdict(params), "seed": seed, "num_images_per_prompt": 1, **done, **scheduler}
-    info.add_itxt("mii_serve", json.dumps(told, ensure_ascii=False))
-    negative = f"\nNegative prompt: {params.negative_prompt}" if params.negative_prompt else ""
+    known = {**params, "seed": seed, "num_images_per_prompt": 1, **engine, **scheduler}
+    info.add_itxt("mii_serve", json.dumps(known, ensure_ascii=False))
+    negative = f"\nNegative prompt: {parameters.negative_prompt}" if parameters.negative_prompt else ""
     settings = (
-        f"Steps: {params.num_inference_steps}, Sampler: {params.scheduler}, CFG scale: {params.guidance_scale:g}, "
-        f"Seed: {seed}, Size: {params.width}x{params.height}, Model: {engine.model}"
+        f"Steps: {parameters.num_inference_steps}, Sampler: {parameters.scheduler}, "
+        f"CFG scale: {parameters.guidance_scale:g}, Seed: {seed}, Size: {parameters.width}x{parameters.height}, "
+        f"Model: {parameters.model}"
     )
-    info.add_itxt("parameters", f"{params.prompt}{negative}\n{settings}")
+    info.add_itxt("parameters", f"{parameters.prompt}{negative}\n{settings}")
     return info

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
 from mii_serve.errors import EngineError
-from mii_serve.proto.codec import encode_event
-from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.types import Capabilities, Event, OutputOptions, RequestedParams, draw_seed
+from mii_serve.types import Capabilities, Event, GenerationAnswer, GenerationRequest, ResolvedRequest, draw_seed, gather
 
 
 class LocalGenerator:
-    """Makes pictures in this process; not thread-safe."""
+    """Makes images in this process; not thread-safe."""
 
     def __init__(self, engine: Engine, engine_thread: ThreadPoolExecutor) -> None:
         self._engine, self._engine_thread = engine, engine_thread
@@ -27,23 +25,31 @@ class LocalGenerator:
     def capabilities(self) -> Capabilities:
         return self._engine.capabilities
 
-    def stream_messages(self, asked: RequestedParams, output: OutputOptions) -> Iterator[pb.GenerateEvent]:
-        """The events a server would send; closing the generator cancels.
+    def generate(self, request: GenerationRequest) -> GenerationAnswer:
+        """The images of the request.
+
+        Raises:
+            MiiServeError: as `stream`.
+        """
+        with contextlib.closing(self.stream(request)) as events:
+            return gather(events)
+
+    def stream(self, request: GenerationRequest) -> Generator[Event, None, None]:
+        """The events of the request, `Done` last; closing the generator cancels.
 
         Raises:
             InvalidRequestError: naming the field and the rule.
             EngineError: the engine failed.
         """
-        params = self._engine.capabilities.resolve(asked, fallback_seed=draw_seed())
-        request_id = uuid.uuid4().hex
+        params = self._engine.capabilities.resolve(request.params, fallback_seed=draw_seed())
         with asyncio.Runner() as runner:
             room = params.num_images_per_prompt
             replica = ReplicaLoop(self._engine, self._engine_thread, max_waiting_samples=room)
-            events = replica.generate(request_id, params, output)
+            events = replica.generate(uuid.uuid4().hex, ResolvedRequest(params=params, output=request.output))
             turns = runner.get_loop().create_task(replica.run())
             try:
                 while (event := runner.run(_next(events))) is not None:
-                    yield encode_event(request_id, event)
+                    yield event
             finally:
                 runner.run(_stop(events, turns))
 

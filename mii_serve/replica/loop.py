@@ -1,7 +1,7 @@
-"""The replica's heart: `plan`, `run`, `advance`, again and again, and the events that tell each caller how far it is.
+"""The replica's loop: `plan`, `run`, `advance`, again and again, and the events of each request.
 
-All state lives on one asyncio loop; the engine runs in a thread of its own, pictures are encoded in a few more, and neither
-stops the loop. A caller that goes away gives its slots back at the next turn. When the engine fails, everything in flight
+All state lives on one asyncio loop; the engine runs in a thread of its own, images are encoded in a few more, and neither
+stops the loop. A request that is dropped gives its slots back at the next turn. When the engine fails, everything in flight
 ends in a typed error and the loop stops for good: what the device holds is then unknown.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from mii_serve.engine import Engine
 from mii_serve.errors import (
@@ -25,23 +25,23 @@ from mii_serve.errors import (
     UnavailableError,
 )
 from mii_serve.metrics import ReplicaMetrics
-from mii_serve.proto.codec import Activity
 from mii_serve.replica.encoding import encode_picture
+from mii_serve.replica.mailbox import Mailbox
 from mii_serve.replica.trace import RequestTrace
 from mii_serve.scheduler import Position, Scheduler
 from mii_serve.types import (
     LATENT_SCALE,
+    Activity,
     Done,
-    Effective,
+    EffectiveParameters,
     Event,
-    GenerationParams,
     ImageReady,
     OutputOptions,
     Picture,
     Preview,
-    Priority,
     Queued,
     Request,
+    ResolvedRequest,
     SampleId,
     SampleProgress,
     Started,
@@ -53,54 +53,34 @@ logger = logging.getLogger(__name__)
 NUM_ENCODING_THREADS = 2
 
 POSITIONS_EVERY_S = 0.5
-"""Between two looks at where everybody is in line, at least."""
+"""Between two rounds of `Queued` events, at least."""
 POSITIONS_PER_S = 40
-"""Told in all: a long line must not take the time it waits for."""
+"""Such events in all: a long queue must not take the time that it waits for."""
 
 
-class _Mailbox:
-    """Events on their way to one caller. Of the news a slow caller has not yet read, only the latest is kept."""
+class Outlet(Protocol):
+    """Takes the events of one request, and the error it ended with, if it did."""
 
-    def __init__(self) -> None:
-        self._events: deque[Event | MiiServeError] = deque()
-        self._arrived = asyncio.Event()
-
-    def put(self, event: Event | MiiServeError) -> None:
-        if isinstance(event, Queued | Step | Preview):
-            for old in [old for old in self._events if _is_news_of_the_same(old, event)]:
-                self._events.remove(old)
-        self._events.append(event)
-        self._arrived.set()
-
-    async def get(self) -> Event:
-        while not self._events:
-            self._arrived.clear()
-            await self._arrived.wait()
-        event = self._events.popleft()
-        if isinstance(event, MiiServeError):
-            raise event
-        return event
-
-
-def _is_news_of_the_same(old: Event | MiiServeError, new: Queued | Step | Preview) -> bool:
-    return type(old) is type(new) and getattr(old, "image_index", None) == getattr(new, "image_index", None)
+    def put(self, entry: Event | Exception, /) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
-class _Caller:
+class _Generation:
+    """One request from its acceptance to its end."""
+
     request: Request
     output: OutputOptions
     accepted_at: float
     trace: RequestTrace
-    mailbox: _Mailbox = field(default_factory=_Mailbox)
+    outlet: Outlet
     started_at: float | None = None
     num_images_left: int = 0
     encoding: dict[int, asyncio.Task[None]] = field(default_factory=dict)
-    """What was last begun to be encoded of each image."""
+    """The encoding of each image that was begun last."""
 
 
 class ReplicaLoop:
-    """Makes pictures for any number of concurrent callers of `generate`."""
+    """Makes the images of any number of concurrent requests."""
 
     def __init__(
         self,
@@ -118,14 +98,14 @@ class ReplicaLoop:
         self.metrics.follow(self._scheduler)
         described = engine.description
         self.metrics.engine(described.engine, described.dtype, is_fallback=bool(described.note))
-        self._callers: dict[str, _Caller] = {}
+        self._generations: dict[str, _Generation] = {}
         self._wake = asyncio.Event()
         self._failure: MiiServeError | None = None
         self._engine_thread = engine_thread
         self._encoders = ThreadPoolExecutor(NUM_ENCODING_THREADS, thread_name_prefix="encode")
         self._encoding: set[asyncio.Task[None]] = set()
         self._born = time.monotonic()
-        self._told_positions_at = self._born
+        self._sent_positions_at = self._born
         self._num_graph_misses = engine.num_graph_misses
         self._num_turns = self._num_steps = self._num_images = self._num_requests = self._num_cancelled = 0
 
@@ -145,36 +125,52 @@ class ReplicaLoop:
             num_cancelled_requests=self._num_cancelled,
             num_turns=self._num_turns,
             num_graph_misses=self._engine.num_graph_misses,
-            max_cells_per_call=self._engine.capacity.max_cells_per_call,
+            max_cells_per_call=self._engine.capacity.max_latent_pixels_per_call,
         )
 
     async def generate(
+        self, request_id: str, request: ResolvedRequest, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """The events of one request, `Done` last; leaving the iteration early drops it.
+
+        Raises:
+            MiiServeError: as `submit`, and the error that it ended with.
+        """
+        mailbox, event = Mailbox(), None
+        await self.submit(request_id, request, mailbox, timeout_s=timeout_s)
+        try:
+            while not isinstance(event, Done):
+                event = await mailbox.get()
+                yield event
+        finally:
+            self.drop(request_id)
+
+    async def submit(
         self,
         request_id: str,
-        params: GenerationParams,
-        output: OutputOptions,
+        resolved: ResolvedRequest,
+        outlet: Outlet,
         *,
         client: str = "",
-        priority: Priority = Priority.NORMAL,
         timeout_s: float | None = None,
         traceparent: str | None = None,
-    ) -> AsyncGenerator[Event, None]:
-        """Make the pictures of one request; leaving the iteration early cancels it.
+    ) -> None:
+        """Accept a request; its events go to the `outlet` until `Done` or an error.
 
-        Spans of the work hang below `traceparent`.
+        Spans of the work are children of `traceparent`.
 
         Raises:
             InvalidRequestError: the id is in use, or the schedulers cannot do what is asked.
             QueueFullError: no room.
-            DeadlineExceededError: it cannot be done in `timeout_s`, or was not.
+            DeadlineExceededError: it cannot be done in `timeout_s`.
             UnavailableError: the loop has stopped.
-            EngineError: the engine failed while this request was in flight.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._refuse_if_stopped()
+        params, output = resolved.params, resolved.output
         num_calls = await asyncio.get_running_loop().run_in_executor(self._encoders, self._engine.check, params)
         self._refuse_if_stopped()
-        if request_id in self._callers:
+        if request_id in self._generations:
             raise InvalidRequestError("x-request-id", "must not be in use by a running request", repr(request_id))
         now = time.monotonic()
         request = Request(
@@ -182,29 +178,34 @@ class ReplicaLoop:
             params=params,
             num_calls=num_calls,
             client=client,
-            priority=priority,
+            priority=resolved.priority,
             deadline=deadline,
             preview_every=output.preview_every,
         )
         position = self._scheduler.add(request, now)
-        caller = self._callers[request_id] = _Caller(
-            request, output, now, RequestTrace(traceparent, now), num_images_left=params.num_images_per_prompt
+        generation = self._generations[request_id] = _Generation(
+            request, output, now, RequestTrace(traceparent, now), outlet, num_images_left=params.num_images_per_prompt
         )
         self._num_requests += 1
         self._wake.set()
-        caller.mailbox.put(_queued(position))
-        is_done = False
-        try:
-            while not is_done:
-                event = await caller.mailbox.get()
-                is_done = isinstance(event, Done)
-                yield event
-        finally:
-            del self._callers[request_id]
-            self._scheduler.drop(request_id)
-            self._wake.set()
-            if not is_done and self._failure is None:
-                self._num_cancelled += 1
+        generation.outlet.put(_queued(position))
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request; nothing happens if it has ended."""
+        if (generation := self._generations.get(request_id)) is not None:
+            self._end(generation)
+            self._num_cancelled += self._failure is None
+
+    def _end(self, generation: _Generation) -> None:
+        del self._generations[generation.request.id]
+        self._scheduler.drop(generation.request.id)
+        self._wake.set()
+
+    def _fail(self, generation: _Generation, error: MiiServeError) -> None:
+        """End the request with this error."""
+        if self._generations.get(generation.request.id) is generation:
+            self.drop(generation.request.id)
+            generation.outlet.put(error)
 
     async def run(self) -> None:
         """Take turns until cancelled.
@@ -222,7 +223,7 @@ class ReplicaLoop:
                     await self._wake.wait()
                     continue
                 for sample in plan.joins:
-                    self._tell_started(sample.id)
+                    self._report_start(sample.id)
                 start = time.monotonic()
                 progress = await loop.run_in_executor(self._engine_thread, self._engine.run, plan)
                 self._scheduler.advance(progress, time.monotonic() - start)
@@ -232,10 +233,10 @@ class ReplicaLoop:
                 self._num_steps += len(plan.steps)
                 for sample_progress in progress:
                     self._trace(sample_progress, start, stages)
-                    self._tell(sample_progress)
-                self._tell_positions()
+                    self._report(sample_progress)
+                self._report_positions()
         except EngineError as error:
-            logger.exception("the engine failed with %d requests in flight", len(self._callers))
+            logger.exception("the engine failed with %d requests in flight", len(self._generations))
             self._fail_all(EngineLostError(str(error)))
             raise
         finally:
@@ -251,8 +252,8 @@ class ReplicaLoop:
         self._num_graph_misses = num_misses
 
     def _trace(self, progress: SampleProgress, start: float, stages: dict[str, float]) -> None:
-        if caller := self._callers.get(progress.id.request_id):
-            caller.trace.advanced(progress.id.image_index, start, stages, is_over=progress.is_over)
+        if generation := self._generations.get(progress.id.request_id):
+            generation.trace.advanced(progress.id.image_index, start, stages, is_over=progress.is_over)
 
     def _refuse_if_stopped(self) -> None:
         if self._failure is not None:
@@ -260,116 +261,124 @@ class ReplicaLoop:
 
     def _fail_all(self, error: MiiServeError) -> None:
         self._failure = self._failure or error
-        for caller in self._callers.values():
-            caller.mailbox.put(error)
+        for generation in list(self._generations.values()):
+            self._fail(generation, error)
 
     def _expire(self) -> None:
         for request_id in self._scheduler.expire(time.monotonic()):
-            if caller := self._callers.get(request_id):
-                caller.mailbox.put(DeadlineExceededError("the pictures were not ready in time"))
+            if generation := self._generations.get(request_id):
+                self._fail(generation, DeadlineExceededError("the pictures were not ready in time"))
 
-    def _tell_positions(self) -> None:
+    def _report_positions(self) -> None:
         now = time.monotonic()
         pause_s = max(POSITIONS_EVERY_S, self._scheduler.num_waiting / POSITIONS_PER_S)
-        if not self._scheduler.num_waiting or now - self._told_positions_at < pause_s:
+        if not self._scheduler.num_waiting or now - self._sent_positions_at < pause_s:
             return
-        self._told_positions_at = now
+        self._sent_positions_at = now
         for request_id, position in self._scheduler.positions():
-            if caller := self._callers.get(request_id):
-                caller.mailbox.put(_queued(position))
+            if generation := self._generations.get(request_id):
+                generation.outlet.put(_queued(position))
 
-    def _tell_started(self, sample_id: SampleId) -> None:
-        if caller := self._callers.get(sample_id.request_id):
+    def _report_start(self, sample_id: SampleId) -> None:
+        if generation := self._generations.get(sample_id.request_id):
             now = time.monotonic()
-            caller.started_at = caller.started_at or now
-            caller.trace.joined(sample_id.image_index, now)
-            caller.mailbox.put(Started(image_index=sample_id.image_index))
+            generation.started_at = generation.started_at or now
+            generation.trace.joined(sample_id.image_index, now)
+            generation.outlet.put(Started(image_index=sample_id.image_index))
 
-    def _tell(self, progress: SampleProgress) -> None:
-        caller = self._callers.get(progress.id.request_id)
-        if caller is None:
+    def _report(self, progress: SampleProgress) -> None:
+        generation = self._generations.get(progress.id.request_id)
+        if generation is None:
             return
         if progress.error is not None:
-            caller.mailbox.put(progress.error)
+            self._fail(generation, progress.error)
             return
         index, left_s = progress.id.image_index, 0.0 if progress.is_over else self._scheduler.remaining_s(progress.id)
         step = Step(image_index=index, step=progress.step, num_steps=progress.num_steps, estimated_left_s=left_s)
-        caller.mailbox.put(step)
-        if progress.preview is not None:
-            self._start(caller, index, self._show(caller, index, progress.step, progress.preview, caller.encoding.get(index)))
-        if progress.picture is not None:
-            self._start(caller, index, self._hand_over(caller, index, progress.picture, caller.encoding.get(index)))
+        generation.outlet.put(step)
+        if (preview := progress.preview) is not None:
+            before = generation.encoding.get(index)
+            self._start(generation, index, self._send_preview(generation, index, progress.step, preview, before))
+        if (picture := progress.picture) is not None:
+            before = generation.encoding.get(index)
+            self._start(generation, index, self._send_image(generation, index, picture, before))
 
-    def _start(self, caller: _Caller, index: int, encoding: Coroutine[None, None, None]) -> None:
-        """Encode beside the turns; several of one image may be encoded at once, and are told of in their order."""
-        task = caller.encoding[index] = asyncio.create_task(encoding)
+    def _start(self, generation: _Generation, index: int, sending: Coroutine[None, None, None]) -> None:
+        """Encode beside the turns; several files of one image may be encoded at once, and are sent in their order."""
+        task = generation.encoding[index] = asyncio.create_task(sending)
         self._encoding.add(task)
         task.add_done_callback(self._encoding.discard)
 
     async def _encode(
-        self, caller: _Caller, index: int, picture: Picture, before: asyncio.Task[None] | None
-    ) -> tuple[bytes, Effective] | None:
-        """The file, once what was begun `before` has been told of; None where that failed, which the caller has been told."""
-        effective = Effective(
-            params=caller.request.params,
-            engine=self._engine.description,
-            scheduler=self._engine.describe_scheduler(caller.request.params),
+        self, generation: _Generation, index: int, picture: Picture, before: asyncio.Task[None] | None
+    ) -> tuple[bytes, EffectiveParameters] | None:
+        """The file, once the one begun `before` has been sent; None where the request has ended meanwhile."""
+        request = generation.request
+        parameters = EffectiveParameters.of(
+            request.params,
+            self._engine.description,
+            self._engine.describe_scheduler(request.params),
             dropped_prompt=picture.dropped_prompt,
             dropped_negative_prompt=picture.dropped_negative_prompt,
         )
-        seed = caller.request.params.seed_of(index)
+        seed = request.params.seed_of(index)
         loop, start = asyncio.get_running_loop(), time.monotonic()
         try:
-            encoded = await loop.run_in_executor(self._encoders, encode_picture, picture, caller.output, effective, seed)
+            encoded = await loop.run_in_executor(self._encoders, encode_picture, picture, generation.output, parameters, seed)
         except Exception as error:
-            logger.exception("a picture could not be encoded, request_id=%s", caller.request.id)
-            caller.mailbox.put(EngineError(f"the picture could not be encoded: {type(error).__name__}"))
+            logger.exception("a picture could not be encoded, request_id=%s", request.id)
+            self._fail(generation, EngineError(f"the picture could not be encoded: {type(error).__name__}"))
             return None
         end = time.monotonic()
         self.metrics.stage("encode_image", end - start)
-        caller.trace.encoded(index, start, end)
+        generation.trace.encoded(index, start, end)
         if before is not None:
             await asyncio.wait((before,))
-        return encoded, effective
+        return (encoded, parameters) if self._generations.get(request.id) is generation else None
 
-    async def _show(self, caller: _Caller, index: int, step: int, picture: Picture, before: asyncio.Task[None] | None) -> None:
-        if (made := await self._encode(caller, index, picture, before)) is None:
-            return
-        caller.mailbox.put(
-            Preview(
-                image_index=index,
-                step=step,
-                encoded=made[0],
-                format=caller.output.format,
-                height=picture.height,
-                width=picture.width,
-                nsfw_content_detected=picture.nsfw_content_detected,
+    async def _send_preview(
+        self, generation: _Generation, index: int, step: int, picture: Picture, before: asyncio.Task[None] | None
+    ) -> None:
+        encoded = await self._encode(generation, index, picture, before)
+        if encoded is not None:
+            generation.outlet.put(
+                Preview(
+                    image_index=index,
+                    step=step,
+                    encoded=encoded[0],
+                    format=generation.output.format,
+                    height=picture.height,
+                    width=picture.width,
+                    nsfw_content_detected=picture.nsfw_content_detected,
+                )
             )
-        )
 
-    async def _hand_over(self, caller: _Caller, index: int, picture: Picture, before: asyncio.Task[None] | None) -> None:
-        if (made := await self._encode(caller, index, picture, before)) is None:
+    async def _send_image(
+        self, generation: _Generation, index: int, picture: Picture, before: asyncio.Task[None] | None
+    ) -> None:
+        encoded = await self._encode(generation, index, picture, before)
+        if encoded is None:
             return
-        encoded, effective = made
         self._num_images += 1
         self.metrics.images.inc()
         self.metrics.images_flagged.inc(bool(picture.nsfw_content_detected))
-        caller.mailbox.put(
+        generation.outlet.put(
             ImageReady(
                 image_index=index,
-                encoded=encoded,
-                format=caller.output.format,
+                encoded=encoded[0],
+                format=generation.output.format,
                 height=picture.height,
                 width=picture.width,
-                seed=caller.request.params.seed_of(index),
+                seed=generation.request.params.seed_of(index),
                 nsfw_content_detected=picture.nsfw_content_detected,
             )
         )
-        caller.num_images_left -= 1
-        if caller.num_images_left == 0:
-            now, started_at = time.monotonic(), caller.started_at or caller.accepted_at
-            queued_s, total_s = started_at - caller.accepted_at, now - caller.accepted_at
-            caller.mailbox.put(Done(effective=effective, queued_s=queued_s, total_s=total_s))
+        generation.num_images_left -= 1
+        if generation.num_images_left == 0:
+            now, started_at = time.monotonic(), generation.started_at or generation.accepted_at
+            queued_s, total_s = started_at - generation.accepted_at, now - generation.accepted_at
+            self._end(generation)
+            generation.outlet.put(Done(parameters=encoded[1], queued_s=queued_s, total_s=total_s))
 
 
 def _queued(position: Position) -> Queued:

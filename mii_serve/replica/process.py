@@ -28,7 +28,7 @@ from mii_serve.metrics import ReplicaMetrics
 from mii_serve.models.quiet import quiet_libraries
 from mii_serve.replica.local import build_warm_engine
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.replica.service import replica_server
+from mii_serve.replica.service import ListenOn, replica_server
 from mii_serve.threads import wait_briefly
 from mii_serve.tracing import flush_traces, start_tracing
 
@@ -115,7 +115,7 @@ def _die_with_parent() -> None:
 
 
 async def _serve(loop: ReplicaLoop, config: DeployConfig, socket: str, status_fd: int) -> None:
-    server = replica_server(loop, config.deployment_name, Path(socket))
+    server, _ = replica_server(loop, config.deployment_name, ListenOn.socket(Path(socket)))
     await server.start()
     _report(status_fd, state="ready")
     try:

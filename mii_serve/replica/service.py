@@ -1,53 +1,67 @@
-"""The v1 service as a replica speaks it, on its private socket, to the front process."""
+"""What a replica answers to its front: orders in, a report of each turn out. The socket is private, or asks for a token."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator
+import asyncio
+import hmac
+import itertools
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 import mii_serve
-from mii_serve.proto.codec import (
-    CHANNEL_OPTIONS,
-    GET_METRICS,
-    decode_request,
-    encode_event,
-    encode_server_info,
-    gather_response,
-)
-from mii_serve.proto.interceptor import CLIENT_ID_KEY, CallInterceptor, current_request_id
-from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer, add_ImageGenerationServicer_to_server
-from mii_serve.proto.writing import Context
+from mii_serve.errors import MiiServeError
+from mii_serve.proto.codec import CHANNEL_OPTIONS, decode_resolved, encode_event, encode_server_info
+from mii_serve.proto.metadata import AUTHORIZATION_KEY
+from mii_serve.proto.replica import replica_pb2 as pb
+from mii_serve.proto.replica.replica_pb2_grpc import ReplicaServicer, add_ReplicaServicer_to_server
+from mii_serve.proto.status import status_of
+from mii_serve.proto.v1.image_generation_pb2 import GetServerInfoResponse
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.tracing import TRACEPARENT_KEY
-from mii_serve.types import RequestedParams, draw_seed
+from mii_serve.types import Event, Preview, Queued, RequestedParams, ServerInfo, Started, Step
+
+if TYPE_CHECKING:  # grpc's classes are generic in their type stubs only
+    Context = grpc.aio.ServicerContext[Any, Any]
+    Handler = grpc.RpcMethodHandler[Any, Any] | None
+else:
+    Context = grpc.aio.ServicerContext
+    Handler = grpc.RpcMethodHandler
+
+logger = logging.getLogger(__name__)
+
+MAX_REPORT_BYTES = 16 * 1024 * 1024
+"""Of images in one report, which has one at least: far below the bound of a message."""
 
 
-def replica_server(loop: ReplicaLoop, deployment_name: str, socket: Path) -> grpc.aio.Server:
-    """A server, not yet started, that speaks for this loop on a private socket."""
-    server = grpc.aio.server(interceptors=(CallInterceptor(is_inner=True),), options=CHANNEL_OPTIONS)
-    add_ImageGenerationServicer_to_server(ReplicaService(loop, deployment_name), server)
-    server.add_generic_rpc_handlers((_internal_handler(loop),))
-    server.add_insecure_port(f"unix:{socket}")
-    return server
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenOn:
+    """Where a replica listens: a Unix socket, or HOST:PORT with TLS and a token that the front must show."""
+
+    address: str
+    credentials: grpc.ServerCredentials | None = None
+    token: str | None = None
+
+    @classmethod
+    def socket(cls, path: Path) -> ListenOn:
+        return cls(address=f"unix:{path}")
 
 
-def _internal_handler(loop: ReplicaLoop) -> grpc.GenericRpcHandler:
-    """What the front asks beside the public service."""
+def replica_server(loop: ReplicaLoop, deployment_name: str, listen_on: ListenOn) -> tuple[grpc.aio.Server, int]:
+    """A server for this loop that has not started yet, and the port that it is bound to, 1 for a Unix socket."""
+    interceptors = () if listen_on.token is None else (_TokenCheck(listen_on.token),)
+    server = grpc.aio.server(interceptors=interceptors, options=CHANNEL_OPTIONS)
+    add_ReplicaServicer_to_server(ReplicaService(loop, deployment_name), server)
+    if listen_on.credentials is None:
+        return server, server.add_insecure_port(listen_on.address)
+    return server, server.add_secure_port(listen_on.address, listen_on.credentials)
 
-    async def get_metrics(request: bytes, context: Context) -> bytes:
-        return loop.metrics.text()
 
-    service, _, method = GET_METRICS.strip("/").partition("/")
-    handlers: dict[str, Any] = {method: grpc.unary_unary_rpc_method_handler(get_metrics)}
-    return grpc.method_handlers_generic_handler(service, handlers)
-
-
-class ReplicaService(ImageGenerationServicer):
+class ReplicaService(ReplicaServicer):
     def __init__(self, loop: ReplicaLoop, deployment_name: str) -> None:
         self._loop = loop
         self._deployment_name = deployment_name
@@ -55,34 +69,181 @@ class ReplicaService(ImageGenerationServicer):
         usual = engine.capabilities.resolve(RequestedParams(prompt="the default scheduler"), fallback_seed=0)
         self._default_scheduler = engine.describe_scheduler(usual)
 
-    async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:  # noqa: N802
-        params, output, priority = decode_request(request, self._loop.engine.capabilities, fallback_seed=draw_seed())
-        request_id = current_request_id.get()
-        metadata = dict(context.invocation_metadata() or ())
-        events = self._loop.generate(
-            request_id,
-            params,
-            output,
-            client=str(metadata.get(CLIENT_ID_KEY, "")),
-            priority=priority,
-            timeout_s=context.time_remaining(),
-            traceparent=str(metadata[TRACEPARENT_KEY]) if TRACEPARENT_KEY in metadata else None,
-        )
-        async with contextlib.aclosing(events):
-            async for event in events:
-                yield encode_event(request_id, event)
+    async def Work(  # type: ignore[override]  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.Order], context: Context
+    ) -> None:
+        # Not a generator, which would not be closed when the call is cancelled in the middle of a write.
+        front = _Front(self._loop)
+        reading = asyncio.create_task(front.follow(request_iterator))
+        try:
+            while (report := await front.next_report(reading)) is not None:
+                await context.write(report)
+        except grpc.aio.BaseError:
+            pass  # the front has gone
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            front.drop_all()
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
-        async with contextlib.aclosing(self.GenerateStream(request, context)) as events:
-            return gather_response([event async for event in events])
-
-    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
-        engine = self._loop.engine
+    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> GetServerInfoResponse:  # noqa: N802
+        engine, scheduler = self._loop.engine, self._default_scheduler
+        described, capabilities = engine.description, engine.capabilities
         return encode_server_info(
-            version=mii_serve.__version__,
-            deployment_name=self._deployment_name,
-            engine=engine.description,
-            capabilities=engine.capabilities,
-            default_scheduler=self._default_scheduler,
-            activity=self._loop.activity(),
+            ServerInfo(
+                version=mii_serve.__version__,
+                deployment_name=self._deployment_name,
+                model=described.model,
+                model_revision=described.model_revision,
+                engine=described.engine,
+                dtype=described.dtype,
+                device=described.device,
+                has_safety_checker=described.has_safety_checker,
+                engine_note=described.note,
+                defaults=capabilities.defaults,
+                limits=capabilities.limits,
+                schedulers=capabilities.schedulers,
+                default_scheduler_class=scheduler.class_name,
+                default_scheduler_options=scheduler.options,
+                is_default_scheduler_compiled=scheduler.is_compiled,
+                activity=self._loop.activity(),
+            )
         )
+
+    async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.Metrics:  # noqa: N802
+        return pb.Metrics(text=self._loop.metrics.text())
+
+
+_NUMBERS = itertools.count(1)
+
+
+class _Front:
+    """One front's stream: what it has ordered, and what it has not been sent yet."""
+
+    def __init__(self, loop: ReplicaLoop) -> None:
+        self._loop = loop
+        self._running: dict[int, str] = {}
+        """The loop's request id by the front's id."""
+        self._accepting: dict[int, asyncio.Task[None]] = {}
+        self._before: list[pb.News] = []
+        self._steps: dict[tuple[int, int], Step] = {}
+        """The latest of each image, like the previews."""
+        self._previews: dict[tuple[int, int], pb.News] = {}
+        self._after: deque[pb.News] = deque()
+        self._changed = asyncio.Event()
+
+    async def follow(self, orders: AsyncIterator[pb.Order]) -> None:
+        """Carry out orders until the stream of them ends."""
+        async for order in orders:
+            if order.HasField("cancel"):
+                self._drop(order.cancel.id)
+            else:
+                accepting = asyncio.create_task(self._accept(order.generate))
+                self._accepting[order.generate.id] = accepting
+
+    async def next_report(self, reading: asyncio.Task[None]) -> pb.Report | None:
+        """What is new, awaited if nothing is; None once the front has ended its orders."""
+        changed = asyncio.ensure_future(self._changed.wait())
+        try:
+            await asyncio.wait((changed, reading), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+        return None if reading.done() else self._take_report()
+
+    def drop_all(self) -> None:
+        for front_id in (*self._running, *self._accepting):
+            self._drop(front_id)
+
+    async def _accept(self, order: pb.Generate) -> None:
+        front_id = order.id
+        request_id = f"{order.request_id} {next(_NUMBERS)}"
+        self._running[front_id] = request_id
+        try:
+            await self._loop.submit(
+                request_id,
+                decode_resolved(order.request),
+                _Outlet(self, front_id),
+                client=order.client,
+                timeout_s=order.timeout_s if order.HasField("timeout_s") else None,
+                traceparent=order.traceparent or None,
+            )
+        except MiiServeError as error:
+            self.put(front_id, error)
+        except Exception:
+            logger.exception("unexpected error, request_id=%s", request_id)
+            self.put(front_id, MiiServeError("internal error in the replica"))
+        finally:
+            self._accepting.pop(front_id, None)
+
+    def _drop(self, front_id: int) -> None:
+        if (accepting := self._accepting.pop(front_id, None)) is not None:
+            accepting.cancel()
+        if (request_id := self._running.pop(front_id, None)) is not None:
+            self._loop.drop(request_id)
+
+    def put(self, front_id: int, entry: Event | Exception) -> None:
+        """Send this with the next report."""
+        match entry:
+            case Step():
+                self._steps[front_id, entry.image_index] = entry
+            case Queued() | Started():
+                self._before.append(pb.News(id=front_id, event=encode_event("", entry)))
+            case Preview():
+                self._previews[front_id, entry.image_index] = pb.News(id=front_id, event=encode_event("", entry))
+            case Exception():
+                self._running.pop(front_id, None)
+                error = entry if isinstance(entry, MiiServeError) else MiiServeError(str(entry))
+                self._after.append(pb.News(id=front_id, error=status_of(error).SerializeToString()))
+            case _:
+                self._after.append(pb.News(id=front_id, event=encode_event("", entry)))
+        self._changed.set()
+
+    def _take_report(self) -> pb.Report:
+        steps, self._steps = self._steps, {}
+        before, self._before = self._before, []
+        previews, self._previews = self._previews, {}
+        after = list(previews.values())
+        num_bytes = sum(news.ByteSize() for news in after)
+        while self._after and (not after or num_bytes < MAX_REPORT_BYTES):
+            after.append(self._after.popleft())
+            num_bytes += after[-1].ByteSize()
+        if not self._after:
+            self._changed.clear()
+        columns = pb.Steps(
+            id=[front_id for front_id, _ in steps],
+            image_index=[index for _, index in steps],
+            step=[step.step for step in steps.values()],
+            num_steps=[step.num_steps for step in steps.values()],
+            estimated_left_s=[step.estimated_left_s or 0.0 for step in steps.values()],
+        )
+        return pb.Report(before_steps=before, steps=columns, after_steps=after)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlet:
+    front: _Front
+    front_id: int
+
+    def put(self, entry: Event | Exception) -> None:
+        self.front.put(self.front_id, entry)
+
+
+class _TokenCheck(grpc.aio.ServerInterceptor):
+    """Refuses calls that do not show the token."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        shown = dict(details.invocation_metadata or ()).get(AUTHORIZATION_KEY, "")
+        if hmac.compare_digest(str(shown).encode(), self._expected):
+            return await continuation(details)
+        return _REFUSAL
+
+
+async def _refuse(request_iterator: Any, context: Context) -> None:
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a replica wants its front's token")
+
+
+_REFUSAL: Any = grpc.stream_stream_rpc_method_handler(_refuse)

@@ -1,1 +1,1 @@
-"""Keeps pictures that should not be seen from being seen."""
+"""The model's safety checker, and moderation of prompts and pictures by Azure AI Content Safety."""

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 from mii_serve import __version__
 from mii_serve.config import ContentSafetyConfig
 from mii_serve.errors import ConfigError, ContentBlockedError, ModerationFailedError
-from mii_serve.safety.moderation import Moderator, Verdict
+from mii_serve.extras import how_to_get
+from mii_serve.safety.moderation import ModerationVerdict, Moderator
 
 if TYPE_CHECKING:
     from azure.identity.aio import ManagedIdentityCredential
@@ -27,7 +28,7 @@ CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
 MAX_SEVERITY = 7
 CONNECT_TIMEOUT_S = 5.0
 NUM_REPEATS = 1
-"""Of a call that failed; asking twice does no harm. The time for a verdict bounds both together."""
+"""Of a failed call, which is safe to repeat. `timeout_s` bounds all tries together."""
 REPEATED = frozenset({"POST"})
 
 
@@ -60,8 +61,8 @@ class AzureModerator:
             from azure.core.credentials import AzureKeyCredential
             from azure.identity.aio import ManagedIdentityCredential
         except ModuleNotFoundError as error:
-            raise ConfigError("content_safety", "needs the extra mii-serve[azure]") from error
-        logging.getLogger("azure").setLevel(logging.WARNING)  # at INFO it has a line for every header
+            raise ConfigError("content_safety", f"{error.name} is not installed: {how_to_get('azure')}") from error
+        logging.getLogger("azure").setLevel(logging.WARNING)  # at INFO it logs every header
         self._settings = settings
         self._identity: ManagedIdentityCredential | None = None
         credential: AzureKeyCredential | ManagedIdentityCredential
@@ -84,34 +85,34 @@ class AzureModerator:
         return f"AzureModerator({self._settings.url!r})"
 
     async def check_texts(self, prompt: str, negative_prompt: str) -> None:
-        """See `Moderator`. A text of nothing but spaces says nothing, and the service refuses it."""
+        """See `Moderator`. A text of nothing but spaces is not checked: the service refuses it."""
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
         fields = [name for name, text in texts.items() if text.strip()]
-        looks = [asyncio.ensure_future(self._in_time(self._look_at_text(texts[name]))) for name in fields]
+        checks = [asyncio.ensure_future(self._in_time(self._check_text(texts[name]))) for name in fields]
         try:
-            verdicts = await asyncio.gather(*looks)
+            verdicts = await asyncio.gather(*checks)
         finally:
-            for look in looks:  # the first failure settles it
-                look.cancel()
+            for check in checks:  # the first failure decides
+                check.cancel()
         for name, verdict in zip(fields, verdicts, strict=True):
             if verdict.is_blocked:
                 raise ContentBlockedError(name, verdict.categories, on_blocklist=verdict.on_blocklist)
 
-    async def check_image(self, image: bytes) -> Verdict:
-        return await self._in_time(self._look_at_image(image))
+    async def check_image(self, image: bytes) -> ModerationVerdict:
+        return await self._in_time(self._check_picture(image))
 
     async def close(self) -> None:
         await self._client.close()
         if self._identity is not None:
             await self._identity.close()
 
-    async def _in_time(self, look: Awaitable[Verdict]) -> Verdict:
-        """What `look` finds, every way of its failing told as one error."""
+    async def _in_time(self, check: Awaitable[ModerationVerdict]) -> ModerationVerdict:
+        """The verdict of `check`; every way of its failing becomes one error."""
         from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
 
         try:
             async with asyncio.timeout(self._settings.timeout_s):
-                return await look
+                return await check
         except TimeoutError as error:
             raise ModerationFailedError(f"content safety did not answer within {self._settings.timeout_s:g} s") from error
         except HttpResponseError as error:
@@ -126,20 +127,20 @@ class AzureModerator:
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # the SDK, reading what it got
             raise ModerationFailedError("content safety answered something that is no verdict") from error
 
-    async def _look_at_text(self, text: str) -> Verdict:
+    async def _check_text(self, text: str) -> ModerationVerdict:
         asked: dict[str, Any] = {"text": text}
         if self._settings.blocklists:
             asked |= {"blocklistNames": list(self._settings.blocklists), "haltOnBlocklistHit": False}
         result = await self._client.analyze_text(asked, retry_on_methods=REPEATED)
         matches = _member(result, "blocklistsMatch", list) if self._settings.blocklists else []
-        return Verdict(categories=self._too_severe(result), on_blocklist=bool(matches))
+        return ModerationVerdict(categories=self._too_severe(result), on_blocklist=bool(matches))
 
-    async def _look_at_image(self, image: bytes) -> Verdict:
+    async def _check_picture(self, image: bytes) -> ModerationVerdict:
         from azure.ai.contentsafety.models import AnalyzeImageOptions, ImageData
 
         options = AnalyzeImageOptions(image=ImageData(content=image))
         result = await self._client.analyze_image(options, retry_on_methods=REPEATED)
-        return Verdict(categories=self._too_severe(result))
+        return ModerationVerdict(categories=self._too_severe(result))
 
     def _too_severe(self, result: object) -> dict[str, int]:
         """The categories above the threshold.

@@ -1,7 +1,6 @@
-"""Content safety as the server sees it: somebody who looks at texts and pictures, and either gives a verdict or fails.
+"""Moderation as the server sees it: a moderator checks texts and pictures, and either gives a verdict or fails.
 
-A failure is never a verdict: whoever asks lets nothing pass that was not found harmless. Which service answers is
-`safety/azure.py`'s business.
+A failure is not a verdict: the server lets nothing pass that was not found harmless. `safety/azure.py` has the one moderator.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class ModerationVerdict:
     """`categories` has the severities that are above the threshold; empty where there are none."""
 
     categories: Mapping[str, int] = field(default_factory=dict)
@@ -27,19 +26,19 @@ class Moderator(Protocol):
     """Gives verdicts, each within a time of its own."""
 
     async def check_texts(self, prompt: str, negative_prompt: str) -> None:
-        """Look at both, at once.
+        """Check both concurrently.
 
         Raises:
-            ContentBlockedError: one is to be refused.
+            ContentBlockedError: one of them is to be refused.
             ModerationFailedError: there is no verdict on one of them.
         """
 
-    async def check_image(self, image: bytes) -> Verdict:
-        """Look at a picture in a format and size the service takes; see `safety/pictures.py`.
+    async def check_image(self, image: bytes) -> ModerationVerdict:
+        """Check a picture in a format and size the service takes; see `safety/pictures.py`.
 
         Raises:
             ModerationFailedError: there is no verdict.
         """
 
     async def close(self) -> None:
-        """Let go of what is held; no verdict is asked for afterwards."""
+        """Release connections; no check is made afterwards."""

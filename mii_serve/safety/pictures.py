@@ -1,4 +1,4 @@
-"""Pictures on their way through content safety: as the service takes them, and black where they may not be seen."""
+"""Pictures for content safety: as files that the service takes, and black where they are blocked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def scannable(encoded: bytes, image_format: ImageFormat, width: int, height: int
             with Image.open(io.BytesIO(encoded), formats=[image_format.name]) as file:
                 image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise ModerationFailedError("a picture cannot be read by those who must look at it") from error
+        raise ModerationFailedError("a picture that content safety must check cannot be read") from error
     image = _fitted(image)
     for quality in QUALITIES:
         buffer = io.BytesIO()

@@ -108,7 +108,7 @@ class ModelSchedulers:
             raise InvalidRequestError("scheduler", rule, repr(name)) from error
 
     def _accepted_names(self) -> Mapping[str, str]:
-        """Every accepted spelling, and the name it is answered with."""
+        """Every accepted spelling, and the name that results use for it."""
         names = {DEFAULT_SCHEDULER: DEFAULT_SCHEDULER} | {name: name for name in SAMPLERS} | dict(OTHER_NAMES)
         for class_name in CLASS_NAMES:
             names[class_name] = names[class_name.lower()] = class_name
@@ -117,7 +117,7 @@ class ModelSchedulers:
 
 
 def repaired(scheduler: Any) -> Any:
-    """The scheduler as a pipeline that was made with it holds it."""
+    """The scheduler as a pipeline holds it that was built with it."""
     nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"))
     with _quiet():
         return StableDiffusionPipeline(**nothing, scheduler=scheduler, requires_safety_checker=False).scheduler
@@ -159,7 +159,7 @@ def try_scheduler(schedulers: ModelSchedulers, name: str, num_inference_steps: i
     """Count the UNet calls by running through them on tiny latents: some schedulers fail, or divide by zero, only on the way.
 
     PNDM with v1-4's `steps_offset` asks for a timestep beyond the last one when it makes 1000 steps; DPM-Solver++ gets the same
-    timestep twice near there. It runs twice, because one that draws from another source than the request's generator would make
+    timestep twice near there. It runs twice, because one that draws from another source than the request's generator would draw
     another picture each time. Takes about 80 microseconds a step.
 
     Raises:

@@ -2,11 +2,11 @@
 
 A name is a solver and, after it, how the noise levels are spaced: `euler`, `heun_karras`, `dpm++_3m_sde_exponential`.
 
-- Solvers with orders say the order (`unipc_3`); without it the model's own order stays (`unipc`).
-- DPM-Solver says its kind: `dpm++` or `dpm` (the older algorithm, which ends at the last noise level of the training), the
+- Solvers with orders name the order (`unipc_3`); without it the model's own order stays (`unipc`).
+- DPM-Solver names its kind: `dpm++` or `dpm` (the older algorithm, which ends at the last noise level of the training), the
   order, `m` for multistep or `s` for singlestep, and `sde` for the stochastic variant.
 - Spacings are `karras`, `exponential`, `beta`, `lu` (uniform log-SNR) and `flow`, for the classes that have them. A name
-  without one means none of the first four, whatever the model's config says; flow is a property of the model and stays unless
+  without one means none of the first four, whatever the model's config has; flow is a property of the model and stays unless
   named.
 
 Every other setting is the model's own. The model's scheduler itself, every option of it, is called `default`, and a diffusers

@@ -40,7 +40,7 @@ LINEAR_ENOUGH = 1e-5
 
 
 class NotCompiledError(Exception):
-    """The scheduler cannot be compiled; the text says why."""
+    """The scheduler cannot be compiled; the text gives the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class SamplerTable:
     """What one sampler does in a run of so many steps; the first axis of each array counts UNet calls.
 
     The UNet gets `input_scale` × latents and `timesteps`. New state = `matrices` (5 × 7) × (state, model output, noise).
-    Clean latents are estimated as x0[0] × (what the UNet got) + x0[1] × (what it answered).
+    Clean latents are estimated as x0[0] × (UNet input) + x0[1] × (UNet output).
     """
 
     sampler: str
@@ -100,7 +100,7 @@ def compile_table(schedulers: ModelSchedulers, sampler: str, num_inference_steps
 
 def _record(schedulers: ModelSchedulers, sampler: str, num_inference_steps: int, *, seed: int, amplitude: float) -> _Run:
     scheduler = schedulers.make(sampler, num_inference_steps, torch.device("cpu"))
-    # Different seeds: noise that repeats a probe could not be told from it.
+    # Different seeds: noise that repeats a probe could not be distinguished from it.
     probes, generator = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1000)
     shape = (1, 4, 1, NUM_PROBE_VALUES // 4)  # channels as latents have them: some schedulers take them apart
 
@@ -120,7 +120,7 @@ def _record(schedulers: ModelSchedulers, sampler: str, num_inference_steps: int,
             run.noise.append(_drawn_since(before, generator, shape))
             run.x.append(_row(sample))
             run.kept.append(_kept(scheduler, shape))
-            # Some schedulers answer in float32; carrying on in float64 keeps the columns of the next call exact.
+            # Some schedulers return float32; carrying on in float64 keeps the columns of the next call exact.
             sample = sample.double()
     except REFUSALS as error:
         raise NotCompiledError(f"{type(error).__name__} on the way: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Decides which samples make a step next. Pure: plain values in, plain values out."""
+"""Decides which samples step next. Pure: plain values in, plain values out."""
 
 from mii_serve.scheduler.core import Position, Scheduler
 

@@ -2,10 +2,10 @@
 
 The rules:
   - A slot holds one sample from its first UNet call until its picture is decoded. Never more than `max_slots` are held.
-  - A turn is one UNet call for all running samples of one latent shape; shapes take turns, the longest unserved one first.
-  - Free slots go to the front of the line (`line.py`) between any two turns.
+  - A turn is one UNet call for all running samples of one batch key; keys take turns, the longest unserved one first.
+  - Free slots go to the front of the queue (`queue.py`) between any two turns.
   - Finished samples are decoded a few at a time, oldest first, so that a burst of endings does not hold up the others.
-  - At most one preview a turn, so that a caller who wants many slows nobody much.
+  - At most one preview a turn, so that a caller who wants many slows the others little.
   - A dropped request's slots are free in the very next plan.
 """
 
@@ -15,31 +15,33 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mii_serve.errors import DeadlineExceededError, EngineError, QueueFullError
-from mii_serve.scheduler.line import Line, Waiting
-from mii_serve.scheduler.pace import Pace, Shape
-from mii_serve.types import EngineCapacity, Request, Sample, SampleId, SampleProgress, StepPlan
+from mii_serve.scheduler.queue import QueuedSample, SampleQueue
+from mii_serve.scheduler.step_time import StepTimeEstimate
+from mii_serve.types import BatchKey, EngineCapacity, LatentShape, Request, Sample, SampleId, SampleProgress, StepPlan
 
-SHORTEST_RETRY_S = 0.1
-"""Where nothing was measured yet, too: soon enough not to lose a turn, late enough not to hammer."""
+MIN_RETRY_S = 0.1
+"""The shortest `retry_after_s` of a refusal, in seconds: of the order of a turn on a GPU, and at most ten retries a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a request is in line; no estimate before anything was measured."""
+    """Where a request is in the queue; `estimated_wait_s` is None before any turn was measured."""
 
     num_samples_ahead: int
     estimated_wait_s: float | None
 
 
 @dataclass(slots=True, eq=False)
-class _Running:
+class RunningSample:
+    """A sample that holds a slot. `preview_due_since` is the turn since which a preview of it is due."""
+
     sample: Sample
     request: Request
     step: int = 0
     preview_due_since: int | None = None
 
     @property
-    def is_stepped_out(self) -> bool:
+    def has_made_all_calls(self) -> bool:
         return self.step == self.request.num_calls
 
     @property
@@ -53,15 +55,16 @@ class Scheduler:
     def __init__(self, capacity: EngineCapacity, *, max_waiting_samples: int, max_waiting_s: float) -> None:
         self._capacity = capacity
         self._max_waiting_samples, self._max_waiting_s = max_waiting_samples, max_waiting_s
-        self._line = Line()
-        self._running: dict[SampleId, _Running] = {}
-        self._groups: dict[Shape, dict[SampleId, _Running]] = {}  # the next one to have its turn comes first
-        self._finished: dict[SampleId, _Running] = {}
+        self._queue = SampleQueue()
+        self._running: dict[SampleId, RunningSample] = {}
+        self._groups: dict[BatchKey, dict[SampleId, RunningSample]] = {}  # the next one to have its turn comes first
+        self._finished: dict[SampleId, RunningSample] = {}
         self._leaving: list[SampleId] = []
         self._deadlines: dict[str, float] = {}
-        self._pace = Pace()
+        self._step_time = StepTimeEstimate()
         self._turn = 0
-        self._planned_shape: Shape | None = None
+        self._planned_key: BatchKey | None = None
+        self._planned_shape: LatentShape = (0, 0)
         self._planned_work = 0
 
     @property
@@ -70,50 +73,50 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._line)
+        return len(self._queue)
 
     @property
     def queued_work_s(self) -> float:
-        """Seconds that all work in hand takes at the measured pace; 0 before anything was measured."""
-        work = sum(waiting.work for waiting in self._line.all()) + sum(running.work_left for running in self._running.values())
-        return self._pace.seconds_for(work) or 0.0
+        """The estimated seconds that all waiting and running samples take; 0 before any turn was measured."""
+        work = sum(waiting.work for waiting in self._queue.all()) + sum(running.work_left for running in self._running.values())
+        return self._step_time.seconds_for(work) or 0.0
 
     @property
-    def planned_shape(self) -> Shape:
+    def planned_shape(self) -> LatentShape:
         """The latent height and width of the turn that was planned last; zeros where nothing steps."""
-        return self._planned_shape or (0, 0)
+        return self._planned_shape
 
     def add(self, request: Request, now: float) -> Position:
         """Queue every image of a request, or none.
 
         Raises:
-            QueueFullError: the line is too long, in samples or in seconds.
-            DeadlineExceededError: at the measured pace the deadline cannot be kept.
+            QueueFullError: the queue is too long, in samples or in seconds.
+            DeadlineExceededError: by the step time estimate the deadline cannot be kept.
         """
         count, free = request.params.num_images_per_prompt, self._capacity.max_slots - len(self._running)
-        if len(self._line) + count > self._max_waiting_samples + max(0, free):
+        if len(self._queue) + count > self._max_waiting_samples + max(0, free):
             raise QueueFullError(
-                f"{len(self._line)} images are waiting already, at most {self._max_waiting_samples} may",
-                self._until_fewer(len(self._line) + count - self._max_waiting_samples),
+                f"{len(self._queue)} images are waiting already, at most {self._max_waiting_samples} may",
+                self._until_fewer(len(self._queue) + count - self._max_waiting_samples),
             )
-        entries = self._line.entries_for(request)
-        position = self._position(self._line.ahead_of(entries[0]))
+        entries = self._queue.entries_for(request)
+        position = self._position(self._queue.ahead_of(entries[0]))
         wait_s = position.estimated_wait_s or 0.0
         if wait_s > self._max_waiting_s:
             raise QueueFullError(
-                f"the line is {wait_s:.0f} s long already, at most {self._max_waiting_s:g} s it may be",
-                max(SHORTEST_RETRY_S, wait_s - self._max_waiting_s),
+                f"the queue is {wait_s:.0f} s long already, it may be at most {self._max_waiting_s:g} s",
+                max(MIN_RETRY_S, wait_s - self._max_waiting_s),
             )
         if request.deadline is not None:
             self._refuse_if_hopeless(request, wait_s, request.deadline - now)
             self._deadlines[request.id] = request.deadline
-        self._line.push(request, entries)
+        self._queue.push(request, entries)
         return position
 
     def drop(self, request_id: str) -> None:
         """Forget a request; its running samples leave in the next plan. Unknown ids are ignored."""
         self._deadlines.pop(request_id, None)
-        self._line.remove(request_id)
+        self._queue.remove(request_id)
         for sample_id in [s for s in self._running if s.request_id == request_id]:
             self._release(sample_id)
             self._leaving.append(sample_id)
@@ -127,10 +130,11 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next turn, or None when there is nothing to do."""
-        joins = self._take_in()
+        joins = self._fill_slots()
         leaves, self._leaving = tuple(self._leaving), []
-        shape = self._planned_shape = next(iter(self._groups), None)
-        group = list(self._groups[shape].values()) if shape is not None else []
+        key = self._planned_key = next(iter(self._groups), None)
+        group = list(self._groups[key].values()) if key is not None else []
+        self._planned_shape = group[0].request.params.latent_shape if group else (0, 0)
         previews = self._due_previews(group)
         steps = tuple(running.sample.id for running in group)
         self._planned_work = sum(running.request.params.work_per_call for running in group)
@@ -147,38 +151,38 @@ class Scheduler:
             EngineError: a sample's count of UNet calls is not the scheduler's.
         """
         self._turn += 1
-        if (shape := self._planned_shape) is not None:
-            self._pace.measured(shape, self._planned_work, elapsed_s)
-            if shape in self._groups:
-                self._groups[shape] = self._groups.pop(shape)
-        for made in progress:
-            if (running := self._running.get(made.id)) is not None:
-                self._take_progress(running, made)
+        if (key := self._planned_key) is not None:
+            self._step_time.add_turn(key, self._planned_work, elapsed_s)
+            if key in self._groups:
+                self._groups[key] = self._groups.pop(key)
+        for one in progress:
+            if (running := self._running.get(one.id)) is not None:
+                self._take_progress(running, one)
 
     def positions(self) -> list[tuple[str, Position]]:
-        """Where each request is of which no image has started. One pass over the line; not for every turn."""
-        ahead = self._line.firsts()
+        """Where each request is of which no image has started. One pass over the queue; not for every turn."""
+        ahead = self._queue.firsts()
         started = {sample_id.request_id for sample_id in self._running}
         return [(request_id, self._position(before)) for request_id, before in ahead if request_id not in started]
 
     def remaining_s(self, sample_id: SampleId) -> float | None:
-        """The measured pace times the calls a running sample has left."""
+        """The estimated seconds for the UNet calls that a running sample has left; None before any turn was measured."""
         running = self._running.get(sample_id)
         if running is None:
             return None
-        interval_s = self._pace.interval_s(self._groups)
+        interval_s = self._step_time.interval_s(self._groups)
         return None if interval_s is None else interval_s * (running.request.num_calls - running.step)
 
-    def _take_in(self) -> tuple[Sample, ...]:
+    def _fill_slots(self) -> tuple[Sample, ...]:
         joins = []
-        while len(self._line) and len(self._running) < self._capacity.max_slots:
-            sample, request = self._line.pop()
-            running = self._running[sample.id] = _Running(sample, request)
-            self._groups.setdefault(request.params.latent_shape, {})[sample.id] = running
+        while len(self._queue) and len(self._running) < self._capacity.max_slots:
+            sample, request = self._queue.pop()
+            running = self._running[sample.id] = RunningSample(sample, request)
+            self._groups.setdefault(request.params.batch_key, {})[sample.id] = running
             joins.append(sample)
         return tuple(joins)
 
-    def _due_previews(self, group: list[_Running]) -> tuple[SampleId, ...]:
+    def _due_previews(self, group: list[RunningSample]) -> tuple[SampleId, ...]:
         waited_longest: tuple[int, int] | None = None
         for index, running in enumerate(group):
             every, step = running.request.preview_every, running.step + 1
@@ -194,52 +198,52 @@ class Scheduler:
         chosen.preview_due_since = None
         return (chosen.sample.id,)
 
-    def _take_progress(self, running: _Running, made: SampleProgress) -> None:
-        if made.is_over:
-            self._release(made.id)
+    def _take_progress(self, running: RunningSample, progress: SampleProgress) -> None:
+        if progress.is_over:
+            self._release(progress.id)
             return
         running.step += 1
-        if (made.step, made.num_steps) != (running.step, running.request.num_calls):
+        if (progress.step, progress.num_steps) != (running.step, running.request.num_calls):
             planned = f"{running.step} of {running.request.num_calls}"
-            raise EngineError(f"a sample is at step {made.step} of {made.num_steps}, planned was {planned}")
-        if running.is_stepped_out:
+            raise EngineError(f"a sample is at step {progress.step} of {progress.num_steps}, planned was {planned}")
+        if running.has_made_all_calls:
             self._leave_group(running)
-            self._finished[made.id] = running
+            self._finished[progress.id] = running
 
     def _release(self, sample_id: SampleId) -> None:
         running = self._running.pop(sample_id)
         self._finished.pop(sample_id, None)
         self._leave_group(running)
         request_id = sample_id.request_id
-        if request_id not in self._line and not any(other.request_id == request_id for other in self._running):
+        if request_id not in self._queue and not any(other.request_id == request_id for other in self._running):
             self._deadlines.pop(request_id, None)
 
-    def _leave_group(self, running: _Running) -> None:
-        shape = running.request.params.latent_shape
-        if (group := self._groups.get(shape)) is not None:
+    def _leave_group(self, running: RunningSample) -> None:
+        key = running.request.params.batch_key
+        if (group := self._groups.get(key)) is not None:
             group.pop(running.sample.id, None)
             if not group:
-                del self._groups[shape]
+                del self._groups[key]
 
-    def _position(self, ahead: list[Waiting]) -> Position:
+    def _position(self, ahead: list[QueuedSample]) -> Position:
         if len(self._running) + len(ahead) < self._capacity.max_slots:
             return Position(len(ahead), 0.0)
         next_end = min((running.work_left for running in self._running.values()), default=0)
-        wait_s = self._pace.seconds_for(sum(waiting.work for waiting in ahead))
-        interval_s = self._pace.interval_s(self._groups)
+        wait_s = self._step_time.seconds_for(sum(waiting.work for waiting in ahead))
+        interval_s = self._step_time.interval_s(self._groups)
         if wait_s is None or interval_s is None:
             return Position(len(ahead), None)
         calls = min((r.request.num_calls - r.step for r in self._running.values()), default=0) if next_end else 0
         return Position(len(ahead), wait_s + calls * interval_s)
 
     def _until_fewer(self, count: int) -> float:
-        """When about so many of those who wait will have started, for the caller who is refused to come again."""
-        whole_s = self._pace.seconds_for(sum(waiting.work for waiting in self._line.all())) or 0.0
-        return max(SHORTEST_RETRY_S, whole_s * min(1.0, count / max(1, len(self._line))))
+        """The estimated seconds until `count` of the waiting samples have started: when a refused caller should retry."""
+        whole_s = self._step_time.seconds_for(sum(waiting.work for waiting in self._queue.all())) or 0.0
+        return max(MIN_RETRY_S, whole_s * min(1.0, count / max(1, len(self._queue))))
 
     def _refuse_if_hopeless(self, request: Request, wait_s: float, left_s: float) -> None:
-        """An idle engine goes by the fastest turn it has ever made, so that one slow turn cannot lock everybody out."""
-        shape, is_idle = request.params.latent_shape, not self._running and not len(self._line)
-        interval_s = self._pace.fastest_s(shape) if is_idle else self._pace.interval_s({*self._groups, shape})
+        """An idle engine is judged by its fastest turn so far, so that one slow turn does not refuse all later requests."""
+        key, is_idle = request.params.batch_key, not self._running and not len(self._queue)
+        interval_s = self._step_time.fastest_s(key) if is_idle else self._step_time.interval_s({*self._groups, key})
         if (needed_s := wait_s + request.num_calls * (interval_s or 0.0)) > left_s:
             raise DeadlineExceededError(f"this takes about {needed_s:.3g} s here, and {max(0.0, left_s):.3g} s are left")

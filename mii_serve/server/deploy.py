@@ -15,10 +15,9 @@ import grpc
 from mii_serve.config import DeployConfig
 from mii_serve.errors import ConfigError
 from mii_serve.logs import finish_logs
-from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.safety.azure import open_moderator
 from mii_serve.safety.moderation import Moderator
-from mii_serve.server.desk import Desk
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import GrpcFront, bracketed, is_loopback
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.open_files import connection_limits
@@ -27,6 +26,7 @@ from mii_serve.server.router import Router
 from mii_serve.server.spare import Spares
 from mii_serve.server.supervisor import ReplicaSupervisor
 from mii_serve.server.tls import Tls
+from mii_serve.types import ServerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Ready:
 
     grpc: str
     http: str
-    info: pb.GetServerInfoResponse
+    info: ServerInfo
 
 
 class _StopRequests:
@@ -68,7 +68,7 @@ class Listener:
 
     on_listening: Callable[[str], None]
     on_ready: Callable[[Ready], None]
-    open_http: Callable[[DeployConfig, Desk, KeyRing, Tls | None, int], AbstractAsyncContextManager[str | None]]
+    open_http: Callable[[DeployConfig, Dispatcher, KeyRing, Tls | None, int], AbstractAsyncContextManager[str | None]]
 
 
 def run_deployment(config: DeployConfig, listener: Listener) -> int:
@@ -94,20 +94,20 @@ async def _deploy(config: DeployConfig, listener: Listener) -> int:
 async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator | None) -> int:
     environments, most = place(config), connection_limits(config.replicas)
     stop = _StopRequests()
-    desk = Desk(Router(config.replicas, patience_s=config.replica_wait_s), moderator=moderator)
+    dispatcher = Dispatcher(Router(config.replicas, patience_s=config.replica_wait_s), moderator=moderator)
     tls, keys = Tls.of(config), KeyRing(config.api_key_file)
     on_terminate = stop.drain.set if config.enable_mii_terminate else None
-    front = GrpcFront(desk, gate=keys.gate, tls=tls, on_terminate=on_terminate, max_connections=most.grpc)
+    front = GrpcFront(dispatcher, keys=keys, tls=tls, on_terminate=on_terminate, max_connections=most.grpc)
     if config.api_key_file is not None or tls is not None:
         _reload_on_sighup(keys, tls)
     if not is_loopback(config.host):
         _warn_of_what_is_open(config)
-    async with listener.open_http(config, desk, keys, tls, most.http) as http:
-        desk.grpc_port = await front.listen(config.host, config.grpc_port)
-        address = f"{bracketed(config.host)}:{desk.grpc_port}"
+    async with listener.open_http(config, dispatcher, keys, tls, most.http) as http:
+        dispatcher.grpc_port = await front.listen(config.host, config.grpc_port)
+        address = f"{bracketed(config.host)}:{dispatcher.grpc_port}"
         listener.on_listening(address)
 
-        def on_first_ready(info: pb.GetServerInfoResponse) -> None:
+        def on_first_ready(info: ServerInfo) -> None:
             listener.on_ready(Ready(grpc=address, http=http or "off", info=info))
 
         changed = asyncio.Event()
@@ -117,15 +117,15 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
             for index, environment in enumerate(environments)
         ]
         running = [asyncio.create_task(supervisor.run(changed)) for supervisor in supervisors]
-        following = asyncio.create_task(_follow(supervisors, changed, desk, front, on_first_ready))
+        following = asyncio.create_task(_follow(supervisors, changed, dispatcher, front, on_first_ready))
         draining = asyncio.create_task(stop.drain.wait())
-        hurrying = asyncio.create_task(_end_at_once(stop, desk, dict(zip(supervisors, running, strict=True))))
+        hurrying = asyncio.create_task(_end_at_once(stop, dispatcher, dict(zip(supervisors, running, strict=True))))
         try:
             await asyncio.wait((*running, following, draining), return_when=asyncio.FIRST_COMPLETED)
             for ended in (*running, following):
                 if ended.done() and not ended.cancelled():
                     ended.result()  # raises why the deployment cannot go on
-            await _drain(config, desk, front)
+            await _drain(config, dispatcher, front)
         finally:
             for task in (*running, following, draining):
                 task.cancel()
@@ -133,7 +133,7 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
             await spares.close()
             await front.stop(0)
             for supervisor in supervisors:
-                await desk.detach(supervisor.index)
+                await dispatcher.detach(supervisor.index)
     hurrying.cancel()
     return 0
 
@@ -149,9 +149,9 @@ def _reload_on_sighup(keys: KeyRing, tls: Tls | None) -> None:
 
 def _warn_of_what_is_open(config: DeployConfig) -> None:
     if config.api_key_file is None and config.tls_client_ca is None:
-        logger.warning("whoever reaches %s may make pictures; see --api-key-file and --tls-client-ca", config.host)
+        logger.warning("everybody who reaches %s may make pictures; see --api-key-file and --tls-client-ca", config.host)
     if config.enable_mii_terminate and config.api_key_file is None and config.tls_client_ca is None:
-        logger.warning("whoever reaches %s may stop this server; see enable_mii_terminate", config.host)
+        logger.warning("everybody who reaches %s may stop this server; see enable_mii_terminate", config.host)
     if config.tls_cert is None:
         logger.warning("prompts, pictures and API keys reach %s in plain text; see --tls-cert", config.host)
 
@@ -159,13 +159,13 @@ def _warn_of_what_is_open(config: DeployConfig) -> None:
 async def _follow(
     supervisors: Sequence[ReplicaSupervisor],
     changed: asyncio.Event,
-    desk: Desk,
+    dispatcher: Dispatcher,
     front: GrpcFront,
-    on_first_ready: Callable[[pb.GetServerInfoResponse], None],
+    on_first_ready: Callable[[ServerInfo], None],
 ) -> None:
     """Attach to each replica whenever it is ready, and let health say whether there is one. Ready means all of them once."""
     attached: dict[int, int] = {}  # index → which life of the replica
-    info: pb.GetServerInfoResponse | None = None
+    info: ServerInfo | None = None
     has_been_ready = False
     while True:
         await changed.wait()
@@ -174,10 +174,10 @@ async def _follow(
             index, life = supervisor.index, supervisor.num_restarts
             if attached.get(index) is not None and (not supervisor.is_ready or attached[index] != life):
                 del attached[index]
-                await desk.detach(index, supervisor.loss)
+                await dispatcher.detach(index, supervisor.loss)
             if supervisor.is_ready and index not in attached:
                 try:
-                    info = await desk.attach(supervisor.socket, index, num_restarts=life)
+                    info = await dispatcher.attach(supervisor.address, index, num_restarts=life)
                     attached[index] = life
                 except grpc.aio.AioRpcError as error:  # it died just now, and the supervisor will say so; or it is tried again
                     logger.warning("replica %d does not answer: %s", index, error.code().name)
@@ -191,28 +191,30 @@ async def _follow(
                 supervisor.prepare_spare()
 
 
-async def _drain(config: DeployConfig, desk: Desk, front: GrpcFront) -> None:
+async def _drain(config: DeployConfig, dispatcher: Dispatcher, front: GrpcFront) -> None:
     logger.info("draining: no new requests, and the end when the running ones are done; a second signal ends it at once")
     await front.set_serving(False)
-    if not await desk.drain(config.drain_timeout_s):
+    if not await dispatcher.drain(config.drain_timeout_s):
         logger.warning("stopping with requests still running")
-        desk.stop()
+        dispatcher.stop()
     await front.stop(1.0)
 
 
-async def _end_at_once(stop: _StopRequests, desk: Desk, running: Mapping[ReplicaSupervisor, asyncio.Task[None]]) -> None:
+async def _end_at_once(
+    stop: _StopRequests, dispatcher: Dispatcher, running: Mapping[ReplicaSupervisor, asyncio.Task[None]]
+) -> None:
     """At a second signal: tell the callers, kill the replicas, and end this process from here.
 
     What else it may be waiting for (a slow reader, a replica that does not end, a thread) is not waited for.
     """
     await stop.at_once.wait()
     logger.warning("stopping at once: a second signal came")
-    desk.stop()
+    dispatcher.stop()
     for task in running.values():
         task.cancel()  # no replica is started again
     killing = [asyncio.create_task(supervisor.kill()) for supervisor in running]
-    await desk.drain(TELL_CALLERS_S)
+    await dispatcher.drain(TELL_CALLERS_S)
     await asyncio.wait(killing, timeout=TELL_CALLERS_S)
-    await asyncio.sleep(FLUSH_S)  # what the callers are told is on its way to them
+    await asyncio.sleep(FLUSH_S)  # their last messages are on their way
     finish_logs(FLUSH_S)
     os._exit(0)

@@ -27,6 +27,7 @@ from mii_serve.types import (
     GenerationAnswer,
     GenerationRequest,
     ReplicaInfo,
+    ResolvedRequest,
     ServerInfo,
     draw_seed,
     gather,
@@ -107,7 +108,17 @@ class Dispatcher:
         for task in self._waiting:
             task.cancel()
 
-    async def generate(self, request: GenerationRequest, call: CallContext) -> GenerationAnswer:
+    def resolve(self, request: GenerationRequest) -> ResolvedRequest:
+        """Fill in what the request leaves out and check every rule. `events` does this for a request that is not resolved.
+
+        Raises:
+            InvalidRequestError: naming the field and the rule.
+            UnavailableError: no replica has described the model yet.
+        """
+        params = self.capabilities.resolve(request.params, fallback_seed=draw_seed())
+        return ResolvedRequest(params=params, output=request.output, priority=request.priority)
+
+    async def generate(self, request: GenerationRequest | ResolvedRequest, call: CallContext) -> GenerationAnswer:
         """The images of the request, all at once. Cancelling this cancels the work.
 
         Raises:
@@ -117,7 +128,7 @@ class Dispatcher:
             return gather([event async for event in events])
 
     async def events(
-        self, request: GenerationRequest, call: CallContext, *, has_steps: bool = True
+        self, request: GenerationRequest | ResolvedRequest, call: CallContext, *, has_steps: bool = True
     ) -> AsyncGenerator[Event, None]:
         """All events of the request, `Done` last. Leaving the iteration early cancels the work.
 
@@ -128,21 +139,16 @@ class Dispatcher:
             UnavailableError: not ready, draining or stopping.
             MiiServeError: the error that the request ended with.
         """
-        capabilities = self.capabilities
         if self._is_draining:
             raise UnavailableError("the server is draining")
         work = Work(
-            request_id=call.request_id,
-            client=call.client,
-            params=capabilities.resolve(request.params, fallback_seed=draw_seed()),
-            output=request.output,
-            priority=request.priority,
-            deadline=call.deadline,
+            request=request if isinstance(request, ResolvedRequest) else self.resolve(request),
+            call=call,
             has_steps=has_steps or call.idempotency_key is not None,  # a later call with the key may want them
         )
         call.log.add_params(work.params)
         with self._counted():
-            async with contextlib.aclosing(self._events_of(work, request, call)) as events:
+            async with contextlib.aclosing(self._events_of(work, request)) as events:
                 while (event := await self._next(events)) is not None:
                     call.log.add_event(event)
                     yield event
@@ -163,19 +169,19 @@ class Dispatcher:
         finally:
             self._waiting.discard(task)
 
-    def _events_of(self, work: Work, request: GenerationRequest, call: CallContext) -> AsyncGenerator[Event, None]:
+    def _events_of(self, work: Work, asked: GenerationRequest | ResolvedRequest) -> AsyncGenerator[Event, None]:
         """The events of new work; of the first call, where its idempotency key has been seen."""
 
         def run() -> AsyncGenerator[Event, None]:
             return self._router.events(work) if self._moderation is None else self._moderation.events(work, self._router.events)
 
-        key = call.idempotency_key
+        call, key = work.call, work.call.idempotency_key
         if key is None:
             return run()
-        if request.output.preview_every is not None:
+        if asked.output.preview_every is not None:
             raise InvalidRequestError("output.preview_every", f"cannot go with {IDEMPOTENCY_KEY}: previews are not kept")
-        owner = work.client if call.key_name is not None else ""
-        fingerprint = hashlib.sha256(repr(astuple(request)).encode()).digest()
+        owner = call.client if call.key_name is not None else ""
+        fingerprint = hashlib.sha256(repr(astuple(asked)).encode()).digest()
         return self._idempotency.events((owner, check_idempotency_key(key), call.part), fingerprint, run)
 
     async def server_info(self) -> ServerInfo:
@@ -184,7 +190,7 @@ class Dispatcher:
         Raises:
             UnavailableError: not ready, or no replica answers.
         """
-        _ = self.capabilities
+        _ = self.capabilities  # raises
         replicas = self._router.replicas
         answers = await asyncio.gather(*(replica.info(INFO_TIMEOUT_S) for replica in replicas))
         known = next((info for info in answers if info is not None), None)

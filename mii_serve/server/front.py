@@ -12,11 +12,12 @@ from grpc_reflection.v1alpha import reflection
 
 from mii_serve.errors import ConfigError
 from mii_serve.proto.codec import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
-from mii_serve.proto.interceptor import CallInterceptor, Gate, open_gate
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import add_ImageGenerationServicer_to_server
-from mii_serve.server.desk import Desk
-from mii_serve.server.ledger import Ledger
+from mii_serve.server.call import Admission
+from mii_serve.server.dispatcher import Dispatcher
+from mii_serve.server.interceptor import CallInterceptor
+from mii_serve.server.keys import KeyRing
 from mii_serve.server.mii import MII_SERVICES, MiiService
 from mii_serve.server.open_files import MAX_CONNECTIONS
 from mii_serve.server.service import FrontService
@@ -30,7 +31,7 @@ MAX_STREAMS = 1024
 _SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server behind the same door
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server on the same port
     # A client whose machine is gone without a word is noticed within a minute, and its slots are freed.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -49,23 +50,23 @@ class GrpcFront:
 
     def __init__(
         self,
-        desk: Desk,
+        dispatcher: Dispatcher,
         *,
-        gate: Gate = open_gate,
+        keys: KeyRing | None = None,
         tls: Tls | None = None,
         on_terminate: Callable[[], None] | None = None,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
-        """Health and reflection are open to all; the gate is for what costs something. Without `tls` it is plain text.
+        """Health and reflection are open to all; the keys are for what costs something. Without `tls` it is plain text.
 
         `on_terminate` is what DeepSpeed-MII's `Terminate` does; without it, the call is refused.
         """
         self._tls = tls
         options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
-        self._server = grpc.aio.server(interceptors=(CallInterceptor(gate, Ledger(desk.metrics)),), options=options)
+        self._server = grpc.aio.server(interceptors=(CallInterceptor(Admission(dispatcher.metrics, keys)),), options=options)
         self._health = health.aio.HealthServicer()
-        add_ImageGenerationServicer_to_server(FrontService(desk), self._server)
-        self._server.add_generic_rpc_handlers(MiiService(desk, on_terminate).handlers())
+        add_ImageGenerationServicer_to_server(FrontService(dispatcher), self._server)
+        self._server.add_generic_rpc_handlers(MiiService(dispatcher, on_terminate).handlers())
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 

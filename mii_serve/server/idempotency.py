@@ -1,7 +1,7 @@
-"""Answers by idempotency key: the same key is worked on once, and whoever asks again gets the same pictures.
+"""Idempotency keys: a request with a key is worked on once, and later requests with the same key get the same images.
 
-A caller whose connection broke may ask again without knowing whether the first attempt arrived. While the work runs, later
-calls join it; for a while afterwards its answer is repeated. Work that failed is forgotten, so that asking again tries again.
+A caller whose connection broke may send a request again without knowing whether the first one arrived. While it runs, later
+ones join it; for a while afterwards its answer is repeated. A request that failed is forgotten, so that the next one runs.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from mii_serve.errors import DeadlineExceededError, InvalidRequestError, MiiServeError, RequestCancelledError
-from mii_serve.proto.interceptor import IDEMPOTENCY_KEY
-from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.proto.metadata import IDEMPOTENCY_KEY
+from mii_serve.types import Done, Event, ImageReady, Preview, Queued, Step
 
 KEEP_S = 600.0
 MAX_BYTES = 256 * 1024 * 1024
-"""Of pictures kept; the oldest answers go first."""
+"""Of images kept; the oldest answers go first."""
 GRACE_S = 10.0
-"""Work that nobody waits for goes on for so long, in case its caller comes back."""
+"""A request that no caller waits for goes on for so long, in case its caller comes back."""
 
 Key = tuple[str, str, int | None]
-"""Whose key, where API keys tell; the key; which request of its call. One caller cannot see another's pictures by guessing."""
-Make = Callable[[], AsyncGenerator[pb.GenerateEvent, None]]
+"""The API key's owner, where there are API keys; the key; which request of its call. One caller cannot see another's images by
+guessing a key."""
+Run = Callable[[], AsyncGenerator[Event, None]]
 
 
 @dataclass(slots=True, eq=False)
-class _Work:
-    """One run and all that it has said; None where later news of the same kind has replaced it."""
+class _Entry:
+    """One request and its events so far; None where a later event of the same kind has replaced one."""
 
     fingerprint: bytes
-    events: list[pb.GenerateEvent | None] = field(default_factory=list)
+    events: list[Event | None] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     task: asyncio.Task[None] | None = None
     error: MiiServeError | None = None
@@ -43,16 +44,16 @@ class _Work:
     num_bytes: int = 0
 
 
-class Answers:
-    """What was asked for with a key, running or kept."""
+class IdempotencyCache:
+    """The requests with a key, running or kept."""
 
     def __init__(self, *, max_bytes: int = MAX_BYTES, clock: Callable[[], float] = time.monotonic) -> None:
-        self._works: OrderedDict[Key, _Work] = OrderedDict()
+        self._works: OrderedDict[Key, _Entry] = OrderedDict()
         self._max_bytes = max_bytes
         self._clock = clock
 
-    async def events(self, key: Key, fingerprint: bytes, make: Make) -> AsyncGenerator[pb.GenerateEvent, None]:
-        """The events of the work under this key, made by `make` if this is the first call for it.
+    async def events(self, key: Key, fingerprint: bytes, run: Run) -> AsyncGenerator[Event, None]:
+        """The events of the work under this key, made by `run` if this is the first call for it.
 
         Raises:
             InvalidRequestError: the key was used for another request.
@@ -63,8 +64,8 @@ class Answers:
             work = self._works.get(key)
             is_mine = work is None
             if work is None:
-                work = self._works[key] = _Work(fingerprint)
-                work.task = asyncio.create_task(self._run(key, work, make))
+                work = self._works[key] = _Entry(fingerprint)
+                work.task = asyncio.create_task(self._run(key, work, run))
             elif work.fingerprint != fingerprint:
                 raise InvalidRequestError(IDEMPOTENCY_KEY, "was used for another request already", repr(key[1]))
             try:
@@ -76,23 +77,22 @@ class Answers:
                 if is_mine:  # else it was the first caller's time that ran out, not ours
                     raise
 
-    async def _run(self, key: Key, work: _Work, make: Make) -> None:
-        news: dict[tuple[str, int], int] = {}
+    async def _run(self, key: Key, work: _Entry, run: Run) -> None:
+        latest: dict[tuple[type, int], int] = {}
         try:
-            async with contextlib.aclosing(make()) as events:
+            async with contextlib.aclosing(run()) as events:
                 async for event in events:
-                    kind = event.WhichOneof("event")
-                    if kind in ("step", "queued"):  # a slow or late reader needs the latest only
-                        of = kind, event.step.image_index
-                        if (old := news.get(of)) is not None:
+                    if isinstance(event, Step | Queued):  # a slow or late reader needs the latest only
+                        of = type(event), getattr(event, "image_index", 0)
+                        if (old := latest.get(of)) is not None:
                             work.events[old] = None
-                        news[of] = len(work.events)
+                        latest[of] = len(work.events)
                     work.events.append(event)
                     await _announce(work)
         except MiiServeError as error:
             work.error = error
         except asyncio.CancelledError:
-            work.error = RequestCancelledError("nobody waited for the pictures any more")
+            work.error = RequestCancelledError("no caller waited for the images any more")
         finally:
             work.error = work.error or (None if _is_whole(work) else MiiServeError("the work broke off"))
             work.is_over, work.ended_at = True, self._clock()
@@ -100,7 +100,7 @@ class Answers:
                 del self._works[key]
             else:
                 self._works.move_to_end(key)
-                work.num_bytes = sum(event.ByteSize() for event in work.events if event is not None)
+                work.num_bytes = sum(len(event.encoded) for event in work.events if isinstance(event, ImageReady | Preview))
                 self._forget_old()
             await _announce(work)
 
@@ -114,7 +114,7 @@ class Answers:
             del self._works[key]
 
 
-async def _joined(work: _Work) -> AsyncGenerator[pb.GenerateEvent, None]:
+async def _joined(work: _Entry) -> AsyncGenerator[Event, None]:
     """What `_read` gives; work whose last reader leaves early ends soon."""
     work.num_readers += 1
     try:
@@ -127,7 +127,7 @@ async def _joined(work: _Work) -> AsyncGenerator[pb.GenerateEvent, None]:
             asyncio.get_running_loop().call_later(GRACE_S, _stop_if_left, work)
 
 
-async def _read(work: _Work) -> AsyncGenerator[pb.GenerateEvent, None]:
+async def _read(work: _Entry) -> AsyncGenerator[Event, None]:
     """All events so far and to come; of work that is over, only those that make the answer."""
     only_answer, position = work.is_over, 0
     while True:
@@ -136,10 +136,8 @@ async def _read(work: _Work) -> AsyncGenerator[pb.GenerateEvent, None]:
             position += 1
             if event is None:
                 continue
-            if not only_answer or event.WhichOneof("event") in ("image", "done"):
-                copy = pb.GenerateEvent()
-                copy.CopyFrom(event)
-                yield copy
+            if not only_answer or isinstance(event, ImageReady | Done):
+                yield event
         if work.is_over:
             break
         async with work.changed:
@@ -149,15 +147,15 @@ async def _read(work: _Work) -> AsyncGenerator[pb.GenerateEvent, None]:
         raise work.error
 
 
-async def _announce(work: _Work) -> None:
+async def _announce(work: _Entry) -> None:
     async with work.changed:
         work.changed.notify_all()
 
 
-def _is_whole(work: _Work) -> bool:
-    return bool(work.events) and (last := work.events[-1]) is not None and last.HasField("done")
+def _is_whole(work: _Entry) -> bool:
+    return bool(work.events) and isinstance(work.events[-1], Done)
 
 
-def _stop_if_left(work: _Work) -> None:
+def _stop_if_left(work: _Entry) -> None:
     if not work.num_readers and not work.is_over and work.task is not None:
         work.task.cancel()

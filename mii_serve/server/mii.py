@@ -1,4 +1,4 @@
-"""DeepSpeed-MII's service, for its clients as they are: a picture call is answered by the desk, the rest is refused by name.
+"""DeepSpeed-MII's service, for its clients as they are: an image call goes to the dispatcher, the rest is refused by name.
 
 The prompts of one call are requests of their own, made side by side. They end together: one that fails ends the others, and a
 caller who leaves ends them all.
@@ -7,9 +7,7 @@ caller who leaves ends them all.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,15 +15,13 @@ import grpc
 from google.protobuf import empty_pb2
 
 from mii_serve.errors import InvalidRequestError, PermissionDeniedError, UnsupportedError
-from mii_serve.proto.codec import encode_request, gather_response
-from mii_serve.proto.dropped import dropped_headers
-from mii_serve.proto.interceptor import IDEMPOTENCY_KEY, MII_PACKAGES
-from mii_serve.proto.mii_codec import MiiRequest, encode_mii_reply, parse_mii_request, resolve_mii_request
-from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.proto.writing import Context
-from mii_serve.server.desk import Desk, Visit
-from mii_serve.server.service import visit_of
-from mii_serve.types import GenerationParams, ImageFormat, OutputOptions, draw_seed
+from mii_serve.proto.metadata import IDEMPOTENCY_KEY
+from mii_serve.proto.mii_codec import MII_PACKAGES, MiiRequest, decode_mii_request, encode_mii_reply, parse_mii_request
+from mii_serve.server.bounded_write import Context
+from mii_serve.server.call import current_call
+from mii_serve.server.dispatcher import Dispatcher
+from mii_serve.server.dropped_text import dropped_headers
+from mii_serve.types import draw_seed
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +41,13 @@ NOT_SERVED = (
 )
 """MII's other tasks. Its own server runs the picture pipeline for some of them and sends back the text of a Python object."""
 
-_RAW = OutputOptions(format=ImageFormat.RAW_RGB)
-
 
 class MiiService:
     """Runs inside `CallInterceptor`, as `FrontService` does."""
 
-    def __init__(self, desk: Desk, on_terminate: Callable[[], None] | None = None) -> None:
+    def __init__(self, dispatcher: Dispatcher, on_terminate: Callable[[], None] | None = None) -> None:
         """`on_terminate` is what MII's `Terminate` does; without it the call is refused."""
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._on_terminate = on_terminate
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
@@ -66,33 +60,30 @@ class MiiService:
         return tuple(grpc.method_handlers_generic_handler(service, methods) for service in MII_SERVICES)
 
     async def _make(self, request: MiiRequest, context: Context) -> bytes:
-        called_at, visit = time.monotonic(), visit_of(context)
-        if visit.idempotency_key is not None:
+        call = current_call.get()
+        if call.idempotency_key is not None:
             raise InvalidRequestError(IDEMPOTENCY_KEY, "is not for MII's calls; Generate takes it")
-        wanted = resolve_mii_request(request, self._desk.capabilities, fallback_seed=draw_seed())
-        visits = [visit] if len(wanted) == 1 else [visit.named_part(f"-{i}") for i in range(len(wanted))]
-        visit.facts["num_prompts"] = len(wanted)
+        requests = decode_mii_request(request, self._dispatcher.resolve, fallback_seed=draw_seed())
+        calls = [call] if len(requests) == 1 else [call.for_part(i, "-") for i in range(len(requests))]
+        call.log["num_prompts"] = len(requests)
         try:
             async with asyncio.TaskGroup() as group:
-                parts = [group.create_task(self._part(*part)) for part in zip(wanted, visits, strict=True)]
+                parts = [
+                    group.create_task(self._dispatcher.generate(one, part)) for one, part in zip(requests, calls, strict=True)
+                ]
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
         finally:
-            visit.facts.learn_params(wanted[0])  # each part has told its own
+            call.log.add_params(requests[0].params)  # each part has logged its own
         answers = [part.result() for part in parts]
         context.set_trailing_metadata(tuple(dropped_headers([answer.parameters for answer in answers]).items()))
-        images = [image for answer in answers for image in answer.images]
-        return encode_mii_reply(images, time.monotonic() - called_at)
-
-    async def _part(self, params: GenerationParams, visit: Visit) -> pb.GenerateResponse:
-        async with contextlib.aclosing(self._desk.events(encode_request(params, _RAW), visit)) as events:
-            return gather_response([event async for event in events])
+        return encode_mii_reply([image for answer in answers for image in answer.images], call.seconds)
 
     async def _terminate(self, request: empty_pb2.Empty, context: Context) -> bytes:
         if self._on_terminate is None:
             raise PermissionDeniedError("Terminate is turned off; the operator stops the server, or sets enable_mii_terminate")
-        visit = visit_of(context)
-        logger.warning("draining: %s called Terminate, request_id=%s", visit.client, visit.request_id)
+        call = current_call.get()
+        logger.warning("draining: %s called Terminate, request_id=%s", call.client, call.request_id)
         self._on_terminate()
         return request.SerializeToString()
 

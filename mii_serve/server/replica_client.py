@@ -1,22 +1,35 @@
-"""What the front knows of one replica: whether it can be asked, how much work it has, and why it was lost."""
+"""The front's side of one replica: its connection, the work it has, its description, and why it was lost.
+
+A replica is reached at an address: the Unix socket of a process of this machine, or HOST:PORT with TLS and a token. All of its
+work goes over one stream, and after each turn one report comes back for all of its samples (`proto/replica/replica.proto`).
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from dataclasses import dataclass
+import itertools
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
+from google.rpc import status_pb2
 
-from mii_serve.proto.codec import CHANNEL_OPTIONS, GET_METRICS, decode_capabilities
-from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
-from mii_serve.types import Capabilities
+from mii_serve.errors import DeadlineExceededError, EngineLostError, UnavailableError
+from mii_serve.proto.codec import CHANNEL_OPTIONS, decode_event, decode_server_info, encode_request
+from mii_serve.proto.metadata import AUTHORIZATION_KEY
+from mii_serve.proto.replica import replica_pb2 as pb
+from mii_serve.proto.replica.replica_pb2_grpc import ReplicaStub
+from mii_serve.proto.status import error_of
+from mii_serve.replica.mailbox import Mailbox
+from mii_serve.types import Done, Event, ResolvedRequest, ServerInfo, Step
 
 if TYPE_CHECKING:
-    from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationAsyncStub
+    from mii_serve.proto.replica.replica_pb2_grpc import ReplicaAsyncStub
+
+logger = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
@@ -27,6 +40,28 @@ REPLICA_CHANNEL_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.client_idle_timeout_ms", 2**
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaAddress:
+    """`target` is gRPC's name of the address. Without `credentials` it is plain text, for a Unix socket."""
+
+    target: str
+    credentials: grpc.ChannelCredentials | None = None
+    token: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def socket(cls, path: Path) -> ReplicaAddress:
+        return cls(target=f"unix:{path}")
+
+    def channel(self) -> grpc.aio.Channel:
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.target, options=REPLICA_CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(self.target, self.credentials, options=REPLICA_CHANNEL_OPTIONS)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return () if self.token is None else ((AUTHORIZATION_KEY, f"Bearer {self.token}"),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
     """How a replica ended. A crash speaks against what was running on it; a kill from outside does not."""
 
@@ -34,44 +69,199 @@ class Loss:
     is_crash: bool
 
 
-class Connection:
-    """One life of a replica, as long as it can be asked.
+class ReplicaLostError(Exception):
+    """The stream of a generation broke with its replica. `was_alone`: nothing else was on it when it broke."""
 
-    `work` is what it has been given and has not done yet, in UNet rows × latent cells × calls; `num_running` counts the calls.
-    `lost` says in the end why it ended. What is learnt of one life never speaks against the next.
+    def __init__(self, connection: ReplicaConnection) -> None:
+        self.connection = connection
+        self.was_alone = connection.num_running_at_break == 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a replica is to make. `has_steps`: its `Step` events are wanted. `on_step` hears of every step in any case."""
+
+    request_id: str
+    request: ResolvedRequest
+    client: str
+    left_s: float | None
+    traceparent: str | None
+    has_steps: bool
+    on_step: Callable[[int, int, int], None]
+    """Called with the image's index, the UNet calls it has made, and those it makes in all."""
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    order: Order
+    mailbox: Mailbox = field(default_factory=Mailbox)
+
+
+class ReplicaConnection:
+    """One life of a replica, from its first answer to its loss.
+
+    `work` is what it has been given and has not done yet, in UNet rows × latent pixels × calls; `num_running` counts requests.
+    `lost` is set in the end to why it ended. What becomes known in one life never speaks against the next.
     """
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self.channel = channel
-        self.stub: ImageGenerationAsyncStub = ImageGenerationStub(channel)
+    def __init__(self, address: ReplicaAddress) -> None:
+        self.channel = address.channel()
+        self._metadata = address.metadata
+        self._stub: ReplicaAsyncStub = ReplicaStub(self.channel)
         self.lost: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
         self.is_broken = False
-        """A call to it broke: it gets no new work until it is clear why."""
+        """Its stream broke: it gets no new work until it is clear why."""
         self.work = 0
         self.num_running = 0
         self.num_running_at_break: int | None = None
-        """How many calls it had when the first of them broke; None before."""
+        """How many requests it had when its stream broke; None before."""
         self.is_isolated = False
         """It makes one suspect and takes nothing else."""
+        self._numbers = itertools.count(1)
+        self._running: dict[int, _Running] = {}
+        self._orders: asyncio.Queue[pb.Order] = asyncio.Queue()
+        self._following: asyncio.Task[None] | None = None
+
+    async def generate(self, order: Order) -> AsyncGenerator[Event, None]:
+        """The events of an order, `Done` last. Leaving the iteration early cancels it.
+
+        Raises:
+            MiiServeError: what it ended with on the replica.
+            DeadlineExceededError: its time ran out, whatever the replica says.
+            ReplicaLostError: the replica was lost, or has stopped.
+        """
+        if self._following is None or self._following.done():
+            self._following = asyncio.create_task(self._follow())
+        number = next(self._numbers)
+        running = self._running[number] = _Running(order)
+        self._orders.put_nowait(pb.Order(generate=_encoded(number, order)))
+        timer = None
+        if order.left_s is not None:
+            late = DeadlineExceededError("the pictures were not ready in time")
+            timer = asyncio.get_running_loop().call_later(order.left_s, running.mailbox.put, late)
+        event: Event | None = None
+        try:
+            while not isinstance(event, Done):
+                event = await running.mailbox.get()
+                yield event
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if self._running.pop(number, None) is not None:
+                self._orders.put_nowait(pb.Order(cancel=pb.Cancel(id=number)))
+
+    async def _follow(self) -> None:
+        """Read reports until the stream breaks; then all that runs on it is lost."""
+        self._orders = asyncio.Queue()
+        for number, running in self._running.items():
+            self._orders.put_nowait(pb.Order(generate=_encoded(number, running.order)))
+        try:
+            call = self._stub.Work(_each(self._orders), metadata=self._metadata)
+            try:
+                async for report in call:
+                    self._deliver(report)
+            finally:
+                call.cancel()
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError):  # the latter: its channel is closed
+            pass
+        except Exception:
+            logger.exception("a replica's report could not be read")
+        finally:  # a channel that is closed meanwhile looks as if this task had been cancelled
+            self._break()
+
+    def _deliver(self, report: pb.Report) -> None:
+        for news in report.before_steps:
+            self._deliver_news(news)
+        if report.steps.id:
+            self._deliver_steps(report.steps)
+        for news in report.after_steps:
+            self._deliver_news(news)
+
+    def _deliver_steps(self, steps: pb.Steps) -> None:
+        columns = zip(steps.id, steps.image_index, steps.step, steps.num_steps, steps.estimated_left_s, strict=True)
+        for number, index, step, num_steps, left_s in columns:
+            if (running := self._running.get(number)) is not None:
+                running.order.on_step(index, step, num_steps)
+                if running.order.has_steps:
+                    event = Step(image_index=index, step=step, num_steps=num_steps, estimated_left_s=left_s)
+                    running.mailbox.put(event)
+
+    def _deliver_news(self, news: pb.News) -> None:
+        if (running := self._running.get(news.id)) is None:
+            return
+        if news.HasField("event"):
+            event = decode_event(news.event)
+            assert event is not None  # a replica is of its front's version
+            if isinstance(event, Done):
+                del self._running[news.id]
+            running.mailbox.put(event)
+            return
+        del self._running[news.id]
+        error = error_of(status_pb2.Status.FromString(news.error))
+        if isinstance(error, EngineLostError | UnavailableError):
+            self.note_break()
+            running.mailbox.put(ReplicaLostError(self))
+        else:
+            running.mailbox.put(error)
 
     def note_break(self) -> None:
-        """A call to it broke, so its replica may be lost."""
+        """Its stream broke, so the replica may be lost."""
         self.is_broken = True
         if self.num_running_at_break is None:
             self.num_running_at_break = self.num_running
+
+    def _break(self) -> None:
+        self.note_break()
+        lost, self._running = self._running, {}
+        for running in lost.values():
+            running.mailbox.put(ReplicaLostError(self))
 
     async def answers(self) -> bool:
         """Whether the replica is there after all."""
         return await self.info(PROBE_TIMEOUT_S) is not None
 
-    async def info(self, timeout_s: float) -> pb.GetServerInfoResponse | None:
-        """What the replica says of itself; None when it does not answer."""
-        return await _answered(self.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout_s))
+    async def info(self, timeout_s: float) -> ServerInfo | None:
+        """Its description of itself; None when it does not answer."""
+        answer = await _answered(self._stub.GetInfo(pb.GetInfoRequest(), timeout=timeout_s, metadata=self._metadata))
+        return None if answer is None else decode_server_info(answer)
+
+    async def hello(self) -> ServerInfo:
+        """Its first answer.
+
+        Raises:
+            grpc.aio.AioRpcError: nothing answers at the address.
+        """
+        request = pb.GetInfoRequest()
+        answer = await self._stub.GetInfo(request, timeout=HELLO_TIMEOUT_S, wait_for_ready=True, metadata=self._metadata)
+        return decode_server_info(answer)
 
     async def metrics(self, timeout_s: float) -> bytes | None:
         """Its metrics as Prometheus text; None when it does not answer."""
-        ask: Any = self.channel.unary_unary(GET_METRICS)
-        return await _answered(ask(b"", timeout=timeout_s))
+        answer = await _answered(self._stub.GetMetrics(pb.GetMetricsRequest(), timeout=timeout_s, metadata=self._metadata))
+        return None if answer is None else answer.text
+
+    async def close(self) -> None:
+        await self.channel.close()
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        self._break()
+
+
+def _encoded(number: int, order: Order) -> pb.Generate:
+    return pb.Generate(
+        id=number,
+        request=encode_request(order.request),
+        request_id=order.request_id,
+        client=order.client,
+        timeout_s=order.left_s,
+        traceparent=order.traceparent or "",
+    )
+
+
+async def _each(orders: asyncio.Queue[pb.Order]) -> AsyncIterator[pb.Order]:
+    while True:
+        yield await orders.get()
 
 
 async def _answered(call: Awaitable[_Answer]) -> _Answer | None:
@@ -87,16 +277,16 @@ async def _answered(call: Awaitable[_Answer]) -> _Answer | None:
         return None
 
 
-class ReplicaLink:
-    """The place of one replica, through all its lives."""
+class ReplicaClient:
+    """One replica of the deployment over all of its lives."""
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.num_restarts = 0
-        self._connection: Connection | None = None
+        self._connection: ReplicaConnection | None = None
 
     @property
-    def connection(self) -> Connection | None:
+    def connection(self) -> ReplicaConnection | None:
         """Where new work may go; None from the first sign of its loss on."""
         return None if self._connection is None or self._connection.is_broken else self._connection
 
@@ -112,36 +302,33 @@ class ReplicaLink:
     def num_running(self) -> int:
         return 0 if self._connection is None else self._connection.num_running
 
-    async def attach(self, socket: Path) -> tuple[pb.GetServerInfoResponse, Capabilities]:
-        """Talk to the replica behind this socket from now on; what it says of itself.
+    async def attach(self, address: ReplicaAddress) -> ServerInfo:
+        """Use the replica at this address from now on; returns its description of itself.
 
         Raises:
-            grpc.aio.AioRpcError: nobody answers there.
+            grpc.aio.AioRpcError: nothing answers there.
         """
         await self.detach(Loss(reason="it was replaced", is_crash=False))
-        connection = Connection(grpc.aio.insecure_channel(f"unix:{socket}", options=REPLICA_CHANNEL_OPTIONS))
+        connection = ReplicaConnection(address)
         try:
-            info: pb.GetServerInfoResponse = await connection.stub.GetServerInfo(
-                pb.GetServerInfoRequest(), timeout=HELLO_TIMEOUT_S, wait_for_ready=True
-            )
+            info = await connection.hello()
         except BaseException:
-            await connection.channel.close()
+            await connection.close()
             raise
-        capabilities = decode_capabilities(info)
         self._connection = connection
-        return info, capabilities
+        return info
 
     async def detach(self, loss: Loss) -> None:
-        """It is gone; whoever waits to know why, knows."""
+        """It is gone; what waits to know why is told."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.lost.set_result(loss)
-            await connection.channel.close()
+            await connection.close()
 
     async def metrics(self, timeout_s: float) -> bytes | None:
         """Its metrics as Prometheus text; None when it is not there."""
         return None if (connection := self.connection) is None else await connection.metrics(timeout_s)
 
-    async def info(self, timeout_s: float) -> pb.GetServerInfoResponse | None:
-        """What it says of itself; None when it is not there."""
+    async def info(self, timeout_s: float) -> ServerInfo | None:
+        """Its description of itself; None when it is not there."""
         return None if (connection := self.connection) is None else await connection.info(timeout_s)

@@ -20,7 +20,7 @@ from mii_serve.config import ENV_PREFIX, DeployConfig
 from mii_serve.errors import EngineError, MiiServeError
 from mii_serve.logs import current_format
 from mii_serve.safe_path import safe_environment
-from mii_serve.server.link import Loss
+from mii_serve.server.replica_client import Loss, ReplicaAddress
 from mii_serve.server.sockets import new_socket_folder
 from mii_serve.server.spare import Spares
 from mii_serve.server.watch import until_hung
@@ -57,6 +57,10 @@ class ReplicaSupervisor:
     @property
     def socket(self) -> Path:
         return Path(self._folder.name) / _socket_name(self.index)
+
+    @property
+    def address(self) -> ReplicaAddress:
+        return ReplicaAddress.socket(self.socket)
 
     @property
     def loss(self) -> Loss:
@@ -159,7 +163,7 @@ class ReplicaSupervisor:
         """Wait for the end of the process, and bring it about when it hangs."""
         assert self._process is not None
         ending = asyncio.create_task(self._process.wait())
-        hanging = asyncio.create_task(until_hung(self.socket, self._config.hang_timeout_s))
+        hanging = asyncio.create_task(until_hung(self.address, self._config.hang_timeout_s))
         try:
             await asyncio.wait((ending, hanging), return_when=asyncio.FIRST_COMPLETED)
             if hanging.done() and not ending.done():

@@ -17,7 +17,13 @@ from typing import Any, TypedDict
 from mii_serve.errors import InvalidRequestError
 
 LATENT_SCALE = 8
-"""Pixels per latent cell; heights and widths are multiples of it."""
+"""Pixels per latent pixel, across and down; heights and widths are multiples of it."""
+
+LatentShape = tuple[int, int]
+"""Height and width of latents, in latent pixels."""
+
+BatchKey = tuple[int, ...]
+"""See `GenerationParams.batch_key`."""
 
 MAX_SEED = 2**64 - 1
 MAX_SCHEDULER_CHARS = 80
@@ -96,13 +102,17 @@ class GenerationParams:
         return 2 if self.is_guided else 1
 
     @property
-    def latent_shape(self) -> tuple[int, int]:
-        """Height and width of the latents; only samples that agree in it can share a UNet call."""
+    def latent_shape(self) -> LatentShape:
         return self.height // LATENT_SCALE, self.width // LATENT_SCALE
 
     @property
+    def batch_key(self) -> BatchKey:
+        """Only samples whose keys are equal can share a UNet call."""
+        return self.latent_shape
+
+    @property
     def work_per_call(self) -> int:
-        """What one UNet call of one image costs: rows × latent cells."""
+        """What one UNet call of one image costs: rows × latent pixels."""
         height, width = self.latent_shape
         return self.num_rows * height * width
 
@@ -360,5 +370,14 @@ class GenerationRequest:
     """A request as it was decoded: nothing is filled in yet, and only the output options are checked."""
 
     params: RequestedParams
+    output: OutputOptions = field(default_factory=OutputOptions)
+    priority: Priority = Priority.NORMAL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRequest:
+    """A request with nothing left open: what travels from the dispatcher to the replica."""
+
+    params: GenerationParams
     output: OutputOptions = field(default_factory=OutputOptions)
     priority: Priority = Priority.NORMAL

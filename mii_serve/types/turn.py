@@ -1,6 +1,6 @@
 """One turn of a replica: a `StepPlan` that the scheduler makes and the engine runs.
 
-The engine answers with a `SampleProgress` for every sample that moved. A `Sample` is one image of a request.
+The engine returns a `SampleProgress` for every sample of the plan. A `Sample` is one image of a request.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the scheduler needs to know of a request; `deadline` is a point on the caller's monotonic clock, in seconds.
+    """What the scheduler needs to know of a request.
 
-    `num_calls` are the UNet calls each image takes, as `Engine.check` counts them. Requests of one `client` share one part of a
-    busy replica. Clients of one address, `ADDRESS/NAME` and `ADDRESS`, have the address's part together.
+    `num_calls` are the UNet calls each image takes, as `Engine.check` counts them. `deadline` is a point on the replica's
+    monotonic clock, in seconds. `preview_every` is in UNet calls. Requests of one `client` share one part of a busy replica;
+    clients of one address, `ADDRESS/NAME` and `ADDRESS`, share the address's part.
     """
 
     id: str
@@ -52,9 +53,9 @@ class Request:
 class StepPlan:
     """What one turn does, in this order.
 
-    Forget `leaves`; take in `joins`; make one UNet call for all of `steps` together, which agree in their latent shape; show
-    `previews` as they would look if they ended now; make the pictures of `decodes`, which have made all their calls (the last
-    one perhaps in this very turn) and are forgotten afterwards. `previews` are among `steps`.
+    Forget `leaves`; take in `joins`; make one UNet call for all of `steps`, which agree in `GenerationParams.batch_key`; decode
+    `previews`, which are among `steps`, as if they ended now; decode the pictures of `decodes`, which have made all their calls
+    (the last one perhaps in this very turn) and are forgotten afterwards.
     """
 
     joins: tuple[Sample, ...] = ()
@@ -82,9 +83,9 @@ class Picture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleProgress:
-    """What a turn did for one sample: it has made `step` of its `num_steps` UNet calls, and perhaps there is something to see.
+    """What a turn did for one sample: it has made `step` of its `num_steps` UNet calls, and may have a preview or its picture.
 
-    With `error` the sample has failed by itself and is forgotten; the engine and the other samples are unharmed.
+    With `error` the sample has failed by itself and is forgotten; the engine and the other samples are not affected.
     """
 
     id: SampleId
@@ -103,10 +104,11 @@ class SampleProgress:
 class EngineCapacity:
     """How many samples the engine can hold at once, and how many pictures it decodes in one go.
 
-    `max_cells_per_call` is the largest UNet call (rows × latent height × latent width) that the device's memory was found to
-    take, or the engine has set room aside for; None while there is no such bound. Larger turns are made in several calls.
+    `max_latent_pixels_per_call` is the largest UNet call (rows × latent height × latent width) that fits into the device's
+    memory, as far as a failed call has shown, or into memory set aside; None while there is no such bound. A turn that is
+    larger takes several calls.
     """
 
     max_slots: int
     max_decodes: int = 1
-    max_cells_per_call: int | None = None
+    max_latent_pixels_per_call: int | None = None

@@ -1,4 +1,4 @@
-"""The fixed set: what is asked of each stage, and which pictures are drawn. The same for every engine, every time.
+"""The fixed inputs: what each stage computes, and which pictures are drawn. The same for every engine, every time.
 
 The sizes follow the model: its default size, and a smaller one that is not square and, where the model can make it, not a
 multiple of what its UNet halves.
@@ -13,9 +13,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from mii_serve.engine.probe import UNetCall
-from mii_serve.types import LATENT_SCALE, Capabilities, GenerationParams
-
-Shape = tuple[int, int]
+from mii_serve.types import LATENT_SCALE, Capabilities, GenerationParams, LatentShape
 
 PROMPTS = {
     "a plain prompt": "a red circle on a blue background",
@@ -25,7 +23,7 @@ PROMPTS = {
     "77 tokens exactly full": " ".join(["blue"] * 75),
     "more than 77 tokens": " ".join(["a yellow star beside a white cross,"] * 20),
 }
-"""What the text encoder is asked, by the name it has in the report."""
+"""The text encoder's inputs, by the name each has in the report."""
 
 DRAWINGS = (
     # scheduler, steps, guidance, prompt, negative prompt, at the smaller size, images
@@ -42,7 +40,7 @@ DRAWINGS = (
     ("euler_karras", 10, 1.0, "a cyan circle on a red background", "", True, 1),
     ("euler", 8, 3.0, " ".join(["a yellow star beside a white cross,"] * 20), "a red circle", False, 1),
 )
-"""More than a CPU's eight slots, so that in the crowd some arrive while others end."""
+"""More than a CPU's eight slots, so that some join the batch while others leave it."""
 
 TIMESTEPS = ((999.0, 7.5), (761.0, 1.0), (520.5, 3.0), (261.0, 0.0), (41.0, 7.5), (1.0, 3.0))
 """Of single UNet calls, with their guidance. Karras samplers ask for times between whole ones."""
@@ -92,9 +90,9 @@ def small_size(capabilities: Capabilities) -> tuple[int, int]:
     limits, defaults = capabilities.limits, capabilities.defaults
 
     def within(px: int) -> int:
-        cells = px // LATENT_SCALE | 1  # odd: the UNet's halvings then do not come out even
+        latent_px = px // LATENT_SCALE | 1  # odd: the UNet's halvings then do not come out even
         low, high = -(-limits.min_size_px // LATENT_SCALE), limits.max_size_px // LATENT_SCALE
-        return min(max(cells, low), high) * LATENT_SCALE
+        return min(max(latent_px, low), high) * LATENT_SCALE
 
     return within(defaults.height * 3 // 4), within(defaults.width // 2)
 
@@ -152,7 +150,7 @@ def vae_cases(capabilities: Capabilities, num_channels: int) -> dict[str, torch.
     return cases
 
 
-def clean_latents(seed: int, num_channels: int, shape: Shape) -> torch.Tensor:
+def clean_latents(seed: int, num_channels: int, shape: LatentShape) -> torch.Tensor:
     """Latents like a picture's: smooth areas with a little detail, of about unit size, as the scaling factor makes them."""
     generator = torch.Generator("cpu").manual_seed(seed)
     coarse = torch.randn(1, num_channels, *(math.ceil(size / 4) for size in shape), generator=generator)

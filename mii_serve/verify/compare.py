@@ -1,4 +1,4 @@
-"""How different two answers are. Numpy only.
+"""How different two outputs are. Numpy only.
 
 SSIM is that of Wang, Bovik, Sheikh and Simoncelli (2004): a Gaussian window of 11 × 11 with deviation 1.5, K1 = 0.01,
 K2 = 0.03, averaged over the places where the whole window fits, here for each colour by itself and then over the three.
@@ -21,7 +21,8 @@ LEVELS = 255.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """`max` and `mean` are absolute; the relative ones are parts of the truth's largest value and of its root mean square.
+    """`max` and `mean` are absolute; the relative ones are shares of the expected output's largest value and of its root mean
+    square.
 
     `psnr_db` and `ssim` are of pictures; the first is infinite where nothing differs.
     """
@@ -34,29 +35,29 @@ class Difference:
     ssim: float | None = None
 
 
-def difference(answer: npt.ArrayLike, truth: npt.ArrayLike) -> Difference:
+def difference(output: npt.ArrayLike, expected: npt.ArrayLike) -> Difference:
     """Between two arrays of one shape; a value that is not a number makes every figure not a number."""
-    made, true = np.asarray(answer, np.float64), np.asarray(truth, np.float64)
-    off = np.abs(made - true)
+    output, expected = np.asarray(output, np.float64), np.asarray(expected, np.float64)
+    off = np.abs(output - expected)
     return Difference(
         max=float(off.max()),
         mean=float(off.mean()),
-        relative_max=_part(float(off.max()), float(np.abs(true).max())),
-        relative_rms=_part(_rms(off), _rms(true)),
+        relative_max=_part(float(off.max()), float(np.abs(expected).max())),
+        relative_rms=_part(_rms(off), _rms(expected)),
     )
 
 
-def picture_difference(answer: npt.ArrayLike, truth: npt.ArrayLike) -> Difference:
+def picture_difference(output: npt.ArrayLike, expected: npt.ArrayLike) -> Difference:
     """Between two pictures, height × width × 3, in levels of 255."""
-    plain = difference(answer, truth)
-    made, true = np.asarray(answer, np.float64), np.asarray(truth, np.float64)
+    plain = difference(output, expected)
+    output, expected = np.asarray(output, np.float64), np.asarray(expected, np.float64)
     return Difference(
         max=plain.max,
         mean=plain.mean,
         relative_max=plain.relative_max,
         relative_rms=plain.relative_rms,
-        psnr_db=psnr_db(made, true),
-        ssim=ssim(made, true),
+        psnr_db=psnr_db(output, expected),
+        ssim=ssim(output, expected),
     )
 
 

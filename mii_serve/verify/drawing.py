@@ -12,7 +12,7 @@ from mii_serve.verify.cases import PictureCase
 
 TURNS_BETWEEN_ARRIVALS = 2
 TURN_S = 1.0
-"""What the scheduler is told a turn took; it only estimates with it."""
+"""The duration of a turn as the scheduler gets it, which only estimates with it."""
 
 
 def draw(engine: Engine, cases: Sequence[PictureCase]) -> dict[str, Picture]:
@@ -22,7 +22,7 @@ def draw(engine: Engine, cases: Sequence[PictureCase]) -> dict[str, Picture]:
         MiiServeError: the engine failed, or one image did.
     """
     scheduler = Scheduler(engine.capacity, max_waiting_samples=2**16, max_waiting_s=math.inf)
-    names, made, turn = {case.name: case.picture_names for case in cases}, {}, 0
+    names, pictures, turn = {case.name: case.picture_names for case in cases}, {}, 0
     to_come = list(reversed(cases))
     while to_come or scheduler.num_running or scheduler.num_waiting:
         if to_come and turn % TURNS_BETWEEN_ARRIVALS == 0:
@@ -37,5 +37,5 @@ def draw(engine: Engine, cases: Sequence[PictureCase]) -> dict[str, Picture]:
             if one.error is not None:
                 raise one.error
             if one.picture is not None:
-                made[names[one.id.request_id][one.id.image_index]] = one.picture
-    return made
+                pictures[names[one.id.request_id][one.id.image_index]] = one.picture
+    return pictures

@@ -1,4 +1,4 @@
-"""How far from the FP32 reference an answer may be, for each stage and precision. Numbers without code."""
+"""How far from the FP32 reference an output may be, for each stage and precision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from mii_serve.verify.compare import Difference
 
 
 class Stage(StrEnum):
-    """In the order in which a request passes them; before all, whether the reference itself is diffusers' pipeline."""
+    """A stage of image generation, in the order in which a request passes them.
+
+    The first check is whether the reference itself is diffusers' pipeline; the last are whole pictures.
+    """
 
     PIPELINE = "pipeline"
     TEXT_ENCODER = "text encoder"
@@ -104,6 +107,6 @@ def limits_for(dtype: str) -> Mapping[Stage, Bounds]:
 
 
 def where_measured(description: EngineDescription) -> str:
-    """On what the limits rest, to be told with every verdict."""
+    """What the limits were measured on, for every report."""
     measured = "measured with the built-in model on a CPU"
     return f"{measured}; not yet measured on a GPU" if description.device.startswith("cuda") else measured

@@ -1,4 +1,4 @@
-"""Is the reference what diffusers itself draws? Asked before any engine is compared with the reference.
+"""Is the reference what diffusers itself draws? Checked before any engine is compared with the reference.
 
 The same folder is loaded by `StableDiffusionPipeline.from_pretrained`, nothing of our loader, samplers or loop taking part, and
 called as its users call it: once as it comes, once with a scheduler put in by hand. Both are never in memory together.
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 PROMPT = "a red circle on a blue background"
 SEED = 4000
 NUM_STEPS = 12
-"""Of these pictures. The number of steps is the one thing that is said in place of diffusers' own default, 50."""
+"""Of these pictures; the only parameter that is not diffusers' own default, which is 50 steps."""
 
 DEFAULT, NAMED = "the default request", "the scheduler ddim"
 CHECKED = "the default request, safety checker on"
@@ -110,8 +110,8 @@ def _draw(config: DeployConfig, names: list[str], params: GenerationParams, devi
     for name in names:
         pipeline.safety_checker = checker if name == CHECKED else None
         pipeline.scheduler = _ddim(scheduler) if name == NAMED else scheduler
-        made = pipeline(PROMPT, generator=torch.Generator("cpu").manual_seed(SEED), **arguments)
-        image, flags = made.images[0].convert("RGB"), made.nsfw_content_detected
+        result = pipeline(PROMPT, generator=torch.Generator("cpu").manual_seed(SEED), **arguments)
+        image, flags = result.images[0].convert("RGB"), result.nsfw_content_detected
         pictures[name] = Picture(
             width=image.width,
             height=image.height,

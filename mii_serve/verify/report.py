@@ -1,4 +1,4 @@
-"""What a verification found: a check for each answer, what failed first, as a table and as JSON."""
+"""The result of a verification: a check for each output, what failed first, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from mii_serve.verify.limits import Bounds, Stage
 SCHEMA = 1
 """Raised when a key of the JSON report changes its meaning or goes; new keys do not raise it."""
 
-Company = Literal["alone", "crowd"]
+Batching = Literal["alone", "batched"]
+"""Whether an output was computed by itself or in a batch with others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One answer of the engine beside the reference's. `faults` are the bounds it breaks, or what kept it from answering."""
+    """One output of the engine, compared with the reference's. `faults` are the bounds it breaks, or why there is no output."""
 
     stage: Stage
     case: str
-    company: Company
+    batching: Batching
     difference: Difference | None
     faults: tuple[str, ...] = ()
 
@@ -35,7 +36,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """`skipped` are pictures that the model's schedulers cannot make, and why. `pictures` are pairs, the truth first."""
+    """`skipped` are pictures that the model's schedulers cannot make, and why. `pictures` are pairs, the reference's first."""
 
     engine: EngineDescription
     reference: EngineDescription
@@ -65,11 +66,11 @@ class Report:
             reference = f"{self.reference.engine} {self.reference.dtype} on {self.reference.device}"
             what = f"the {reference} is not diffusers' own StableDiffusionPipeline ({failure.case}: {failure.faults[0]})"
             return f"{what}, so nothing can be said about {engine}; {failed} of {len(self.checks)} checks failed"
-        where = f"the {failure.stage} fails first ({failure.case}, {_COMPANY[failure.company]}: {failure.faults[0]})"
+        where = f"the {failure.stage} fails first ({failure.case}, {_BATCHING[failure.batching]}: {failure.faults[0]})"
         return f"{engine} is not the reference: {where}; {failed} of {len(self.checks)} checks failed"
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers that JSON has not are null: `psnr_db` where nothing differs, anything where an answer is not a number."""
+        """Numbers that JSON cannot hold are null: `psnr_db` where nothing differs, any figure where an output is not finite."""
         failure = self.first_failure
         return {
             "schema": SCHEMA,
@@ -86,7 +87,7 @@ class Report:
                 {
                     "stage": check.stage.value,
                     "case": check.case,
-                    "company": check.company,
+                    "company": _JSON_BATCHING[check.batching],
                     "is_passed": check.is_passed,
                     "faults": list(check.faults),
                     "difference": None if check.difference is None else _finite(asdict(check.difference)),
@@ -96,7 +97,7 @@ class Report:
         }
 
     def lines(self) -> Iterator[str]:
-        """A table for people: of the answers alone and in the crowd, the worse."""
+        """A table for people: of the outputs alone and in a batch, the worse."""
         worse = self._worse()
         wide = max(len(name) for name in (*(check.case for check in worse), *self.skipped))
         yield f"{'stage':<13} {'case':<{wide}} {'max':>9} {'mean':>9} {'rel. rms':>9} {'PSNR dB':>8} {'SSIM':>8}"
@@ -104,7 +105,7 @@ class Report:
             result = "ok" if check.is_passed else "FAILED"
             yield f"{check.stage:<13} {check.case:<{wide}} {_figures(check.difference)}  {result}"
             for fault in check.faults:
-                yield f"{'':<15} {_COMPANY[check.company]}: {fault}"
+                yield f"{'':<15} {_BATCHING[check.batching]}: {fault}"
         for name, reason in self.skipped.items():
             yield f"{Stage.PICTURES:<13} {name:<{wide}} not drawn: {reason}"
 
@@ -116,7 +117,9 @@ class Report:
         return list(worse.values())
 
 
-_COMPANY: Mapping[Company, str] = {"alone": "alone", "crowd": "in the crowd"}
+_BATCHING: Mapping[Batching, str] = {"alone": "alone", "batched": "in a batch"}
+_JSON_BATCHING: Mapping[Batching, str] = {"alone": "alone", "batched": "crowd"}
+"""As schema 1 has it."""
 
 
 def _badness(check: Check) -> tuple[bool, float]:

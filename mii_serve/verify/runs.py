@@ -21,7 +21,7 @@ def verify_once(config: DeployConfig) -> Report:
 
     Raises:
         ConfigError, ModelError: as `mii_serve deploy` would.
-        EngineError: the reference failed, or the engine did before it could be asked.
+        EngineError: the reference failed, or the engine did before it could be checked.
     """
     engine, report = _verified(config)
     engine.close()

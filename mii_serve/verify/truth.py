@@ -1,4 +1,4 @@
-"""What the FP32 reference answers to the fixed set."""
+"""The FP32 reference's outputs for the fixed inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mii_serve.verify.pipeline import NOT_FOUND, PipelinePair, compare_with_diff
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truth:
-    """The questions, and the answers by their names. A few megabytes on the CPU, whatever the model's size."""
+    """The inputs, and the outputs by their names. A few megabytes on the CPU, whatever the model's size."""
 
     description: EngineDescription
     embeds: Mapping[str, torch.Tensor] = field(repr=False)
@@ -38,16 +38,16 @@ class Truth:
 
 
 def learn_truth(config: DeployConfig) -> Truth:
-    """Load the configured model in FP32, ask the reference, and free it again.
+    """Load the configured model in FP32, run the reference, and free it again.
 
     Raises:
         ConfigError, ModelError: as `mii_serve deploy --engine reference` would.
-        EngineError: the reference itself fails, or answers something that is not a number.
+        EngineError: the reference itself fails, or has an output that is not finite.
     """
     plain = {"engine": "reference", "dtype": "fp32", "max_slots": None, "tensor_parallel": 1}
     engine = build_engine(config.model_copy(update=plain))
     try:
-        truth = ask_reference(engine)
+        truth = run_reference(engine)
         with _plain_float32():
             ours, refused, default = draw_with_reference(engine, config)
     finally:
@@ -62,7 +62,8 @@ def learn_truth(config: DeployConfig) -> Truth:
     return replace(truth, pipeline=pairs, skipped={**truth.skipped, **refused})
 
 
-def ask_reference(engine: Engine) -> Truth:
+def run_reference(engine: Engine) -> Truth:
+    """Run the reference on the fixed inputs; see `learn_truth`."""
     assert isinstance(engine, ProbedEngine)
     probe, capabilities = engine.probe(), engine.capabilities
     calls = {}
@@ -83,10 +84,10 @@ def ask_reference(engine: Engine) -> Truth:
         pictures: dict[str, Picture] = {}
         for drawing in cases:
             pictures |= draw(engine, [drawing])
-    for answers in (embeds, predictions, images):
-        for name, answer in answers.items():
-            if not answer.isfinite().all():
-                raise EngineError(f"the reference itself answers something that is not a number: {name}")
+    for outputs in (embeds, predictions, images):
+        for name, output in outputs.items():
+            if not output.isfinite().all():
+                raise EngineError(f"the reference itself has an output that is not finite: {name}")
     return Truth(
         description=engine.description,
         embeds=embeds,
@@ -101,7 +102,7 @@ def ask_reference(engine: Engine) -> Truth:
 
 
 def free_memory() -> None:
-    """Give the memory of what was just forgotten back to the device."""
+    """Give the memory of freed tensors back to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -109,7 +110,7 @@ def free_memory() -> None:
 
 @contextlib.contextmanager
 def _plain_float32() -> Iterator[None]:
-    """Without TF32, which cuDNN uses for float32 convolutions unless told not to: ten bits are no truth."""
+    """Without TF32, which cuDNN uses for float32 convolutions by default: it rounds to ten bits."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False

@@ -11,7 +11,7 @@ from fake_engine import FakeEngine
 
 from mii_serve.engine import Engine
 from mii_serve.errors import InvalidRequestError
-from mii_serve.types import Picture, RequestedParams, Sample, SampleId, SampleProgress, StepPlan
+from mii_serve.types import ENGINES, Picture, RequestedParams, Sample, SampleId, SampleProgress, StepPlan
 
 
 def real_engine(name: str) -> Engine:
@@ -24,12 +24,12 @@ def real_engine(name: str) -> Engine:
 
 
 @contextlib.contextmanager
-def deepspeed_engine() -> Iterator[Engine]:
+def deepspeed_on_cpu() -> Iterator[Engine]:
     """In float16 on a CPU, with torch in the place of the compiled operations; one thread is faster there."""
     import torch
 
     from mii_serve.config import LimitsConfig
-    from mii_serve.engine.deepspeed import DeepSpeedEngine
+    from mii_serve.engine.factory import deepspeed_engine
     from mii_serve.models import load_model
 
     num_threads = torch.get_num_threads()
@@ -37,17 +37,17 @@ def deepspeed_engine() -> Iterator[Engine]:
     limits = LimitsConfig()
     with torch_operations():
         model = load_model("demo", revision=None, dtype="fp16", device="cpu", limits=limits, enable_safety_checker=False)
-        yield DeepSpeedEngine(model, max_slots=8)
+        yield deepspeed_engine(model, max_slots=8)
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture(scope="module", params=["fake", "reference", "native", "deepspeed"])
+@pytest.fixture(scope="module", params=["fake", *ENGINES])
 def engine(request: pytest.FixtureRequest):
     with contextlib.ExitStack() as stack:
         if request.param == "fake":
             built: Engine = FakeEngine(max_slots=3)
         elif request.param == "deepspeed":
-            built = stack.enter_context(deepspeed_engine())
+            built = stack.enter_context(deepspeed_on_cpu())
         else:
             built = real_engine(request.param)
         yield built
@@ -56,7 +56,7 @@ def engine(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def levels(engine) -> int:
-    """How far apart two pictures of the same request may be; half precision rounds differently in other company."""
+    """How far apart two pictures of the same request may be; half precision rounds differently in other batches."""
     return 3 if engine.description.dtype == "fp16" else 1
 
 
@@ -195,5 +195,5 @@ def test_what_the_schedulers_cannot_do_is_refused_by_name(engine):
 
 
 def test_the_description_and_capabilities_agree(engine):
-    assert engine.description.engine in ("fake", "reference", "native", "deepspeed")
+    assert engine.description.engine in ("fake", *ENGINES)
     assert engine.capabilities.defaults.scheduler in engine.capabilities.schedulers.values()

@@ -1,4 +1,4 @@
-"""The promise of in-flight batching: a picture from a crowd is the picture the FP32 reference makes of the request alone."""
+"""The promise of in-flight batching: a picture from a batch is the picture the FP32 reference makes of the request alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from samplers import USUAL
 from test_engine import finish, most_different, real_engine, sample
 
 from mii_serve.config import LimitsConfig
-from mii_serve.engine.native import NativeEngine
-from mii_serve.engine.native.lattice import declare
+from mii_serve.engine.batched.buckets import declare_buckets
+from mii_serve.engine.factory import native_engine
 from mii_serve.models import load_model
 
 TOLERANCE = 1
 """Levels of 255, in any pixel, in FP32."""
 
-CROWD = [
+REQUESTS = [
     {
         "scheduler": scheduler,
         "num_inference_steps": steps,
@@ -63,29 +63,31 @@ def reference():
 
 
 @pytest.fixture(scope="module", params=["as they come", "padded"])
-def crowded(request):
-    """All of `CROWD` in one engine, more at once than a deployment would hold, each two rounds after the one before.
+def pictures_of_batch(request):
+    """All of `REQUESTS` in one engine, more at once than a deployment would hold, each two rounds after the one before.
 
     Padded, as turns are for CUDA graphs: to the sizes a GPU would have captured, the smaller half of which is too small here.
     """
     model = load_model("demo", revision=None, dtype="fp32", device="cpu", limits=LimitsConfig(), enable_safety_checker=False)
-    lattice = declare(len(CROWD), 8, 8) if request.param == "padded" else ()
-    engine = NativeEngine(model, max_slots=len(CROWD), lattice=lattice)
+    buckets = declare_buckets(len(REQUESTS), 8, 8) if request.param == "padded" else ()
+    engine = native_engine(model, max_slots=len(REQUESTS), buckets=buckets)
     engine.warmup()
-    samples = [sample(engine, f"r{i}", **asked) for i, asked in enumerate(CROWD)]
+    samples = [sample(engine, f"r{i}", **asked) for i, asked in enumerate(REQUESTS)]
     together = finish(engine, *samples, late=2)
-    assert (engine.num_graph_misses > 0) == bool(lattice), "the two samples of another size run without"
+    assert (engine.num_graph_misses > 0) == bool(buckets), "the two samples of another size run without"
     yield [together[one.id][-1].picture for one in samples]
     engine.close()
 
 
-def test_the_crowd_has_every_sampler():
-    assert {asked["scheduler"] for asked in CROWD} >= set(USUAL)
+def test_the_batch_has_every_sampler():
+    assert {asked["scheduler"] for asked in REQUESTS} >= set(USUAL)
 
 
-@pytest.mark.parametrize("index", range(len(CROWD)), ids=lambda i: f"{CROWD[i]['scheduler']}-{CROWD[i]['num_inference_steps']}")
-def test_a_picture_from_a_crowd_is_the_references_picture(reference, crowded, index):
-    alone = sample(reference, **CROWD[index])
+@pytest.mark.parametrize(
+    "index", range(len(REQUESTS)), ids=lambda i: f"{REQUESTS[i]['scheduler']}-{REQUESTS[i]['num_inference_steps']}"
+)
+def test_a_picture_from_a_batch_is_the_references_picture(reference, pictures_of_batch, index):
+    alone = sample(reference, **REQUESTS[index])
     true = finish(reference, alone)[alone.id][-1].picture
     assert len(set(true.rgb)) > 8, "a picture with nothing on it would prove nothing"
-    assert most_different(crowded[index], true) <= TOLERANCE
+    assert most_different(pictures_of_batch[index], true) <= TOLERANCE

@@ -9,9 +9,10 @@ import torch
 from test_engine import sample
 
 from mii_serve.config import LimitsConfig
+from mii_serve.engine.batched import BatchedEngine
+from mii_serve.engine.batched.buckets import declare_buckets
 from mii_serve.engine.decode import decode
-from mii_serve.engine.native import NativeEngine
-from mii_serve.engine.native.lattice import declare
+from mii_serve.engine.factory import native_engine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.errors import EngineError, NotFiniteError
 from mii_serve.models import Precision, load_model
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("error:invalid value encountered in cast
 POISON = "star"
 """Prompts with this word are not finite once `poison_a_word` was there."""
 
-CROWD = [
+REQUESTS = [
     {"prompt": "a red circle", "num_inference_steps": 4, "scheduler": "ddim", "seed": 1},
     {"prompt": f"a blue {POISON}", "num_inference_steps": 4, "scheduler": "pndm", "seed": 2},
     {"prompt": "a green square", "num_inference_steps": 5, "scheduler": "euler_a", "seed": 3},
@@ -37,10 +38,10 @@ def load(dtype: Precision = "fp32"):
     return model
 
 
-ENGINES: dict[str, Callable[..., ReferenceEngine | NativeEngine]] = {
+ENGINES: dict[str, Callable[..., ReferenceEngine | BatchedEngine]] = {
     "reference": ReferenceEngine,
-    "native": NativeEngine,
-    "native, padded": lambda model: NativeEngine(model, max_slots=4, lattice=declare(4, 8, 8)),
+    "native": native_engine,
+    "native, padded": lambda model: native_engine(model, max_slots=4, buckets=declare_buckets(4, 8, 8)),
 }
 
 
@@ -54,7 +55,7 @@ def engine(request):
 
 @pytest.fixture
 def poisoned(engine):
-    """One word's embedding is not a number. Words are remembered, so both sides of the fixture start from other prompts."""
+    """One word's embedding is not a number. Prompts are cached, so both sides of the fixture start from other prompts."""
     pipeline = engine._pipeline
     token = pipeline.tokenizer(POISON, add_special_tokens=False).input_ids[-1]
     embedding = pipeline.text_encoder.get_input_embeddings().weight.data
@@ -64,8 +65,8 @@ def poisoned(engine):
     embedding[token] = before
 
 
-def run_crowd(engine, crowd) -> list[SampleProgress]:
-    samples = [sample(engine, f"r{i}", **asked) for i, asked in enumerate(crowd)]
+def run_batch(engine, requests) -> list[SampleProgress]:
+    samples = [sample(engine, f"r{i}", **asked) for i, asked in enumerate(requests)]
     made = finish_all(engine, samples)
     return [made[one.id] for one in samples]
 
@@ -87,9 +88,9 @@ def finish_all(engine, samples) -> dict:
 
 
 def test_one_picture_fails_and_the_others_are_what_they_are_without_it(engine, poisoned):
-    healthy = [{**asked, "prompt": asked["prompt"].replace(POISON, "ring")} for asked in CROWD]
-    expected = run_crowd(engine, healthy)
-    made = run_crowd(engine, CROWD)
+    healthy = [{**asked, "prompt": asked["prompt"].replace(POISON, "ring")} for asked in REQUESTS]
+    expected = run_batch(engine, healthy)
+    made = run_batch(engine, REQUESTS)
     for index, (ours, true) in enumerate(zip(made, expected, strict=True)):
         if index == POISONED:
             assert isinstance(ours.error, NotFiniteError)
@@ -102,27 +103,27 @@ def test_one_picture_fails_and_the_others_are_what_they_are_without_it(engine, p
 
 def test_whoever_gets_the_slot_next_is_unharmed(engine, poisoned):
     good = {"prompt": "a white cross", "num_inference_steps": 6, "scheduler": "dpm++_3m", "seed": 9}
-    before = run_crowd(engine, [good])[0].picture.rgb
+    before = run_batch(engine, [good])[0].picture.rgb
     slots = engine.capacity.max_slots
-    for progress in run_crowd(engine, [{**CROWD[POISONED], "seed": seed} for seed in range(slots)]):
+    for progress in run_batch(engine, [{**REQUESTS[POISONED], "seed": seed} for seed in range(slots)]):
         assert isinstance(progress.error, NotFiniteError)
-    for progress in run_crowd(engine, [good] * slots):
+    for progress in run_batch(engine, [good] * slots):
         assert progress.error is None
-    assert run_crowd(engine, [good])[0].picture.rgb == before
+    assert run_batch(engine, [good])[0].picture.rgb == before
 
 
 def test_a_poisoned_negative_prompt_fails_too(engine, poisoned):
-    [progress] = run_crowd(engine, [{**CROWD[0], "negative_prompt": f"an ugly {POISON}"}])
+    [progress] = run_batch(engine, [{**REQUESTS[0], "negative_prompt": f"an ugly {POISON}"}])
     assert isinstance(progress.error, NotFiniteError)
 
 
 def test_latents_that_overflow_on_the_way_fail_with_the_preview_that_shows_it(engine):
     one = sample(engine, "r", prompt="a red ring", num_inference_steps=6, scheduler="ddim", seed=5)
     engine.run(StepPlan(joins=(one,), steps=(one.id,)))
-    running = engine._running[one.id]
-    if isinstance(engine, NativeEngine):
+    running = engine._samples[one.id]
+    if isinstance(engine, BatchedEngine):
         with torch.inference_mode():
-            engine._denoiser.bank(running.shape).state[running.slot, 0, 0, 0, 0] = torch.inf
+            engine._denoiser.pool(running.latent_shape).state[running.slot, 0, 0, 0, 0] = torch.inf
     else:
         running.latents[0, 0, 0, 0] = torch.inf
     [progress] = engine.run(StepPlan(steps=(one.id,), previews=(one.id,)))
@@ -133,7 +134,7 @@ def test_latents_that_overflow_on_the_way_fail_with_the_preview_that_shows_it(en
 
 def test_a_preview_that_cannot_be_estimated_is_left_out_and_the_picture_comes(engine, monkeypatch):
     """Where a schedule starts from pure noise, nothing can be said about the picture at first."""
-    module = f"mii_serve.engine.{'native.engine' if isinstance(engine, NativeEngine) else 'reference'}"
+    module = f"mii_serve.engine.{'batched.engine' if isinstance(engine, BatchedEngine) else 'reference'}"
     monkeypatch.setattr(f"{module}.estimate_x0", lambda model_input, model_output, x0: model_input * torch.inf)
     one = sample(engine, "r", prompt="a red ring", num_inference_steps=2, scheduler="ddim", seed=5)
     [progress] = engine.run(StepPlan(joins=(one,), steps=(one.id,), previews=(one.id,)))
@@ -224,9 +225,9 @@ def test_an_fp16_deployment_of_a_vae_that_overflows_draws_what_fp32_draws():
     for dtype in ("fp16", "fp32"):
         model = load(dtype)
         overflowing(model.pipeline.vae)
-        engine = NativeEngine(model)
+        engine = native_engine(model)
         engine.warmup()
-        [progress] = run_crowd(engine, [{"prompt": "a red circle", "num_inference_steps": 5, "scheduler": "ddim", "seed": 1}])
+        [progress] = run_batch(engine, [{"prompt": "a red circle", "num_inference_steps": 5, "scheduler": "ddim", "seed": 1}])
         pictures.append(torch.frombuffer(bytearray(progress.picture.rgb), dtype=torch.uint8).float())
     assert (pictures[0] - pictures[1]).abs().mean() < 2.0, "levels of 255: what half precision in the UNet makes"
     assert len(set(pictures[0].tolist())) > 64
@@ -240,8 +241,8 @@ def test_the_error_says_what_to_do(dtype, force_upcast, words):
     model = load(dtype)
     model.pipeline.vae.register_to_config(force_upcast=force_upcast)
     model.pipeline.vae.decoder.conv_out.weight.data[0, 0, 0, 0] = torch.nan
-    engine = NativeEngine(model)
-    [progress] = run_crowd(engine, [{"prompt": "a red circle", "num_inference_steps": 1, "scheduler": "ddim", "seed": 1}])
+    engine = native_engine(model)
+    [progress] = run_batch(engine, [{"prompt": "a red circle", "num_inference_steps": 1, "scheduler": "ddim", "seed": 1}])
     assert isinstance(progress.error, NotFiniteError)
     assert words in str(progress.error)
 
@@ -249,6 +250,6 @@ def test_the_error_says_what_to_do(dtype, force_upcast, words):
 def test_latents_that_overflow_in_fp16_suggest_bf16():
     model = load("fp16")
     model.pipeline.unet.conv_out.bias.data.fill_(torch.inf)
-    [progress] = run_crowd(NativeEngine(model), [{"prompt": "a", "num_inference_steps": 1, "scheduler": "ddim", "seed": 1}])
+    [progress] = run_batch(native_engine(model), [{"prompt": "a", "num_inference_steps": 1, "scheduler": "ddim", "seed": 1}])
     assert isinstance(progress.error, NotFiniteError)
     assert "--dtype bf16" in str(progress.error)

@@ -13,9 +13,10 @@ import mii_serve.engine.factory
 import mii_serve.verify.runs
 import mii_serve.verify.truth
 from mii_serve.config import DeployConfig, LimitsConfig
-from mii_serve.engine.decode import Decoded
-from mii_serve.engine.native import NativeEngine
-from mii_serve.engine.native.lattice import declare
+from mii_serve.engine.batched import BatchedEngine
+from mii_serve.engine.batched.buckets import declare_buckets
+from mii_serve.engine.decode import Decoded, decode
+from mii_serve.engine.factory import native_engine
 from mii_serve.errors import ConfigError, EngineError, InvalidRequestError, VerificationError
 from mii_serve.models import Precision, load_model
 from mii_serve.replica.local import build_warm_engine
@@ -54,9 +55,9 @@ def short_truth(truth) -> Truth:
     return dataclasses.replace(truth, cases=cases)
 
 
-def native(dtype: Precision = "fp32", **options) -> NativeEngine:
+def native(dtype: Precision = "fp32", **options) -> BatchedEngine:
     model = load_model("demo", revision=None, dtype=dtype, device="cpu", limits=LimitsConfig())
-    return NativeEngine(model, **options)
+    return native_engine(model, **options)
 
 
 def test_the_truth_is_complete_and_worth_comparing_with(truth):
@@ -89,7 +90,7 @@ def test_the_native_engine_passes_in_bf16_though_every_stage_is_less_exact(short
 
 
 def test_turns_padded_as_for_cuda_graphs_pass(short_truth):
-    report = verify(native(max_slots=4, lattice=declare(4, 8, 8)), short_truth)
+    report = verify(native(max_slots=4, buckets=declare_buckets(4, 8, 8)), short_truth)
     assert report.is_passed, report.verdict
 
 
@@ -111,41 +112,46 @@ def test_an_engine_is_the_same_after_it_was_verified(short_truth):
 # ---- what is wrong is found ----------------------------------------------------------------------------------------
 
 
-def five_percent(part: str, weight: str) -> Callable[[NativeEngine], None]:
+def five_percent(part: str, weight: str) -> Callable[[BatchedEngine], None]:
     """One weight of a part of the pipeline, five per cent too large."""
 
-    def plant(engine: NativeEngine) -> None:
+    def plant(engine: BatchedEngine) -> None:
         named = getattr(engine._pipeline, part).named_parameters()
         next(values for name, values in named if name.endswith(weight)).data.mul_(1.05)
 
     return plant
 
 
-def drop_a_key(engine: NativeEngine) -> None:
+def drop_a_key(engine: BatchedEngine) -> None:
     """The last token has no key in any cross-attention: what kernels that take 76 of 77 tokens do."""
-    project = engine._prompts._unet.project_prompts
+    project = engine._prompts._kernels.project_prompts
 
     def without_the_last(embeds: torch.Tensor) -> torch.Tensor:
         key_values = project(embeds)
         key_values[:, -1, : key_values.shape[-1] // 2] = 0
         return key_values
 
-    engine._prompts._unet.project_prompts = without_the_last
+    engine._prompts._kernels.project_prompts = without_the_last
 
 
-def mix_up_times(engine: NativeEngine) -> None:
-    """Each row gets its neighbour's time. Alone there is no neighbour."""
-    rows = engine._times.rows
-    engine._times.rows = lambda timesteps: [*(found := rows(timesteps))[1:], found[0]]
+def mix_up_times(engine: BatchedEngine) -> None:
+    """Each row gets its neighbour's timestep. Alone there is no neighbour."""
+    rows = engine._timesteps.rows
+    engine._timesteps.rows = lambda timesteps: [*(found := rows(timesteps))[1:], found[0]]
 
 
-def forget_guidance(engine: NativeEngine) -> None:
+def forget_guidance(engine: BatchedEngine) -> None:
     """Pictures only: the scale that requests ask for is lost on its way, single calls are right."""
-    move = engine._move
-    engine._move = lambda *arguments: dataclasses.replace(move(*arguments), guidance_scale=1.1)
+    right = engine._inputs
+
+    def wrong(due, failed):
+        able, inputs = right(due, failed)
+        return able, [dataclasses.replace(one, guidance_scale=1.1) for one in inputs]
+
+    engine._inputs = wrong
 
 
-def spoil(engine: NativeEngine) -> None:
+def spoil(engine: BatchedEngine) -> None:
     engine._pipeline.vae.decoder.conv_in.weight.data[0, 0, 0, 0] = torch.nan
 
 
@@ -243,12 +249,12 @@ def test_half_precision_does_not_hide_a_gross_error(short_truth, plant):
     assert not verify(engine, short_truth).is_passed
 
 
-def test_what_is_wrong_only_in_a_crowd_is_found_there(short_truth):
+def test_what_is_wrong_only_in_a_batch_is_found_there(short_truth):
     engine = native()
     mix_up_times(engine)
     failed = [check for check in verify(engine, short_truth).checks if not check.is_passed]
     assert failed
-    assert {check.company for check in failed} == {"crowd"}
+    assert {check.batching for check in failed} == {"batched"}
 
 
 def test_a_stage_that_fails_instead_of_answering_is_named(short_truth):
@@ -262,10 +268,12 @@ def test_a_stage_that_fails_instead_of_answering_is_named(short_truth):
     assert list(report.lines())
 
 
-def test_an_answer_of_another_size_is_a_failure_and_no_crash(short_truth):
-    engine = native()
-    engine._decode, decode = lambda latents: Decoded(decode(latents).images[..., :-8], [None] * len(latents)), engine._decode
-    failure = verify(engine, short_truth).first_failure
+def test_an_output_of_another_size_is_a_failure_and_no_crash(short_truth, monkeypatch):
+    def narrower(vae, latents):
+        return Decoded(decode(vae, latents).images[..., :-8], [None] * len(latents))
+
+    monkeypatch.setattr("mii_serve.engine.batched.probe.decode", narrower)
+    failure = verify(native(), short_truth).first_failure
     assert failure.stage is Stage.VAE
     assert "has the shape" in failure.faults[0]
 
@@ -282,7 +290,7 @@ def test_an_engine_without_a_probe_cannot_be_verified(short_truth):
 def planted(monkeypatch, short_truth):
     """What `deploy --verify` builds has a dropped key; the truth is at hand already."""
 
-    def build(config: DeployConfig) -> NativeEngine:
+    def build(config: DeployConfig) -> BatchedEngine:
         engine = native()
         drop_a_key(engine)
         return engine

@@ -14,8 +14,7 @@ import pytest
 from deployments import WITH_SPARE, Deployment, deployed, ready_replicas, until
 from patience import PATIENCE_S
 
-from mii_serve.client import Client
-from mii_serve.client.values import GenerationResult
+from mii_serve.client import Client, GenerationResult
 
 NUM_REQUESTS = 60
 NUM_KILLS = 6

@@ -14,13 +14,13 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 FAULT = """
 import sys
 if "mii_serve.replica.process" in sys.orig_argv:
-    from mii_serve.engine.native.unet import RowUNet
-    project = RowUNet.project_prompts
+    from mii_serve.engine.kernels.native import NativeKernels
+    project = NativeKernels.project_prompts
     def without_the_last_key(self, embeds):
         key_values = project(self, embeds)
         key_values[:, -1, : self.prompt_width // 2] = 0
         return key_values
-    RowUNet.project_prompts = without_the_last_key
+    NativeKernels.project_prompts = without_the_last_key
 """
 """Python runs this when a process starts. The front has no fault, the replica's kernels lose the last token's key."""
 

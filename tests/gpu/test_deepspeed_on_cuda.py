@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from buckets import worst_bucket
-from drawing import draw
+from drawing import draw, draw_batch
 from torch.nn import functional
 
 from mii_serve.config import LimitsConfig
-from mii_serve.engine.machine import look
-from mii_serve.engine.requirements import first_lack
+from mii_serve.engine.machine import inspect_machine
+from mii_serve.engine.requirements import first_missing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -30,8 +30,8 @@ MIN_PSNR_DB = 30.0
 @pytest.fixture(scope="class")
 def operations():
     """The compiled extensions, with room for the shapes below."""
-    lack = first_lack("deepspeed", look())
-    assert lack is None, f"{lack.what}: {lack.found}; mend it with: {lack.remedy}"
+    missing = first_missing("deepspeed", inspect_machine())
+    assert missing is None, f"{missing.what}: {missing.found}; fix it with: {missing.remedy}"
     from deepspeed.ops.op_builder import InferenceBuilder
 
     loaded = InferenceBuilder().load()
@@ -130,11 +130,11 @@ def load(dtype: str, model: str = "demo") -> Any:
 
 @pytest.fixture(scope="class")
 def engine():
-    lack = first_lack("deepspeed", look())
-    assert lack is None, f"{lack.what}: {lack.found}; mend it with: {lack.remedy}"
-    from mii_serve.engine.deepspeed import DeepSpeedEngine
+    missing = first_missing("deepspeed", inspect_machine())
+    assert missing is None, f"{missing.what}: {missing.found}; fix it with: {missing.remedy}"
+    from mii_serve.engine.factory import deepspeed_engine
 
-    built = DeepSpeedEngine(load("fp16"), max_slots=8)
+    built = deepspeed_engine(load("fp16"), max_slots=8)
     built.warmup()
     yield built
     torch.cuda.synchronize()
@@ -157,9 +157,9 @@ class TestUNet:
     @pytest.mark.parametrize("size", [(64, 64), (72, 72), (9, 7), (33, 31), (96, 64)], ids=str)
     def test_the_injected_unet_answers_what_the_fp32_unet_answers(self, size):
         """Full width, random weights; none of the odd sizes is a whole number of the flash kernel's blocks."""
-        from mii_serve.engine.deepspeed.injection import inject, injected_attentions
-        from mii_serve.engine.deepspeed.unet import DeepSpeedRowUNet
-        from mii_serve.engine.deepspeed.workspace import Workspace
+        from mii_serve.engine.kernels.deepspeed import DeepSpeedKernels
+        from mii_serve.engine.kernels.deepspeed.injection import inject, injected_attentions
+        from mii_serve.engine.kernels.deepspeed.workspace import Workspace
 
         unet = load("fp16", "random-sd-v1-4").pipeline.unet.to(memory_format=torch.channels_last)
         before = load("fp32", "random-sd-v1-4").pipeline.unet
@@ -171,10 +171,10 @@ class TestUNet:
         assert inject(unet) == 16
         assert {parameter.device.type for parameter in unet.parameters()} == {"cuda"}
         assert len(injected_attentions(unet)) == 32
-        workspace = Workspace(unet, max_cells=3 * size[0] * size[1], sides=range(min(size), max(size) + 1))
-        injected = DeepSpeedRowUNet(unet)
+        workspace = Workspace(unet, max_latent_pixels=3 * size[0] * size[1], sides=range(min(size), max(size) + 1))
+        injected = DeepSpeedKernels(unet, workspace)
         model_input = latents.contiguous(memory_format=torch.channels_last)
-        made = injected(model_input, injected.embed_times(times), injected.project_prompts(embeds), rows)
+        made = injected.predict_noise(model_input, injected.embed_timesteps(times), injected.project_prompts(embeds), rows)
         torch.cuda.synchronize()
         workspace.release()
         assert relative(made, true) < 0.01
@@ -192,8 +192,6 @@ class TestEngine:
         assert psnr(draw(engine, **asked), draw(reference, **asked)) >= MIN_PSNR_DB
 
     def test_changing_batch_size_and_steps_between_replays_changes_no_picture(self, engine, reference):
-        from gpu.test_native_on_cuda import crowd
-
         kinds = [
             {"prompt": "a red circle", "seed": 1, "scheduler": "pndm", "num_inference_steps": 12, "guidance_scale": 1.0},
             {"prompt": "a green star", "seed": 2, "scheduler": "euler_a", "num_inference_steps": 5},
@@ -201,7 +199,7 @@ class TestEngine:
         ]
         true = [draw(reference, **one) for one in kinds]
         for chosen in ([0], [0, 1, 2], [2, 1], [1, 1, 0, 2, 2, 0, 1], [0, 0]):
-            for index, made in zip(chosen, crowd(engine, [kinds[i] for i in chosen]), strict=True):
+            for index, made in zip(chosen, draw_batch(engine, [kinds[i] for i in chosen]), strict=True):
                 assert psnr(made, true[index]) >= MIN_PSNR_DB
             other = {"height": 72, "width": 96, "num_inference_steps": 3}
             assert psnr(draw(engine, **other), draw(reference, **other)) >= MIN_PSNR_DB, "made without a graph in between"
@@ -209,8 +207,6 @@ class TestEngine:
 
 class TestFullSize:
     def test_random_weights_make_a_batch_and_auto_takes_deepspeed(self):
-        from gpu.test_native_on_cuda import crowd
-
         from mii_serve.config import DeployConfig
         from mii_serve.engine.factory import build_engine
 
@@ -218,6 +214,6 @@ class TestFullSize:
         assert (built.description.engine, built.description.note) == ("deepspeed", "")
         built.warmup()
         asked = [{"prompt": f"number {i}", "seed": i, "num_inference_steps": 3 + i} for i in range(4)]
-        assert all(len(set(picture.rgb)) > 8 for picture in crowd(built, asked))
+        assert all(len(set(picture.rgb)) > 8 for picture in draw_batch(built, asked))
         assert built.num_graph_misses == 0
         built.close()

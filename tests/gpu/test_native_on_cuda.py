@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from buckets import worst_bucket
-from drawing import draw, run_alone
+from drawing import draw, draw_batch, run_alone
 from samplers import USUAL
 
 from mii_serve.config import LimitsConfig
-from mii_serve.engine.native import NativeEngine
+from mii_serve.engine.batched import BatchedEngine
+from mii_serve.engine.factory import native_engine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.models import load_model
-from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
+from mii_serve.types import Picture, RequestedParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -38,40 +39,21 @@ def reference() -> ReferenceEngine:
 
 
 @pytest.fixture(scope="module")
-def fp32() -> NativeEngine:
-    engine = NativeEngine(load("fp32"), max_slots=8)
+def fp32() -> BatchedEngine:
+    engine = native_engine(load("fp32"), max_slots=8)
     engine.warmup()
     return engine
 
 
 @pytest.fixture(scope="module")
-def fp16() -> NativeEngine:
-    engine = NativeEngine(load("fp16"), max_slots=8)
+def fp16() -> BatchedEngine:
+    engine = native_engine(load("fp16"), max_slots=8)
     engine.warmup()
     return engine
 
 
 def levels(picture: Picture) -> np.ndarray:
     return np.frombuffer(picture.rgb, np.uint8).astype(int)
-
-
-def crowd(engine: NativeEngine, asked: list[dict[str, object]]) -> list[Picture]:
-    """All of these together, as the scheduler would plan it: who has ended leaves, the others go on."""
-    samples = [
-        Sample(id=SampleId(f"r{i}", 0), params=engine.capabilities.resolve(RequestedParams(**one), fallback_seed=0))
-        for i, one in enumerate(asked)
-    ]
-    left = {sample.id: engine.check(sample.params) for sample in samples}
-    pictures: dict[SampleId, Picture] = {}
-    joins = tuple(samples)
-    while left:
-        ending = tuple(sample_id for sample_id, calls in left.items() if calls == 1)
-        for progress in engine.run(StepPlan(joins=joins, steps=tuple(left), decodes=ending)):
-            if progress.picture is not None:
-                pictures[progress.id] = progress.picture
-        left = {sample_id: calls - 1 for sample_id, calls in left.items() if calls > 1}
-        joins = ()
-    return [pictures[sample.id] for sample in samples]
 
 
 @pytest.mark.parametrize("scheduler", USUAL)
@@ -81,7 +63,7 @@ def test_fp32_through_graphs_draws_what_the_reference_draws(reference, fp32, sch
     assert fp32.num_graph_misses == 0
 
 
-def test_a_mixed_crowd_draws_what_each_draws_alone_on_the_reference(reference, fp32):
+def test_a_mixed_batch_draws_what_each_draws_alone_on_the_reference(reference, fp32):
     asked = [
         {"prompt": "a red circle", "seed": 1, "scheduler": "euler_a", "num_inference_steps": 12, "guidance_scale": 3.0},
         {"prompt": "a green star", "seed": 2, "scheduler": "pndm", "num_inference_steps": 20, "guidance_scale": 1.0},
@@ -89,7 +71,7 @@ def test_a_mixed_crowd_draws_what_each_draws_alone_on_the_reference(reference, f
         {"prompt": "a red circle", "seed": 4, "scheduler": "unipc", "num_inference_steps": 9, "guidance_scale": 5.0},
         {"prompt": "a blue ring", "seed": 5, "scheduler": "dpm++_2m_sde", "num_inference_steps": 15},
     ]
-    for one, made in zip(asked, crowd(fp32, asked), strict=True):
+    for one, made in zip(asked, draw_batch(fp32, asked), strict=True):
         params = reference.capabilities.resolve(RequestedParams(**one), fallback_seed=0)
         true = run_alone(reference, params, 0)[0]
         assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32
@@ -109,14 +91,14 @@ def test_pndm_without_guidance_keeps_no_history_in_a_graphs_outputs(reference, f
     assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32
 
 
-def test_what_the_lattice_lacks_is_counted_and_drawn_all_the_same(reference, fp32):
+def test_a_batch_without_a_bucket_is_counted_and_drawn_all_the_same(reference, fp32):
     before = fp32.num_graph_misses
     made, true = (draw(engine, height=96, num_inference_steps=5) for engine in (fp32, reference))
     assert np.abs(levels(made) - levels(true)).max() <= MAX_LEVELS_OFF_FP32
     assert fp32.num_graph_misses == before + engine_calls(fp32, 5)
 
 
-def engine_calls(engine: NativeEngine, steps: int) -> int:
+def engine_calls(engine: BatchedEngine, steps: int) -> int:
     return engine.check(engine.capabilities.resolve(RequestedParams(prompt="a", num_inference_steps=steps), fallback_seed=0))
 
 
@@ -132,9 +114,9 @@ def test_half_precision_stays_close_to_the_reference(reference, fp16, scheduler)
 
 
 def test_full_size_random_weights_make_a_batch_in_half_precision():
-    engine = NativeEngine(load("fp16", "random-sd-v1-4"), max_slots=4)
+    engine = native_engine(load("fp16", "random-sd-v1-4"), max_slots=4)
     engine.warmup()
     asked = [{"prompt": f"number {i}", "seed": i, "num_inference_steps": 3 + i} for i in range(4)]
-    pictures = crowd(engine, asked)
+    pictures = draw_batch(engine, asked)
     assert all((picture.width, picture.height) == (512, 512) and len(set(picture.rgb)) > 8 for picture in pictures)
     assert engine.num_graph_misses == 0

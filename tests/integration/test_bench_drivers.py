@@ -49,7 +49,7 @@ OPEN = Loop(kind="poisson", rate=200.0)
 async def test_our_own_server_is_measured_from_inside_and_outside(tmp_path, loop: Loop):
     async with (
         running_server(tmp_path, FakeEngine(), max_waiting_samples=64) as server,
-        serve_http(DeployConfig.load({"http_port": 0}), server.desk, KeyRing(None)) as http,
+        serve_http(DeployConfig.load({"http_port": 0}), server.dispatcher, KeyRing(None)) as http,
     ):
         driver = GrpcDriver(server.target)
         told = await measure(plan(loop, preview_every=1, metrics=Url.parse(http), sample_size=2), driver)
@@ -98,7 +98,7 @@ async def test_a_server_that_is_gone_fails_every_request_and_the_load_ends():
 
 
 async def test_a_server_that_says_it_is_not_available_refuses(server: RunningServer):
-    await server.desk.drain(0.1)
+    await server.dispatcher.drain(0.1)
     driver = GrpcDriver(server.target)
     told = await measure(plan(CLOSED, num_warmup=0), driver)
     await driver.close()

@@ -6,10 +6,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from mii_serve.server.desk import Desk
 
 from mii_serve.errors import ConfigError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import SERVICE_NAME, GrpcFront, bind_tcp
 
 
@@ -75,7 +75,7 @@ async def test_server_info_tells_defaults_limits_and_schedulers(server):
 
 
 async def test_a_front_without_a_replica_is_unavailable():
-    front = GrpcFront(Desk())
+    front = GrpcFront(Dispatcher())
     port = await front.listen("127.0.0.1", 0)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
@@ -89,6 +89,6 @@ async def test_a_front_without_a_replica_is_unavailable():
 async def test_a_port_in_use_is_a_config_error_that_names_it(server):
     port = int(server.target.rsplit(":", 1)[1])
     with pytest.raises(ConfigError, match=f"grpc_port.*{port}"):
-        await GrpcFront(Desk()).listen("127.0.0.1", port)
+        await GrpcFront(Dispatcher()).listen("127.0.0.1", port)
     with pytest.raises(ConfigError, match=f"http_port.*{port}"):
         bind_tcp("http_port", "127.0.0.1", port)

@@ -18,7 +18,6 @@ import pytest
 from content_safety_double import FAILURES, KEY, ContentSafetyDouble, content_safety_double
 from fake_engine import FakeEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from mii_serve.server.desk import Visit
 from patience import PATIENCE_S
 from PIL import Image
 from servers import RunningServer, Turnstile, running_server
@@ -27,10 +26,11 @@ from mii_serve.client import AsyncClient
 from mii_serve.config import ContentSafetyConfig, DeployConfig
 from mii_serve.errors import ConfigError, ContentBlockedError, DeadlineExceededError, MiiServeError, ModerationFailedError
 from mii_serve.gateway.app import serve_http
-from mii_serve.proto.interceptor import IDEMPOTENCY_KEY
+from mii_serve.proto.metadata import IDEMPOTENCY_KEY
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.safety.azure import open_moderator
+from mii_serve.server.dispatcher import Visit
 from mii_serve.server.keys import KeyRing
 from mii_serve.types import Limits
 
@@ -116,11 +116,11 @@ class AnySizeEngine(FakeEngine):
 
 def count(server: RunningServer, stage: str, outcome: str) -> float:
     labels = {"stage": stage, "outcome": outcome}
-    return server.desk.metrics.registry.get_sample_value("mii_serve_moderation_checks_total", labels) or 0.0
+    return server.dispatcher.metrics.registry.get_sample_value("mii_serve_moderation_checks_total", labels) or 0.0
 
 
 def num_requests(server: RunningServer) -> float:
-    return server.desk.metrics.registry.get_sample_value("mii_serve_requests_running") or 0.0
+    return server.dispatcher.metrics.registry.get_sample_value("mii_serve_requests_running") or 0.0
 
 
 class TestWhatIsHarmless:
@@ -299,7 +299,7 @@ class TestNoVerdict:
         setattr(double, mode, "hang")
         visit = Visit(request_id="r", client="c", deadline=time.monotonic() + 0.5)
         with pytest.raises(DeadlineExceededError):
-            async for event in server.desk.events(request(), visit):
+            async for event in server.dispatcher.events(request(), visit):
                 assert not event.HasField("image")
 
 
@@ -308,7 +308,7 @@ class TestWhileTheServiceHangs:
         double.image_mode = "hang"
         calls = [asyncio.create_task(told(server.stub.GenerateStream(request(seed=seed)))) for seed in range(3)]
         await server.until(lambda: double.num_hanging == 3)
-        async with serve_http(DeployConfig.load({"http_port": 0}), server.desk, KeyRing()) as address:
+        async with serve_http(DeployConfig.load({"http_port": 0}), server.dispatcher, KeyRing()) as address:
             for path in ("readyz", "livez", "metrics"):
                 answer = await asyncio.to_thread(urllib.request.urlopen, f"http://{address}/{path}", timeout=PATIENCE_S)
                 with answer:
@@ -385,7 +385,7 @@ class TestWhileTheServiceHangs:
         double.image_mode = "hang"
         call = asyncio.ensure_future(server.stub.Generate(request()))
         await server.until(lambda: double.num_hanging == 1)
-        drained = asyncio.create_task(server.desk.drain(PATIENT_S))
+        drained = asyncio.create_task(server.dispatcher.drain(PATIENT_S))
         await asyncio.sleep(0)
         assert not drained.done()
         double.released.set()
@@ -417,7 +417,7 @@ class TestAtTheStart:
             monkeypatch.setitem(__import__("sys").modules, name, None)
         async with open_moderator(ContentSafetyConfig()) as moderator:
             assert moderator is None
-        with pytest.raises(ConfigError, match=r"content_safety: needs the extra mii-serve\[azure\]"):
+        with pytest.raises(ConfigError, match=r"content_safety: .* is not installed: install mii_serve with the extra azure"):
             async with open_moderator(ContentSafetyConfig(endpoint="https://x", key="k")):
                 pass
 
@@ -425,7 +425,7 @@ class TestAtTheStart:
 async def test_neither_prompt_nor_key_is_in_the_log(tmp_path, double, caplog):
     with caplog.at_level(logging.DEBUG):
         async with guarded(tmp_path, double, timeout_s=HASTY_S) as server:
-            assert KEY not in repr(server.desk._guard._moderator)
+            assert KEY not in repr(server.dispatcher._guard._moderator)
             await server.stub.Generate(request())
             double.image_mode = "hang"
             await error_of(server.stub.Generate(request()))

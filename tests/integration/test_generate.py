@@ -15,9 +15,9 @@ from patience import PATIENCE_S
 from PIL import Image
 
 from mii_serve.client import AsyncClient, PreviewReady
-from mii_serve.errors import EngineLostError
-from mii_serve.proto.status import decode_error
+from mii_serve.errors import EngineLostError, UnavailableError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.types import Event, RequestedParams, ResolvedRequest
 
 
 def request(**fields) -> pb.GenerateRequest:
@@ -225,19 +225,22 @@ async def test_a_slow_reader_gets_the_latest_step_and_all_pictures(server):
 # ---- failure -----------------------------------------------------------------------------------------------------
 
 
-async def test_an_engine_failure_is_told_as_the_end_of_the_replica(server):
-    """To the front, which makes the requests again elsewhere; there is no elsewhere here."""
+async def test_an_engine_failure_is_the_end_of_the_replica(server):
+    """For the loop; the front makes the requests again on another replica."""
+    resolved = ResolvedRequest(params=server.engine.capabilities.resolve(RequestedParams(prompt="p"), fallback_seed=1))
+
+    async def generate(name: str) -> list[Event]:
+        return [event async for event in server.loop.generate(name, resolved)]
+
     server.engine.gate.clear()
-    calls = [asyncio.create_task(refused(server.replica_stub.Generate(request()))) for _ in range(3)]
+    calls = [asyncio.create_task(generate(str(number))) for number in range(3)]
     await server.until(lambda: server.loop.activity().num_waiting == 2)
     server.engine.fail_next()
     server.engine.gate.set()
-    for error in await asyncio.gather(*calls):
-        lost = decode_error(error.code(), error.details(), error.trailing_metadata())
-        assert isinstance(lost, EngineLostError)
-        assert "told to fail" in str(lost)
-    error = await refused(server.replica_stub.Generate(request()))
-    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    for error in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(error, EngineLostError) and "told to fail" in str(error)
+    with pytest.raises(UnavailableError):
+        await generate("late")
 
 
 async def test_a_sample_that_fails_by_itself_fails_its_request_only(two_slots):
@@ -269,7 +272,7 @@ async def test_while_draining_new_work_is_refused_and_running_work_finishes(serv
     server.engine.gate.clear()
     running = asyncio.create_task(collect(server))
     await server.until(lambda: server.loop.activity().num_running == 1)
-    draining = asyncio.create_task(server.desk.drain(20.0))
+    draining = asyncio.create_task(server.dispatcher.drain(20.0))
     await asyncio.sleep(0)
     error = await refused(server.stub.Generate(request()))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
@@ -282,7 +285,7 @@ async def test_a_drain_has_a_bound(server):
     server.engine.gate.clear()
     call = server.stub.GenerateStream(request())
     await call.read()
-    assert await server.desk.drain(0.05) is False
+    assert await server.dispatcher.drain(0.05) is False
     call.cancel()
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from mii_serve.server.answers import Answers
 
 from mii_serve.client import AsyncClient
 from mii_serve.errors import DeadlineExceededError, InvalidRequestError
-from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.server import answers
+from mii_serve.server import idempotency
+from mii_serve.server.idempotency import IdempotencyCache
+from mii_serve.types import Done, ImageFormat, ImageReady
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ async def test_of_what_passes_only_the_latest_is_kept(server, client):
     await server.until(lambda: server.loop.activity().num_running == 1)
     server.engine.gate.set()
     await call
-    [work] = server.desk._answers._works.values()
-    kinds = [event.WhichOneof("event") for event in work.events if event is not None]
-    assert sorted(kinds) == sorted(["queued", *["started", "step", "image"] * 2, "done"])
+    [work] = server.dispatcher._idempotency._works.values()
+    kinds = [type(event).__name__ for event in work.events if event is not None]
+    assert sorted(kinds) == sorted(["Queued", *["Started", "Step", "ImageReady"] * 2, "Done"])
 
 
 async def test_a_caller_who_was_cut_off_may_come_back(server, client):
@@ -65,7 +65,7 @@ async def test_a_caller_who_was_cut_off_may_come_back(server, client):
 
 
 async def test_work_that_nobody_comes_back_for_ends(server, client, monkeypatch):
-    monkeypatch.setattr(answers, "GRACE_S", 0.05)
+    monkeypatch.setattr(idempotency, "GRACE_S", 0.05)
     server.engine.gate.clear()
     call = asyncio.create_task(client.generate("a", num_inference_steps=1000, idempotency_key="k"))
     await server.until(lambda: server.loop.activity().num_running == 1)
@@ -104,13 +104,13 @@ async def test_previews_are_not_kept(client):
 
 async def test_what_is_kept_has_a_bound_in_bytes_and_time():
     now = [0.0]
-    kept = Answers(max_bytes=250, clock=lambda: now[0])
+    kept = IdempotencyCache(max_bytes=200, clock=lambda: now[0])
     made = []
 
     async def make(name):
         made.append(name)
-        yield pb.GenerateEvent(image=pb.GeneratedImage(data=b"x" * 80))
-        yield pb.GenerateEvent(done=pb.GenerateEvent.Done())
+        yield ImageReady(image_index=0, encoded=b"x" * 80, format=ImageFormat.PNG, height=8, width=8, seed=0)
+        yield Done(parameters=None, queued_s=0.0, total_s=0.0)
 
     async def ask(name):
         return [event async for event in kept.events(("", name), b"", lambda: make(name))]
@@ -121,6 +121,6 @@ async def test_what_is_kept_has_a_bound_in_bytes_and_time():
     for name in ("c", "b", "a"):
         await ask(name)
     assert made == ["a", "b", "c", "a"], "the oldest, a, made room for c"
-    now[0] += answers.KEEP_S + 1
+    now[0] += idempotency.KEEP_S + 1
     await ask("c")
     assert made[-1] == "c" and len(made) == 5

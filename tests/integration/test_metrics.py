@@ -25,7 +25,7 @@ async def two(tmp_path):
 
 async def scraped(deployment: Deployment) -> dict[tuple, float]:
     """Every sample by name and labels; a family may be there only once."""
-    text = (await deployment.desk.metrics_text()).decode()
+    text = (await deployment.dispatcher.metrics_text()).decode()
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families)
     assert "a red circle" not in text
@@ -110,7 +110,7 @@ async def test_queued_work_is_told_in_seconds(two):
 
 async def test_they_are_served_over_http(two):
     await two.stub.Generate(request())
-    async with serve_http(DeployConfig.load({"http_port": 0}), two.desk, KeyRing()) as address:
+    async with serve_http(DeployConfig.load({"http_port": 0}), two.dispatcher, KeyRing()) as address:
         answer = await asyncio.to_thread(urllib.request.urlopen, f"http://{address}/metrics", timeout=PATIENCE_S)
         with answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
@@ -133,4 +133,4 @@ async def test_each_request_has_one_line_without_its_prompt(two, caplog):
 
 
 def lines(caplog) -> list[logging.LogRecord]:
-    return [record for record in caplog.records if record.name == "mii_serve.server.ledger"]
+    return [record for record in caplog.records if record.name == "mii_serve.server.access_log"]

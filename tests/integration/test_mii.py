@@ -100,7 +100,7 @@ class TestPictures:
         assert {sample.params.negative_prompt for plan in server.engine.plans for sample in plan.joins} == {"ugly"}
 
     async def test_the_call_is_counted_and_logged_like_any_other(self, server, caplog):
-        with caplog.at_level("INFO", "mii_serve.server.ledger"):
+        with caplog.at_level("INFO", "mii_serve.server.access_log"):
             await send(
                 server, request("secret words", "b", seed=3, num_images_per_prompt=2), metadata=(("x-request-id", "me"),)
             )
@@ -108,7 +108,7 @@ class TestPictures:
         assert "request_id=me method=Txt2ImgReply code=OK" in line
         assert "num_prompts=2" in line and "seed=3" in line and "queued_s=" in line
         assert "secret" not in caplog.text
-        text = (await server.desk.metrics_text()).decode()
+        text = (await server.dispatcher.metrics_text()).decode()
         assert 'mii_serve_requests_total{code="OK",method="Txt2ImgReply"} 1.0' in text
 
 
@@ -260,7 +260,7 @@ class TestWhoMayCall:
         return KeyRing(file)
 
     async def test_without_a_key_there_is_nothing_here(self, tmp_path, ring):
-        async with running_server(tmp_path, FakeEngine(), gate=ring.gate) as server:
+        async with running_server(tmp_path, FakeEngine(), keys=ring) as server:
             for method in ("Txt2ImgReply", "Terminate", "GeneratorReply"):
                 error = await refused(send(server, request("a"), f"{NEW}/{method}"))
                 assert error.code() is grpc.StatusCode.UNAUTHENTICATED, method
@@ -271,7 +271,7 @@ class TestWhoMayCall:
 
     async def test_terminate_drains_where_the_operator_allows_it_and_never_without_a_key(self, tmp_path, ring):
         asked = asyncio.Event()
-        async with running_server(tmp_path, FakeEngine(), gate=ring.gate, on_terminate=asked.set) as server:
+        async with running_server(tmp_path, FakeEngine(), keys=ring, on_terminate=asked.set) as server:
             terminate = server.channel.unary_unary(
                 f"{NEW}/Terminate", empty_pb2.Empty.SerializeToString, empty_pb2.Empty.FromString
             )

@@ -15,6 +15,7 @@ from mii_serve.errors import PoisonedRequestError, QueueFullError
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server import router
+from mii_serve.types import Queued, Started
 
 
 @pytest.fixture
@@ -33,8 +34,8 @@ class TestWhoGetsWhat:
         assert sorted(three.images_on().values()) == [1, 3, 3]
         three.release()
         await asyncio.gather(long, *short)
-        assert [link.work for link in three.router.links] == [0, 0, 0]
-        assert [link.num_running for link in three.router.links] == [0, 0, 0]
+        assert [link.work for link in three.router.replicas] == [0, 0, 0]
+        assert [link.num_running for link in three.router.replicas] == [0, 0, 0]
 
     async def test_the_images_of_one_request_are_parted_and_put_together(self, three):
         three.hold()
@@ -56,21 +57,21 @@ class TestWhoGetsWhat:
 
     async def test_a_parted_request_begins_with_its_place_in_line(self, three, monkeypatch):
         """Whichever replica is heard first; then only that of the first image's is told."""
-        both_told, event = asyncio.Event(), pb.GenerateEvent
+        both_queued = asyncio.Event()
 
-        async def made(part):
+        async def part_events(part):
             if part.first == 0:
-                await both_told.wait()
-            yield event(queued=event.Queued(num_samples_ahead=10 + part.first))
-            yield event(started=event.Started(image_index=part.first))
+                await both_queued.wait()
+            yield Queued(num_samples_ahead=10 + part.first)
+            yield Started(image_index=part.first)
             if part.first == 2:
-                both_told.set()
+                both_queued.set()
 
-        monkeypatch.setattr(three.router, "_made", made)
+        monkeypatch.setattr(three.router, "_part_events", part_events)
         parts = [router._Part(None, first, 1) for first in range(3)]
         events = [event async for event in three.router._merged(parts)]
-        assert kinds(events)[0] == "queued" and kinds(events).count("started") == 3
-        places = [event.queued.num_samples_ahead for event in events if event.HasField("queued")]
+        assert isinstance(events[0], Queued) and sum(isinstance(event, Started) for event in events) == 3
+        places = [event.num_samples_ahead for event in events if isinstance(event, Queued)]
         assert len(places) == 2 and places[-1] == 10
 
     async def test_one_part_refused_is_the_whole_request_refused_and_the_others_stop(self, three):
@@ -86,7 +87,7 @@ class TestWhoGetsWhat:
                 break
         call.cancel()
         await three.until(lambda: not sum(three.images_on().values()))
-        assert [link.work for link in three.router.links] == [0, 0, 0]
+        assert [link.work for link in three.router.replicas] == [0, 0, 0]
 
     async def test_parted_requests_of_one_id_do_not_meet_on_any_replica(self, three):
         three.hold()
@@ -171,7 +172,7 @@ class TestALostReplica:
                 await single.stub.Generate(request())
             error = caught.value
             refusal = decode_error(error.code(), error.details(), error.trailing_metadata())
-            assert (type(refusal), refusal.retry_after_s) == (QueueFullError, router.COME_AGAIN_S)
+            assert (type(refusal), refusal.retry_after_s) == (QueueFullError, router.RETRY_AFTER_S)
             await single.start(0)
             assert [kinds(events)[-1] for events in await asyncio.gather(*waiting)] == ["done", "done"]
 
@@ -224,52 +225,45 @@ class TestALostReplica:
     async def test_what_is_learnt_of_one_life_does_not_speak_against_the_next(self, tmp_path):
         async with deployment_of(tmp_path, 1) as single:
             _, call = await self.held_on_one(single)
-            old = single.router.links[0].connection
+            old = single.router.replicas[0].connection
             await single.lose(0, KILLED)
             await single.start(0)
             old.is_broken = True  # news of the old one that comes late
             assert single.router.is_up and kinds(await call)[-1] == "done"
-            assert old.num_running == old.work == single.router.links[0].work == 0
+            assert old.num_running == old.work == single.router.replicas[0].work == 0
 
     async def test_a_connection_that_broke_under_a_living_replica_is_used_again(self, tmp_path, monkeypatch):
         monkeypatch.setattr(router, "VERDICT_TIMEOUT_S", 0.2)
         async with deployment_of(tmp_path, 1) as single:
-            single.router.links[0].connection.is_broken = True
+            single.router.replicas[0].connection.is_broken = True
             assert not single.router.is_up
-            await single.router._verdict(single.router.links[0]._connection)
+            await single.router._verdict(single.router.replicas[0]._connection)
             assert single.router.is_up and kinds(await events_of(single.stub.GenerateStream(request())))[-1] == "done"
 
-    async def test_a_call_cancelled_with_its_channel_is_made_again(self, three, monkeypatch):
-        """grpc tells of a closed channel as CANCELLED, now by its error and now by asyncio's."""
-
-        class Closed:
-            def GenerateStream(self, *_, **__):  # noqa: N802
-                return self
-
-            def cancel(self) -> None:
-                pass
-
-            async def __aiter__(self):
-                raise grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata())
-                yield
-
-        first = three.router.links[0].connection
-        first.stub = Closed()
-        first.lost.set_result(KILLED)
+    async def test_a_stream_closed_with_its_channel_is_a_lost_replica(self, three):
+        """grpc reports a closed channel as a cancellation."""
+        three.hold()
+        call = asyncio.create_task(events_of(three.stub.GenerateStream(request())))
+        await three.until(lambda: sum(three.images_on().values()) == 1)
+        [(index, _)] = [(index, num) for index, num in three.images_on().items() if num]
+        connection = three.router.replicas[index].connection
+        connection.lost.set_result(KILLED)
         try:
-            events = await asyncio.wait_for(events_of(three.stub.GenerateStream(request())), PATIENCE_S)
+            await connection.channel.close()
+            three.release()
+            events = await asyncio.wait_for(call, PATIENCE_S)
             assert kinds(events).count("restarted") == 1 and kinds(events)[-1] == "done"
         finally:
-            first.lost = asyncio.get_running_loop().create_future()
+            connection.lost = asyncio.get_running_loop().create_future()
 
     async def test_a_replica_that_does_not_answer_is_not_trusted_again(self, tmp_path, monkeypatch):
         monkeypatch.setattr(router, "VERDICT_TIMEOUT_S", 0.2)
         async with deployment_of(tmp_path, 1) as single:
-            connection = single.router.links[0].connection
+            connection = single.router.replicas[0].connection
             await single.replicas.pop(0).die()  # and nobody has noticed yet
             await single.router._verdict(connection)
             assert not single.router.is_up
-            await single.desk.detach(0, KILLED)
+            await single.dispatcher.detach(0, KILLED)
 
     async def test_in_a_crowd_a_kill_from_outside_is_nobodys_fault(self, three):
         three.hold()

@@ -53,7 +53,7 @@ class TestApiKeys:
     async def server(self, tmp_path):
         file = tmp_path / "keys"
         file.write_text(f"{KEY} name=studio requests_per_minute=2\nother-key-0123456789\n")
-        async with running_server(tmp_path, FakeEngine(), gate=KeyRing(file).gate) as server:
+        async with running_server(tmp_path, FakeEngine(), keys=KeyRing(file)) as server:
             yield server
 
     async def test_the_right_key_opens(self, server):
@@ -169,7 +169,7 @@ class TestFilesThatCannotBeUsed:
 async def test_an_idempotency_key_belongs_to_its_api_key(tmp_path):
     file = tmp_path / "keys"
     file.write_text(f"{KEY}\nother-key-0123456789\n")
-    async with running_server(tmp_path, FakeEngine(), gate=KeyRing(file).gate) as server:
+    async with running_server(tmp_path, FakeEngine(), keys=KeyRing(file)) as server:
         for key in (KEY, "other-key-0123456789"):
             async with AsyncClient(server.target, api_key=key) as client:
                 await client.generate("a", idempotency_key="mine")

@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from patience import PATIENCE_S
 from servers import Turnstile
 
-from mii_serve.proto.interceptor import CLIENT_ID_KEY
+from mii_serve.proto.metadata import CLIENT_ID_KEY
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.types import ImageFormat, OutputOptions, Priority, RequestedParams
@@ -207,5 +207,5 @@ async def test_two_thousand_requests_with_random_cancels_leave_nothing_behind():
         await asyncio.gather(turns, return_exceptions=True)
         engine_thread.shutdown()
     assert 1000 < done < 1900
-    assert not loop._callers and not loop._encoding
+    assert not loop._generations and not loop._encoding
     assert grown < 100_000, f"{grown} bytes for 2,000 requests"

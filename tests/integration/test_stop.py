@@ -8,11 +8,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from mii_serve.server.link import Connection
 from replicas import KILLED, Deployment, deployment_of, events_of, request
 
 from mii_serve.errors import UnavailableError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server.replica_client import ReplicaAddress, ReplicaConnection
 
 
 async def assert_told(call: asyncio.Task) -> None:
@@ -31,10 +31,10 @@ async def test_work_in_hand_and_in_line(tmp_path: Path, num_images: int):
         deployment.hold()
         calls = [called(deployment, seed=seed, num_images_per_prompt=num_images) for seed in range(3)]
         await deployment.until(lambda: sum(deployment.images_on().values()) == 3 * num_images)
-        deployment.desk.stop()
+        deployment.dispatcher.stop()
         for call in calls:
             await assert_told(call)
-        assert [(link.work, link.num_running) for link in deployment.router.links] == [(0, 0), (0, 0)]
+        assert [(link.work, link.num_running) for link in deployment.router.replicas] == [(0, 0), (0, 0)]
         deployment.release()
 
 
@@ -44,7 +44,7 @@ async def test_a_request_that_waits_for_a_replica_to_come_back(tmp_path: Path):
         deployment.router._patience_s = 60.0
         call = called(deployment)
         await deployment.until(lambda: deployment.router._waiting)
-        deployment.desk.stop()
+        deployment.dispatcher.stop()
         await assert_told(call)
         assert not deployment.router._waiting
 
@@ -53,9 +53,9 @@ async def test_all_who_wait_for_the_same_work(tmp_path: Path):
     async with deployment_of(tmp_path, 1) as deployment:
         deployment.hold()
         calls = [called(deployment, (("x-idempotency-key", "once"),)) for _ in range(3)]
-        await deployment.until(lambda: len(deployment.desk._waiting) == 3)
+        await deployment.until(lambda: len(deployment.dispatcher._waiting) == 3)
         await deployment.until(lambda: sum(deployment.images_on().values()) == 1)
-        deployment.desk.stop()
+        deployment.dispatcher.stop()
         for call in calls:
             await assert_told(call)
         deployment.release()
@@ -63,7 +63,7 @@ async def test_all_who_wait_for_the_same_work(tmp_path: Path):
 
 async def test_new_requests_are_refused(tmp_path: Path):
     async with deployment_of(tmp_path, 1) as deployment:
-        deployment.desk.stop()
+        deployment.dispatcher.stop()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await deployment.stub.Generate(request())
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -72,10 +72,10 @@ async def test_new_requests_are_refused(tmp_path: Path):
 async def test_asking_a_replica_whose_connection_is_just_closed_is_unavailable_and_no_defect(tmp_path: Path):
     """A closed channel looks to its caller as if the call had been cancelled."""
     async with deployment_of(tmp_path, 1) as deployment:
-        calls = [asyncio.create_task(deployment.desk.server_info()) for _ in range(20)]
-        texts = [asyncio.create_task(deployment.desk.metrics_text()) for _ in range(20)]
+        calls = [asyncio.create_task(deployment.dispatcher.server_info()) for _ in range(20)]
+        texts = [asyncio.create_task(deployment.dispatcher.metrics_text()) for _ in range(20)]
         await asyncio.sleep(0)  # all of them have asked
-        await deployment.desk.detach(0, KILLED)
+        await deployment.dispatcher.detach(0, KILLED)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert all(isinstance(outcome, pb.GetServerInfoResponse | UnavailableError) for outcome in outcomes), outcomes
         assert all(isinstance(text, bytes) for text in await asyncio.gather(*texts))
@@ -85,7 +85,7 @@ async def test_an_answer_that_is_waited_for_when_its_connection_is_closed_is_non
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / "s"))
         silent.listen()
-        connection = Connection(grpc.aio.insecure_channel(f"unix:{tmp_path / 's'}"))
+        connection = ReplicaConnection(ReplicaAddress.socket(tmp_path / "s"))
         asked = [asyncio.create_task(call) for call in (connection.info(60), connection.metrics(60), connection.answers())]
         await asyncio.sleep(0.1)  # until they wait
         await connection.channel.close()
@@ -94,7 +94,7 @@ async def test_an_answer_that_is_waited_for_when_its_connection_is_closed_is_non
 
 async def test_a_caller_who_leaves_while_a_replica_is_asked_has_left(tmp_path: Path):
     async with deployment_of(tmp_path, 1) as deployment:
-        asked = asyncio.create_task(deployment.router.links[0].connection.info(60))
+        asked = asyncio.create_task(deployment.router.replicas[0].connection.info(60))
         await asyncio.sleep(0)
         asked.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -11,9 +11,9 @@ from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from servers import RunningServer, running_server
 
-from mii_serve.proto import writing
 from mii_serve.proto.mii_codec import encode_mii_request
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server import bounded_write
 
 DATA, HEADERS, SETTINGS = 0, 1, 4
 END_HEADERS, END_STREAM, INITIAL_WINDOW_SIZE = 4, 1, 4
@@ -53,7 +53,7 @@ async def call_unread(server: RunningServer, method: str, message: bytes) -> tup
 
 
 def num_open_files() -> int:
-    return len(list(writing.OPEN_FILES.iterdir()))
+    return len(list(bounded_write.OPEN_FILES.iterdir()))
 
 
 BIG = {"prompt": "a", "height": 512, "width": 512, "num_images_per_prompt": 4}
@@ -70,8 +70,8 @@ CALLS = {
 
 @pytest.fixture
 async def impatient(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "WRITE_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(writing, "ABORT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(bounded_write, "WRITE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(bounded_write, "ABORT_TIMEOUT_S", 0.1)
     async with running_server(tmp_path, FakeEngine(max_slots=8), max_waiting_samples=64) as running:
         yield running
 
@@ -82,9 +82,9 @@ async def test_who_takes_in_nothing_is_given_up_and_hung_up_on(impatient, name):
     await impatient.stub.GetServerInfo(pb.GetServerInfoRequest())
     before = num_open_files()
     callers = [await call_unread(impatient, method, message.SerializeToString()) for _ in range(3)]
-    ended = impatient.desk.metrics.requests.labels(name, "CANCELLED")
+    ended = impatient.dispatcher.metrics.requests.labels(name, "CANCELLED")
     await impatient.until(lambda: ended._value.get() == 3)
-    await impatient.until(lambda: not impatient.desk._active and not impatient.loop._callers)
+    await impatient.until(lambda: not impatient.dispatcher._active and not impatient.loop._generations)
     async with asyncio.timeout(PATIENCE_S):
         for reader, writer in callers:
             with contextlib.suppress(ConnectionError):
@@ -96,7 +96,9 @@ async def test_who_takes_in_nothing_is_given_up_and_hung_up_on(impatient, name):
 
 
 async def test_who_reads_slowly_but_reads_is_served_to_the_end(impatient, monkeypatch):
-    monkeypatch.setattr(writing, "WRITE_TIMEOUT_S", PATIENCE_S)  # for one write, which a loaded machine may take a while for
+    monkeypatch.setattr(
+        bounded_write, "WRITE_TIMEOUT_S", PATIENCE_S
+    )  # for one write, which a loaded machine may take a while for
     call = impatient.stub.GenerateStream(pb.GenerateRequest(output=RAW, **{**BIG, "num_images_per_prompt": 16}))
     kinds = []
     async for event in call:
@@ -118,4 +120,4 @@ async def test_who_reads_slowly_but_reads_is_served_to_the_end(impatient, monkey
     ],
 )
 def test_callers_are_told_apart_by_their_network(peer, network):
-    assert writing.address_of(peer) == network
+    assert bounded_write.address_of(peer) == network

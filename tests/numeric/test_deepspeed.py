@@ -1,6 +1,7 @@
 """DeepSpeed's own blocks in a UNet, its compiled operations replaced by torch equivalents that have their faults.
 
-Every precaution of `mii_serve.engine.deepspeed` is tested twice: with it the answers are right, and without it they are not.
+Every precaution of `mii_serve.engine.kernels.deepspeed` is tested twice: with it the answers are right, and without it they are
+not.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from diffusers import UNet2DConditionModel
 from drawing import draw
 
 from mii_serve.config import LimitsConfig
-from mii_serve.engine.deepspeed import DeepSpeedEngine
-from mii_serve.engine.deepspeed.injection import (
+from mii_serve.engine.batched.buckets import declare_buckets
+from mii_serve.engine.factory import deepspeed_engine
+from mii_serve.engine.kernels.deepspeed import DeepSpeedKernels
+from mii_serve.engine.kernels.deepspeed.injection import (
     FUSED_NORM,
     inject,
     injected_attentions,
     injected_blocks,
     why_not_injectable,
 )
-from mii_serve.engine.deepspeed.proof import MAX_ERROR, Proof
-from mii_serve.engine.deepspeed.unet import DeepSpeedRowUNet
-from mii_serve.engine.deepspeed.workspace import Workspace, elements_per_token, num_elements
-from mii_serve.engine.native.lattice import declare
+from mii_serve.engine.kernels.deepspeed.self_check import MAX_ERROR, SelfCheck
+from mii_serve.engine.kernels.deepspeed.workspace import Workspace, elements_per_token, num_elements
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.errors import UnusableEngineError
 from mii_serve.models import LoadedModel, load_model
@@ -79,13 +80,14 @@ def make_unet(**config: Any) -> UNet2DConditionModel:
 
 
 def make_injected(
-    *, max_cells: int = 5 * 256, sides: range = range(7, 17), **config: Any
-) -> tuple[UNet2DConditionModel, DeepSpeedRowUNet, Workspace]:
+    *, max_latent_pixels: int = 5 * 256, sides: range = range(7, 17), **config: Any
+) -> tuple[UNet2DConditionModel, DeepSpeedKernels, Workspace]:
     """The same UNet before the injection, in float32, and after."""
     unet = make_unet(**config)
     before = copy.deepcopy(unet).float()
     inject(unet)
-    return before, DeepSpeedRowUNet(unet), Workspace(unet, max_cells=max_cells, sides=sides)
+    workspace = Workspace(unet, max_latent_pixels=max_latent_pixels, sides=sides)
+    return before, DeepSpeedKernels(unet, workspace), workspace
 
 
 @pytest.fixture
@@ -95,16 +97,16 @@ def pair():
     workspace.release()
 
 
-def error(before: UNet2DConditionModel, injected: DeepSpeedRowUNet, size: tuple[int, int] = (8, 8), seed: int = 1) -> float:
+def error(before: UNet2DConditionModel, injected: DeepSpeedKernels, size: tuple[int, int] = (8, 8), seed: int = 1) -> float:
     """How far the injected UNet is from `UNet2DConditionModel.forward` in float32, of the answer's root mean square."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(3, 4, *size, generator=generator)
     embeds = torch.randn(len(SAMPLE_OF_ROW), NUM_TOKENS, before.config.cross_attention_dim, generator=generator)
     embeds[:, -1] *= 8  # the last token weighs most
     true = before(latents[SAMPLE_OF_ROW], TIMES[SAMPLE_OF_ROW], encoder_hidden_states=embeds).sample
-    time, prompts = injected.embed_times(TIMES), injected.project_prompts(embeds.half())
+    time, prompts = injected.embed_timesteps(TIMES), injected.project_prompts(embeds.half())
     model_input = latents.half().contiguous(memory_format=torch.channels_last)
-    made = injected(model_input, time, prompts, SAMPLE_OF_ROW).float()
+    made = injected.predict_noise(model_input, time, prompts, SAMPLE_OF_ROW).float()
     return float((made - true).square().mean().sqrt() / true.square().mean().sqrt())
 
 
@@ -150,7 +152,7 @@ class TestInjection:
         """Tokens may be a view of an image, channels first, and the kernels know no strides."""
         injected = pair[1]
         embeds = torch.randn(3, NUM_TOKENS, 48).half()
-        call = injected._make_call(injected.embed_times(TIMES), embeds, None)
+        call = injected.forward_pass(injected, injected.embed_timesteps(TIMES), embeds, None)
         block, view = injected_blocks(injected._unet)[0], torch.randn(3, 32, 64).half().transpose(1, 2)
         made, _ = call._block(block, view, view)
         assert torch.equal(made, call._block(block, view.contiguous(), view)[0])
@@ -183,8 +185,8 @@ class TestInjection:
         assert why_not_injectable(change(make_unet())) == named
 
 
-def undo(name: str, unguarded: Callable[[Any], Any]) -> Callable[[DeepSpeedRowUNet], None]:
-    def apply(injected: DeepSpeedRowUNet) -> None:
+def undo(name: str, unguarded: Callable[[Any], Any]) -> Callable[[DeepSpeedKernels], None]:
+    def apply(injected: DeepSpeedKernels) -> None:
         for attention in injected_attentions(injected._unet):
             setattr(attention, name, unguarded(attention))
 
@@ -229,26 +231,26 @@ class TestWithoutThePrecautions:
         with pytest.raises(OutsideMemoryError):
             error(before, injected)
 
-    def test_the_proof_finds_them(self):
+    def test_the_self_check_finds_them(self):
         unet = make_unet()
-        proof = Proof.ask(unet, num_tokens=NUM_TOKENS, sizes=((8, 8), (9, 9)))
+        check = SelfCheck.before_injection(unet, num_tokens=NUM_TOKENS, latent_shapes=((8, 8), (9, 9)))
         inject(unet)
-        workspace = Workspace(unet, max_cells=3 * 81, sides=range(8, 10))
-        injected = DeepSpeedRowUNet(unet)
-        assert proof.check(injected) < RIGHT
+        workspace = Workspace(unet, max_latent_pixels=3 * 81, sides=range(8, 10))
+        injected = DeepSpeedKernels(unet, workspace)
+        assert check.compare(injected) < RIGHT
         undo("pad_transform_func", deepspeeds_own_split)(injected)
         with pytest.raises(UnusableEngineError, match=r"DeepSpeed's kernels are .* off for latents of 8 × 8"):
-            proof.check(injected)
+            check.compare(injected)
         workspace.release()
 
 
 class TestWorkspace:
     @pytest.mark.parametrize("size", SIZES.values(), ids=list(SIZES))
     def test_it_holds_the_largest_call_and_little_more(self, size, operations):
-        rows, cells = len(SAMPLE_OF_ROW), len(SAMPLE_OF_ROW) * size[0] * size[1]
-        before, injected, workspace = make_injected(max_cells=cells, sides=range(7, 17))
+        rows, latent_pixels = len(SAMPLE_OF_ROW), len(SAMPLE_OF_ROW) * size[0] * size[1]
+        before, injected, workspace = make_injected(max_latent_pixels=latent_pixels, sides=range(7, 17))
         assert error(before, injected, size) < RIGHT
-        needed = num_elements(injected._unet, max_cells=cells, sides=range(7, 17))
+        needed = num_elements(injected._unet, max_latent_pixels=latent_pixels, sides=range(7, 17))
         assert operations.most_used <= needed <= operations.workspace.numel() < needed + 10_000
         assert needed < 2 * operations.most_used, rows
         workspace.release()
@@ -259,7 +261,7 @@ class TestWorkspace:
             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
             "block_out_channels": (32, 64),
         }
-        before, injected, workspace = make_injected(max_cells=len(SAMPLE_OF_ROW) * 49, sides=range(7, 8), **below)
+        before, injected, workspace = make_injected(max_latent_pixels=len(SAMPLE_OF_ROW) * 49, sides=range(7, 8), **below)
         assert error(before, injected, (7, 7)) < RIGHT
         workspace.release()
 
@@ -271,7 +273,7 @@ class TestWorkspace:
 
     def test_a_second_pipeline_shares_it_and_outlives_the_first(self, operations):
         first, injected, workspace = make_injected()
-        second, also_injected, same_workspace = make_injected(max_cells=640)
+        second, also_injected, same_workspace = make_injected(max_latent_pixels=640)
         for pair in ((first, injected), (second, also_injected), (first, injected)):
             assert error(*pair) < RIGHT
         assert operations.calls["allocate_workspace"] == 1
@@ -281,21 +283,21 @@ class TestWorkspace:
         same_workspace.release()
         assert operations.workspace is None and operations.calls["release_workspace"] == 1
 
-    def test_it_does_not_move_for_a_larger_one_while_somebody_holds_it(self, operations):
-        *_, workspace = make_injected(max_cells=640)
+    def test_it_does_not_move_for_a_larger_one_while_it_is_in_use(self, operations):
+        *_, workspace = make_injected(max_latent_pixels=640)
         taken = operations.workspace
         with pytest.raises(UnusableEngineError, match="a smaller one is in use"):
-            make_injected(max_cells=64000)
+            make_injected(max_latent_pixels=64000)
         assert operations.workspace is taken
         workspace.release()
-        before, injected, workspace = make_injected(max_cells=64000)
+        before, injected, workspace = make_injected(max_latent_pixels=64000)
         assert error(before, injected) < RIGHT
         workspace.release()
 
     def test_too_little_memory_is_said_and_not_half_taken(self, operations):
         operations.free_bytes = 600 << 20
         with pytest.raises(UnusableEngineError, match="no memory for DeepSpeed's workspace of"):
-            make_injected(max_cells=1_000_000)
+            make_injected(max_latent_pixels=1_000_000)
         operations.free_bytes = 8 << 30
         *_, workspace = make_injected()
         workspace.release()
@@ -319,7 +321,7 @@ def reference() -> ReferenceEngine:
 @pytest.fixture(scope="class")
 def engine():
     with torch_operations() as replaced:
-        built = DeepSpeedEngine(load("fp16"), max_slots=2, lattice=declare(2, 8, 8))
+        built = deepspeed_engine(load("fp16"), max_slots=2, buckets=declare_buckets(2, 8, 8))
         replaced.calls.clear()
         yield built
         built.close()
@@ -359,7 +361,7 @@ class TestEngine:
         assert (engine.description.engine, engine.description.dtype) == ("deepspeed", "fp16")
 
     def test_what_was_set_aside_bounds_a_call(self, engine):
-        assert engine.capacity.max_cells_per_call == 2 * 32 * 32, "one guided sample of the largest size"
+        assert engine.capacity.max_latent_pixels_per_call == 2 * 32 * 32, "one guided sample of the largest size"
 
 
 class TestEngineThatCannotBe:
@@ -367,12 +369,12 @@ class TestEngineThatCannotBe:
         right = Operations.gated_activation
         monkeypatch.setattr(Operations, "gated_activation", lambda *given: 1.2 * right(*given))
         with pytest.raises(UnusableEngineError, match=r"DeepSpeed's kernels are .* off"):
-            DeepSpeedEngine(load("fp16"), max_slots=2)
+            deepspeed_engine(load("fp16"), max_slots=2)
         assert operations.workspace is None, "given back"
 
-    def test_one_slot_and_one_size_are_room_enough_for_the_proof(self, operations):
+    def test_one_slot_and_one_size_are_room_enough_for_the_self_check(self, operations):
         model = load("fp16", LimitsConfig(min_size_px=64, max_size_px=64))
-        built = DeepSpeedEngine(model, max_slots=1)
+        built = deepspeed_engine(model, max_slots=1)
         assert operations.most_used <= operations.workspace.numel()
         built.close()
         assert operations.workspace is None
@@ -396,9 +398,9 @@ class TestEngineThatCannotBe:
 
         monkeypatch.setattr(Operations, name, fail)
         with pytest.raises(UnusableEngineError, match=f"DeepSpeed fails here: {said}"):
-            DeepSpeedEngine(load("fp16"), max_slots=1)
+            deepspeed_engine(load("fp16"), max_slots=1)
         assert operations.workspace is None
 
     def test_a_model_in_another_precision_is_refused(self):
         with pytest.raises(UnusableEngineError, match="float32"):
-            DeepSpeedEngine(load("fp32"), max_slots=2)
+            deepspeed_engine(load("fp32"), max_slots=2)

@@ -19,8 +19,7 @@ import psutil
 import pytest
 from patience import PATIENCE_S
 
-from mii_serve.client import Client
-from mii_serve.client.values import ReplicaInfo
+from mii_serve.client import Client, ReplicaInfo
 from mii_serve.errors import UnavailableError
 
 IDLE_S = 120.0

@@ -1,4 +1,4 @@
-"""Draws one sample on an engine, as nobody but a test would: alone."""
+"""Draws samples on an engine without a scheduler: one alone, or several together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ def draw(engine: Engine, **asked: object) -> Picture:
     """The first picture of a request."""
     requested = RequestedParams(**{"prompt": "a red circle on a blue background", "seed": 3, **asked})
     return run_alone(engine, engine.capabilities.resolve(requested, fallback_seed=0), 0)[0]
+
+
+def draw_batch(engine: Engine, asked: list[dict[str, object]]) -> list[Picture]:
+    """The first picture of each request, all started together; those that end leave, the others go on."""
+    samples = [
+        Sample(id=SampleId(f"r{i}", 0), params=engine.capabilities.resolve(RequestedParams(**one), fallback_seed=0))
+        for i, one in enumerate(asked)
+    ]
+    left = {sample.id: engine.check(sample.params) for sample in samples}
+    pictures: dict[SampleId, Picture] = {}
+    joins = tuple(samples)
+    while left:
+        ending = tuple(sample_id for sample_id, calls in left.items() if calls == 1)
+        for progress in engine.run(StepPlan(joins=joins, steps=tuple(left), decodes=ending)):
+            if progress.picture is not None:
+                pictures[progress.id] = progress.picture
+        left = {sample_id: calls - 1 for sample_id, calls in left.items() if calls > 1}
+        joins = ()
+    return [pictures[sample.id] for sample in samples]
 
 
 def run_alone(engine: Engine, params: GenerationParams, image_index: int) -> tuple[Picture, int]:

@@ -6,7 +6,7 @@ import random
 import threading
 from dataclasses import dataclass, replace
 
-from mii_serve.engine.stages import StageClock
+from mii_serve.engine.stage_timer import StageTimer
 from mii_serve.errors import EngineError, InvalidRequestError
 from mii_serve.types import (
     Capabilities,
@@ -30,7 +30,7 @@ MAX_WORDS = 75
 
 
 @dataclass(slots=True)
-class _Running:
+class FakeSample:
     sample: Sample
     step: int = 0
 
@@ -45,8 +45,8 @@ class FakeEngine:
 
     def __init__(self, *, max_slots: int = 1, max_decodes: int = 4) -> None:
         self._capacity = EngineCapacity(max_slots=max_slots, max_decodes=max_decodes)
-        self._running: dict[SampleId, _Running] = {}
-        self._clock = StageClock()
+        self._running: dict[SampleId, FakeSample] = {}
+        self._clock = StageTimer()
         self._fails_next = False
         self._fails_sample: str | None = None
         self.gate = threading.Event()
@@ -100,7 +100,7 @@ class FakeEngine:
         for sample_id in plan.leaves:
             self._running.pop(sample_id, None)
         for sample in plan.joins:
-            self._running[sample.id] = _Running(sample)
+            self._running[sample.id] = FakeSample(sample)
         with self._clock.time("denoise"):
             made = {sample_id: self._step(self._running[sample_id], sample_id in plan.previews) for sample_id in plan.steps}
         for sample_id in plan.decodes:
@@ -111,7 +111,7 @@ class FakeEngine:
     def close(self) -> None:
         self._running.clear()
 
-    def _step(self, running: _Running, is_shown: bool) -> SampleProgress:
+    def _step(self, running: FakeSample, is_shown: bool) -> SampleProgress:
         sample = running.sample
         if self._fails_sample in (sample.id.request_id, sample.id.request_id.rpartition(" ")[0]):
             del self._running[sample.id]
@@ -120,7 +120,7 @@ class FakeEngine:
         return replace(_progress(running), preview=_flat_picture(sample) if is_shown else None)
 
 
-def _progress(running: _Running) -> SampleProgress:
+def _progress(running: FakeSample) -> SampleProgress:
     return SampleProgress(id=running.sample.id, step=running.step, num_steps=running.sample.params.num_inference_steps)
 
 

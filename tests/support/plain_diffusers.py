@@ -18,7 +18,7 @@ from scheduler_configs import NAMED
 
 from mii_serve.config import LimitsConfig
 from mii_serve.engine import Engine
-from mii_serve.engine.native import NativeEngine
+from mii_serve.engine.factory import native_engine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.errors import MiiServeError
 from mii_serve.models import load_model
@@ -71,7 +71,7 @@ def our_engine(name: str, folder: Path, *, allow_pickle: bool = False) -> Engine
     model = load_model(
         str(folder), revision=None, dtype="fp32", device="cpu", allow_pickle=allow_pickle, limits=LimitsConfig(min_size_px=32)
     )
-    return {"reference": ReferenceEngine, "native": NativeEngine}[name](model)
+    return {"reference": ReferenceEngine, "native": native_engine}[name](model)
 
 
 def our_pictures(engine: Engine, requests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from mii_serve.proto.codec import CHANNEL_OPTIONS
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.replica.service import replica_server
-from mii_serve.server.desk import Desk
+from mii_serve.replica.service import ListenOn, replica_server
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import GrpcFront
-from mii_serve.server.link import Loss
+from mii_serve.server.replica_client import Loss, ReplicaAddress
 from mii_serve.server.router import Router
 from mii_serve.types import SampleProgress, StepPlan
 
@@ -64,7 +64,7 @@ class Replica:
         self._thread = ThreadPoolExecutor(1)
         self.loop = ReplicaLoop(self.engine, self._thread, max_waiting_samples=4096)
         self._turns = asyncio.create_task(self.loop.run())
-        self._server = replica_server(self.loop, "test", socket)
+        self._server, _ = replica_server(self.loop, "test", ListenOn.socket(socket))
 
     async def start(self) -> None:
         await self._server.start()
@@ -92,8 +92,8 @@ class Deployment:
         self._crashing: set[asyncio.Task[None]] = set()
         self.num_crashes = 0
         self.router = Router(count, patience_s=patience_s)
-        self.desk = Desk(self.router)
-        self.front = GrpcFront(self.desk)
+        self.dispatcher = Dispatcher(self.router)
+        self.front = GrpcFront(self.dispatcher)
         self.replicas: dict[int, Replica] = {}
 
     async def start(self, index: int, *, is_held: bool = False) -> None:
@@ -107,7 +107,7 @@ class Deployment:
         if is_held:
             self.replicas[index].engine.gate.clear()
         await self.replicas[index].start()
-        await self.desk.attach(self.replicas[index].socket, index)
+        await self.dispatcher.attach(ReplicaAddress.socket(self.replicas[index].socket), index)
 
     async def _crash(self, index: int, replica: Replica) -> None:
         if self.replicas.get(index) is replica:
@@ -117,7 +117,7 @@ class Deployment:
 
     async def lose(self, index: int, loss: Loss) -> None:
         await self.replicas.pop(index).die()
-        await self.desk.detach(index, loss)
+        await self.dispatcher.detach(index, loss)
 
     async def until(self, condition) -> None:
         async with asyncio.timeout(PATIENCE_S):

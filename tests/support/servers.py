@@ -16,13 +16,14 @@ from patience import PATIENCE_S
 
 from mii_serve.errors import EngineError
 from mii_serve.proto.codec import CHANNEL_OPTIONS
-from mii_serve.proto.interceptor import Gate, open_gate
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.replica.service import replica_server
+from mii_serve.replica.service import ListenOn, replica_server
 from mii_serve.safety.moderation import Moderator
-from mii_serve.server.desk import Desk
+from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import GrpcFront
+from mii_serve.server.keys import KeyRing
+from mii_serve.server.replica_client import ReplicaAddress
 from mii_serve.server.router import Router
 from mii_serve.server.tls import Tls
 
@@ -31,22 +32,16 @@ from mii_serve.server.tls import Tls
 class RunningServer:
     engine: FakeEngine
     loop: ReplicaLoop
-    desk: Desk
+    dispatcher: Dispatcher
     front: GrpcFront
     target: str
     channel: grpc.aio.Channel
-    replica_channel: grpc.aio.Channel
     replica_server: grpc.aio.Server
     turns: asyncio.Task[None] = field(repr=False)
 
     @property
     def stub(self):
         return ImageGenerationStub(self.channel)
-
-    @property
-    def replica_stub(self):
-        """The replica itself, without the front."""
-        return ImageGenerationStub(self.replica_channel)
 
     async def until(self, condition) -> None:
         """Wait, within a bound, for something the loop is about to do."""
@@ -61,7 +56,7 @@ async def running_server(
     engine: FakeEngine,
     *,
     max_waiting_samples: int = 8,
-    gate: Gate = open_gate,
+    keys: KeyRing | None = None,
     tls: Tls | None = None,
     moderator: Moderator | None = None,
     on_terminate: Callable[[], None] | None = None,
@@ -70,23 +65,21 @@ async def running_server(
     loop = ReplicaLoop(engine, engine_thread, max_waiting_samples=max_waiting_samples)
     turns = asyncio.create_task(loop.run())
     socket = folder / "replica.sock"
-    replica = replica_server(loop, "test", socket)
+    replica, _ = replica_server(loop, "test", ListenOn.socket(socket))
     await replica.start()
-    desk = Desk(Router(patience_s=1.0), moderator=moderator)
-    front = GrpcFront(desk, gate=gate, tls=tls, on_terminate=on_terminate)
+    dispatcher = Dispatcher(Router(patience_s=1.0), moderator=moderator)
+    front = GrpcFront(dispatcher, keys=keys, tls=tls, on_terminate=on_terminate)
     target = f"127.0.0.1:{await front.listen('127.0.0.1', 0)}"
-    await desk.attach(socket)
+    await dispatcher.attach(ReplicaAddress.socket(socket))
     await front.set_serving(True)
     channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-    replica_channel = grpc.aio.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS)
     try:
-        yield RunningServer(engine, loop, desk, front, target, channel, replica_channel, replica, turns)
+        yield RunningServer(engine, loop, dispatcher, front, target, channel, replica, turns)
     finally:
         engine.gate.set()
         await channel.close()
-        await replica_channel.close()
         await front.stop(0)
-        await desk.detach()
+        await dispatcher.detach()
         await replica.stop(0)
         turns.cancel()
         with contextlib.suppress(asyncio.CancelledError, EngineError):

@@ -16,35 +16,46 @@ from mii_serve.errors import (
     UnavailableError,
 )
 from mii_serve.proto.codec import (
-    Activity,
-    decode_capabilities,
+    decode_answer,
+    decode_event,
     decode_request,
+    decode_resolved,
+    decode_server_info,
+    encode_answer,
     encode_event,
     encode_request,
     encode_server_info,
-    gather_response,
 )
 from mii_serve.proto.status import decode_error, encode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.types import (
+    Activity,
     Done,
-    Effective,
+    EffectiveParameters,
+    GenerationRequest,
     ImageFormat,
     ImageReady,
     OutputOptions,
+    Preview,
     Priority,
     Queued,
+    ReplicaInfo,
     RequestedParams,
+    ResolvedRequest,
+    Restarted,
     SchedulerDescription,
+    ServerInfo,
     Started,
     Step,
+    gather,
 )
 
 CAPABILITIES = FakeEngine().capabilities
 
 
 def decode(message):
-    return decode_request(message, CAPABILITIES, fallback_seed=3)
+    """The parameters that a message means."""
+    return CAPABILITIES.resolve(decode_request(message).params, fallback_seed=3)
 
 
 def test_a_request_survives_the_wire():
@@ -60,21 +71,28 @@ def test_a_request_survives_the_wire():
         seed=2**64 - 1,
     )
     output = OutputOptions(format=ImageFormat.WEBP, quality=80, preview_every=5)
-    wire = encode_request(asked, output, Priority.LOW).SerializeToString()
-    params, received_output, priority = decode(pb.GenerateRequest.FromString(wire))
-    assert (received_output, priority) == (output, Priority.LOW)
-    assert {name: getattr(params, name) for name in asked.__slots__} == {name: getattr(asked, name) for name in asked.__slots__}
-    assert decode(encode_request(params, output, priority)) == (params, output, priority), (
-        "the replica reads what the front has read"
-    )
+    request = GenerationRequest(params=asked, output=output, priority=Priority.LOW)
+    wire = encode_request(request).SerializeToString()
+    assert decode_request(pb.GenerateRequest.FromString(wire)) == request
+
+
+def test_what_is_left_out_stays_open():
+    request = GenerationRequest(params=RequestedParams(prompt="p"))
+    assert decode_request(encode_request(request)) == request
+
+
+def test_a_resolved_request_survives_the_wire():
+    params = CAPABILITIES.resolve(RequestedParams(prompt="p", guidance_scale=7.3), fallback_seed=2**64 - 1)
+    request = ResolvedRequest(params=params, output=OutputOptions(quality=None, embed_metadata=True), priority=Priority.HIGH)
+    assert decode_resolved(pb.GenerateRequest.FromString(encode_request(request).SerializeToString())) == request
 
 
 def test_zero_is_not_the_same_as_absent():
     message = pb.GenerateRequest(prompt="p", num_inference_steps=0)
     with pytest.raises(InvalidRequestError, match="num_inference_steps"):
         decode(message)
-    assert decode(pb.GenerateRequest(prompt="p", seed=0))[0].seed == 0
-    assert decode(pb.GenerateRequest(prompt="p"))[0].seed == 3
+    assert decode(pb.GenerateRequest(prompt="p", seed=0)).seed == 0
+    assert decode(pb.GenerateRequest(prompt="p")).seed == 3
 
 
 @pytest.mark.parametrize(
@@ -93,7 +111,7 @@ def test_zero_is_not_the_same_as_absent():
 )
 def test_a_value_without_a_place_on_the_wire_names_its_field(field, value):
     with pytest.raises(InvalidRequestError) as caught:
-        encode_request(RequestedParams(**{"prompt": "p", field: value}), OutputOptions())
+        encode_request(GenerationRequest(params=RequestedParams(**{"prompt": "p", field: value})))
     assert caught.value.field == field
 
 
@@ -114,60 +132,88 @@ def test_invalid_utf8_is_refused_by_the_message_itself():
         pb.GenerateRequest.FromString(b"\x0a\x02\xff\xfe")
 
 
-def test_every_event_is_its_own_kind_even_when_all_zero():
-    assert encode_event("r", Queued(num_samples_ahead=0)).WhichOneof("event") == "queued"
-    assert encode_event("r", Started(image_index=0)).WhichOneof("event") == "started"
-    assert encode_event("r", Step(image_index=0, step=1, num_steps=2)).WhichOneof("event") == "step"
+PARAMETERS = EffectiveParameters.of(
+    CAPABILITIES.resolve(RequestedParams(prompt="p", num_images_per_prompt=2), fallback_seed=3),
+    FakeEngine().description,
+    SchedulerDescription(class_name="PNDMScheduler", options={"steps_offset": "1"}, is_compiled=True),
+    dropped_prompt="the rest",
+)
 
 
-def test_a_stream_amounts_to_the_unary_answer():
-    params, *_ = decode(pb.GenerateRequest(prompt="p", num_images_per_prompt=2))
-    images = [
-        ImageReady(
-            image_index=i,
-            encoded=bytes([i]),
-            format=ImageFormat.PNG,
-            height=64,
-            width=64,
-            seed=i,
-            nsfw_content_detected=None if i else False,
-        )
-        for i in (1, 0)
-    ]
-    effective = Effective(
-        params=params,
-        engine=FakeEngine().description,
-        scheduler=SchedulerDescription(class_name="PNDMScheduler", options={"steps_offset": "1"}, is_compiled=True),
-        dropped_prompt="the rest",
+def image(index: int, **flags) -> ImageReady:
+    return ImageReady(
+        image_index=index, encoded=bytes([index]), format=ImageFormat.PNG, height=64, width=64, seed=index, **flags
     )
-    events = [Queued(num_samples_ahead=1), *images, Done(effective=effective, queued_s=1.0, total_s=2.0)]
-    response = gather_response(encode_event("r", event) for event in events)
-    assert [image.index for image in response.images] == [0, 1]
-    assert response.images[0].HasField("nsfw_content_detected")
-    assert not response.images[1].HasField("nsfw_content_detected"), "no checker: absent, not false"
-    assert response.request_id == "r"
-    assert response.parameters.dropped_prompt == "the rest"
-    told = response.parameters
-    assert (told.scheduler_class, told.scheduler_options["steps_offset"], told.is_scheduler_compiled) == (
-        "PNDMScheduler",
-        "1",
-        True,
-    )
-    assert (response.parameters.engine, response.timings.total_s) == ("fake", 2.0)
 
 
-def test_capabilities_survive_the_wire():
-    engine = FakeEngine()
-    activity = Activity(**dict.fromkeys(Activity.__dataclass_fields__, 1))
-    message = encode_server_info(
+EVENTS = [
+    Queued(num_samples_ahead=0),
+    Queued(num_samples_ahead=2, estimated_wait_s=0.0),
+    Started(image_index=0),
+    Step(image_index=0, step=1, num_steps=2),
+    Step(image_index=1, step=2, num_steps=2, estimated_left_s=0.0),
+    Restarted(image_indexes=(0, 3)),
+    Preview(image_index=0, step=1, encoded=b"x", format=ImageFormat.WEBP, height=64, width=128),
+    Preview(image_index=0, step=1, encoded=b"", format=ImageFormat.PNG, height=64, width=64, nsfw_content_detected=False),
+    image(0),
+    image(1, nsfw_content_detected=False, moderation_blocked=True),
+    Done(parameters=PARAMETERS, queued_s=0.0, total_s=2.0),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_every_event_survives_the_wire_even_when_all_zero(event):
+    wire = encode_event("r", event).SerializeToString()
+    message = pb.GenerateEvent.FromString(wire)
+    assert message.request_id == "r" and decode_event(message) == event
+
+
+def test_an_event_of_a_newer_server_is_none():
+    assert decode_event(pb.GenerateEvent(request_id="r")) is None
+
+
+def test_an_answer_survives_the_wire_by_index():
+    images = [image(1), image(0, nsfw_content_detected=False)]
+    answer = gather([Queued(num_samples_ahead=1), *images, Done(parameters=PARAMETERS, queued_s=1.0, total_s=2.0)])
+    message = encode_answer("r", answer)
+    assert [one.index for one in message.images] == [0, 1]
+    assert message.images[0].HasField("nsfw_content_detected")
+    assert not message.images[1].HasField("nsfw_content_detected"), "no checker: absent, not false"
+    assert message.request_id == "r" and message.parameters.dropped_prompt == "the rest"
+    assert decode_answer(pb.GenerateResponse.FromString(message.SerializeToString())) == answer
+
+
+def test_events_that_end_early_are_no_answer():
+    with pytest.raises(ValueError, match="before the request is done"):
+        gather([image(0)])
+
+
+def test_a_servers_description_survives_the_wire():
+    one, most = (Activity(**dict.fromkeys(Activity.__dataclass_fields__, number)) for number in (1, 7))
+    info = ServerInfo(
         version="1",
         deployment_name="d",
-        engine=engine.description,
-        capabilities=engine.capabilities,
-        default_scheduler=SchedulerDescription(class_name="PNDMScheduler", options={}, is_compiled=True),
-        activity=activity,
+        model="m",
+        model_revision="0",
+        engine="native",
+        dtype="fp32",
+        device="cpu",
+        has_safety_checker=True,
+        defaults=CAPABILITIES.defaults,
+        limits=CAPABILITIES.limits,
+        schedulers=CAPABILITIES.schedulers,
+        activity=one,
+        default_scheduler_options={"a": "1"},
+    ).with_replicas(
+        [
+            ReplicaInfo(index=0, is_ready=True, num_restarts=0, activity=one),
+            ReplicaInfo(index=1, is_ready=False, num_restarts=2, activity=None),
+            ReplicaInfo(index=2, is_ready=True, num_restarts=0, activity=most),
+        ]
     )
-    assert decode_capabilities(pb.GetServerInfoResponse.FromString(message.SerializeToString())) == engine.capabilities
+    assert decode_server_info(pb.GetServerInfoResponse.FromString(encode_server_info(info).SerializeToString())) == info
+    assert (info.activity.num_images, info.activity.uptime_s, info.activity.max_cells_per_call) == (8, 7, 1)
+    assert info.capabilities == CAPABILITIES
 
 
 @pytest.mark.parametrize("error", [InvalidRequestError("seed", "must be small", "9"), QueueFullError("x"), EngineError("y")])

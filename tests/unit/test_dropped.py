@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import unquote
 
 from mii_serve.proto.dropped import MAX_HEADER_CHARS, dropped_headers, dropped_texts
+
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 
 SPARE = len("%E2%80%A6")

@@ -27,10 +27,12 @@ from mii_serve.gateway import hosts, json_body, middleware, paths, suggestions
 from mii_serve.gateway.dialects import azure_score, huggingface, openai
 from mii_serve.gateway.errors import OverLimitError
 from mii_serve.gateway.page import messages
-from mii_serve.proto import codec, interceptor, mii_codec, writing
+from mii_serve.proto import codec, metadata, mii_codec
 from mii_serve.proto.mii import pictures_pb2 as mii
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server import call
 from mii_serve.server.keys import KeyRing
+from mii_serve.types import GenerationRequest, ImageFormat, ResolvedRequest
 
 SMALL, TIMES = 500, 8
 SLACK = 1.5
@@ -195,12 +197,17 @@ def kwargs_of_old_mii(n: int) -> bytes:
     return mii.PictureRequest(prompt=["a"], second=entries).SerializeToString()
 
 
+def resolved(request: GenerationRequest) -> ResolvedRequest:
+    params = CAPABILITIES.resolve(request.params, fallback_seed=1)
+    return ResolvedRequest(params=params, output=request.output)
+
+
 def mii_call(wire: bytes) -> object:
-    return mii_codec.resolve_mii_request(mii_codec.parse_mii_request(wire), CAPABILITIES, fallback_seed=1)
+    return mii_codec.decode_mii_request(mii_codec.parse_mii_request(wire), resolved, fallback_seed=1)
 
 
 def v1_call(wire: bytes) -> object:
-    return codec.decode_request(pb.GenerateRequest.FromString(wire), CAPABILITIES, fallback_seed=1)
+    return resolved(codec.decode_request(pb.GenerateRequest.FromString(wire)))
 
 
 def unknown_fields(n: int) -> bytes:
@@ -257,18 +264,21 @@ HEADERS: dict[str, tuple[Callable[[Any], object], Callable[[int], object]]] = {
     "options of a media type": (huggingface.accepted, lambda n: "image/png" + ";a=1" * n),
     "a content type": (json_body._check_media_type, lambda n: "application/json" + ' ; charset="utf-8"' * n),
     "a host": (hosts.AllowedHosts(["localhost"], allow_loopback_addresses=True).allows, lambda n: "a." * n),
-    "digits of a host": (hosts.AllowedHosts(["localhost"], allow_loopback_addresses=True).allows, lambda n: "[" + "1:" * n + "]"),
+    "digits of a host": (
+        hosts.AllowedHosts(["localhost"], allow_loopback_addresses=True).allows,
+        lambda n: "[" + "1:" * n + "]",
+    ),
     "an origin": (hosts.AllowedHosts(["localhost"]).allows_origin, lambda n: "http://" + "a." * n),
     "a key": (
         lambda text: KeyRing().admitted(middleware.authorization_of({"authorization": text})).__enter__(),
         lambda n: "Bearer " * n,
     ),
-    "a request id": (interceptor.check_request_id, lambda n: "i" * n),
-    "a client id": (interceptor.check_client_id, lambda n: " i" * n),
-    "an idempotency key": (interceptor.check_idempotency_key, lambda n: "k" * n),
+    "a request id": (metadata.check_request_id, lambda n: "i" * n),
+    "a client id": (metadata.check_client_id, lambda n: " i" * n),
+    "an idempotency key": (metadata.check_idempotency_key, lambda n: "k" * n),
     "a path": (plain_path, lambda n: "//a" * n + "/" * n),
     "a whole address": (plain_path, lambda n: "http://" + "a:" * n + "//b" * n),
-    "an address": (writing.network_of, lambda n: "1:" * n),
+    "an address": (call.network_of, lambda n: "1:" * n),
 }
 
 
@@ -300,7 +310,8 @@ def test_the_meter_sees_a_square():
 
 MODULES = (
     *(azure_score, hosts, huggingface, json_body, messages, middleware, openai, paths, suggestions),
-    *(codec, interceptor, mii_codec, writing)
+    *(codec, metadata, mii_codec, call),
+)
 UNBOUNDED_INSIDE_UNBOUNDED = re.compile(r"[+*}]\)[+*{]")
 
 

@@ -12,7 +12,7 @@ import pytest
 from mii_serve.errors import InvalidRequestError
 from mii_serve.proto.mii import pictures_pb2 as mii
 from mii_serve.proto.mii_codec import encode_mii_reply, encode_mii_request, parse_mii_request, shortest_decimal
-from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.types import ImageFormat, ImageReady
 
 
 def as_float32(value: float) -> float:
@@ -95,8 +95,16 @@ def test_a_reply_put_together_by_hand_is_what_protobuf_would_write(num_bytes):
     pixels = [random.Random(i).randbytes(num_bytes) for i in range(3)]
     flags = (None, False, True)
     images = [
-        pb.GeneratedImage(data=data, width=16, height=8, nsfw_content_detected=flag)
-        for data, flag in zip(pixels, flags, strict=True)
+        ImageReady(
+            image_index=i,
+            encoded=data,
+            format=ImageFormat.RAW_RGB,
+            width=16,
+            height=8,
+            seed=i,
+            nsfw_content_detected=flag,
+        )
+        for i, (data, flag) in enumerate(zip(pixels, flags, strict=True))
     ]
     whole = mii.ImageReply(
         images=pixels, nsfw_content_detected=[False, False, True], mode="RGB", size_w=16, size_h=8, time_taken=1.5

@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
+from scripted_server import all_events, colour
 
-from mii_serve.bench.check import Kept, Sampler, Tolerance, check, distance
+from mii_serve.bench.check import Kept, LocalReference, Sampler, Tolerance, check, distance
 from mii_serve.bench.mix import parse_mix
 from mii_serve.bench.values import Answer, Record, Shown
 from mii_serve.errors import InvalidRequestError
+from mii_serve.types import MAX_SEED, gather
 
 MIX = parse_mix("1: num_inference_steps=1; 1: num_inference_steps=2")
 
@@ -130,3 +133,20 @@ def test_only_what_went_well_is_kept_and_nothing_when_nothing_is_wanted():
     answered(sampler, 0, "k", "UNAVAILABLE")
     answered(none, 0, "k")
     assert sampler.kept == none.kept == []
+
+
+def test_the_reference_makes_one_image_of_a_request_with_that_images_seed():
+    asked = []
+
+    class Local:
+        def generate(self, request):
+            asked.append(request)
+            return gather(all_events(request))
+
+    reference = LocalReference(Local(), "some/model")
+    request = MIX.request("0", 0)
+    request = replace(request, asked=replace(request.asked, seed=MAX_SEED, num_images_per_prompt=3))
+    picture = reference.picture(request, 2)
+    assert (picture.size, picture.getpixel((0, 0))) == ((16, 8), colour(0))
+    assert (asked[0].params.seed, asked[0].params.num_images_per_prompt) == (1, 1)
+    assert reference.name == "reference fp32, r1"

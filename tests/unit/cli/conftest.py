@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from unit.client.scripted_server import RunningServer, running
+from scripted_server import RunningServer, running
 
 from mii_serve.cli import main
 from mii_serve.safe_path import SAFE_PATH

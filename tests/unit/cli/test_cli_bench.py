@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from scripted_server import RunningServer
 from unit.bench.test_bench_report import RIGHT, WRONG, made
 from unit.cli.conftest import Run
-from unit.client.scripted_server import RunningServer
 
 
 @pytest.mark.parametrize(

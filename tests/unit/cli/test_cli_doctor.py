@@ -8,10 +8,11 @@ import subprocess
 
 import pytest
 import torch
+from machines import COMPLETE, MISSING
 from unit.cli.conftest import Run
-from unit.engine.test_requirements import COMPLETE, LACKS
 
 from mii_serve.cli import doctor
+from mii_serve.types import ENGINES
 
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")
 
@@ -29,7 +30,7 @@ def test_it_is_right_about_every_line(run: Run) -> None:
         for engine, verdict in said["engines"].items()
         for line in verdict["requirements"]
     }
-    for engine in ("reference", "native", "deepspeed"):
+    for engine in ENGINES:
         assert lines[engine, "torch that can be imported"]["found"] == torch.__version__
         for package in ("diffusers", "transformers", "safetensors"):
             assert lines[engine, package] == {
@@ -38,7 +39,7 @@ def test_it_is_right_about_every_line(run: Run) -> None:
                 "is_met": True,
                 "remedy": "",
             }
-    assert [said["engines"][engine]["is_usable"] for engine in ("reference", "native", "deepspeed")] == [True, True, False]
+    assert [said["engines"][engine]["is_usable"] for engine in ENGINES] == [True, True, False]
     gpu = lines["deepspeed", "a CUDA device"]
     assert (gpu["found"], gpu["is_met"]) == ("none", False) and gpu["remedy"]
     built = lines["deepspeed", "torch built for CUDA"]
@@ -72,9 +73,9 @@ def test_an_unknown_engine_is_wrong_usage(run: Run) -> None:
     assert run("doctor", "--engine", "tensorrt").code == 2
 
 
-@pytest.mark.parametrize("machine", [COMPLETE, *(machine for machine, *_ in LACKS.values())], ids=["complete", *LACKS])
+@pytest.mark.parametrize("machine", [COMPLETE, *(machine for machine, *_ in MISSING.values())], ids=["complete", *MISSING])
 def test_any_machine_can_be_told_in_json(machine, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(doctor, "look", lambda: machine)
+    monkeypatch.setattr(doctor, "inspect_machine", lambda: machine)
     assert doctor.run("deepspeed", is_json=True) == (0 if machine is COMPLETE else 1)
     assert json.loads(capsys.readouterr().out)["auto"] == ("deepspeed" if machine is COMPLETE else "native")
     assert doctor.run("auto", is_json=False) == 0
@@ -89,4 +90,4 @@ def test_a_broken_nvcc_is_no_nvcc(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(subprocess.CalledProcessError):
         subprocess.run([str(nvcc)], check=True, timeout=10)
-    assert doctor.look().nvcc is None
+    assert doctor.inspect_machine().nvcc is None

@@ -9,16 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from patience import PATIENCE_S
-from unit.cli.conftest import Run
-from unit.client.scripted_server import (
+from scripted_server import (
     RunningServer,
-    all_pictures,
+    all_events,
     done,
     effective,
     encoded,
@@ -26,11 +26,10 @@ from unit.client.scripted_server import (
     queued,
     refusal,
 )
+from unit.cli.conftest import Run
 
 from mii_serve.errors import InvalidRequestError, QueueFullError
-from mii_serve.proto.codec import encode_request
-from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.types import ImageFormat, OutputOptions, RequestedParams
+from mii_serve.types import PARAMETERS, Event, GenerationRequest, ImageFormat, OutputOptions, RequestedParams
 
 
 @pytest.mark.parametrize(
@@ -74,13 +73,21 @@ def test_every_flag_reaches_the_server(run: Run, server: RunningServer, tmp_path
         num_images_per_prompt=2,
         scheduler="ddim",
     )
-    assert server.servicer.requests == [encode_request(asked, OutputOptions())]
+    assert server.servicer.requests == [GenerationRequest(params=asked)]
 
 
 def test_what_is_left_out_is_the_servers_to_choose(run: Run, server: RunningServer) -> None:
     run("generate", "a cat", "--target", server.target)
-    expected = encode_request(RequestedParams(prompt="a cat"), OutputOptions(embed_metadata=True))
-    assert server.servicer.requests == [expected]
+    output = OutputOptions(embed_metadata=True)
+    assert server.servicer.requests == [GenerationRequest(params=RequestedParams(prompt="a cat"), output=output)]
+
+
+def test_every_parameter_has_its_flag(run: Run) -> None:
+    shown = " ".join(run("generate", "--help").out.split())
+    for parameter in PARAMETERS:
+        flag = "PROMPT" if parameter.name == "prompt" else f"--{parameter.name.replace('_', '-')} "
+        assert flag in shown
+        assert parameter.help in shown
 
 
 def test_json_is_one_object_and_stderr_is_quiet(run: Run, server: RunningServer) -> None:
@@ -94,11 +101,9 @@ def test_json_is_one_object_and_stderr_is_quiet(run: Run, server: RunningServer)
 
 
 def test_a_picture_that_content_safety_blocked_is_said(run: Run, server: RunningServer) -> None:
-    def script(request: pb.GenerateRequest) -> Iterator[pb.GenerateEvent]:
+    def script(request: GenerationRequest) -> Iterator[Event]:
         for index in range(2):
-            event = image(request, index)
-            event.image.moderation_blocked = index == 1
-            yield event
+            yield replace(image(request, index), moderation_blocked=index == 1)
         yield done(effective(request))
 
     server.servicer.script = script
@@ -110,11 +115,9 @@ def test_a_picture_that_content_safety_blocked_is_said(run: Run, server: Running
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
 def test_a_black_picture_and_a_cut_prompt_are_said(run: Run, server: RunningServer, more: tuple[str, ...]) -> None:
-    def script(request: pb.GenerateRequest) -> Iterator[pb.GenerateEvent]:
-        parameters = effective(request)
-        parameters.dropped_prompt = "and a tail"
+    def script(request: GenerationRequest) -> Iterator[Event]:
         yield image(request, 0, flag=True)
-        yield done(parameters)
+        yield done(replace(effective(request), dropped_prompt="and a tail"))
 
     server.servicer.script = script
     ran = run("generate", "a", "--target", server.target, *more)
@@ -208,8 +211,9 @@ class FakeLocal:
     """What `open_local` gives, with the server's script in place of a model."""
 
     def __init__(self) -> None:
-        self.script: Any = all_pictures
+        self.script: Any = all_events
         self.configs: list[Any] = []
+        self.requests: list[GenerationRequest] = []
         self.closed: list[str] = []
 
     @contextlib.contextmanager
@@ -220,9 +224,10 @@ class FakeLocal:
         finally:
             self.closed.append("model")
 
-    def stream_messages(self, asked: RequestedParams, output: OutputOptions) -> Iterator[pb.GenerateEvent]:
+    def stream(self, request: GenerationRequest) -> Iterator[Event]:
+        self.requests.append(request)
         try:
-            yield from self.script(encode_request(asked, output))
+            yield from self.script(request)
         finally:
             self.closed.append("request")
 
@@ -241,7 +246,17 @@ def test_without_a_target_the_model_is_loaded_here(run: Run, local: FakeLocal, t
     (config,) = local.configs
     assert (config.model, config.engine, config.dtype, config.device) == ("some/model", "reference", "fp32", "auto")
     assert (tmp_path / "out.png").read_bytes() == encoded(ImageFormat.PNG)
+    asked = RequestedParams(prompt="a", seed=4)
+    assert local.requests == [GenerationRequest(params=asked, output=OutputOptions(embed_metadata=True))]
     assert local.closed == ["request", "model"]
+
+
+def test_nothing_passes_through_protobuf_without_a_target(run: Run, local: FakeLocal, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("encode_request", "decode_event", "decode_answer"):
+        monkeypatch.setattr(f"mii_serve.client.calls.{name}", None)
+    ran = run("generate", "a", "--json", "--num-images-per-prompt", "2", "--seed", "8")
+    answer = json.loads(ran.out)
+    assert (answer["seeds"], len(answer["request_id"])) == ([8, 9], 32)
 
 
 def test_a_mistake_loads_no_model(run: Run, local: FakeLocal) -> None:
@@ -251,7 +266,7 @@ def test_a_mistake_loads_no_model(run: Run, local: FakeLocal) -> None:
 
 
 def test_a_local_request_ends_at_its_timeout(run: Run, local: FakeLocal, tmp_path: Path) -> None:
-    def slow(request: pb.GenerateRequest) -> Iterator[pb.GenerateEvent]:
+    def slow(request: GenerationRequest) -> Iterator[Event]:
         while True:
             yield queued()
 
@@ -265,7 +280,7 @@ def test_a_local_request_ends_at_its_timeout(run: Run, local: FakeLocal, tmp_pat
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (InvalidRequestError("prompt", "bad"), 2)])
 def test_a_local_failure_frees_the_model(run: Run, local: FakeLocal, error: BaseException, code: int) -> None:
-    def fails(request: pb.GenerateRequest) -> Iterator[pb.GenerateEvent]:
+    def fails(request: GenerationRequest) -> Iterator[Event]:
         yield queued()
         raise error
 
@@ -275,7 +290,7 @@ def test_a_local_failure_frees_the_model(run: Run, local: FakeLocal, error: Base
 
 
 def test_no_checker_is_told_as_null(run: Run, local: FakeLocal) -> None:
-    local.script = partial(all_pictures, flag=None)
+    local.script = partial(all_events, flag=None)
     ran = run("generate", "a", "--json")
     assert json.loads(ran.out)["nsfw_content_detected"] is None
     assert ran.err == ""

@@ -53,7 +53,7 @@ def test_the_native_engine_passes_on_a_cpu_and_the_report_and_the_sheet_are_writ
 def test_what_cannot_be_verified_is_refused_before_the_reference_draws(
     run: Run, monkeypatch, argv: tuple[str, ...], complaint: str
 ) -> None:
-    monkeypatch.setattr("mii_serve.verify.truth.ask_reference", lambda engine: pytest.fail("the reference was asked"))
+    monkeypatch.setattr("mii_serve.verify.truth.run_reference", lambda engine: pytest.fail("the reference was asked"))
     ran = run("verify", *argv)
     assert (ran.code, ran.out) == (2, "")
     assert complaint in ran.err

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 
 import pytest
 from patience import PATIENCE_S
-from unit.client.scripted_server import RunningServer, all_pictures, colour, queued, refusal
+from PIL import Image
+from scripted_server import RunningServer, all_events, colour, preview, queued, refusal
 
-from mii_serve.client import AsyncClient, Client, Done, PictureReady, Queued, Started, Step
+from mii_serve.client import AsyncClient, Client, Done, PictureReady, Queued, Started, Step, results
 from mii_serve.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -19,6 +22,7 @@ from mii_serve.errors import (
     RequestCancelledError,
     UnavailableError,
 )
+from mii_serve.types import Event, GenerationRequest, ImageReady, Preview
 
 
 @pytest.fixture
@@ -50,6 +54,29 @@ async def test_a_stream_tells_every_event_in_order(aclient: AsyncClient) -> None
     assert isinstance(picture, PictureReady)
     assert picture.image.getpixel((0, 0)) == colour(0)
     assert stream.request_id == "request-1"
+
+
+@pytest.mark.parametrize("how", ["generate", "stream"])
+async def test_images_are_decoded_outside_the_event_loop(
+    server: RunningServer, aclient: AsyncClient, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    threads: list[int] = []
+    decode = results._decode
+
+    def noting(event: ImageReady | Preview) -> Image.Image:
+        threads.append(threading.get_ident())
+        return decode(event)
+
+    monkeypatch.setattr(results, "_decode", noting)
+
+    def script(request: GenerationRequest) -> Iterator[Event]:
+        yield preview(request)
+        yield from all_events(request)
+
+    server.servicer.script = script
+    await (aclient.generate("a") if how == "generate" else aclient.stream("a").result())
+    assert len(threads) == (1 if how == "generate" else 2)
+    assert threading.get_ident() not in threads
 
 
 async def test_cancel_reaches_the_server(server: RunningServer, aclient: AsyncClient) -> None:
@@ -122,11 +149,9 @@ async def test_a_stream_that_ends_early_or_damaged_is_an_error(server: RunningSe
     with pytest.raises(MiiServeError, match="ended before"):
         await aclient.stream("a", timeout=PATIENCE_S).result()
 
-    def damaged(request):  # type: ignore[no-untyped-def]
-        for event in all_pictures(request):
-            if event.HasField("image"):
-                event.image.data = b"not a picture"
-            yield event
+    def damaged(request: GenerationRequest) -> Iterator[Event]:
+        for event in all_events(request):
+            yield replace(event, encoded=b"not a picture") if isinstance(event, ImageReady) else event
 
     server.servicer.script = damaged
     with pytest.raises(MiiServeError, match="cannot be read as PNG"):

@@ -7,24 +7,26 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import pytest
 from patience import PATIENCE_S
-from unit.client.scripted_server import (
+from scripted_server import (
     NUM_STEPS,
     RunningServer,
-    all_pictures,
+    all_events,
     colour,
     encoded,
+    preview,
     queued,
     refusal,
     running,
 )
 
-from mii_serve.client import Client, Done, PictureReady, Queued, Started, Step
+from mii_serve.client import Client, Done, PictureReady, PreviewReady, Queued, Restarted, Started, Step
 from mii_serve.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -36,7 +38,7 @@ from mii_serve.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from mii_serve.types import GenerationDefaults, ImageFormat
+from mii_serve.types import Event, GenerationDefaults, GenerationRequest, ImageFormat
 
 
 def test_generate_gives_pictures_with_what_was_done(server: RunningServer, client: Client) -> None:
@@ -49,7 +51,7 @@ def test_generate_gives_pictures_with_what_was_done(server: RunningServer, clien
     assert (result.request_id, result.queued_s, result.total_s) == ("request-1", 0.25, 1.5)
     assert (result.parameters.prompt, result.parameters.guidance_scale) == ("a red circle", 7.3)
     assert (result.parameters.engine, result.parameters.model_revision) == ("reference", "r1")
-    assert server.servicer.requests[0].guidance_scale == 7.3
+    assert server.servicer.requests[0].params.guidance_scale == 7.3
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp", "raw_rgb"])
@@ -65,7 +67,7 @@ def test_every_format_is_decoded(client: Client, output_format: Any) -> None:
 
 @pytest.mark.parametrize(("flag", "flags"), [(True, [True]), (False, [False]), (None, None)])
 def test_no_checker_means_no_flags(server: RunningServer, client: Client, flag: bool | None, flags: list[bool] | None) -> None:
-    server.servicer.script = partial(all_pictures, flag=flag)
+    server.servicer.script = partial(all_events, flag=flag)
     assert client.generate("a", timeout=PATIENCE_S).nsfw_content_detected == flags
 
 
@@ -81,6 +83,20 @@ def test_a_stream_tells_every_event_in_order(client: Client) -> None:
     assert isinstance(last, Done)
     assert (last.queued_s, last.total_s) == (0.25, 1.5)
     assert stream.request_id == "request-1"
+
+
+def test_a_preview_has_pixels_too(server: RunningServer, client: Client) -> None:
+    def script(request: GenerationRequest) -> Iterator[Event]:
+        yield preview(request, 2)
+        yield Restarted(image_indexes=(0,))
+        yield from all_events(request)
+
+    server.servicer.script = script
+    shown, restarted, *_ = client.stream("a", preview_every=2, timeout=PATIENCE_S)
+    assert isinstance(shown, PreviewReady)
+    assert (shown.step, shown.image.size, shown.nsfw_content_detected) == (2, (16, 8), False)
+    assert restarted == Restarted(image_indexes=(0,))
+    assert server.servicer.requests[0].output.preview_every == 2
 
 
 def test_a_streams_result_is_what_generate_gives(client: Client) -> None:
@@ -187,7 +203,7 @@ def test_a_stream_that_ends_early_is_an_error(server: RunningServer, client: Cli
     with pytest.raises(MiiServeError, match="ended before"):
         list(client.stream("a", timeout=PATIENCE_S))
     with pytest.raises(MiiServeError, match=r"images \[\] of"):
-        server.servicer.script = lambda request: list(all_pictures(request))[-1:]  # type: ignore[assignment, return-value]
+        server.servicer.script = lambda request: list(all_events(request))[-1:]  # type: ignore[assignment, return-value]
         client.generate("a", timeout=PATIENCE_S)
 
 
@@ -241,8 +257,14 @@ def test_threads_share_one_client(server: RunningServer, client: Client) -> None
     assert len(server.servicer.requests) == 16
 
 
-def test_importing_the_client_never_imports_a_model_library() -> None:
-    forbidden = ("torch", "diffusers", "transformers", "pydantic", "numpy")
-    code = f"import sys, mii_serve.client; print([name for name in {forbidden} if name in sys.modules])"
+def test_importing_the_client_needs_grpc_protobuf_and_pillow_only() -> None:
+    code = """
+import sys
+before = {*sys.modules, *sys.stdlib_module_names}
+import mii_serve.client
+print(*sorted({name.partition(".")[0] for name in sys.modules} - before))
+"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
-    assert ran.stdout.strip() == "[]"
+    # grpc imports its companion packages wherever they are installed, and is written in Cython.
+    others = [name for name in ran.stdout.split() if not name.startswith(("grpc", "cython", "_cython"))]
+    assert set(others) <= {"mii_serve", "google", "PIL", "typing_extensions"}

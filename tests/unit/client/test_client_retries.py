@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from patience import PATIENCE_S
-from unit.client.scripted_server import RunningServer, all_pictures, refusal
+from scripted_server import RunningServer, all_events, refusal
 
 from mii_serve.client import AsyncClient, Client
 from mii_serve.errors import (
@@ -25,7 +25,7 @@ def failing_first(server: RunningServer, *errors: MiiServeError) -> list[int]:
 
     def script(request):
         calls.append(1)
-        chosen = refusal(errors[len(calls) - 1]) if len(calls) <= len(errors) else all_pictures
+        chosen = refusal(errors[len(calls) - 1]) if len(calls) <= len(errors) else all_events
         yield from chosen(request)
 
     server.servicer.script = script

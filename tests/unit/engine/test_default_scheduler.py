@@ -1,4 +1,4 @@
-"""What a request gets that names no scheduler, and what an operator is told where that cannot be."""
+"""What a request gets that names no scheduler, and the error that an operator gets where there is none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from samplers import schedulers
 
-from mii_serve.engine.schedulers import capabilities_of
+from mii_serve.engine.capabilities import capabilities_of
 from mii_serve.errors import ModelError
 from mii_serve.samplers.build import ModelSchedulers
 from mii_serve.samplers.sampling import Samplings

@@ -1,4 +1,4 @@
-"""Which engine is built, why not another, and how that is told."""
+"""Which engine is built, and the note that says why it is not another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_engine import FakeEngine
-from unit.engine.test_requirements import COMPLETE, LACKS
+from machines import COMPLETE, MISSING
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import factory
@@ -32,14 +32,14 @@ def machine(monkeypatch):
                 raise UnusableEngineError(deepspeed_fails)
             return FakeEngine()
 
-        monkeypatch.setattr(factory, "look", lambda: seen)
+        monkeypatch.setattr(factory, "inspect_machine", lambda: seen)
         monkeypatch.setattr(factory, "_load", load)
         monkeypatch.setattr(factory, "_device", lambda name: "cuda" if seen.gpus else "cpu")
         monkeypatch.setattr(factory, "why_unsupported", lambda unet: None)
         monkeypatch.setattr(
-            factory, "NativeEngine", lambda model, *, max_slots, note: SimpleNamespace(name="native", note=note)
+            factory, "native_engine", lambda model, *, max_slots, note: SimpleNamespace(name="native", note=note)
         )
-        monkeypatch.setattr("mii_serve.engine.deepspeed.DeepSpeedEngine", deepspeed)
+        monkeypatch.setattr(factory, "deepspeed_engine", deepspeed)
         return loaded
 
     return put
@@ -56,8 +56,8 @@ def test_deepspeed_is_built_in_half_precision_where_it_can_run(machine, engine):
     assert loaded == ["fp16"]
 
 
-@pytest.mark.parametrize(("seen", "what", "found", "remedy"), LACKS.values(), ids=list(LACKS))
-def test_a_lack_refuses_deepspeed_before_anything_is_loaded_and_auto_takes_native(machine, caplog, seen, what, found, remedy):
+@pytest.mark.parametrize(("seen", "what", "found", "remedy"), MISSING.values(), ids=list(MISSING))
+def test_what_is_missing_refuses_deepspeed_before_loading_and_auto_takes_native(machine, caplog, seen, what, found, remedy):
     loaded = machine(seen)
     with pytest.raises(UnusableEngineError) as caught:
         build(engine="deepspeed")
@@ -87,7 +87,7 @@ def test_other_precisions_are_refused_by_name(machine, settings, named):
 
 
 def test_a_device_chosen_to_be_the_cpu_is_refused_by_name(machine):
-    machine(LACKS["no gpu"][0])
+    machine(MISSING["no gpu"][0])
     with pytest.raises(UnusableEngineError, match="on CUDA only, and the setting device is 'cpu'"):
         build(engine="deepspeed", device="cpu")
 
@@ -101,7 +101,7 @@ def test_kernels_that_prove_wrong_make_auto_load_the_model_again_for_native(mach
     assert loaded == ["fp16", "fp16"], "the UNet was changed in place"
 
 
-def test_who_asks_for_native_is_not_told_about_deepspeed(machine):
+def test_the_engine_native_has_no_note_about_deepspeed(machine):
     machine(COMPLETE)
     assert build(engine="native").note == ""
 
@@ -122,12 +122,12 @@ def test_fp32_is_computed_in_fp32(monkeypatch):
     assert seen == [("fp32", False, False)] * 2
 
 
-def test_callers_are_told_the_first_of_the_operators_names(monkeypatch):
+def test_the_description_has_the_first_of_the_operators_names(monkeypatch):
     model = LoadedModel(pipeline=None, name="folder", revision="1", defaults=None, limits=None)
     monkeypatch.setattr(factory, "load_model", lambda name, **settings: model)
 
-    def told(**settings):
+    def model_name(**settings):
         return factory._load(DeployConfig.load(settings), "cpu", "fp32").name
 
-    assert told(model="/home/op/folder", served_model_name=["org/sd", "dall-e-3"]) == "org/sd"
-    assert told(model="/home/op/folder") == "folder"
+    assert model_name(model="/home/op/folder", served_model_name=["org/sd", "dall-e-3"]) == "org/sd"
+    assert model_name(model="/home/op/folder") == "folder"

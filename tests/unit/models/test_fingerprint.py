@@ -75,7 +75,7 @@ def test_a_change_in_the_middle_of_a_large_file_is_seen(tmp_path: Path) -> None:
 
 
 def add_what_others_have(model: Path) -> None:
-    """Files that the demo lacks and other folders have."""
+    """Files that are not in the demo's folder and are in others."""
     tokenizer = model / "tokenizer"
     (tokenizer / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
     (tokenizer / "added_tokens.json").write_text("{}")

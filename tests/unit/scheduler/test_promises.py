@@ -1,82 +1,17 @@
-"""The scheduler's promises, held against random arrivals, cancellations, failures and shapes."""
+"""The scheduler's promises, tried with random arrivals, cancellations, failures and batch keys."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import pytest
-from hypothesis import settings, strategies
+from hypothesis import given, settings, strategies
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
+from player import Player, request, scheduler_of
 
 from mii_serve.errors import DeadlineExceededError, EngineError, QueueFullError
 from mii_serve.scheduler import Scheduler
-from mii_serve.types import EngineCapacity, GenerationParams, Picture, Priority, Request, SampleId, SampleProgress
-
-PICTURE = Picture(width=1, height=1, rgb=bytes(3), nsfw_content_detected=None)
-
-
-def params(num_images: int = 1, guidance: float = 3.0, size: tuple[int, int] = (64, 64)) -> GenerationParams:
-    return GenerationParams(
-        prompt="p",
-        negative_prompt="",
-        height=size[0],
-        width=size[1],
-        num_inference_steps=1,
-        guidance_scale=guidance,
-        num_images_per_prompt=num_images,
-        scheduler="pndm",
-        seed=0,
-    )
-
-
-def request(name: str, num_images: int = 1, num_calls: int = 2, **more) -> Request:
-    shape = {key: more.pop(key) for key in ("guidance", "size") if key in more}
-    return Request(id=name, params=params(num_images, **shape), num_calls=num_calls, **more)
-
-
-def scheduler_of(max_slots: int = 1, *, max_decodes: int = 4, max_waiting: int = 10_000, max_wait_s: float = 1e9) -> Scheduler:
-    capacity = EngineCapacity(max_slots=max_slots, max_decodes=max_decodes)
-    return Scheduler(capacity, max_waiting_samples=max_waiting, max_waiting_s=max_wait_s)
-
-
-class Player:
-    """Plays the engine: keeps its own record of what it was told to do, and answers truthfully."""
-
-    def __init__(self, scheduler: Scheduler, num_calls: dict[str, int]) -> None:
-        self.scheduler, self.num_calls = scheduler, num_calls
-        self.steps: dict[SampleId, int] = {}
-        self.joined: list[SampleId] = []
-
-    def turn(self, elapsed_s: float = 1.0):
-        plan = self.scheduler.plan()
-        if plan is not None:
-            self.scheduler.advance(self.answer(plan), elapsed_s)
-        return plan
-
-    def answer(self, plan, failing: SampleId | None = None) -> list[SampleProgress]:
-        for sample_id in plan.leaves:
-            self.steps.pop(sample_id, None)  # it may have ended in the turn it was dropped in
-        for sample in plan.joins:
-            assert sample.id not in self.steps
-            self.steps[sample.id] = 0
-            self.joined.append(sample.id)
-        made = {}
-        for sample_id in plan.steps:
-            self.steps[sample_id] += 1
-            error = EngineError("told to") if sample_id == failing else None
-            made[sample_id] = self.progress(sample_id, error=error)
-            if error:
-                del self.steps[sample_id]
-        for sample_id in plan.decodes:
-            if sample_id in self.steps:
-                assert self.steps[sample_id] == self.num_calls[sample_id.request_id]
-                made[sample_id] = self.progress(sample_id, picture=PICTURE)
-                del self.steps[sample_id]
-        return list(made.values())
-
-    def progress(self, sample_id: SampleId, **more) -> SampleProgress:
-        calls = self.num_calls[sample_id.request_id]
-        return SampleProgress(id=sample_id, step=self.steps[sample_id], num_steps=calls, **more)
+from mii_serve.types import Priority, Request, SampleId, SampleProgress
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -103,12 +38,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_calls=strategies.integers(1, 6),
         guidance=strategies.sampled_from([1.0, 3.0]),
         size=strategies.sampled_from([(64, 64), (64, 128), (128, 64)]),
+        kind=strategies.integers(0, 1),
         client=strategies.sampled_from(["a", "b"]),
         priority=strategies.sampled_from(Priority),
         preview_every=strategies.sampled_from([None, 1, 2]),
         patience=strategies.sampled_from([None, 200.0]),
     )
-    def add(self, num_images, num_calls, guidance, size, client, priority, preview_every, patience):
+    def add(self, num_images, num_calls, guidance, size, kind, client, priority, preview_every, patience):
         name = f"r{len(self.by_name)}"
         asked = request(
             name,
@@ -116,6 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_calls,
             guidance=guidance,
             size=size,
+            kind=kind,
             client=client,
             priority=priority,
             preview_every=preview_every,
@@ -154,7 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = self.plan = self.scheduler.plan()
         if plan is None:
             return
-        assert len({self.by_name[s.request_id].params.latent_shape for s in plan.steps}) <= 1
+        assert len({self.by_name[s.request_id].params.batch_key for s in plan.steps}) <= 1
         assert len(plan.decodes) <= self.max_decodes
         assert len(plan.previews) <= 1
         assert set(plan.previews) <= set(plan.steps)
@@ -208,8 +145,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.player.steps, "the engine holds nothing"
         assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
         leftovers = [self.scheduler._deadlines, self.scheduler._groups, self.scheduler._finished, self.scheduler._leaving]
-        line = self.scheduler._line
-        assert not any([*leftovers, line._heap, line._of_request, line._last_tag])
+        queue = self.scheduler._queue
+        assert not any([*leftovers, queue._heap, queue._of_request, queue._last_tag])
 
 
 TestScheduler = SchedulerMachine.TestCase
@@ -238,7 +175,7 @@ def test_a_full_queue_refuses_the_whole_request():
     scheduler.add(request("third", 2), 0.0)
 
 
-def test_a_line_that_is_too_long_in_seconds_refuses():
+def test_a_queue_that_is_too_long_in_seconds_refuses():
     scheduler = scheduler_of(1, max_wait_s=30.0)
     player = play(scheduler, request("running", num_calls=10))
     player.turn(1.0)
@@ -255,6 +192,17 @@ def test_a_dropped_request_is_out_of_the_next_plan_and_its_slot_is_taken():
     plan = player.turn()
     assert set(plan.leaves) == {SampleId("a", 0), SampleId("a", 1)}
     assert plan.steps == (SampleId("b", 0),)
+
+
+@given(keys=strategies.lists(strategies.tuples(strategies.sampled_from([64, 128]), strategies.integers(0, 2)), min_size=1))
+def test_samples_share_a_call_exactly_when_their_keys_agree_and_no_key_waits_longer_than_a_turn_of_each_other(keys):
+    scheduler, num_calls = scheduler_of(len(keys)), 3
+    requests = [request(f"r{i}", num_calls=num_calls, size=(64, width), kind=kind) for i, (width, kind) in enumerate(keys)]
+    player = play(scheduler, *requests)
+    num_keys = len(set(keys))
+    turns = [{sample_id.request_id for sample_id in player.turn().steps} for _ in range(num_calls * num_keys)]
+    expected = [{f"r{i}" for i, key in enumerate(keys) if key == one} for one in dict.fromkeys(keys)]
+    assert turns == expected * num_calls
 
 
 def test_shapes_take_turns():
@@ -355,7 +303,7 @@ def test_a_client_that_gives_up_a_long_queue_is_not_punished_for_it():
     assert [sample_id.request_id for sample_id in player.joined] == ["gone0", "b0", "a0", "b1"]
 
 
-def test_a_deadline_that_cannot_be_kept_is_refused_at_the_door():
+def test_a_deadline_that_cannot_be_kept_is_refused_on_arrival():
     scheduler = scheduler_of(1)
     player = play(scheduler, request("a", num_calls=20))
     player.turn(1.0)
@@ -384,7 +332,7 @@ def test_what_has_missed_its_deadline_is_dropped_between_steps_and_named():
     assert plan.steps == (SampleId("stays", 0),)
 
 
-def test_places_in_line_and_the_time_left_are_estimated_from_the_measured_pace():
+def test_places_in_the_queue_and_the_time_left_are_estimated_from_the_measured_step_time():
     scheduler = scheduler_of(1)
     player = play(scheduler, request("a", num_calls=4), request("b", num_calls=4), request("c", num_calls=4))
     assert [name for name, _ in scheduler.positions()] == ["a", "b", "c"]

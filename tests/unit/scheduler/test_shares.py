@@ -1,28 +1,28 @@
-"""An address has one share of a busy replica, whatever names it makes up."""
+"""An address has one share of a busy replica, whatever names its clients have."""
 
 from __future__ import annotations
 
 import itertools
 
 import pytest
-from test_promises import Player, request, scheduler_of
+from player import Player, request, scheduler_of
 
 
 def shares(names: dict[str, object], turns: int = 600) -> dict[str, int]:
-    """Images let in for each address in so many turns; each keeps eight requests in line, named by its iterator."""
+    """Images that get a slot for each address in so many turns; each keeps eight waiting requests, named by its iterator."""
     scheduler = scheduler_of(max_slots=1)
     calls = dict.fromkeys((f"{address} {i}" for address in names for i in range(turns * 2)), 2)
     player, numbers = Player(scheduler, calls), itertools.count()
     owners: dict[str, str] = {}
     for _ in range(turns):
         for address, clients in names.items():
-            in_line = sum(owners[name] == address for name in owners if name in scheduler._line)
-            for _ in range(8 - in_line):
+            num_waiting = sum(owners[name] == address for name in owners if name in scheduler._queue)
+            for _ in range(8 - num_waiting):
                 name = f"{address} {next(numbers)}"
                 calls[name], owners[name] = 2, address
                 scheduler.add(request(name, client=next(clients)), 0.0)
         player.turn()
-        owners = {name: owner for name, owner in owners.items() if name in scheduler._line}
+        owners = {name: owner for name, owner in owners.items() if name in scheduler._queue}
     joined = [sample.request_id.partition(" ")[0] for sample in player.joined]
     return {address: joined.count(address) for address in names}
 
@@ -58,4 +58,4 @@ def test_nothing_is_kept_of_who_has_left():
         scheduler.add(request(f"r{i}", client=f"1.1.1.1/{i}"), 0.0)
     for i in range(100):
         scheduler.drop(f"r{i}")
-    assert not scheduler._line._waiting and not scheduler._line._last_tag
+    assert not scheduler._queue._waiting and not scheduler._queue._last_tag

@@ -64,7 +64,7 @@ class _Crowded(FakeEngine):
         return super().run(plan)
 
 
-def test_the_crowd_is_as_large_as_the_engine_holds_and_arrives_bit_by_bit():
+def test_the_batch_is_as_large_as_the_engine_holds_and_arrives_bit_by_bit():
     engine = _Crowded(max_slots=5)
     cases = picture_cases(capable(64, 64, 64))
     made = draw(engine, cases)

@@ -25,8 +25,8 @@ def described(dtype: str = "fp32") -> EngineDescription:
     )
 
 
-def check(stage: Stage, case: str, *faults: str, company="alone", difference: Difference | None = FINE) -> Check:
-    return Check(stage=stage, case=case, company=company, difference=difference, faults=faults)
+def check(stage: Stage, case: str, *faults: str, batching="alone", difference: Difference | None = FINE) -> Check:
+    return Check(stage=stage, case=case, batching=batching, difference=difference, faults=faults)
 
 
 def report(*checks: Check, **more) -> Report:
@@ -44,11 +44,11 @@ def report(*checks: Check, **more) -> Report:
 def test_the_stage_that_fails_first_is_the_first_a_request_passes():
     found = report(
         check(Stage.TEXT_ENCODER, "a"),
-        check(Stage.UNET, "b", "max is 3, at most 1 is allowed", company="crowd"),
+        check(Stage.UNET, "b", "max is 3, at most 1 is allowed", batching="batched"),
         check(Stage.PICTURES, "c", "max is 9, at most 1 is allowed"),
     )
     assert not found.is_passed
-    assert "the unet fails first (b, in the crowd: max is 3, at most 1 is allowed)" in found.verdict
+    assert "the unet fails first (b, in a batch: max is 3, at most 1 is allowed)" in found.verdict
     assert "2 of 3 checks failed" in found.verdict
     assert found.to_json()["first_failed_stage"] == "unet"
 
@@ -59,17 +59,17 @@ def test_nothing_failed_is_a_pass():
     assert found.to_json()["first_failed_stage"] is None
 
 
-def test_of_alone_and_in_the_crowd_the_table_shows_the_worse():
+def test_of_alone_and_in_a_batch_the_table_shows_the_worse():
     worse = Difference(max=7.0, mean=1.0, relative_max=0.5, relative_rms=0.5)
     found = report(
         check(Stage.UNET, "b"),
-        check(Stage.UNET, "b", "max is 7", company="crowd", difference=worse),
+        check(Stage.UNET, "b", "max is 7", batching="batched", difference=worse),
         check(Stage.UNET, "broken", "no answer, ValueError: no", difference=None),
         skipped={"lcm": "it cannot"},
     )
     lines = list(found.lines())
     assert [line.split()[-1] for line in lines if line.startswith("unet")] == ["FAILED", "FAILED"]
-    assert "in the crowd: max is 7" in lines[2]
+    assert "in a batch: max is 7" in lines[2]
     assert "no answer, ValueError: no" in lines[4]
     assert lines[5].endswith("not drawn: it cannot")
 

@@ -1,0 +1,145 @@
+"""What a call is given: the names of its arguments, and what is refused before anything is sent.
+
+The rules of a request are the server's to check. Here a value is refused only where no message could carry it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any, Literal, TypeAlias, TypeVar, get_type_hints
+
+from mii_serve.errors import InvalidRequestError
+from mii_serve.types import (
+    PARAMETER_NAMES,
+    PARAMETERS,
+    GenerationKwargs,
+    GenerationRequest,
+    ImageFormat,
+    OutputOptions,
+    Priority,
+    RequestedParams,
+)
+
+OutputFormat: TypeAlias = Literal["png", "jpeg", "webp", "raw_rgb"]
+PriorityName: TypeAlias = Literal["high", "normal", "low"]
+
+_LONGEST_TIMEOUT_S = 365 * 86400.0
+
+
+class GenerateOptions(GenerationKwargs, total=False):
+    """The keyword arguments of `generate`: the parameters of the request, and those of the call."""
+
+    output_format: OutputFormat
+    quality: int | None
+    embed_metadata: bool
+    priority: PriorityName | None
+    idempotency_key: str | None
+    timeout: float | None
+
+
+class StreamOptions(GenerateOptions, total=False):
+    """The keyword arguments of `stream`."""
+
+    preview_every: int | None
+
+
+_DEFAULTS: Mapping[str, Any] = {
+    **dict.fromkeys(get_type_hints(StreamOptions)),
+    "output_format": OutputOptions().format.value,
+    "embed_metadata": OutputOptions().embed_metadata,
+}
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+Member = TypeVar("Member", bound=Enum)
+
+
+def lists_options(options: type[GenerateOptions]) -> Callable[[Method], Method]:
+    """For a method that takes these options as `**options`: `inspect.signature` and `help` name each of them."""
+
+    def decorate(method: Method) -> Method:
+        signature = inspect.signature(method)
+        *own, _ = signature.parameters.values()
+        named = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS[name], annotation=hint)
+            for name, hint in get_type_hints(options).items()
+        ]
+        helps = "\n".join(f"    {parameter.name}: {parameter.help}" for parameter in PARAMETERS)
+        described: Any = method
+        described.__signature__ = signature.replace(parameters=[*own, *named])
+        described.__doc__ = f"{inspect.getdoc(method) or ''}\n\nParameters of the request:\n{helps}"
+        return method
+
+    return decorate
+
+
+def check_names(method: str, given: Mapping[str, object], options: type[GenerateOptions]) -> None:
+    """Refuse what the method does not know, as Python does.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    for name in given:
+        if name not in options.__annotations__:
+            raise TypeError(f"{method}() got an unexpected keyword argument {name!r}")
+
+
+def build_request(prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
+    """The request that a prompt and these `StreamOptions` ask for.
+
+    Raises:
+        InvalidRequestError: naming the argument and the rule.
+    """
+    if isinstance(prompt, list | tuple):
+        raise InvalidRequestError("prompt", "must be one text; make one call for each prompt", type(prompt).__name__)
+    if not isinstance(prompt, str):
+        raise InvalidRequestError("prompt", "must be text", type(prompt).__name__)
+    given = {**_DEFAULTS, **options}
+    others = {name: given[name] for name in PARAMETER_NAMES if name != "prompt"}
+    return GenerationRequest(
+        params=RequestedParams(prompt=prompt, **others),
+        output=OutputOptions.checked(
+            format=_member(ImageFormat, "output_format", given["output_format"]),
+            quality=given["quality"],
+            embed_metadata=given["embed_metadata"],
+            preview_every=given["preview_every"],
+        ),
+        priority=Priority.NORMAL if given["priority"] is None else _member(Priority, "priority", given["priority"]),
+    )
+
+
+def _member(members: type[Member], name: str, value: object) -> Member:
+    try:
+        return members(value)
+    except ValueError:
+        names = ", ".join(member.value for member in members)
+        raise InvalidRequestError(name, f"must be one of {names}", repr(value)[:80]) from None
+
+
+def check_timeout(timeout: float | None) -> float | None:
+    """The seconds to give gRPC; a year stands for anything longer.
+
+    Raises:
+        InvalidRequestError: not a finite number above 0.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise InvalidRequestError("timeout", "must be a number of seconds or None", type(timeout).__name__)
+    if not math.isfinite(timeout) or timeout <= 0:
+        raise InvalidRequestError("timeout", "must be a finite number of seconds above 0 or None", str(timeout))
+    return min(float(timeout), _LONGEST_TIMEOUT_S)
+
+
+def check_bound(timeout: float) -> float:
+    """`check_timeout` for a wait that must end.
+
+    Raises:
+        InvalidRequestError: not a finite number above 0.
+    """
+    bound = check_timeout(timeout)
+    if bound is None:
+        raise InvalidRequestError("timeout", "must be a finite number of seconds above 0", "None")
+    return bound

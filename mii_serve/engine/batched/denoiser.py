@@ -1,0 +1,190 @@
+"""One step of a batch: from each sample's state, timestep and prompts to its next state, with one UNet call for all.
+
+On CUDA the declared buckets are captured as graphs, and a batch that fits one is a single replay; other batches run kernel by
+kernel and are counted. What a graph replays, `_run`, is the same code that runs without one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mii_serve.engine.batched.batch_inputs import BatchInputs, SampleInputs, batch_shape
+from mii_serve.engine.batched.buckets import BatchShape, choose_bucket
+from mii_serve.engine.batched.prompt_cache import PromptCache
+from mii_serve.engine.batched.slot_pool import SlotPool
+from mii_serve.engine.batched.timestep_cache import TimestepCache
+from mii_serve.engine.kernels import KernelSet
+from mii_serve.samplers.update import step
+from mii_serve.types import LatentShape
+
+logger = logging.getLogger(__name__)
+
+StepOutputs = tuple[torch.Tensor, torch.Tensor]
+"""The UNet's input and its prediction after guidance, both N × channels × height × width in float32."""
+
+NUM_RUNS_BEFORE_CAPTURE = 2
+"""Libraries choose their kernels and allocate their workspace in the first calls."""
+
+
+class Denoiser:
+    """Holds the sampler state of every latent shape in use, and steps it."""
+
+    def __init__(
+        self,
+        kernels: KernelSet,
+        prompts: PromptCache,
+        timesteps: TimestepCache,
+        *,
+        max_slots: int,
+        num_channels: int,
+        buckets: Sequence[BatchShape] = (),
+    ) -> None:
+        """`prompts` and `timesteps` are the caches that the rows of `SampleInputs` point into."""
+        self._kernels = kernels
+        self._max_slots = max_slots
+        self._num_channels = num_channels
+        self._prompts = prompts.projected
+        self._timestep_embeds = timesteps.embeds
+        self._device = self._prompts.device
+        self._buckets = buckets
+        self._pools: dict[LatentShape, SlotPool] = {}
+        self._prepared: dict[BatchShape, Callable[[Sequence[SampleInputs]], StepOutputs]] = {}
+        self._graph_memory: Any = None
+        self.max_latent_pixels_per_call = kernels.max_latent_pixels_per_call
+        """Of rows × latent height × latent width; becomes smaller when a call runs out of memory."""
+        self.num_graph_misses = 0
+
+    def pool(self, latent_shape: LatentShape) -> SlotPool:
+        """The slots of the samples of a latent shape."""
+        if (pool := self._pools.get(latent_shape)) is None:
+            pool = self._pools[latent_shape] = SlotPool(self._max_slots, (self._num_channels, *latent_shape), self._device)
+        return pool
+
+    def free_unused(self, latent_shape: LatentShape) -> None:
+        """Free the slots of a latent shape that no sample has any more; captured graphs keep theirs."""
+        if self._pools[latent_shape].is_empty and not any((one.height, one.width) == latent_shape for one in self._buckets):
+            del self._pools[latent_shape]
+
+    def prepare(self) -> None:
+        """Capture every bucket. One that does not fit into memory is left out, and bounds the calls to come."""
+        for bucket in self._buckets:
+            if bucket in self._prepared or not self._has_room_for(bucket):
+                continue
+            try:
+                self._prepared[bucket] = self._capture(bucket)
+            except torch.OutOfMemoryError:
+                self._shrink(bucket.num_latent_pixels - 1)
+
+    def step(self, samples: Sequence[SampleInputs], latent_shape: LatentShape) -> StepOutputs:
+        """Step the samples in as few UNet calls as memory allows, halving them until it does.
+
+        Raises:
+            torch.OutOfMemoryError: not even one sample fits.
+        """
+        outputs: list[StepOutputs] = []
+        num_stepped = 0
+        while num_stepped < len(samples):
+            batch = self._first_batch(samples[num_stepped:], latent_shape)
+            try:
+                outputs.append(self._call(batch, latent_shape))
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self._shrink(batch_shape(batch[: len(batch) // 2], latent_shape).num_latent_pixels)
+                continue
+            num_stepped += len(batch)
+        if len(outputs) == 1:
+            return outputs[0]
+        model_inputs, predictions = zip(*outputs, strict=True)
+        return torch.cat(model_inputs), torch.cat(predictions)
+
+    def _has_room_for(self, shape: BatchShape) -> bool:
+        return self.max_latent_pixels_per_call is None or shape.num_latent_pixels <= self.max_latent_pixels_per_call
+
+    def _first_batch(self, samples: Sequence[SampleInputs], latent_shape: LatentShape) -> Sequence[SampleInputs]:
+        count = len(samples)
+        while count > 1 and not self._has_room_for(batch_shape(samples[:count], latent_shape)):
+            count -= 1
+        return samples[:count]
+
+    def _call(self, samples: Sequence[SampleInputs], latent_shape: LatentShape) -> StepOutputs:
+        shape = batch_shape(samples, latent_shape)
+        if (bucket := choose_bucket(self._prepared, shape)) is not None:
+            model_input, prediction = self._prepared[bucket](samples)
+            return model_input[: len(samples)], prediction[: len(samples)]
+        self.num_graph_misses += bool(self._buckets)
+        inputs = BatchInputs(shape, self._num_channels, self._device)
+        inputs.fill(samples, self.pool(latent_shape).padding_slot)
+        return self._run(inputs)
+
+    def _run(self, inputs: BatchInputs) -> StepOutputs:
+        """The step itself: reads and writes tensors on the device, nothing else."""
+        shape = inputs.shape
+        state = self._pools[shape.height, shape.width].state
+        before = state[inputs.slots]
+        model_input = before[:, 0] * inputs.input_scale[:, None, None, None]
+        has_guided = shape.num_rows > shape.num_samples
+        noise_pred = self._kernels.predict_noise(
+            model_input.to(self._prompts.dtype, memory_format=torch.channels_last),
+            self._timestep_embeds[inputs.timestep_rows],
+            self._prompts[inputs.prompt_rows],
+            inputs.sample_of_row if has_guided else None,
+        ).float()
+        prediction = noise_pred[: shape.num_samples]
+        if has_guided:
+            uncond = noise_pred[inputs.uncond_row]
+            prediction = uncond + inputs.guidance_scale[:, None, None, None] * (prediction - uncond)
+        state[inputs.slots] = step(before, prediction, inputs.noise, inputs.matrices)
+        return model_input, prediction
+
+    def _capture(self, bucket: BatchShape) -> Callable[[Sequence[SampleInputs]], StepOutputs]:
+        """A function that steps a batch of this shape. Its outputs are copies, which no later replay overwrites."""
+        pool = self.pool((bucket.height, bucket.width))
+        inputs = BatchInputs(bucket, self._num_channels, self._device)
+        inputs.fill((), pool.padding_slot)
+        replay, (model_input, prediction) = self._record(inputs)
+
+        def step_batch(samples: Sequence[SampleInputs]) -> StepOutputs:
+            inputs.fill(samples, pool.padding_slot)
+            replay()
+            return model_input.clone(), prediction.clone()
+
+        return step_batch
+
+    def _record(self, inputs: BatchInputs) -> tuple[Callable[[], None], StepOutputs]:
+        """A function that runs the step again, always into the same output tensors.
+
+        On a CPU there is no graph, but the output tensors are reused all the same, so that faults of sharing them show there
+        too.
+        """
+        if self._device.type != "cuda":
+            kept = torch.zeros_like(inputs.noise), torch.zeros_like(inputs.noise)
+
+            def run_again() -> None:
+                for tensor, output in zip(kept, self._run(inputs), strict=True):
+                    tensor.copy_(output)
+
+            return run_again, kept
+
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(NUM_RUNS_BEFORE_CAPTURE):
+                self._run(inputs)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._graph_memory = self._graph_memory or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graph_memory, stream=stream):
+            outputs = self._run(inputs)
+        return graph.replay, outputs
+
+    def _shrink(self, max_latent_pixels: int) -> None:
+        self.max_latent_pixels_per_call = min(max_latent_pixels, self.max_latent_pixels_per_call or max_latent_pixels)
+        self._prepared = {bucket: step_batch for bucket, step_batch in self._prepared.items() if self._has_room_for(bucket)}
+        logger.warning("out of memory; UNet calls are now at most %d rows × latent pixels", self.max_latent_pixels_per_call)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,112 @@
+"""The prompt cache: what the kernel set keeps of a prompt, computed once and shared by all samples with the same text.
+
+Texts are encoded in batches of one fixed size: kernels may round differently with the batch size, and the result for a prompt
+must not depend on the other texts in its batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mii_serve.engine.kernels import KernelSet
+from mii_serve.engine.truncation import dropped_text
+
+TEXTS_PER_BATCH = 4
+"""Smaller batches are padded to it; a guided sample brings one or two new texts."""
+
+NUM_SPARE_ROWS = 32
+"""Prompts kept beyond those in use; 4 MB each for v1-4 in half precision."""
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """`row` of `PromptCache.projected` holds this text while `num_users` is not 0; `dropped` is the part cut off."""
+
+    text: str = field(repr=False)
+    row: int
+    dropped: str = field(repr=False)
+    num_users: int = 0
+
+
+class PromptCache:
+    """`projected` is rows × tokens × `KernelSet.prompt_width`, in the UNet's dtype.
+
+    A new prompt replaces the least recently used one that is not in use. The empty prompt, the usual negative one, is never
+    replaced.
+    """
+
+    def __init__(self, pipeline: Any, kernels: KernelSet, *, max_in_use: int, num_spare_rows: int = NUM_SPARE_ROWS) -> None:
+        """`max_in_use` is the largest number of different prompts that are in use at once."""
+        num_rows = max_in_use + num_spare_rows
+        self._pipeline = pipeline
+        self._kernels = kernels
+        self._known: OrderedDict[str, Prompt] = OrderedDict()
+        self._free = list(reversed(range(num_rows)))
+        self.num_encoded = 0
+        size = num_rows, pipeline.tokenizer.model_max_length, kernels.prompt_width
+        self.projected = torch.zeros(size, dtype=pipeline.unet.dtype, device=pipeline.device)
+
+    def acquire(self, texts: Sequence[str]) -> list[Prompt]:
+        """The prompt of each text, in use until it has been released as often as acquired."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        for text in texts:
+            if (known := self._known.get(text)) is not None:
+                known.num_users += 1  # before `_encode` looks for rows that are not in use
+        for i in range(0, len(missing), TEXTS_PER_BATCH):
+            self._encode(missing[i : i + TEXTS_PER_BATCH])
+        is_new = set(missing)
+        for text in texts:
+            self._known[text].num_users += text in is_new
+            self._known.move_to_end(text)
+        return [self._known[text] for text in texts]
+
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """The text encoder's output, B × tokens × text width."""
+        batches = [texts[i : i + TEXTS_PER_BATCH] for i in range(0, len(texts), TEXTS_PER_BATCH)]
+        return torch.cat([self._embed(batch)[: len(batch)] for batch in batches])
+
+    @contextlib.contextmanager
+    def temporary_rows(self, embeds: torch.Tensor) -> Iterator[list[int]]:
+        """Rows that hold these embedded prompts, B × tokens × text width, until the block ends."""
+        rows = [self._free_row() for _ in embeds]
+        try:
+            for i in range(0, len(rows), TEXTS_PER_BATCH):
+                batch = embeds[i : i + TEXTS_PER_BATCH]
+                padded = torch.cat((batch, batch.new_zeros(TEXTS_PER_BATCH - len(batch), *batch.shape[1:])))
+                self.projected[rows[i : i + TEXTS_PER_BATCH]] = self._project(padded)[: len(batch)]
+            yield rows
+        finally:
+            self._free.extend(rows)
+
+    def release(self, prompts: Iterable[Prompt]) -> None:
+        for prompt in prompts:
+            prompt.num_users -= 1
+
+    def _encode(self, texts: Sequence[str]) -> None:
+        for text, projected in zip(texts, self._project(self._embed(texts)), strict=False):  # the rest is padding
+            row = self._free_row()
+            self.projected[row] = projected
+            self._known[text] = Prompt(text, row, dropped_text(self._pipeline.tokenizer, text))
+        self.num_encoded += len(texts)
+
+    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """One batch, padded."""
+        padded = [*texts, *[""] * (TEXTS_PER_BATCH - len(texts))]
+        embeds: torch.Tensor = self._pipeline.encode_prompt(padded, self._pipeline.device, 1, False)[0]
+        return embeds
+
+    def _project(self, embeds: torch.Tensor) -> torch.Tensor:
+        return self._kernels.project_prompts(embeds.to(self.projected))
+
+    def _free_row(self) -> int:
+        if not self._free:
+            idle = next(prompt for prompt in self._known.values() if not prompt.num_users and prompt.text)
+            del self._known[idle.text]
+            self._free.append(idle.row)
+        return self._free.pop()

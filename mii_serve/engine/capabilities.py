@@ -1,0 +1,64 @@
+"""An engine's description of itself, and what requests to its model may ask for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from mii_serve.errors import InvalidRequestError, ModelError
+from mii_serve.models import LoadedModel
+from mii_serve.models.loading import TORCH_DTYPES
+from mii_serve.samplers.build import ModelSchedulers, first_line
+from mii_serve.samplers.sampling import Uncompiled
+from mii_serve.types import DEFAULT_SCHEDULER, Capabilities, EngineDescription, EngineName
+
+FEW_STEPS = 4
+"""The scheduler of a distilled model may have fewer than diffusers' default of 50."""
+
+logger = logging.getLogger(__name__)
+
+
+def description_of(model: LoadedModel, engine: EngineName, note: str) -> EngineDescription:
+    pipeline = model.pipeline
+    return EngineDescription(
+        engine=engine,
+        dtype=next(name for name, dtype in TORCH_DTYPES.items() if dtype == pipeline.unet.dtype),
+        device=str(pipeline.device),
+        model=model.name,
+        model_revision=model.revision,
+        has_safety_checker=pipeline.safety_checker is not None,
+        note=note,
+    )
+
+
+def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Callable[[str, int], object]) -> Capabilities:
+    """The model's limits and defaults with the names of its schedulers. `check` tries a name with a number of steps.
+
+    Raises:
+        ModelError: the default scheduler cannot draw; the text is for the operator.
+    """
+    declared, num_steps = model.defaults.scheduler, model.defaults.num_inference_steps
+    capabilities = Capabilities(limits=model.limits, defaults=model.defaults, schedulers=schedulers.accepted_names)
+    try:
+        name = capabilities.scheduler_named(declared)
+        try:
+            sampling = check(name, num_steps)
+        except InvalidRequestError as error:
+            sampling = check(name, FEW_STEPS)
+            logger.warning("a request that names no num_inference_steps will be refused: the default does not work: %s", error)
+    except InvalidRequestError as error:
+        is_own = schedulers.accepted_names.get(declared) == DEFAULT_SCHEDULER
+        called = f"default scheduler, {schedulers.own_class}," if is_own else f"default scheduler {declared!r}"
+        reason = error.rule if error.__cause__ is None else f"{type(error.__cause__).__name__}: {first_line(error.__cause__)}"
+        raise ModelError(
+            f"{model.name}: its {called} cannot draw: {reason}. Name another in mii_serve_defaults.json, for example"
+            ' {"scheduler": "euler"}'
+        ) from error
+    if isinstance(sampling, Uncompiled):
+        logger.warning(
+            "the model's default scheduler %s is not compiled: %s. Its samples are stepped one by one, in the same batch",
+            schedulers.describe(name, is_compiled=False).class_name,
+            sampling.reason,
+        )
+    return replace(capabilities, defaults=replace(model.defaults, scheduler=name))
