@@ -7,17 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
-from mii_serve.proto.writing import ABORT_TIMEOUT_S, WRITE_TIMEOUT_S
 from starlette.routing import Route
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine.batched.engine import CPU_SLOTS, CUDA_SLOTS
-from mii_serve.gateway import bodies, connections, door, links, listening
+from mii_serve.gateway import image_links, json_body, listener, middleware, protocol
 from mii_serve.gateway.app import GRACE_S, build_app
 from mii_serve.proto.codec import MAX_REQUEST_BYTES
 from mii_serve.proto.metadata import MAX_ID_CHARS
 from mii_serve.samplers.names import SAMPLERS
-from mii_serve.server import answers, front, open_files, router
+from mii_serve.server import front, idempotency, open_files, router
+from mii_serve.server.bounded_write import ABORT_TIMEOUT_S, WRITE_TIMEOUT_S
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.keys import KeyRing
 
@@ -140,7 +140,7 @@ class TestConfiguration:
     def test_bounds_on_connections(self):
         assert f"on each port by {open_files.MAX_CONNECTIONS}," in CONFIGURATION
         assert f"{open_files.RESERVED_FILES} files and {open_files.FILES_PER_REPLICA} for each replica" in CONFIGURATION
-        assert f"keeps {listening.NUM_IDLE} out of the reach" in CONFIGURATION
+        assert f"keeps {listener.NUM_IDLE} out of the reach" in CONFIGURATION
         assert f"without a call for {front.IDLE_TIMEOUT_MS // 1000} s" in CONFIGURATION
         assert f"{front.MAX_STREAMS} calls at once may share a connection" in CONFIGURATION
         assert f"not shaken hands after {front.HANDSHAKE_TIMEOUT_MS // 1000} s" in CONFIGURATION
@@ -149,27 +149,27 @@ class TestConfiguration:
 
 class TestBounds:
     def test_over_http(self):
-        head_s = connections.HEAD_TIMEOUT_S
-        assert f"may have {connections.MAX_HEAD_BYTES // 1024} KiB and take {head_s:g} s;" in HTTP
+        head_s = protocol.HEAD_TIMEOUT_S
+        assert f"may have {protocol.MAX_HEAD_BYTES // 1024} KiB and take {head_s:g} s;" in HTTP
         assert f"closed, after {2 * head_s:g} s at the latest" in HTTP
-        assert f"a head above {connections.MAX_HEAD_BYTES // 1024} KiB" in HTTP
-        assert f"body must come within {bodies.BODY_TIMEOUT_S:g} s" in HTTP
-        assert f"too large {bodies.MAX_DISCARDED_BYTES // 1024**2} MiB are read on" in HTTP
-        assert f"takes in nothing for {door.SEND_TIMEOUT_S:g} s is given up" in HTTP
-        assert f"closed within {(connections.UNREAD_LOOKS + 1) * head_s:g} s" in HTTP
+        assert f"a head above {protocol.MAX_HEAD_BYTES // 1024} KiB" in HTTP
+        assert f"body must come within {json_body.BODY_TIMEOUT_S:g} s" in HTTP
+        assert f"too large {json_body.MAX_DISCARDED_BYTES // 1024**2} MiB are read on" in HTTP
+        assert f"takes in nothing for {middleware.SEND_TIMEOUT_S:g} s is given up" in HTTP
+        assert f"closed within {(protocol.UNREAD_LOOKS + 1) * head_s:g} s" in HTTP
         assert f"slow callers are waited for {GRACE_S} s" in HTTP
-        assert f"nothing to say for {door.KEEPALIVE_S:g} s sends a comment" in HTTP
-        assert f"more than {links.MAX_KEPT_BYTES // 1024**2} MiB of such pictures" in HTTP
-        assert links.KEPT_S == 600 and "works for ten minutes" in HTTP
+        assert f"nothing to say for {middleware.KEEPALIVE_S:g} s sends a comment" in HTTP
+        assert f"more than {image_links.MAX_STORED_BYTES // 1024**2} MiB of such pictures" in HTTP
+        assert image_links.STORED_S == 600 and "works for ten minutes" in HTTP
 
     def test_over_grpc(self):
         assert f"a whole request | {MAX_REQUEST_BYTES // 1024**2} MiB |" in WIRE
         assert WIRE.count(f"up to {MAX_ID_CHARS} printable ASCII characters") == 3
         assert f"stays full for {WRITE_TIMEOUT_S:g} s is given up" in WIRE
         assert f"within {ABORT_TIMEOUT_S:g} s more" in WIRE
-        assert f"Kept are at most {answers.MAX_BYTES // 1024**2} MiB" in WIRE
-        assert answers.KEEP_S == 600 and "one that comes within ten minutes" in WIRE
-        assert answers.GRACE_S == 10 and "goes on for ten seconds" in WIRE
+        assert f"Kept are at most {idempotency.MAX_BYTES // 1024**2} MiB" in WIRE
+        assert idempotency.KEEP_S == 600 and "one that comes within ten minutes" in WIRE
+        assert idempotency.GRACE_S == 10 and "goes on for ten seconds" in WIRE
 
     def test_of_a_requests_life(self):
         from mii_serve.client import retries

@@ -67,10 +67,10 @@ ENDS = {
 async def test_azures_client_sends_again_only_what_cost_nothing(served, tmp_path, monkeypatch):
     events = served.server.dispatcher.events
 
-    async def ending(request, visit):
+    async def ending(request, call, **options):
         if request.prompt in ENDS:
             raise ENDS[request.prompt]
-        async for event in events(request, visit):
+        async for event in events(request, call, **options):
             yield event
 
     monkeypatch.setattr(served.server.dispatcher, "events", ending)

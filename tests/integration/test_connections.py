@@ -16,12 +16,12 @@ import httpx2
 import pytest
 from fake_engine import FakeEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from mii_serve.gateway.listening import NUM_CLOSING, NUM_IDLE, BoundedListener, Connections
 from servers import running_server
 from web import Web
 
 from mii_serve.config import DeployConfig
 from mii_serve.gateway.app import serve_http
+from mii_serve.gateway.listener import NUM_CLOSING, NUM_IDLE, BoundedListener, ConnectionPool
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import GrpcFront, bind_tcp
 from mii_serve.server.keys import KeyRing
@@ -127,7 +127,7 @@ async def test_the_one_that_has_been_idle_longest_goes_first(small):
 
 
 def test_a_lack_of_files_ends_nothing_and_is_told_once(caplog):
-    listener = BoundedListener.of(bind_tcp("http_port", "127.0.0.1", 0), Connections(1000))
+    listener = BoundedListener.of(bind_tcp("http_port", "127.0.0.1", 0), ConnectionPool(1000))
     listener.listen()
     listener.setblocking(False)
     callers = [socket.create_connection(listener.getsockname()) for _ in range(20)]

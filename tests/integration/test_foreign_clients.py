@@ -11,6 +11,7 @@ import pytest
 from fake_engine import MAX_WORDS
 from web import Web, events_of, picture, web
 
+from mii_serve.gateway import protocol
 from mii_serve.gateway.app import build_app
 from mii_serve.server.keys import KeyRing
 
@@ -268,9 +269,7 @@ async def test_who_leaves_is_still_noticed(served, version):
 
 
 async def test_an_idle_connection_stays_for_its_time(tmp_path, monkeypatch):
-    from mii_serve.gateway import connections
-
-    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.05)
     whole = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
     async with web(tmp_path, keep_alive_s=2) as served:
         host, _, port = served.address.rpartition(":")

@@ -9,7 +9,8 @@ import pytest
 from patience import PATIENCE_S
 from web import web
 
-from mii_serve.gateway import app, bodies, connections, door, openai
+from mii_serve.gateway import app, json_body, middleware, protocol
+from mii_serve.gateway.dialects import openai
 
 HEAD = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
 
@@ -29,7 +30,7 @@ async def connected(served, raw: bytes) -> tuple[asyncio.StreamReader, asyncio.S
 
 
 async def test_a_body_that_trickles_in_is_given_up(served, monkeypatch):
-    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(json_body, "BODY_TIMEOUT_S", 0.2)
     reader, writer = await connected(served, HEAD + b"{")
     async with asyncio.timeout(PATIENCE_S):
         assert b"400 Bad Request" in await reader.readline()
@@ -37,7 +38,7 @@ async def test_a_body_that_trickles_in_is_given_up(served, monkeypatch):
 
 
 async def test_a_head_that_never_ends_or_begins_is_given_up(served, monkeypatch):
-    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
     whole = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
     for raw in (b"", b"GET /livez HT", whole + b"GET /livez HTTP/1.1\r\nx: "):
         reader, writer = await connected(served, raw)
@@ -47,7 +48,7 @@ async def test_a_head_that_never_ends_or_begins_is_given_up(served, monkeypatch)
         writer.close()
     served.server.engine.gate.clear()
     reader, writer = await served.start("/", {"inputs": "a"})
-    await asyncio.sleep(5 * connections.HEAD_TIMEOUT_S)
+    await asyncio.sleep(5 * protocol.HEAD_TIMEOUT_S)
     served.server.engine.gate.set()
     async with asyncio.timeout(PATIENCE_S):
         assert b"200 OK" in await reader.readline(), "a long answer is no head that is waited for"
@@ -55,7 +56,7 @@ async def test_a_head_that_never_ends_or_begins_is_given_up(served, monkeypatch)
 
 
 async def test_who_takes_in_no_answer_is_cut_off(served, monkeypatch):
-    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.1)
     _, writer = await connected(served, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3000)
     writer.transport.pause_reading()
     async with asyncio.timeout(PATIENCE_S):
@@ -78,7 +79,7 @@ async def test_who_leaves_in_the_middle_of_a_body_is_forgotten(served):
 
 
 async def test_a_reader_who_takes_in_nothing_is_given_up(served, monkeypatch):
-    monkeypatch.setattr(door, "SEND_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(middleware, "SEND_TIMEOUT_S", 0.2)
     monkeypatch.setattr(openai, "_event", lambda name, value: b"x" * 20_000_000)  # more than the sockets' buffers hold
     body = {"prompt": "a", "stream": True, "partial_images": 3, "num_inference_steps": 20}
     _, writer = await served.start("/v1/images/generations", body)
@@ -119,7 +120,7 @@ async def test_a_head_without_end_is_cut_off(served):
 @pytest.mark.parametrize("where", ["header", "headers", "target"])
 @pytest.mark.parametrize("excess", [-1024, 1024])
 async def test_a_head_may_have_64_kib_however_it_comes(served, where, excess):
-    room = connections.MAX_HEAD_BYTES + excess
+    room = protocol.MAX_HEAD_BYTES + excess
     parts = {
         "header": (b"", b"x: " + b"x" * room),
         "headers": (b"", b"\r\n".join([b"x: " + b"x" * 996] * (room // 1001))),
@@ -152,7 +153,7 @@ async def test_probes_answer_while_the_server_is_full(served):
 
 async def test_the_end_waits_for_no_slow_caller(tmp_path, monkeypatch):
     monkeypatch.setattr(app, "GRACE_S", 1)
-    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 10 * PATIENCE_S)
+    monkeypatch.setattr(json_body, "BODY_TIMEOUT_S", 10 * PATIENCE_S)
     async with asyncio.timeout(PATIENCE_S), web(tmp_path) as served:
         _, writer = await connected(served, HEAD + b"{")
         await served.client.get("/livez")

@@ -10,8 +10,8 @@ from patience import PATIENCE_S
 from web import events_of, picture, web
 
 from mii_serve.errors import ContentBlockedError
-from mii_serve.gateway import door
-from mii_serve.gateway.openai import FORMATS, QUALITIES
+from mii_serve.gateway import middleware
+from mii_serve.gateway.dialects.openai import FORMATS, QUALITIES
 from mii_serve.server.keys import KeyRing
 
 PATH = "/v1/images/generations"
@@ -147,7 +147,7 @@ async def test_a_stream_that_cannot_go_on_says_so(served):
 
 
 async def test_a_stream_that_waits_shows_that_it_is_there(served, monkeypatch):
-    monkeypatch.setattr(door, "KEEPALIVE_S", 0.05)
+    monkeypatch.setattr(middleware, "KEEPALIVE_S", 0.05)
     served.server.engine.gate.clear()
     reader, writer = await served.start(PATH, {"prompt": "a", "stream": True})
     async with asyncio.timeout(PATIENCE_S):
@@ -204,7 +204,7 @@ async def test_flagged_pictures(tmp_path):
 
 
 async def test_a_prompt_that_content_safety_blocks(served, monkeypatch):
-    async def events(request, visit):
+    async def events(request, call, **options):
         raise ContentBlockedError("prompt", {"Violence": 4}, stage="input")
         yield
 

@@ -7,12 +7,14 @@ import gzip
 import io
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from fake_engine import FakeEngine
 from web import Web, counted, picture, web
 
 from mii_serve.errors import ContentBlockedError
+from mii_serve.types import ImageReady
 
 CARD = {
     "input_data": {
@@ -124,8 +126,8 @@ LIMITS = {
 async def test_a_number_out_of_bounds_is_a_limit(served):
     for name, value in LIMITS.items():
         answer = await served.post("/score", asking(["a"], parameters={name: value}))
-        is_beyond_the_field = name == "seed"  # no unsigned number: refused by its kind
-        assert answer.status_code == (400 if is_beyond_the_field else 422), answer.text
+        is_of_the_type = name == "seed"  # the bounds of a seed are those of its type
+        assert answer.status_code == (400 if is_of_the_type else 422), answer.text
         assert answer.json()["error"]["param"] == f"input_data.parameters.{name}"
 
 
@@ -216,17 +218,17 @@ async def test_parameters_hold_for_every_row_and_the_row_has_the_last_word(serve
     seen = []
     events = served.server.dispatcher.events
 
-    def spying(request, visit):
+    def spying(request, call, **options):
         seen.append(request)
-        return events(request, visit)
+        return events(request, call, **options)
 
     served.server.dispatcher.events = spying
     answer = await served.post("/score", body)
     assert [image["prompt"] for image in answer.json()] == ["a", "a", "b", "b"]
     assert answer.headers["x-mii-seeds"] == "7,8,7,8"
     assert picture(answer.json()[0]["generated_image"]).size == (64, 128)
-    assert [(request.prompt, request.negative_prompt) for request in seen] == [("a", "p"), ("b", "mine")]
-    assert {request.num_inference_steps for request in seen} == {3}
+    assert [(request.params.prompt, request.params.negative_prompt) for request in seen] == [("a", "p"), ("b", "mine")]
+    assert {request.params.num_inference_steps for request in seen} == {3}
 
 
 async def test_rows_share_the_batch(tmp_path):
@@ -349,7 +351,7 @@ class TestBlocked:
             yield running
 
     def block(self, served: Web, monkeypatch) -> None:
-        async def events(request, visit):
+        async def events(request, call, **options):
             raise ContentBlockedError("prompt", {"Violence": 4}, stage="input")
             yield
 
@@ -371,11 +373,10 @@ class TestBlocked:
     async def test_an_output_is_an_empty_text(self, served, monkeypatch):
         events = served.server.dispatcher.events
 
-        async def blocking(request, visit):
-            async for event in events(request, visit):
-                if event.HasField("image") and event.image.index == 1:
-                    event.image.moderation_blocked = True
-                yield event
+        async def blocking(request, call, **options):
+            async for event in events(request, call, **options):
+                is_second = isinstance(event, ImageReady) and event.image_index == 1
+                yield replace(event, moderation_blocked=True) if is_second else event
 
         monkeypatch.setattr(served.server.dispatcher, "events", blocking)
         answer = await served.post("/score", asking(["a"], parameters={"num_images_per_prompt": 2}))

@@ -23,13 +23,16 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from mii_serve.errors import MiiServeError
-from mii_serve.gateway import bodies, door, hosts, huggingface, openai, parameters, paths, score
+from mii_serve.gateway import hosts, json_body, middleware, paths, suggestions
+from mii_serve.gateway.dialects import azure_score, huggingface, openai
+from mii_serve.gateway.errors import OverLimitError
 from mii_serve.gateway.page import messages
-from mii_serve.gateway.problems import OverLimitError
-from mii_serve.proto import codec, interceptor, mii_codec, writing
+from mii_serve.proto import codec, metadata, mii_codec
 from mii_serve.proto.mii import pictures_pb2 as mii
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server import call
 from mii_serve.server.keys import KeyRing
+from mii_serve.types import GenerationRequest, ImageFormat, ResolvedRequest
 
 SMALL, TIMES = 500, 8
 SLACK = 1.5
@@ -99,7 +102,7 @@ def body_of(raw: bytes) -> Request:
 
 
 def read(raw: bytes) -> object:
-    return asyncio.run(bodies.read_json(body_of(raw), 2**24))
+    return asyncio.run(json_body.read_json(body_of(raw), 2**24))
 
 
 def decoded(raw: bytes) -> Any:
@@ -137,16 +140,17 @@ BODIES: dict[str, Callable[[int], bytes]] = {
 
 @pytest.mark.parametrize("name", BODIES)
 def test_reading_json(name, monkeypatch):
-    found = bodies._object
-    monkeypatch.setattr(bodies, "_object", lambda pairs: found([(CountedKey(key), value) for key, value in pairs]))
+    found = json_body._object
+    monkeypatch.setattr(json_body, "_object", lambda pairs: found([(CountedKey(key), value) for key, value in pairs]))
     check(read, BODIES[name])
 
 
 def openai_body(raw: Any) -> object:
-    return openai.parse(bodies.an_object("", raw), CAPABILITIES)
+    return openai.parse(json_body.validated(openai.ImagesBody, raw), CAPABILITIES)
 
 
-read_score = functools.partial(score.parse, max_rows=2**24)
+read_score = functools.partial(azure_score.parse, max_rows=2**24)
+read_task = functools.partial(huggingface.parse, image_format=ImageFormat.PNG)
 
 
 DIALECTS: dict[str, tuple[Callable[[Any], object], Callable[[int], bytes]]] = {
@@ -163,13 +167,13 @@ DIALECTS: dict[str, tuple[Callable[[Any], object], Callable[[int], bytes]]] = {
     "a size of spaces": (openai_body, lambda n: json.dumps({"prompt": "a", "size": " " * n + "1" + " " * n}).encode()),
     "a long model": (openai_body, lambda n: json.dumps({"prompt": "a", "model": "m" * n, "n": 1}).encode()),
     "a long format": (openai_body, lambda n: json.dumps({"prompt": "a", "output_format": "p" * n}).encode()),
-    "members of Hugging Face's": (huggingface._parsed, keys),
+    "members of Hugging Face's": (read_task, keys),
     "parameters of Hugging Face's": (
-        huggingface._parsed,
+        read_task,
         lambda n: json.dumps({"inputs": "a", "parameters": {f"k{i}": 1 for i in range(n)}}).encode(),
     ),
-    "members of the page's": (messages.read_request, keys),
-    "a long seed": (messages.read_request, lambda n: json.dumps({"prompt": "a", "seed": " 1" * n}).encode()),
+    "members of the page's": (messages.parse, keys),
+    "a long seed": (messages.parse, lambda n: json.dumps({"prompt": "a", "seed": " 1" * n}).encode()),
 }
 
 
@@ -182,10 +186,10 @@ def test_reading_what_the_json_says(name):
 @pytest.mark.parametrize("form", [lambda n: ["a"] * n, lambda n: [["a"]] * n, lambda n: {"prompt": ["a"] * n}])
 def test_no_row_is_looked_at_where_there_are_more_than_one_call_may_have(form):
     bodies_of = [decoded(score_body(data=form(num_rows))) for num_rows in (100, 8000)]
-    few, many = (work_of(functools.partial(score.parse, max_rows=64), body) for body in bodies_of)
+    few, many = (work_of(functools.partial(azure_score.parse, max_rows=64), body) for body in bodies_of)
     assert few == many
     with pytest.raises(OverLimitError, match="at most 64 images in all, got 8000"):
-        score.parse(bodies_of[1], max_rows=64)
+        azure_score.parse(bodies_of[1], max_rows=64)
 
 
 def kwargs_of_old_mii(n: int) -> bytes:
@@ -193,12 +197,17 @@ def kwargs_of_old_mii(n: int) -> bytes:
     return mii.PictureRequest(prompt=["a"], second=entries).SerializeToString()
 
 
+def resolved(request: GenerationRequest) -> ResolvedRequest:
+    params = CAPABILITIES.resolve(request.params, fallback_seed=1)
+    return ResolvedRequest(params=params, output=request.output)
+
+
 def mii_call(wire: bytes) -> object:
-    return mii_codec.resolve_mii_request(mii_codec.parse_mii_request(wire), CAPABILITIES, fallback_seed=1)
+    return mii_codec.decode_mii_request(mii_codec.parse_mii_request(wire), resolved, fallback_seed=1)
 
 
 def v1_call(wire: bytes) -> object:
-    return codec.decode_request(pb.GenerateRequest.FromString(wire), CAPABILITIES, fallback_seed=1)
+    return resolved(codec.decode_request(pb.GenerateRequest.FromString(wire)))
 
 
 def unknown_fields(n: int) -> bytes:
@@ -243,30 +252,33 @@ def headers(raw: bytes) -> Headers:
 
 
 def plain_path(path: str) -> object:
-    return paths._plain({"path": path, "raw_path": path.encode(), "headers": [(b"host", b"a")]})
+    return paths._normalized({"path": path, "raw_path": path.encode(), "headers": [(b"host", b"a")]})
 
 
 HEADERS: dict[str, tuple[Callable[[Any], object], Callable[[int], object]]] = {
     "a head": (heads, lambda n: b"GET / HTTP/1.1\r\nHost: a\r\nx: " + b"y" * n),
     "a head of many lines": (heads, lambda n: b"GET / HTTP/1.1\r\nHost: a\r\n" + b"x: y\r\n" * (n // 4) + b"\r\n"),
     "a folded head": (heads, lambda n: b"GET / HTTP/1.1\r\nHost: a\r\nx: y\r\n" + b" z\r\n" * (n // 4) + b"\r\n"),
-    "ids among many headers": (lambda raw: door._id_headers(headers(raw), "id"), lambda n: b"x" * n),
+    "ids among many headers": (lambda raw: middleware._id_headers(headers(raw), "id"), lambda n: b"x" * n),
     "media types": (huggingface.accepted, lambda n: ",".join(["text/html;q=0.1;a;b"] * n)),
     "options of a media type": (huggingface.accepted, lambda n: "image/png" + ";a=1" * n),
-    "a content type": (bodies._check_media_type, lambda n: "application/json" + ' ; charset="utf-8"' * n),
-    "a host": (hosts.Hosts(["localhost"], allow_loopback_addresses=True).allows, lambda n: "a." * n),
-    "digits of a host": (hosts.Hosts(["localhost"], allow_loopback_addresses=True).allows, lambda n: "[" + "1:" * n + "]"),
-    "an origin": (hosts.Hosts(["localhost"]).allows_origin, lambda n: "http://" + "a." * n),
+    "a content type": (json_body._check_media_type, lambda n: "application/json" + ' ; charset="utf-8"' * n),
+    "a host": (hosts.AllowedHosts(["localhost"], allow_loopback_addresses=True).allows, lambda n: "a." * n),
+    "digits of a host": (
+        hosts.AllowedHosts(["localhost"], allow_loopback_addresses=True).allows,
+        lambda n: "[" + "1:" * n + "]",
+    ),
+    "an origin": (hosts.AllowedHosts(["localhost"]).allows_origin, lambda n: "http://" + "a." * n),
     "a key": (
-        lambda text: KeyRing().admitted(door.authorization_of({"authorization": text})).__enter__(),
+        lambda text: KeyRing().admitted(middleware.authorization_of({"authorization": text})).__enter__(),
         lambda n: "Bearer " * n,
     ),
-    "a request id": (interceptor.check_request_id, lambda n: "i" * n),
-    "a client id": (interceptor.check_client_id, lambda n: " i" * n),
-    "an idempotency key": (interceptor.check_idempotency_key, lambda n: "k" * n),
+    "a request id": (metadata.check_request_id, lambda n: "i" * n),
+    "a client id": (metadata.check_client_id, lambda n: " i" * n),
+    "an idempotency key": (metadata.check_idempotency_key, lambda n: "k" * n),
     "a path": (plain_path, lambda n: "//a" * n + "/" * n),
     "a whole address": (plain_path, lambda n: "http://" + "a:" * n + "//b" * n),
-    "an address": (writing.network_of, lambda n: "1:" * n),
+    "an address": (call.network_of, lambda n: "1:" * n),
 }
 
 
@@ -296,7 +308,10 @@ def test_the_meter_sees_a_square():
         )
 
 
-MODULES = (bodies, door, hosts, huggingface, openai, parameters, paths, score, messages, codec, interceptor, mii_codec, writing)
+MODULES = (
+    *(azure_score, hosts, huggingface, json_body, messages, middleware, openai, paths, suggestions),
+    *(codec, metadata, mii_codec, call),
+)
 UNBOUNDED_INSIDE_UNBOUNDED = re.compile(r"[+*}]\)[+*{]")
 
 

@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 from mii_serve.config import DeployConfig
 from mii_serve.errors import ConfigError
 from mii_serve.gateway.app import build_app
-from mii_serve.gateway.hosts import Hosts
+from mii_serve.gateway.hosts import AllowedHosts
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.keys import KeyRing
 
@@ -45,8 +45,8 @@ FOREIGN = [
 ]
 
 
-def hosts(*names: str, host: str = "127.0.0.1") -> Hosts:
-    return Hosts.of(DeployConfig.load({"host": host, **({"http": {"allowed_hosts": names}} if names else {})}))
+def hosts(*names: str, host: str = "127.0.0.1") -> AllowedHosts:
+    return AllowedHosts.of(DeployConfig.load({"host": host, **({"http": {"allowed_hosts": names}} if names else {})}))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.2"])

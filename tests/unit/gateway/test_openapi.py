@@ -6,8 +6,8 @@ import pytest
 from starlette.routing import Route
 
 from mii_serve.config import HttpConfig
-from mii_serve.gateway import huggingface, openai, score
 from mii_serve.gateway.app import build_app
+from mii_serve.gateway.dialects import azure_score, huggingface, openai
 from mii_serve.gateway.openapi import document
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.keys import KeyRing
@@ -31,12 +31,12 @@ async def test_every_route_is_described():
 
 
 def test_every_parameter_is_described():
-    assert properties("ScoreParameters") == {*score.PARAMETERS, "eta"}
-    assert properties("ScoreRow") == set(score.COLUMNS)
-    assert properties("ImagesRequest") == set(openai.KNOWN)
+    assert properties("ScoreParameters") == set(azure_score.ScoreParameters.model_fields)
+    assert properties("ScoreRow") == set(azure_score.COLUMNS)
+    assert properties("ImagesRequest") == set(openai.ImagesBody.model_fields)
     task = document()["components"]["schemas"]["TextToImageRequest"]["properties"]
-    assert set(task["parameters"]["properties"]) == set(huggingface.PARAMETERS)
-    assert set(task["options"]["properties"]) == set(huggingface.OPTIONS)
+    assert set(task["parameters"]["properties"]) == set(huggingface.TaskParameters.model_fields)
+    assert set(task["options"]["properties"]) == set(huggingface.TaskOptions.model_fields)
 
 
 @pytest.mark.parametrize(

@@ -1,53 +1,86 @@
-"""What foreign clients write: a foreign name is answered with ours, and numbers are read as JSON means them."""
+"""The gateway's parameters follow their declarations: a new one is accepted, described and offered without an edit here."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from mii_serve.gateway import huggingface, openai, score
-from mii_serve.gateway.parameters import meant, settled
+from mii_serve.gateway import openapi, parameters
+from mii_serve.gateway.dialects import azure_score, huggingface, openai
+from mii_serve.gateway.json_body import validated
+from mii_serve.gateway.page import messages
+from mii_serve.gateway.parameters import Parameters, requested, with_parameters
+from mii_serve.types import PARAMETER_NAMES, PARAMETERS, Activity, GenerationDefaults, Limits, Parameter, ServerInfo
 
-OPENAI = openai.KNOWN
-
-
-@pytest.mark.parametrize(
-    ("written", "known", "ours"),
-    [
-        ("steps", score.PARAMETERS, "num_inference_steps"),
-        ("n_steps", OPENAI, "num_inference_steps"),
-        ("numInferenceSteps", OPENAI, "num_inference_steps"),
-        ("cfg_scale", huggingface.PARAMETERS, "guidance_scale"),
-        ("CFG-Scale", score.PARAMETERS, "guidance_scale"),
-        ("guidance", OPENAI, "guidance_scale"),
-        ("sampler_name", score.PARAMETERS, "scheduler"),
-        ("n", score.PARAMETERS, "num_images_per_prompt"),
-        ("num_images_per_prompt", OPENAI, "n"),
-        ("width", OPENAI, "size"),
-        ("h", OPENAI, "size"),
-        ("h", score.PARAMETERS, "height"),
-        ("negativePrompt", OPENAI, "negative_prompt"),
-        ("prompt", ("inputs", "parameters", "options"), "inputs"),
-        ("gidance_scale", score.PARAMETERS, "guidance_scale"),
-        ("colour", score.PARAMETERS, None),
-        ("x" * 1_000_000, score.PARAMETERS, None),
-    ],
-)
-def test_a_foreign_name_is_answered_with_ours(written, known, ours):
-    assert meant(written, known) == ours
+NEW = Parameter(name="clip_skip", kind=int, bounds=lambda limits: (0, 11), default=0, help="text encoder layers to leave out")
 
 
-@pytest.mark.parametrize(
-    ("given", "read"),
-    [
-        ({"num_inference_steps": 4.0, "seed": 7.0}, {"num_inference_steps": 4, "seed": 7}),
-        ({"height": 64.5, "guidance_scale": 7.0}, {"height": 64.5, "guidance_scale": 7.0}),
-        ({"seed": -1}, {"seed": None}),
-        ({"seed": -1.0}, {"seed": None}),
-        ({"seed": -2, "width": "64"}, {"seed": -2, "width": "64"}),
-        ({"seed": True, "num_images_per_prompt": None}, {"seed": True, "num_images_per_prompt": None}),
-        ({"seed": float("inf")}, {"seed": float("inf")}),
-    ],
-)
-def test_numbers_are_read_as_json_means_them(given, read):
-    told = settled(given)
-    assert told == read and [type(value) for value in told.values()] == [type(value) for value in read.values()]
+@pytest.fixture
+def with_new(monkeypatch):
+    monkeypatch.setattr(parameters, "PARAMETERS", (*PARAMETERS, NEW))
+    monkeypatch.setattr(parameters, "PARAMETER_NAMES", (*PARAMETER_NAMES, NEW.name))
+
+
+def test_every_dialect_has_every_parameter_under_its_own_or_the_apis_name():
+    assert set(PARAMETER_NAMES) == {*azure_score.ScoreParameters.model_fields} - {"eta"} | {"prompt"}
+    assert set(PARAMETER_NAMES) == {*huggingface.TaskParameters.model_fields} | {"prompt", "num_images_per_prompt"}
+    renamed = {"height", "width", "num_images_per_prompt"}
+    assert set(PARAMETER_NAMES) - renamed <= set(openai.ImagesBody.model_fields)
+    assert set(PARAMETER_NAMES) == {*messages.PageBody.model_fields} - {"preview_every"}
+
+
+def test_a_declaration_is_all_that_a_body_needs(with_new):
+    model = with_parameters(Parameters, parameters.names_without("prompt"))
+    assert validated(model, {"clip_skip": 2.0, "height": None}).given() == {"clip_skip": 2}
+
+
+def test_a_declaration_is_all_that_the_page_and_the_description_need(server_info):
+    assert openapi._schema(NEW) == {
+        "type": "integer",
+        "description": NEW.help,
+        "minimum": 0,
+        "maximum": 11,
+        "nullable": True,
+    }
+    assert messages._parameter_to_json(NEW, server_info) == {
+        "name": "clip_skip",
+        "type": "integer",
+        "help": NEW.help,
+        "default": 0,
+        "least": 0,
+        "most": 11,
+        "multiple_of": None,
+    }
+    offered = {one["name"]: one for one in messages.info_to_json(server_info, None)["parameters"]}
+    assert list(offered) == list(PARAMETER_NAMES)
+    assert (offered["height"]["least"], offered["height"]["most"], offered["height"]["multiple_of"]) == (64, 512, 8)
+    assert offered["num_inference_steps"]["default"] == 7
+
+
+@pytest.mark.parametrize("seed", [-1, None])
+def test_a_seed_that_asks_for_any_is_none(seed):
+    assert requested({"prompt": "a", "seed": seed}).seed is None
+
+
+def test_other_seeds_are_kept():
+    assert (requested({"prompt": "a", "seed": 0}).seed, requested({"prompt": "a", "seed": -2}).seed) == (0, -2)
+
+
+@pytest.fixture
+def server_info():
+    counts = dict.fromkeys(Activity.__dataclass_fields__, 0)
+    return ServerInfo(
+        version="1",
+        deployment_name="test",
+        model="fake",
+        model_revision="",
+        engine="fake",
+        dtype="fp32",
+        device="cpu",
+        has_safety_checker=True,
+        defaults=GenerationDefaults(scheduler="default", num_inference_steps=7),
+        limits=replace(Limits(), max_size_px=512),
+        schedulers={"default": "default"},
+        activity=Activity(**counts),
+    )

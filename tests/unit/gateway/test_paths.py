@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mii_serve.gateway.paths import PlainPaths
+from mii_serve.gateway.paths import NormalizedPaths
 
 
 async def seen(path: str, raw: bytes) -> tuple[str, str]:
@@ -13,7 +13,7 @@ async def seen(path: str, raw: bytes) -> tuple[str, str]:
     async def app(scope, receive, send):
         found.update(scope)
 
-    await PlainPaths(app)({"type": "http", "path": path, "raw_path": raw, "headers": [(b"host", b"given")]}, None, None)
+    await NormalizedPaths(app)({"type": "http", "path": path, "raw_path": raw, "headers": [(b"host", b"given")]}, None, None)
     return found["path"], dict(found["headers"])[b"host"].decode()
 
 

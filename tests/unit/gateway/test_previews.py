@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mii_serve.gateway.openai import _preview_every
+from mii_serve.gateway.dialects.openai import _preview_every
 
 
 @given(steps=st.integers(1, 1000), extra_calls=st.integers(0, 1000), partials=st.integers(1, 3))
