@@ -12,6 +12,7 @@ import pytest
 from mii_serve import errors
 from mii_serve.cli.command_line import build_parser
 from mii_serve.config import ENV_PREFIX, NOT_SETTINGS, DeployConfig, setting_names
+from mii_serve.types import ENGINE_CHOICES
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER_PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "deployment" / "azureml" / "README.md")
@@ -68,3 +69,9 @@ def test_every_setting_is_named_on_a_page(setting):
     group, _, name = setting.rpartition(".")
     text = "".join(page.read_text() for page in PAGES)
     assert re.search(rf"\b{name}\b", text) or (not group and f"--{name.replace('_', '-')}" in text)
+
+
+@pytest.mark.parametrize("engine", ENGINE_CHOICES)
+def test_every_engine_is_named_on_a_page(engine):
+    text = "".join(page.read_text() for page in PAGES)
+    assert f"`{engine}`" in text
