@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from mii_serve.bench import environment
-from mii_serve.bench.check import Kept, Tolerance, check, open_reference
+from mii_serve.bench.check import SampledPicture, Tolerance, check, open_reference
 from mii_serve.bench.grpc_driver import GrpcDriver
+from mii_serve.bench.http_client import http_address
 from mii_serve.bench.http_driver import HttpDriver
-from mii_serve.bench.http_wire import Url
-from mii_serve.bench.load import Bounds, Driver
+from mii_serve.bench.load import Driver, LoadLimits
 from mii_serve.bench.mii_driver import MiiDriver
 from mii_serve.bench.mix import parse_mix
 from mii_serve.bench.run import Loop, Plan, measure
@@ -75,7 +75,7 @@ class System:
             case "mii":
                 return MiiDriver(f"127.0.0.1:{port}")
             case _:
-                return HttpDriver(Url.parse(f"127.0.0.1:{port}"))
+                return HttpDriver(http_address(f"127.0.0.1:{port}"))
 
 
 def _peer(script: str, *arguments: str) -> tuple[str, ...]:
@@ -169,7 +169,7 @@ class Run:
     arguments: argparse.Namespace
     deadline: float
     rows: list[dict[str, Any]]
-    kept: list[tuple[int, list[Kept]]]
+    kept: list[tuple[int, list[SampledPicture]]]
     capacity: dict[str, float]
 
     async def system(self, system: System) -> None:
@@ -237,7 +237,7 @@ class Run:
             "observed": measured.observed,
             "examples": measured.examples,
         }
-        self.kept.append((len(self.rows), measured.kept))
+        self.kept.append((len(self.rows), measured.sampled))
         self.rows.append(_rounded(row))
         latency = told["latency_s"]["total"] or {}
         print(
@@ -267,9 +267,9 @@ class Run:
     def _plan(self, mix: str, loop: Loop, seconds: float, num_warmup: int) -> Plan:
         # What a server can do is not a matter of deadlines.
         timeout_s = CAPACITY_TIMEOUT_S if loop.kind == "closed" else self.arguments.timeout
-        bounds = Bounds(duration_s=seconds, timeout_s=timeout_s, max_in_flight=256)
+        limits = LoadLimits(duration_s=seconds, timeout_s=timeout_s, max_in_flight=256)
         size = len(MIXES[mix].split(";"))
-        return Plan(loop=loop, mix=parse_mix(MIXES[mix]), bounds=bounds, seed="peers", num_warmup=num_warmup, sample_size=size)
+        return Plan(loop=loop, mix=parse_mix(MIXES[mix]), limits=limits, seed="peers", num_warmup=num_warmup, sample_size=size)
 
     def _skip(self, about: dict[str, Any], reason: str) -> None:
         self.rows.append({**about, "skipped": reason})
@@ -346,7 +346,7 @@ def main() -> None:
         **environment.circumstances(),
         "peer_versions": peer_versions(),
         "systems": {name: {"wire": SYSTEMS[name].wire, "note": SYSTEMS[name].note} for name in arguments.systems},
-        "mixes": {name: parse_mix(MIXES[name]).described() for name in arguments.mixes},
+        "mixes": {name: parse_mix(MIXES[name]).describe() for name in arguments.mixes},
         "callers": CALLERS,
         **{name: getattr(arguments, name) for name in ("seconds", "timeout", "goodput")},
         "capacity_per_s": {name: round(value, 3) for name, value in run.capacity.items()},

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mii_serve.bench.svg import Plot, Series
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -192,25 +190,31 @@ def _peer(name: str, mix: str, result: dict[str, Any]) -> list[object]:
 
 
 def peers_plot() -> str:
-    """The share in time by load, as a picture beside its file; empty while there are no figures."""
+    """The share in time by load, as an SVG beside its file; empty while there are no figures."""
     if not (RESULTS / "peers-demo.json").exists():
         return ""
+    from matplotlib.figure import Figure
+
+    from mii_serve.bench.plots import to_svg
+
     result = read("peers-demo.json")
     mix = "mixed" if "mixed" in result["mixes"] else next(iter(result["mixes"]))
-    series = []
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
     for name in result["systems"]:
         rows = {row.get("load"): row for row in result["rows"] if row["system"] == name and row.get("mix") == mix}
-        shown = [(float(i), rows.get(load, {})) for i, load in enumerate(PEER_LOADS)]
-        points = [(x, 100 * row["goodput"]["share"]) for x, row in shown if row.get("goodput")]
-        if points:
-            series.append(Series(name=name.replace("_", " "), points=points, style="marked"))
-    return Plot(
+        shares = {f"{load:g}": 100 * rows[load]["goodput"]["share"] for load in PEER_LOADS if rows.get(load, {}).get("goodput")}
+        if shares:
+            axes.plot(list(shares), list(shares.values()), marker="o", label=name.replace("_", " "))
+    axes.set(
         title=f"Answered within {result['goodput']:g} s, mix {mix}",
-        x_label="requests/s offered, as a share of what mii_serve can do",
-        y_label="% of all requests",
-        x_names=[f"{load:g}" for load in PEER_LOADS],
-        series=series,
-    ).svg()
+        xlabel="requests/s offered, as a share of what mii_serve can do",
+        ylabel="% of all requests",
+        ylim=(0, None),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return to_svg(figure)
 
 
 def threads() -> str:

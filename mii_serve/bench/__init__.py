@@ -1,8 +1,9 @@
-"""A load generator whose figures can be believed.
+"""A load generator for image servers.
 
-`mix` and `arrivals` say what is asked and when, as pure functions of a seed; `load` asks it of a server through a driver
-(`grpc_driver`, `http_driver`, `mii_driver`) and times every request from the moment it was meant to start; `check` holds a
-sample of the pictures against the reference engine, so that a fast wrong server does not win; `summary`, `compare`, `tables`
-and `html` turn the records into figures. Nothing here knows how a server works inside: what the server says of itself comes
-over its public faces (`observe`).
+`mix` and `arrivals` define the requests and their times, as pure functions of a seed. `load` sends them through a driver
+(`grpc_driver`, `http_driver`, `mii_driver`) and measures each from the moment it was meant to start. `check` compares a sample
+of the pictures with the reference engine's, so that a server cannot win with wrong pictures. `observe` reads the server's
+metrics. `summary` and `spread` compute the figures; `result`, `tables` and `html` report them.
+
+Against a gRPC server this runs on the base installation; what a flag needs beyond it is imported with that flag.
 """

@@ -1,4 +1,4 @@
-"""What a reader needs to repeat a measurement: commit, date, machine, versions, command."""
+"""What a reader needs to repeat a measurement: commit, date, machine, versions, command. Unknown values are None."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from typing import Any
 import mii_serve
 
 PACKAGES = ("torch", "diffusers", "transformers", "grpcio", "protobuf", "numpy")
-
-
 SOURCES = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)README.md")
-"""What a measurement depends on; writing figures down does not make a checkout another one."""
+"""The files a measurement depends on: a change of figures or of text does not make the commit dirty."""
 
 
 def circumstances(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """Of this machine, this process and this checkout; what is not known is None."""
+    """The circumstances of a measurement on this machine, by this process, from this checkout."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -34,14 +32,14 @@ def circumstances(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
 
 
 def command() -> str:
-    """As it can be typed again; the API key is never in it."""
+    """The command line, quoted for a shell. It never holds an API key, which comes from the environment."""
     script = Path(sys.argv[0])
     name = script.parent.name if script.name == "__main__.py" else script.name
     return shlex.join([name, *sys.argv[1:]])
 
 
 def commit() -> str | None:
-    """Of the checkout this package lies in, `-dirty` where files differ from it; None outside a checkout."""
+    """The commit of the checkout that holds this package, with `-dirty` if files differ from it; None outside a checkout."""
     folder = Path(mii_serve.__file__).parent
     known = _git(folder, "ls-files", "--error-unmatch", "__init__.py")
     head = None if known is None else _git(folder, "rev-parse", "HEAD")
@@ -51,7 +49,7 @@ def commit() -> str | None:
 
 
 def device() -> str:
-    """The processor's name and the cores this process may use."""
+    """The processor's name and the number of cores this process may use."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -64,7 +62,7 @@ def device() -> str:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of those that are installed."""
+    """The versions of those packages that are installed."""
     found = {}
     for name in packages:
         try:

@@ -1,4 +1,4 @@
-"""Asks over `mii_serve.v1`, as a stream, so that every request also tells when it started, stepped and showed something."""
+"""Sends requests over `mii_serve.v1` as streams, whose events date a request's start, first step and first preview."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from mii_serve.bench.values import BAD_ANSWER, OK, UNREACHABLE, Answer, PlannedRequest, Shown
+from mii_serve.bench.values import BAD_ANSWER, OK, UNREACHABLE, Answer, PlannedRequest, ReceivedPicture
 from mii_serve.client.calls import OPTIONS, Pairs, typed_error
 from mii_serve.errors import InvalidRequestError, MiiServeError
 from mii_serve.proto.codec import decode_event, decode_server_info, encode_request
@@ -31,21 +31,17 @@ INFO_TIMEOUT_S = 10.0
 
 
 class GrpcDriver:
-    """Implements `load.Driver`; pictures come as PNG, which is what a caller gets who names no format."""
+    """Implements `load.Driver`. Pictures come as PNG, the default format."""
 
     def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None, metadata: Pairs = ()) -> None:
         self._target, self._metadata = target, metadata
-        options = list(OPTIONS)
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, options)
-        else:
-            self._channel = grpc.aio.secure_channel(target, credentials, options)
+        self._channel = open_channel(target, credentials)
         self._stub: Any = ImageGenerationStub(self._channel)
 
     async def ask(self, request: PlannedRequest, timeout_s: float) -> Answer:
         clock = asyncio.get_running_loop().time
         first: dict[type, float] = {}
-        pictures: dict[int, Shown] = {}
+        pictures: dict[int, ReceivedPicture] = {}
         asked = GenerationRequest(params=request.asked, output=OutputOptions(preview_every=request.preview_every))
         try:
             call = self._stub.GenerateStream(encode_request(asked), timeout=timeout_s, metadata=self._metadata)
@@ -53,10 +49,10 @@ class GrpcDriver:
                 event = decode_event(message)
                 first.setdefault(type(event), clock())
                 if isinstance(event, ImageReady):
-                    pictures[event.image_index] = shown(event)
+                    pictures[event.image_index] = _received(event)
         except grpc.RpcError as error:
             return Answer(code=code_of(error), text=str(typed_error(error, self._target)))
-        except InvalidRequestError as error:  # no message could carry it
+        except InvalidRequestError as error:  # a value that the message's field cannot hold
             return Answer(code=error.grpc_code, text=str(error))
         except MiiServeError as error:  # of a newer server
             return Answer(code=BAD_ANSWER, text=str(error))
@@ -70,7 +66,7 @@ class GrpcDriver:
         )
 
     async def server_info(self) -> ServerInfo:
-        """What the server says of itself.
+        """What the server reports of itself.
 
         Raises:
             MiiServeError: it does not answer.
@@ -85,14 +81,21 @@ class GrpcDriver:
         await self._channel.close()
 
 
+def open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """A channel with the SDK's options; without credentials, plain text."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, list(OPTIONS))
+    return grpc.aio.secure_channel(target, credentials, list(OPTIONS))
+
+
 def code_of(error: grpc.RpcError) -> str:
-    """The status's name. UNAVAILABLE is gRPC's word for no connection, too: a server of ours that says it adds details."""
+    """The status's name. gRPC reports a missing connection as UNAVAILABLE, too; a server of ours adds error details to it."""
     if not isinstance(error, grpc.aio.AioRpcError):
         return "UNKNOWN"
-    is_told = any(key == STATUS_DETAILS_KEY for key, _ in error.trailing_metadata() or ())
-    return UNREACHABLE if error.code() is grpc.StatusCode.UNAVAILABLE and not is_told else error.code().name
+    has_details = any(key == STATUS_DETAILS_KEY for key, _ in error.trailing_metadata() or ())
+    return UNREACHABLE if error.code() is grpc.StatusCode.UNAVAILABLE and not has_details else error.code().name
 
 
-def shown(image: ImageReady) -> Shown:
+def _received(image: ImageReady) -> ReceivedPicture:
     is_raw = image.format is ImageFormat.RAW_RGB
-    return Shown(encoded=image.encoded, raw_size=(image.width, image.height) if is_raw else None)
+    return ReceivedPicture(encoded=image.encoded, raw_size=(image.width, image.height) if is_raw else None)

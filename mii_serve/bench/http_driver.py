@@ -1,6 +1,7 @@
-"""Asks over HTTP, `POST /v1/images/generations` as OpenAI's clients do; what their API lacks goes along as extra members.
+"""Sends requests over HTTP: `POST /v1/images/generations`, as OpenAI's clients do.
 
-With `preview_every` the answer is asked for as server-sent events with partial images, one picture a request.
+Parameters that OpenAI's API does not have are extra members of the JSON object. With `preview_every` the driver asks for
+server-sent events with partial images; such a request is for one image.
 """
 
 from __future__ import annotations
@@ -13,46 +14,57 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from mii_serve.bench.http_wire import HttpError, HttpPool, Response, Url
-from mii_serve.bench.values import BAD_ANSWER, DEADLINE_EXCEEDED, OK, UNREACHABLE, Answer, PlannedRequest, Shown
+import httpx2
+
+from mii_serve.bench.http_client import BodyTooLargeError, open_client, read_body
+from mii_serve.bench.values import (
+    BAD_ANSWER,
+    DEADLINE_EXCEEDED,
+    OK,
+    PARAMETER_TYPES,
+    UNREACHABLE,
+    Answer,
+    PlannedRequest,
+    ReceivedPicture,
+)
 
 PATH = "/v1/images/generations"
 NUM_PARTIAL_IMAGES = 3
-_EXTRA = ("negative_prompt", "num_inference_steps", "guidance_scale", "scheduler", "seed")
+_OTHERWISE = ("prompt", "num_images_per_prompt", "height", "width")
+"""Parameters that OpenAI's API has, under names of its own."""
 
 
 class HttpDriver:
     """Implements `load.Driver`."""
 
-    def __init__(self, url: Url, *, tls: ssl.SSLContext | None = None, headers: Mapping[str, str] | None = None) -> None:
-        self._pool = HttpPool(url, tls=tls, headers=headers)
+    def __init__(self, address: str, *, tls: ssl.SSLContext | None = None, headers: Mapping[str, str] | None = None) -> None:
+        """`address`: what `http_address` returns. `headers` are sent with every request."""
+        self._client = open_client(address, tls=tls, headers={"content-type": "application/json", **(headers or {})})
 
     async def ask(self, request: PlannedRequest, timeout_s: float) -> Answer:
         body = json.dumps(encoded(request)).encode()
         try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._pool.request("POST", PATH, body, "application/json") as response,
-            ):
-                if response.status != 200:
-                    return Answer(code=f"HTTP_{response.status}", text=_reason(await response.read()))
+            async with asyncio.timeout(timeout_s), self._client.stream("POST", PATH, content=body) as response:
+                if response.status_code != 200:
+                    return Answer(code=f"HTTP_{response.status_code}", text=_reason(await read_body(response)))
                 if "text/event-stream" in response.headers.get("content-type", ""):
                     return await _read_events(response)
-                return _read_body(await response.read())
+                return _read_body(await read_body(response))
         except TimeoutError:
             return Answer(code=DEADLINE_EXCEEDED, text=f"no answer within {timeout_s:.1f} s")
-        except HttpError as error:
-            return Answer(code=UNREACHABLE, text=str(error))
+        except (httpx2.HTTPError, BodyTooLargeError) as error:
+            return Answer(code=UNREACHABLE, text=f"{type(error).__name__}: {error}")
 
     async def close(self) -> None:
-        await self._pool.close()
+        await self._client.aclose()
 
 
 def encoded(request: PlannedRequest) -> dict[str, Any]:
-    """The request as a JSON object; what was left open stays absent."""
+    """The request as a JSON object; parameters that the request leaves out are absent."""
     asked = request.asked
     members: dict[str, Any] = {"prompt": asked.prompt, "n": request.num_images, "response_format": "b64_json"}
-    members |= {name: value for name in _EXTRA if (value := getattr(asked, name)) is not None}
+    others = (name for name in PARAMETER_TYPES if name not in _OTHERWISE)
+    members |= {name: value for name in others if (value := getattr(asked, name)) is not None}
     if asked.width is not None:
         members["size"] = f"{asked.width}x{asked.height}"
     if request.preview_every is not None:
@@ -68,10 +80,10 @@ def _read_body(body: bytes) -> Answer:
         return Answer(code=BAD_ANSWER, text=f"not the answer of an images API: {type(error).__name__}: {error}")
 
 
-async def _read_events(response: Response) -> Answer:
+async def _read_events(response: httpx2.Response) -> Answer:
     clock = asyncio.get_running_loop().time
     first_preview_at = None
-    async for written in _events(response.chunks):
+    async for written in _events(response.aiter_bytes()):
         try:
             event = json.loads(written)
             kind = event.get("type", "")
@@ -87,7 +99,7 @@ async def _read_events(response: Response) -> Answer:
 
 
 async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
-    """The data of each server-sent event."""
+    """The data of each server-sent event, but not of the closing `[DONE]`."""
     buffer, data = b"", []
     async for chunk in chunks:
         buffer += chunk
@@ -102,15 +114,15 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
                 data = []
 
 
-def _picture(text: str) -> Shown:
+def _picture(text: str) -> ReceivedPicture:
     try:
-        return Shown(encoded=base64.b64decode(text, validate=True))
+        return ReceivedPicture(encoded=base64.b64decode(text, validate=True))
     except binascii.Error as error:
-        raise ValueError(f"no base64: {error}") from None
+        raise ValueError(f"not base64: {error}") from None
 
 
 def _reason(body: bytes) -> str:
-    """What the server says went wrong."""
+    """The message of an error body, or its start."""
     try:
         loaded = json.loads(body)
         error = loaded.get("error", loaded)

@@ -1,9 +1,8 @@
-"""Asks a server for pictures and times the answers. Its clock is the event loop's.
+"""Sends requests through a driver and records the answers. Its clock is the event loop's.
 
-In an open loop requests start when they are meant to, whatever became of those before. `max_in_flight` bounds how many are
-under way; one that has to wait for that is late, and its time counts all the same. In a closed loop each of N callers asks
-again as soon as it has its answer: that measures what a server can do, and says little about how long others would wait for
-it.
+In an open loop, requests start at their times, whether or not earlier ones have ended. `max_in_flight` limits how many are in
+flight; a request that waits for that is late, and the wait counts. In a closed loop, each of N callers sends its next request
+when it has its answer: that measures a server's capacity, and not the latency that independent callers would see.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ from typing import Protocol
 from mii_serve.bench.values import BAD_ANSWER, DEADLINE_EXCEEDED, NOT_SENT, OK, Answer, PlannedRequest, Record
 
 GRACE_S = 5.0
-"""Longer than its deadline nobody waits for a driver that does not come back."""
+"""Seconds after its deadline at which a request is given up whose driver has not returned."""
 
 
 class Driver(Protocol):
-    """Speaks one protocol with one server."""
+    """Sends requests to one server over one protocol."""
 
     async def ask(self, request: PlannedRequest, timeout_s: float) -> Answer:
-        """Send the request and see it through; failures are answers too."""
+        """Send the request and wait for its answer, for at most `timeout_s` seconds; failures are answers, too."""
         ...
 
     async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
-    """Where a load ends: no request starts after `duration_s` or beyond `max_requests`, and none is waited for longer than
-    `timeout_s`.
+class LoadLimits:
+    """No request starts after `duration_s` seconds or after `max_requests` others; `timeout_s` is each request's deadline, in
+    seconds from the moment it was meant to start.
     """
 
     duration_s: float | None = None
@@ -44,18 +43,18 @@ class Bounds:
 OnAnswer = Callable[[PlannedRequest, Answer, Record], None]
 
 
-class _Books:
+class _Recorder:
     def __init__(self, driver: Driver, timeout_s: float, on_answer: OnAnswer | None) -> None:
         self._driver, self._timeout_s, self._on_answer = driver, timeout_s, on_answer
         self._clock = asyncio.get_running_loop().time
         self.start = self._clock()
         self.records: list[Record] = []
 
-    async def make(self, request: PlannedRequest, intended_s: float, gate: asyncio.Semaphore | None = None) -> None:
-        """See one request through, from waiting its turn to its record."""
+    async def run(self, request: PlannedRequest, intended_s: float, gate: asyncio.Semaphore | None = None) -> None:
+        """Send one request when `gate` admits it, wait for its answer, and record both."""
         deadline = self.start + intended_s + self._timeout_s
         sent_at: float | None = None
-        answer = Answer(code=NOT_SENT, text="other requests were under way for as long as it could wait")
+        answer = Answer(code=NOT_SENT, text="other requests were in flight until its deadline")
         try:
             async with asyncio.timeout_at(deadline + GRACE_S):
                 if gate is None:
@@ -74,8 +73,8 @@ class _Books:
             if sent_at is not None:
                 answer = Answer(code=DEADLINE_EXCEEDED, text="no answer, not even after the deadline")
         ended_at = self._clock()
-        if answer.code == OK and (wrong := _what_is_wrong(request, answer)):
-            answer = Answer(code=BAD_ANSWER, text=wrong)
+        if answer.code == OK and (error := _content_error(request, answer)):
+            answer = Answer(code=BAD_ANSWER, text=error)
         intended_at = self.start + intended_s
 
         def since(moment: float | None) -> float | None:
@@ -99,55 +98,55 @@ class _Books:
 
 
 async def open_loop(
-    driver: Driver, schedule: Iterable[tuple[float, PlannedRequest]], bounds: Bounds, on_answer: OnAnswer | None = None
+    driver: Driver, schedule: Iterable[tuple[float, PlannedRequest]], limits: LoadLimits, on_answer: OnAnswer | None = None
 ) -> list[Record]:
-    """Start each request at its time; the records are in the order the requests ended."""
-    books = _Books(driver, bounds.timeout_s, on_answer)
-    gate = asyncio.Semaphore(bounds.max_in_flight)
+    """Start each request at its time. The records are in the order in which the requests ended."""
+    recorder = _Recorder(driver, limits.timeout_s, on_answer)
+    gate = asyncio.Semaphore(limits.max_in_flight)
     clock = asyncio.get_running_loop().time
     async with asyncio.TaskGroup() as calls:
         for count, (at_s, request) in enumerate(schedule):
-            if count == bounds.max_requests or (bounds.duration_s is not None and at_s >= bounds.duration_s):
+            if count == limits.max_requests or (limits.duration_s is not None and at_s >= limits.duration_s):
                 break
-            if (pause_s := books.start + at_s - clock()) > 0:
+            if (pause_s := recorder.start + at_s - clock()) > 0:
                 await asyncio.sleep(pause_s)
-            calls.create_task(books.make(request, at_s, gate))
-    return books.records
+            calls.create_task(recorder.run(request, at_s, gate))
+    return recorder.records
 
 
 async def closed_loop(
     driver: Driver,
     requests: Iterator[PlannedRequest],
     num_callers: int,
-    bounds: Bounds,
+    limits: LoadLimits,
     on_answer: OnAnswer | None = None,
 ) -> list[Record]:
-    """Keep `num_callers` requests under way; a caller is meant to ask again the moment it has its answer."""
-    books = _Books(driver, bounds.timeout_s, on_answer)
+    """Keep `num_callers` requests in flight; a caller's next request is meant to start when its last one ends."""
+    recorder = _Recorder(driver, limits.timeout_s, on_answer)
     clock = asyncio.get_running_loop().time
-    num_begun = 0
+    num_started = 0
 
     async def caller() -> None:
-        nonlocal num_begun
-        while bounds.max_requests is None or num_begun < bounds.max_requests:
-            now_s = clock() - books.start
-            if bounds.duration_s is not None and now_s >= bounds.duration_s:
+        nonlocal num_started
+        while limits.max_requests is None or num_started < limits.max_requests:
+            now_s = clock() - recorder.start
+            if limits.duration_s is not None and now_s >= limits.duration_s:
                 return
             if (request := next(requests, None)) is None:
                 return
-            num_begun += 1
-            await books.make(request, now_s)
-            if not books.records[-1].is_ok:
-                await asyncio.sleep(0.01)  # a server that refuses at once is not to be asked in a tight loop
+            num_started += 1
+            await recorder.run(request, now_s)
+            if not recorder.records[-1].is_ok:
+                await asyncio.sleep(0.01)  # or a server that refuses at once would be asked in a tight loop
 
     async with asyncio.TaskGroup() as callers:
         for _ in range(num_callers):
             callers.create_task(caller())
-    return books.records
+    return recorder.records
 
 
-def _what_is_wrong(request: PlannedRequest, answer: Answer) -> str:
-    """Why the pictures cannot be those that were asked for, by their number and size; empty when they can."""
+def _content_error(request: PlannedRequest, answer: Answer) -> str:
+    """How the pictures' number or size differs from the request; empty if they agree."""
     if len(answer.pictures) != request.num_images:
         return f"{len(answer.pictures)} pictures, asked for {request.num_images}"
     asked = request.asked

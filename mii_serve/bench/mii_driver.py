@@ -1,7 +1,8 @@
-"""Asks over DeepSpeed-MII's own wire: `legacymodelresponse.ModelResponse/Txt2ImgReply`.
+"""Sends requests over DeepSpeed-MII's own wire: `legacymodelresponse.ModelResponse/Txt2ImgReply`.
 
-The messages are built here, in a pool of their own, because a second file that defines them cannot live in one process with
-MII's. MII's wire has no seed; a server that takes `seed` among the `query_kwargs` can be checked, another cannot.
+The message classes are built here, in a descriptor pool of their own: one process cannot register two files that define the
+same messages, and MII's may be loaded. MII's wire has no seed; only the pictures of a server that takes `seed` among the
+`query_kwargs` can be checked.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import grpc
 import grpc.aio
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from mii_serve.bench.grpc_driver import code_of
-from mii_serve.bench.values import OK, Answer, PlannedRequest, Shown
-from mii_serve.client.calls import OPTIONS, Pairs
+from mii_serve.bench.grpc_driver import code_of, open_channel
+from mii_serve.bench.values import BAD_ANSWER, OK, PARAMETER_TYPES, Answer, PlannedRequest, ReceivedPicture
+from mii_serve.client.calls import Pairs
 
 METHOD = "/legacymodelresponse.ModelResponse/Txt2ImgReply"
 
@@ -27,7 +28,9 @@ _TYPES = {
     "bool": _FIELD.TYPE_BOOL,
     "bytes": _FIELD.TYPE_BYTES,
 }
-_KWARGS = ("num_inference_steps", "guidance_scale", "height", "width", "num_images_per_prompt", "scheduler", "seed")
+_KWARGS = tuple(name for name in PARAMETER_TYPES if name not in ("prompt", "negative_prompt"))
+_KWARG_FIELDS = {int: "ivalue", float: "fvalue", str: "svalue"}
+"""The field of MII's `Value` message for each type."""
 
 
 def _messages() -> tuple[Any, Any]:
@@ -83,11 +86,7 @@ class MiiDriver:
 
     def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None, metadata: Pairs = ()) -> None:
         self._metadata = metadata
-        options = list(OPTIONS)
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, options)
-        else:
-            self._channel = grpc.aio.secure_channel(target, credentials, options)
+        self._channel = open_channel(target, credentials)
         self._call: Any = self._channel.unary_unary(
             METHOD, request_serializer=Text2ImageRequest.SerializeToString, response_deserializer=ImageReply.FromString
         )
@@ -98,22 +97,21 @@ class MiiDriver:
         except grpc.aio.AioRpcError as error:
             return Answer(code=code_of(error), text=error.details() or "")
         if reply.mode != "RGB":
-            return Answer(code="BAD_ANSWER", text=f"pictures in mode {reply.mode!r}")
+            return Answer(code=BAD_ANSWER, text=f"pictures in mode {reply.mode!r}")
         size = (reply.size_w, reply.size_h)
-        return Answer(code=OK, pictures=tuple(Shown(encoded=image, raw_size=size) for image in reply.images))
+        return Answer(code=OK, pictures=tuple(ReceivedPicture(encoded=image, raw_size=size) for image in reply.images))
 
     async def close(self) -> None:
         await self._channel.close()
 
 
 def encoded(request: PlannedRequest) -> Any:
-    """The message that MII's own client would send, and the seed with it."""
+    """The message that MII's own client would send, with the seed added."""
     asked = request.asked
     message = Text2ImageRequest(prompt=[asked.prompt], negative_prompt=[asked.negative_prompt or ""])
     for name in _KWARGS:
         value = getattr(asked, name)
         if value is None:
             continue
-        kind = {int: "ivalue", float: "fvalue", str: "svalue"}[type(value)]
-        setattr(message.query_kwargs[name], kind, value)
+        setattr(message.query_kwargs[name], _KWARG_FIELDS[type(value)], value)
     return message

@@ -1,7 +1,7 @@
-"""What is asked: kinds of requests by weight, drawn as a pure function of a seed and the request's number.
+"""What the load asks for: kinds of requests by weight, drawn as a pure function of a seed and the request's index.
 
 A mix is written inline, `3: num_inference_steps=10; 1: num_inference_steps=50, guidance_scale=1`, or as a YAML file with
-`kinds` (a list of such objects with `weight` and perhaps `name`) and perhaps `prompts` (a list of texts).
+`kinds` (a list of objects with parameters, and optionally `weight` and `name`) and optionally `prompts` (a list of texts).
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import difflib
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mii_serve.bench.values import PlannedRequest
+from mii_serve.bench.extra import needs_extra
+from mii_serve.bench.values import PARAMETER_TYPES, PlannedRequest
 from mii_serve.errors import ConfigError
 from mii_serve.types import RequestedParams
 
@@ -30,15 +29,17 @@ PROMPTS = (
 )
 DEFAULT_KIND = "default"
 
-_NUMBERS: dict[str, type[int] | type[float]] = {
-    "num_inference_steps": int,
-    "guidance_scale": float,
-    "height": int,
-    "width": int,
-    "num_images_per_prompt": int,
-}
-_PARAMETERS = tuple(one.name for one in fields(RequestedParams) if one.name != "seed")
+_PARAMETERS = {name: kind for name, kind in PARAMETER_TYPES.items() if name != "seed"}
+"""What a mix may set; every request has a seed of its own."""
 _KEYS = (*_PARAMETERS, "weight", "name")
+_WORDS = {
+    "num_inference_steps": "{num_inference_steps} steps",
+    "width": "{width}x{height}",
+    "guidance_scale": "guidance {guidance_scale:g}",
+    "scheduler": "{scheduler}",
+    "num_images_per_prompt": "{num_images_per_prompt} images",
+}
+"""How a kind without a name is called: `10 steps, 256x256`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +57,13 @@ class Mix:
     prompts: tuple[str, ...] = PROMPTS
 
     def request(self, seed: str, index: int, *, preview_every: int | None = None) -> PlannedRequest:
-        """The request of this number; the same for the same seed, whatever else is drawn."""
-        chance = random.Random(f"{seed}/{index}")
-        [kind] = chance.choices(self.kinds, [kind.weight for kind in self.kinds])
-        params = {"prompt": chance.choice(self.prompts), **kind.params, "seed": chance.randrange(2**31)}
+        """The request with this index; the same for the same seed, whatever else is drawn."""
+        rng = random.Random(f"{seed}/{index}")
+        [kind] = rng.choices(self.kinds, [kind.weight for kind in self.kinds])
+        params = {"prompt": rng.choice(self.prompts), **kind.params, "seed": rng.randrange(2**31)}
         return PlannedRequest(index=index, kind=kind.name, asked=RequestedParams(**params), preview_every=preview_every)
 
-    def described(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[dict[str, Any]]:
         return [{"name": kind.name, "weight": kind.weight, **kind.params} for kind in self.kinds]
 
 
@@ -80,8 +81,7 @@ def parse_mix(text: str | None) -> Mix:
 
 
 def check_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of a request from a mix or a trace, their types checked; whether the server takes the values is its own
-    business.
+    """Parameters of a request from a mix or a trace, with their types checked. The server checks the values.
 
     Raises:
         ConfigError: naming the key and the rule.
@@ -89,14 +89,17 @@ def check_params(params: Mapping[str, Any]) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for key, value in params.items():
         if key not in _PARAMETERS:
-            raise _unknown(key, _PARAMETERS)
-        checked[key] = _number(key, value, _NUMBERS[key]) if key in _NUMBERS else _text(key, value)
+            raise _unknown(key, tuple(_PARAMETERS))
+        kind = _PARAMETERS[key]
+        checked[key] = _text(key, value) if kind is str else _number(key, value, kind)
     if ("height" in checked) is not ("width" in checked):
         raise ConfigError("mix", "height and width go together")
     return checked
 
 
 def _read(file: Path) -> Mix:
+    with needs_extra("--mix"):
+        import yaml
     try:
         loaded = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -115,7 +118,7 @@ def _read(file: Path) -> Mix:
 
 
 def _inline(part: str) -> dict[str, Any]:
-    """`WEIGHT: key=value, key=value`; the weight may be left out."""
+    """Parse `WEIGHT: key=value, key=value`; `WEIGHT:` is optional."""
     weight, colon, rest = part.partition(":")
     kind: dict[str, Any] = {}
     if colon:
@@ -142,29 +145,20 @@ def _kinds(written: list[dict[str, Any]]) -> tuple[Kind, ...]:
         if weight <= 0:
             raise ConfigError("mix.weight", f"must be above 0, got {weight:g}")
         params = check_params({key: value for key, value in one.items() if key not in ("weight", "name")})
-        kinds.append(Kind(name=_text("name", one["name"]) if "name" in one else _named(params), weight=weight, params=params))
+        kinds.append(Kind(name=_text("name", one["name"]) if "name" in one else _name_of(params), weight=weight, params=params))
     if len({kind.name for kind in kinds}) < len(kinds):
         raise ConfigError("mix.name", "must be different for each kind")
     return tuple(kinds)
 
 
-def _named(params: Mapping[str, Any]) -> str:
-    """What a person would call it: `10 steps 256x256`."""
-    words = []
-    if "num_inference_steps" in params:
-        words.append(f"{params['num_inference_steps']} steps")
-    if "width" in params:
-        words.append(f"{params['width']}x{params['height']}")
-    if "guidance_scale" in params:
-        words.append(f"guidance {params['guidance_scale']:g}")
-    words += [str(params[key]) for key in ("scheduler",) if key in params]
-    if "num_images_per_prompt" in params:
-        words.append(f"{params['num_images_per_prompt']} images")
-    words += [f"{key} {params[key][:20]!r}" for key in ("prompt", "negative_prompt") if key in params]
+def _name_of(params: Mapping[str, Any]) -> str:
+    words = [words.format_map(params) for key, words in _WORDS.items() if key in params]
+    others = [key for key in _PARAMETERS if key in params and key not in _WORDS and key != "height"]
+    words += [f"{key} {params[key][:20]!r}" if _PARAMETERS[key] is str else f"{key} {params[key]}" for key in others]
     return ", ".join(words) or DEFAULT_KIND
 
 
-def _number(key: str, value: object, kind: type[int] | type[float]) -> Any:
+def _number(key: str, value: object, kind: type) -> Any:
     rule = "must be a whole number" if kind is int else "must be a finite number"
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ConfigError(f"mix.{key}", f"{rule}, got {value!r}")

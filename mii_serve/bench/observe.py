@@ -1,4 +1,4 @@
-"""What a server says of its own work between two looks at its metrics: batch occupancy, step and stage times."""
+"""What a server's Prometheus metrics say of its work during a load: images per UNet call, step, stage and queue times."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
-from mii_serve.bench.http_wire import HttpError, HttpPool, Url
-from mii_serve.types import Activity
+from mii_serve.bench.http_client import BodyTooLargeError, open_client, read_body
 
 SCRAPE_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
 class _Series:
-    """One histogram, the labels that do not matter added up: observations, their sum, and the cumulated buckets."""
+    """One histogram, summed over the labels that are not compared: observations, their sum, and the cumulative buckets by their
+    upper bound.
+    """
 
     count: float = 0.0
     total: float = 0.0
@@ -30,7 +32,7 @@ class _Series:
         return _Series(self.count - before.count, self.total - before.total, buckets)
 
     def at_most(self, share: float) -> float | None:
-        """The smallest bucket bound that this share of the observations does not exceed; None beyond the last."""
+        """The smallest bucket bound that this share of the observations does not exceed; None if it is beyond the last."""
         for bound, count in sorted(self.buckets.items()):
             if count >= share * self.count:
                 return bound if math.isfinite(bound) else None
@@ -38,7 +40,7 @@ class _Series:
 
 
 Scrape = Mapping[tuple[str, str], _Series]
-"""By the metric's name and the one label that is told apart."""
+"""Histograms by the metric's name and the value of the one label that is kept (empty where none is)."""
 
 _WANTED = {
     "mii_serve_batch_size": "",
@@ -66,34 +68,37 @@ def read_metrics(text: str) -> Scrape:
     return found
 
 
-async def scrape(url: Url, tls: ssl.SSLContext | None = None, headers: Mapping[str, str] | None = None) -> Scrape | str:
-    """A look at the server's metrics, or why there is none."""
-    pool = HttpPool(url, tls=tls, headers=headers)
+async def scrape(address: str, tls: ssl.SSLContext | None = None, headers: Mapping[str, str] | None = None) -> Scrape | str:
+    """The histograms that `/metrics` shows now, or the reason why they cannot be read.
+
+    `address`: what `http_address` returns.
+    """
     try:
-        async with asyncio.timeout(SCRAPE_TIMEOUT_S), pool.request("GET", "/metrics") as response:
-            body = await response.read()
-            return read_metrics(body.decode()) if response.status == 200 else f"/metrics answered {response.status}"
-    except (HttpError, TimeoutError, ValueError) as error:
-        return f"no metrics: {error or type(error).__name__}"
-    finally:
-        await pool.close()
+        async with (
+            asyncio.timeout(SCRAPE_TIMEOUT_S),
+            open_client(address, tls=tls, headers=headers) as client,
+            client.stream("GET", "/metrics") as response,
+        ):
+            body = await read_body(response)
+            return read_metrics(body.decode()) if response.status_code == 200 else f"/metrics answered {response.status_code}"
+    except (httpx2.HTTPError, BodyTooLargeError, TimeoutError, ValueError) as error:
+        return f"no metrics: {type(error).__name__}: {error}".removesuffix(": ")
 
 
 def between(before: Scrape, after: Scrape) -> dict[str, Any]:
-    """What happened between two looks, in images per UNet call and milliseconds; empty where the server measured nothing."""
+    """What a server did between two scrapes: images per UNet call, and times in seconds or, where the key says so, in
+    milliseconds. Empty where the server measured nothing.
+    """
     grown = {key: series.minus(before.get(key, _Series())) for key, series in after.items()}
-    told: dict[str, Any] = {}
+    observed: dict[str, Any] = {}
     sizes = grown.get(("mii_serve_batch_size", ""))
     if sizes and sizes.count > 0:
-        told["images_per_call"] = sizes.total / sizes.count
-        told["num_calls"] = int(sizes.count)
-    steps = {
-        label: series for (name, label), series in grown.items() if name.endswith("step_duration_seconds") and series.count > 0
-    }
-    if steps:
+        observed["images_per_call"] = sizes.total / sizes.count
+        observed["num_calls"] = int(sizes.count)
+    if steps := _by_label(grown, "mii_serve_step_duration_seconds"):
         total = sum(series.total for series in steps.values())
-        told["step_ms"] = 1000 * total / sum(series.count for series in steps.values())
-        told["step_ms_by_batch"] = {
+        observed["step_ms"] = 1000 * total / sum(series.count for series in steps.values())
+        observed["step_ms_by_batch"] = {
             label: {
                 "num_calls": int(steps[label].count),
                 "mean_ms": 1000 * steps[label].total / steps[label].count,
@@ -101,20 +106,13 @@ def between(before: Scrape, after: Scrape) -> dict[str, Any]:
             }
             for label in sorted(steps, key=lambda label: int(label or 0))
         }
-    stages = {
-        label: series for (name, label), series in grown.items() if name.endswith("stage_duration_seconds") and series.count > 0
-    }
-    if stages:
-        told["stage_s"] = {label: series.total for label, series in sorted(stages.items())}
+    if stages := _by_label(grown, "mii_serve_stage_duration_seconds"):
+        observed["stage_s"] = {label: series.total for label, series in sorted(stages.items())}
     queue = grown.get(("mii_serve_queue_seconds", ""))
     if queue and queue.count > 0:
-        told["queue_s"] = queue.total / queue.count
-    return told
+        observed["queue_s"] = queue.total / queue.count
+    return observed
 
 
-def between_activities(before: Activity, after: Activity) -> dict[str, Any]:
-    """The same from `GetServerInfo`, which every gRPC server of ours answers, with less detail."""
-    num_calls = after.num_turns - before.num_turns
-    if num_calls <= 0:
-        return {}
-    return {"images_per_call": (after.num_steps - before.num_steps) / num_calls, "num_calls": num_calls}
+def _by_label(grown: Scrape, metric: str) -> dict[str, _Series]:
+    return {label: series for (name, label), series in grown.items() if name == metric and series.count > 0}

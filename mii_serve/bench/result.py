@@ -1,7 +1,8 @@
-"""A run as one JSON object: what was asked of whom, the figures, the verdict on the pictures, and every request."""
+"""A run as one JSON object: the load, the server, the figures, the check of the pictures, and the record of every request."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mii_serve.bench.check import Verdict
-from mii_serve.bench.spread import by_name, differences, spread
+from mii_serve.bench.check import PictureCheck
+from mii_serve.bench.extra import needs_extra
 from mii_serve.bench.summary import summary
 from mii_serve.bench.values import Record
 from mii_serve.errors import ConfigError
@@ -21,7 +22,9 @@ COLUMNS = tuple(one.name for one in fields(Record))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """`about` are the circumstances, `settings` what the load was, `server` what the server said of itself before it."""
+    """`about` is the circumstances, `settings` the load, `server` what the server reported of itself, `observed` what it did
+    during the load.
+    """
 
     about: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -34,7 +37,7 @@ class Result:
 
     @property
     def is_rejected(self) -> bool:
-        """The pictures are wrong, so that the figures are worth nothing."""
+        """A picture is wrong, so the figures do not count."""
         return self.check.get("is_ok") is False
 
     @property
@@ -43,46 +46,51 @@ class Result:
         return target
 
     def to_json(self) -> str:
-        written = {
+        parts = {
             name: getattr(self, name) for name in ("about", "settings", "server", "summary", "observed", "check", "examples")
         }
         rows = [[getattr(record, column) for column in COLUMNS] for record in self.records]
-        # Strict JSON: a figure that is not finite says so by being null.
-        text = json.dumps(_finite({"format": FORMAT, **written}), indent=1, allow_nan=False)
+        # Strict JSON has no infinity and no NaN: they become null.
+        text = json.dumps(_finite({"format": FORMAT, **parts}), indent=1, allow_nan=False)
         lines = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in rows)
         return f'{text[:-2]},\n "columns": {json.dumps(COLUMNS)},\n "requests": [\n{lines}\n ]\n}}\n'
 
 
-def make(
+def build(
     *,
     about: Mapping[str, Any],
     settings: Mapping[str, Any],
     server: Mapping[str, Any],
     records: Sequence[Record],
     observed: Mapping[str, Any],
-    verdict: Verdict,
+    check: PictureCheck,
     examples: Mapping[str, str],
 ) -> Result:
+    """The result of a run. Confidence intervals need numpy; without it there are none."""
     target_s = settings.get("target_s")
     figures = summary(records, target_s=target_s)
-    figures["intervals"] = spread(records, target_s=target_s).intervals()
+    figures["intervals"] = {}
+    if importlib.util.find_spec("numpy") is not None:
+        from mii_serve.bench.spread import spread
+
+        figures["intervals"] = spread(records, target_s=target_s).intervals()
     return Result(
         about=about,
         settings=settings,
         server=server,
         summary=_finite(figures),
         observed=_finite(dict(observed)),
-        check=_finite({"is_ok": verdict.is_ok, **asdict(verdict)}),
+        check=_finite({"is_ok": check.is_ok, **asdict(check)}),
         examples=examples,
         records=tuple(sorted(records, key=lambda record: record.intended_s)),
     )
 
 
 def read(file: Path) -> Result:
-    """Read what `Result.to_json` wrote.
+    """Read a file that holds the text of `Result.to_json`.
 
     Raises:
-        ConfigError: the file is not one.
+        ConfigError: it does not.
     """
     try:
         loaded = json.loads(file.read_text())
@@ -96,11 +104,17 @@ def read(file: Path) -> Result:
 
 
 COMPARABLE = ("protocol", "loop", "mix", "seed", "preview_every", "target_s")
-"""Settings that make a difference to the figures; the order is that of the warnings."""
+"""Settings that change the figures, in the order of the warnings about them."""
 
 
 def compare(first: Result, second: Result) -> dict[str, Any]:
-    """The differences between two runs, and what of their settings differs, which may be why."""
+    """The differences between the figures of two runs, and between their settings, which may be the reason.
+
+    Raises:
+        ConfigError: numpy is not installed.
+    """
+    with needs_extra("compare"):
+        from mii_serve.bench.spread import by_name, differences
     unlike = [
         f"{name}: {first.settings.get(name)!r} and {second.settings.get(name)!r}"
         for name in COMPARABLE
@@ -126,7 +140,7 @@ def compare(first: Result, second: Result) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for every number that is not finite, and floats short enough to read."""
+    """The same value, with None for every number that is not finite and floats rounded to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""One benchmark from warm-up to the records: asks, watches and keeps what the report needs."""
+"""One measurement: a warm-up, the load, and what the server reports of itself before and after."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ import itertools
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mii_serve.bench.arrivals import Arrival, constant, poisson
-from mii_serve.bench.check import Kept, Sampler
+from mii_serve.bench.check import PictureSample, SampledPicture
 from mii_serve.bench.grpc_driver import GrpcDriver
-from mii_serve.bench.http_wire import Url
-from mii_serve.bench.load import Bounds, Driver, closed_loop, open_loop
+from mii_serve.bench.load import Driver, LoadLimits, closed_loop, open_loop
 from mii_serve.bench.mix import Mix
-from mii_serve.bench.observe import between, between_activities, scrape
-from mii_serve.bench.values import Answer, PlannedRequest, Record
+from mii_serve.bench.values import OK, Answer, PlannedRequest, Record
 from mii_serve.errors import MiiServeError
 from mii_serve.types import ServerInfo
 
+if TYPE_CHECKING:
+    from mii_serve.bench.observe import Scrape
+
+_Look: TypeAlias = "tuple[ServerInfo | None, Scrape | str | None]"
 Protocol = Literal["grpc", "http", "mii"]
+WARMUP_CALLERS = 4
+"""Callers of an open loop's warm-up, which is a closed loop; a closed loop warms up with its own callers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """How requests come: `callers` that each wait for their answer, `rate` a second, or at the times of a `trace`."""
+    """How requests arrive: `callers` that each wait for their answer, `rate` requests/s, or at the times of a `trace`."""
 
     kind: Literal["closed", "poisson", "constant", "trace"]
     callers: int | None = None
@@ -54,16 +58,16 @@ class Loop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is measured."""
+    """What to measure. `sample_size` pictures are kept for the check; `metrics` is the HTTP address to scrape."""
 
     loop: Loop
     mix: Mix
-    bounds: Bounds
+    limits: LoadLimits
     seed: str = "0"
     num_warmup: int = 4
     preview_every: int | None = None
     sample_size: int = 4
-    metrics: Url | None = None
+    metrics: str | None = None
 
     def requests(self, purpose: str = "") -> Iterator[PlannedRequest]:
         seed = self.seed + purpose
@@ -77,11 +81,11 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """`examples` has for each code what was said the first time it came."""
+class Measurement:
+    """What came of a load. `examples` has, for each code, the first text that came with it."""
 
     records: list[Record]
-    kept: list[Kept]
+    sampled: list[SampledPicture]
     observed: Mapping[str, Any]
     examples: Mapping[str, str]
 
@@ -96,49 +100,62 @@ async def measure(
     on_record: OnRecord = lambda record: None,
     tls: ssl.SSLContext | None = None,
     headers: Mapping[str, str] | None = None,
-) -> Measured:
-    """Warm up, then load; the warm-up is in no figure."""
-    bounds, loop = plan.bounds, plan.loop
+) -> Measurement:
+    """Warm the server up, then load it; no figure counts the warm-up. `tls` and `headers` are for the metrics."""
+    loop = plan.loop
     if plan.num_warmup:
-        warm = Bounds(max_requests=plan.num_warmup, timeout_s=bounds.timeout_s)
-        await closed_loop(driver, plan.requests("/warm-up"), min(plan.num_warmup, loop.callers or 4), warm)
+        warmup = LoadLimits(max_requests=plan.num_warmup, timeout_s=plan.limits.timeout_s)
+        await closed_loop(driver, plan.requests("/warm-up"), min(plan.num_warmup, loop.callers or WARMUP_CALLERS), warmup)
     examples: dict[str, str] = {}
-    sampler = Sampler(plan.sample_size, len(plan.mix.kinds), plan.seed)
+    sample = PictureSample(plan.sample_size, len(plan.mix.kinds), plan.seed)
 
     def on_answer(request: PlannedRequest, answer: Answer, record: Record) -> None:
         examples.setdefault(answer.code, answer.text)
-        sampler(request, answer, record)
+        sample(request, answer, record)
         on_record(record)
 
-    before_info = await _info(driver)
-    before = None if plan.metrics is None else await scrape(plan.metrics, tls, headers)
+    before = await _look(plan, driver, tls, headers)
     if loop.kind == "closed":
-        records = await closed_loop(driver, plan.requests(), loop.callers or 1, bounds, on_answer)
+        records = await closed_loop(driver, plan.requests(), loop.callers or 1, plan.limits, on_answer)
     else:
-        records = await open_loop(driver, plan.schedule(), bounds, on_answer)
-    observed: dict[str, Any] = {}
-    after_info = await _info(driver)
-    if before_info is not None and after_info is not None:
-        observed |= between_activities(before_info.activity, after_info.activity)
-    if plan.metrics is not None and before is not None:
-        after = await scrape(plan.metrics, tls, headers)
-        if isinstance(before, str) or isinstance(after, str):
-            observed["text"] = before if isinstance(before, str) else after
-        else:
-            observed |= between(before, after)
-    examples.pop("OK", None)
-    return Measured(records=records, kept=sampler.kept, observed=observed, examples=examples)
+        records = await open_loop(driver, plan.schedule(), plan.limits, on_answer)
+    observed = _observed(before, await _look(plan, driver, tls, headers))
+    examples.pop(OK, None)
+    return Measurement(records=records, sampled=sample.pictures, observed=observed, examples=examples)
 
 
-async def _info(driver: Driver) -> ServerInfo | None:
+async def _look(plan: Plan, driver: Driver, tls: ssl.SSLContext | None, headers: Mapping[str, str] | None) -> _Look:
+    """What the server reports now: `GetServerInfo` over our gRPC, and `/metrics` where the plan names it."""
+    info = None
     if isinstance(driver, GrpcDriver):
         with contextlib.suppress(MiiServeError):
-            return await driver.server_info()
-    return None
+            info = await driver.server_info()
+    if plan.metrics is None:
+        return info, None
+    from mii_serve.bench.observe import scrape
+
+    return info, await scrape(plan.metrics, tls, headers)
 
 
-def described(info: ServerInfo | None) -> dict[str, Any]:
-    """What a result keeps of a server."""
+def _observed(before: _Look, after: _Look) -> dict[str, Any]:
+    """What the server did between two looks; under `text`, why its metrics could not be read."""
+    observed: dict[str, Any] = {}
+    if before[0] is not None and after[0] is not None:
+        first, last = before[0].activity, after[0].activity
+        if (num_calls := last.num_turns - first.num_turns) > 0:
+            observed |= {"images_per_call": (last.num_steps - first.num_steps) / num_calls, "num_calls": num_calls}
+    match before[1], after[1]:
+        case (str(reason), _) | (_, str(reason)):
+            observed["text"] = reason
+        case (Mapping() as first_scrape, Mapping() as last_scrape):
+            from mii_serve.bench.observe import between
+
+            observed |= between(first_scrape, last_scrape)
+    return observed
+
+
+def describe_server(info: ServerInfo | None) -> dict[str, Any]:
+    """What a result records of the server."""
     if info is None:
         return {}
     names = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker")
@@ -146,17 +163,17 @@ def described(info: ServerInfo | None) -> dict[str, Any]:
     return {**{name: getattr(info, name) for name in names}, **slots}
 
 
-def settings(plan: Plan, protocol: Protocol, target: str, target_s: float | None) -> dict[str, Any]:
-    """What a result keeps of a plan."""
+def describe_plan(plan: Plan, protocol: Protocol, target: str, target_s: float | None) -> dict[str, Any]:
+    """What a result records of the load; `target_s` is the goodput's target in seconds."""
     return {
         "protocol": protocol,
         "target": target,
         "loop": str(plan.loop),
-        "mix": plan.mix.described(),
+        "mix": plan.mix.describe(),
         "prompts": list(plan.mix.prompts),
         "seed": plan.seed,
         "num_warmup": plan.num_warmup,
         "preview_every": plan.preview_every,
         "target_s": target_s,
-        "bounds": asdict(plan.bounds),
+        "bounds": asdict(plan.limits),
     }

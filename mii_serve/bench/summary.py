@@ -1,4 +1,4 @@
-"""From records to figures."""
+"""The figures of a load, from its records."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mii_serve.bench.statistics import percentile, summarize
 from mii_serve.bench.values import OK, REFUSALS, Record
 
 ON_TIME_LAG_S = 0.01
-"""A request sent later than this after its time was held up by the generator: by `max_in_flight`, or by a machine that is too
-busy.
+"""Seconds. A request that is sent later than this after its time was delayed by the generator: by `max_in_flight`, or by a busy
+machine.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """A column of times: how it is named, told, and read from a record."""
+    """A column of durations: its name in a record (without `_s`) and in JSON, and its title in tables."""
 
     name: str
     title: str
@@ -38,9 +38,12 @@ def duration_s(record: Record, name: str) -> float | None:
 
 
 def summary(records: Sequence[Record], *, target_s: float | None) -> dict[str, Any]:
-    """All figures of a load. Percentiles are of what went well; the rest counts against throughput and goodput."""
+    """All figures of a load. Percentiles are of successful requests; the others count against throughput and goodput.
+
+    `target_s`: a request counts as good if it succeeds within this many seconds.
+    """
     well = [record for record in records if record.is_ok]
-    # From the load's begin to its last answer: a server is not to be credited with the time it took to drain.
+    # From the start of the load to its last answer: the time a server takes to drain counts, too.
     seconds = max((record.ended_s for record in records), default=0.0)
     codes = Counter(record.code for record in records)
     figures: dict[str, Any] = {
@@ -83,7 +86,7 @@ def latencies(records: Sequence[Record]) -> dict[str, dict[str, float] | None]:
 
 
 def _lag(records: Sequence[Record]) -> dict[str, float] | None:
-    """How late the generator itself was."""
+    """How late the generator sent the requests."""
     lags = [record.sent_s - record.intended_s for record in records]
     if not lags:
         return None

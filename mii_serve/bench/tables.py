@@ -1,8 +1,9 @@
-"""A result as tables for the terminal."""
+"""A result, or the comparison of two, as tables for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,7 @@ COLUMNS = ("mean", *(f"p{percent}" for percent in PERCENTS), "max")
 
 
 def show(result: Result, console: Console) -> None:
-    console.print(_facts(result))
+    console.print(_overview(result))
     console.print()
     console.print(_latencies(result))
     if len(result.summary["by_kind"]) > 1:
@@ -25,13 +26,13 @@ def show(result: Result, console: Console) -> None:
         console.print(_kinds(result))
 
 
-def facts(result: Result) -> list[tuple[str, str]]:
-    """What is not a table of latencies, a line each: for the terminal and the page."""
+def overview(result: Result) -> list[tuple[str, str]]:
+    """Names and values of everything but the latencies, for the terminal and the page."""
     figures, intervals = result.summary, result.summary["intervals"]
     lines = [
         ("server", _server(result)),
         ("load", f"{result.settings['loop']}, {result.settings['protocol']}, seed {result.settings['seed']}"),
-        ("requests", f"{figures['num_requests']} in {figures['seconds']:.1f} s, {figures['num_ok']} went well"),
+        ("requests", f"{figures['num_requests']} in {figures['seconds']:.1f} s, {figures['num_ok']} successful"),
         (
             "throughput",
             f"{rate(figures['requests_per_s'])} requests/s{between(intervals.get('requests_per_s'))}, "
@@ -54,11 +55,14 @@ def facts(result: Result) -> list[tuple[str, str]]:
     if lag := figures["lag"]:
         lines.append(("sent late", f"{100 * lag['share_late']:.1f} % of the requests, at most {lag['max_s']:.2f} s; it counts"))
     lines += _observed(result.observed)
-    lines.append(("pictures", verdict(result)))
+    if not intervals and importlib.util.find_spec("numpy") is None:
+        lines.append(("intervals", "none: they need numpy, which the extra 'bench' installs"))
+    lines.append(("pictures", picture_check(result)))
     return lines
 
 
-def verdict(result: Result) -> str:
+def picture_check(result: Result) -> str:
+    """The result of the check in one sentence."""
     check = result.check
     if check["is_ok"] is None:
         return f"NOT CHECKED: {check['text']}"
@@ -76,12 +80,20 @@ def verdict(result: Result) -> str:
 
 
 def latency_rows(result: Result) -> list[tuple[str, Mapping[str, float]]]:
-    """Each column of times that was measured, and the total once more from the moment of sending."""
+    """Title and figures, in seconds, of each duration that was measured, and of the total counted from sending."""
     measured = result.summary["latency_s"]
     rows = [(column.title, found) for column in DURATIONS if (found := measured[column.name]) is not None]
     if (sent := result.summary["from_sent_s"]) is not None:
         rows.append(("total, from sending only", sent))
     return rows
+
+
+def kind_rows(result: Result) -> Iterator[Sequence[str]]:
+    """For each kind: its name, its number of requests, and its total in seconds by `COLUMNS`."""
+    for kind, figures in result.summary["by_kind"].items():
+        total = figures["total"]
+        values = ["-"] * len(COLUMNS) if total is None else [f"{total[column]:.3f}" for column in COLUMNS]
+        yield (kind, str(figures["num_requests"]), *values)
 
 
 def differences(compared: Mapping[str, Any], console: Console) -> None:
@@ -96,7 +108,7 @@ def differences(compared: Mapping[str, Any], console: Console) -> None:
     for name in compared["unchecked"]:
         console.print(Text(f"the pictures of the {name} run were not checked", style="yellow"))
     for name in compared["rejected"]:
-        console.print(Text(f"the {name} run was rejected: its pictures are wrong, and so are its figures", style="red"))
+        console.print(Text(f"the {name} run was rejected: a picture is wrong, so its figures do not count", style="red"))
     console.print(table)
 
 
@@ -111,7 +123,7 @@ def between(interval: list[float] | None) -> str:
 def _server(result: Result) -> str:
     server = result.server
     if not server:
-        return f"{result.settings['target']}, says nothing of itself"
+        return f"{result.settings['target']}, reports nothing of itself"
     return f"{server['model']} {server['model_revision']}, {server['engine']} {server['dtype']} on {server['device']}"
 
 
@@ -120,7 +132,7 @@ def _observed(observed: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "images_per_call" in observed:
         lines.append(("batch", f"{observed['images_per_call']:.2f} images a UNet call, {observed['num_calls']} calls"))
     if "step_ms" in observed:
-        parts = ", ".join(f"{told['mean_ms']:.1f} at {label}" for label, told in observed["step_ms_by_batch"].items())
+        parts = ", ".join(f"{steps['mean_ms']:.1f} at {label}" for label, steps in observed["step_ms_by_batch"].items())
         lines.append(("step", f"{observed['step_ms']:.1f} ms on average; by images in the call, up to: {parts}"))
     if "stage_s" in observed:
         lines.append(("stages", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in observed["stage_s"].items())))
@@ -129,11 +141,11 @@ def _observed(observed: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _facts(result: Result) -> Table:
+def _overview(result: Result) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in facts(result):
+    for name, value in overview(result):
         style = "" if name != "pictures" or result.check["is_ok"] else "red" if result.is_rejected else "yellow"
         table.add_row(name, Text(value, style=style))
     return table
@@ -145,17 +157,15 @@ def _latencies(result: Result) -> Table:
     for title, found in latency_rows(result):
         table.add_row(title, *(f"{found[column]:.3f}" for column in COLUMNS))
         if title == "total" and "total_mean" in intervals:
-            cells = [intervals.get(f"total_{column}") for column in COLUMNS]
-            table.add_row("  with 95 % between", *("" if cell is None else f"{cell[0]:.3f}-{cell[1]:.3f}" for cell in cells))
+            bounds = [intervals.get(f"total_{column}") for column in COLUMNS]
+            table.add_row("  95 % interval", *("" if pair is None else f"{pair[0]:.3f}-{pair[1]:.3f}" for pair in bounds))
     return table
 
 
 def _kinds(result: Result) -> Table:
     table = _table("total by kind", "requests", *COLUMNS)
-    for kind, told in result.summary["by_kind"].items():
-        found = told["total"]
-        cells = ["-"] * len(COLUMNS) if found is None else [f"{found[column]:.3f}" for column in COLUMNS]
-        table.add_row(kind, str(told["num_requests"]), *cells)
+    for row in kind_rows(result):
+        table.add_row(*row)
     return table
 
 

@@ -1,29 +1,40 @@
-"""The values that travel through a benchmark: what is asked, what came back, and what is kept of it."""
+"""The values of a benchmark: the request that is planned, the answer to it, and the record of both. Standard library and Pillow
+only.
+"""
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
+from typing import get_args, get_type_hints
 
 from PIL import Image
 
 from mii_serve.types import RequestedParams
 
+PARAMETER_TYPES: dict[str, type[str] | type[int] | type[float]] = {
+    name: next((kind for kind in get_args(hint) if kind is not type(None)), hint)
+    for name, hint in get_type_hints(RequestedParams).items()
+}
+"""The type of every parameter of a request."""
+
 OK = "OK"
 DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
 NOT_SENT = "NOT_SENT"
-"""Its time ran out while `max_in_flight` others kept it from being sent; a failure like any other."""
+"""The deadline passed while `max_in_flight` other requests were in flight; a failure like any other."""
 BAD_ANSWER = "BAD_ANSWER"
-"""The server said it went well, and the answer is not what was asked for: pictures missing, unreadable, or of another size."""
+"""The server reported success, and the answer is not what the request asked for: pictures are missing, unreadable, or of
+another size.
+"""
 UNREACHABLE = "UNREACHABLE"
-"""Nobody answered: no connection, or one that broke. Not a refusal, which a server makes."""
+"""No connection, or one that broke. Not a refusal, which a server makes."""
 REFUSALS = frozenset({"RESOURCE_EXHAUSTED", "UNAVAILABLE", "HTTP_429", "HTTP_503"})
-"""Codes of a server that says it has no room now; everything else that is not OK is an error."""
+"""Codes of a server that has no room now; every other code but OK is a failure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRequest:
-    """One request of the load; `asked` has a seed, so that its picture can be made again elsewhere."""
+    """One request of the load; `asked` has a seed, so that the check can make its pictures again."""
 
     index: int
     kind: str
@@ -36,8 +47,8 @@ class PlannedRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    """A picture as it was received: a file, or with `raw_size` (width, height) bare RGB."""
+class ReceivedPicture:
+    """A picture as it was received: an image file, or with `raw_size` (width, height; pixels) raw RGB, 3 bytes a pixel."""
 
     encoded: bytes = field(repr=False)
     raw_size: tuple[int, int] | None = None
@@ -62,7 +73,7 @@ class Shown:
         if self.raw_size is not None:
             width, height = self.raw_size
             if len(self.encoded) != 3 * width * height:
-                raise ValueError(f"{len(self.encoded)} bytes are no {width}x{height} RGB picture")
+                raise ValueError(f"{len(self.encoded)} bytes are not a {width}x{height} RGB picture")
             return self.raw_size
         with Image.open(io.BytesIO(self.encoded)) as file:
             return file.size
@@ -70,11 +81,11 @@ class Shown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What became of a request, as a driver saw it. The times are the event loop's clock, in seconds."""
+    """The outcome of a request, as a driver saw it. Times are seconds of the event loop's clock."""
 
     code: str
     text: str = field(default="", repr=False)
-    pictures: tuple[Shown, ...] = field(default=(), repr=False)
+    pictures: tuple[ReceivedPicture, ...] = field(default=(), repr=False)
     started_at: float | None = None
     first_step_at: float | None = None
     first_preview_at: float | None = None
@@ -82,11 +93,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One request in the books; times are seconds, points in time since the load began.
+    """The record of one request. `intended_s`, `sent_s` and `ended_s` are seconds since the load began.
 
-    `total_s` counts from `intended_s`, when the request was meant to start, and not from `sent_s`, when the generator came to
-    it: a server that stalls is also late for those who had to wait behind the stall. The other durations count from
-    `intended_s` too.
+    The durations, in seconds, count from `intended_s`, when the request was meant to start, and not from `sent_s`, when the
+    generator sent it: a request that is sent late because the server stalled is late all the same.
     """
 
     index: int

@@ -1,8 +1,13 @@
-"""`mii_serve bench`: a load, its figures, and whether they count."""
+"""`mii_serve bench`: load a server, check its pictures, and report the figures.
+
+Against a gRPC server the base installation is enough. `--protocol http`, `--metrics`, `--html` and YAML mixes need the extra
+`bench`, and the check of the pictures needs the extra `server`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import ssl
@@ -12,13 +17,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from mii_serve.bench import arrivals, check, html, result, tables
-from mii_serve.bench.load import Bounds
+from mii_serve.bench import arrivals, check, result, tables
+from mii_serve.bench.environment import circumstances
+from mii_serve.bench.extra import needs_extra
+from mii_serve.bench.http_client import http_address
+from mii_serve.bench.load import LoadLimits
 from mii_serve.bench.mix import parse_mix
-from mii_serve.bench.run import Loop, Measured, Plan, Protocol, described, measure, settings
+from mii_serve.bench.run import Loop, Measurement, Plan, Protocol, describe_plan, describe_server, measure
 from mii_serve.cli.connection import API_KEY_VARIABLE, Connection
 from mii_serve.cli.exits import ExitCode, say
 from mii_serve.errors import ConfigError, MiiServeError, UnavailableError
@@ -30,7 +39,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONCURRENCY = 8
 DEFAULT_DURATION_S = 30.0
-MODELS_KNOWN_BY_NAME = ("demo", "random-sd-v1-4")
+BUILT_IN_MODELS = ("demo", "random-sd-v1-4")
 
 
 def run(values: dict[str, Any], connection: Connection) -> int:
@@ -38,7 +47,7 @@ def run(values: dict[str, Any], connection: Connection) -> int:
 
     Raises:
         ConfigError: naming the flag and the rule.
-        UnavailableError: nobody answers there.
+        UnavailableError: the server does not answer.
     """
     plan = plan_of(values)
     protocol: Protocol = values["protocol"]
@@ -46,42 +55,46 @@ def run(values: dict[str, Any], connection: Connection) -> int:
         if values[name] is not None and not values[name].absolute().parent.is_dir():
             raise ConfigError(f"--{name}", f"no such folder: {values[name].absolute().parent}")
     _positive("--goodput", values["goodput"])
+    if values["html"] is not None:  # before the load, not after it
+        with needs_extra("--html"):
+            from mii_serve.bench import html
+    if plan.metrics is not None:
+        with needs_extra("--metrics"):
+            import mii_serve.bench.observe  # noqa: F401
     is_quiet = not sys.stderr.isatty()
     info, measured = asyncio.run(_measure(plan, protocol, connection, is_quiet=is_quiet))
-    verdict = _check(plan, measured, info, values, is_quiet=is_quiet)
-    from mii_serve.bench.environment import circumstances
-
-    made = result.make(
+    checked = _check(plan, measured, info, values, is_quiet=is_quiet)
+    run = result.build(
         about=circumstances(),
-        settings=settings(plan, protocol, connection.target, values["goodput"]),
-        server=described(info),
+        settings=describe_plan(plan, protocol, connection.target, values["goodput"]),
+        server=describe_server(info),
         records=measured.records,
         observed=measured.observed,
-        verdict=verdict,
+        check=checked,
         examples=measured.examples,
     )
     if values["output"] is not None:
-        values["output"].write_text(made.to_json())
+        values["output"].write_text(run.to_json())
     if values["html"] is not None:
-        values["html"].write_text(html.page(made))
+        values["html"].write_text(html.page(run))
     if values["json"]:
-        sys.stdout.write(made.to_json())
+        sys.stdout.write(run.to_json())
     else:
-        tables.show(made, Console())
-    if made.is_rejected:
+        tables.show(run, Console())
+    if run.is_rejected:
         say("error: rejected: the server's pictures are not those of the reference")
         return ExitCode.REJECTED
-    if not made.summary["num_ok"]:
-        say("error: no request went well")
+    if not run.summary["num_ok"]:
+        say("error: no request succeeded")
         return ExitCode.FAILED
     return ExitCode.OK
 
 
 def compare(files: tuple[Path, Path], *, is_json: bool) -> int:
-    """Say what differs between two results.
+    """Print what differs between two results.
 
     Raises:
-        ConfigError: a file is none.
+        ConfigError: a file is not a result.
     """
     first, second = (result.read(file) for file in files)
     compared = result.compare(first, second)
@@ -93,7 +106,7 @@ def compare(files: tuple[Path, Path], *, is_json: bool) -> int:
 
 
 def plan_of(values: dict[str, Any]) -> Plan:
-    """The plan that the flags describe.
+    """The plan that the flags define.
 
     Raises:
         ConfigError: naming the flag and the rule.
@@ -106,12 +119,10 @@ def plan_of(values: dict[str, Any]) -> Plan:
     duration_s = values["duration"]
     if duration_s is None and values["requests"] is None and values["trace"] is None:
         duration_s = DEFAULT_DURATION_S
-    from mii_serve.bench.http_wire import Url
-
     return Plan(
         loop=_loop(values),
         mix=parse_mix(values["mix"]),
-        bounds=Bounds(
+        limits=LoadLimits(
             duration_s=duration_s,
             max_requests=values["requests"],
             timeout_s=values["timeout"],
@@ -121,14 +132,14 @@ def plan_of(values: dict[str, Any]) -> Plan:
         num_warmup=values["warmup"],
         preview_every=values["preview_every"],
         sample_size=values["check"],
-        metrics=None if values["metrics"] is None else Url.parse(values["metrics"]),
+        metrics=None if values["metrics"] is None else http_address(values["metrics"]),
     )
 
 
 def _loop(values: dict[str, Any]) -> Loop:
     given = [name for name in ("concurrency", "rate", "trace") if values[name] is not None]
     if len(given) > 1:
-        raise ConfigError(f"--{given[1]}", f"cannot go with --{given[0]}: they are different ways for requests to come")
+        raise ConfigError(f"--{given[1]}", f"cannot go with --{given[0]}: both define when requests start")
     for name, partner in (("arrivals", "rate"), ("trace_speed", "trace")):
         if values[name] is not None and values[partner] is None:
             raise ConfigError(f"--{name.replace('_', '-')}", f"needs --{partner}")
@@ -141,7 +152,7 @@ def _loop(values: dict[str, Any]) -> Loop:
 
 
 def _positive(flag: str, value: float | None) -> None:
-    # Not "value <= 0": a NaN is not above 0 either.
+    # Not "value <= 0", which is false of NaN.
     if value is not None and not 0 < value < float("inf"):
         raise ConfigError(flag, f"must be a finite number above 0, got {value}")
 
@@ -151,7 +162,7 @@ def _positive(flag: str, value: float | None) -> None:
 
 async def _measure(
     plan: Plan, protocol: Protocol, connection: Connection, *, is_quiet: bool
-) -> tuple[ServerInfo | None, Measured]:
+) -> tuple[ServerInfo | None, Measurement]:
     driver, info = await _open(protocol, connection)
     headers, tls = _http_settings(connection)
     try:
@@ -162,19 +173,21 @@ async def _measure(
 
 
 async def _open(protocol: Protocol, connection: Connection) -> tuple[Driver, ServerInfo | None]:
-    """A driver whose server is there.
+    """A driver whose server answers.
 
     Raises:
-        UnavailableError: it is not.
+        ConfigError: the protocol needs a package that is not installed.
+        UnavailableError: the server does not answer.
     """
     if protocol == "http":
-        from mii_serve.bench.http_driver import HttpDriver
-        from mii_serve.bench.http_wire import Url
+        with needs_extra("--protocol http"):
+            from mii_serve.bench.http_driver import HttpDriver
 
-        url = Url.parse(connection.target)
-        await _reach(url.host, url.port, connection.target)
+        address = http_address(connection.target)
+        parts = urlsplit(address)
+        await _reach(parts.hostname or "", parts.port or 0, connection.target)
         headers, tls = _http_settings(connection)
-        return HttpDriver(url, tls=tls, headers=headers), None
+        return HttpDriver(address, tls=tls, headers=headers), None
     key = os.environ.get(API_KEY_VARIABLE)
     metadata = (("authorization", f"Bearer {key}"),) if key else ()
     credentials = connection.credentials()
@@ -218,24 +231,24 @@ def _http_settings(connection: Connection) -> tuple[dict[str, str], ssl.SSLConte
 
 @contextmanager
 def _progress(plan: Plan, *, is_quiet: bool) -> Iterator[Callable[[Record], None]]:
-    """A bar on stderr, of the requests where their number is known and else of the time."""
+    """Show a progress bar on stderr: of requests if their number is known, else of time."""
     if is_quiet:
         yield lambda record: None
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    bounds = plan.bounds
-    total = bounds.max_requests or (len(plan.loop.trace) or None)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
+    limits = plan.limits
+    total = limits.max_requests or (len(plan.loop.trace) or None)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[counts]}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("load", total=total or bounds.duration_s, told="")
+        task = bars.add_task("load", total=total or limits.duration_s, counts="")
         seen = {"ok": 0, "other": 0}
 
         def on_record(record: Record) -> None:
             seen["ok" if record.is_ok else "other"] += 1
-            done = sum(seen.values()) if total else min(record.ended_s, bounds.duration_s or record.ended_s)
-            told = f"{seen['ok']} answered" + (f", {seen['other']} not" if seen["other"] else "")
-            bars.update(task, completed=done, told=f"{told}, last {record.total_s:.2f} s")
+            done = sum(seen.values()) if total else min(record.ended_s, limits.duration_s or record.ended_s)
+            counts = f"{seen['ok']} ok" + (f", {seen['other']} not" if seen["other"] else "")
+            bars.update(task, completed=done, counts=f"{counts}, last {record.total_s:.2f} s")
 
         yield on_record
 
@@ -243,25 +256,36 @@ def _progress(plan: Plan, *, is_quiet: bool) -> Iterator[Callable[[Record], None
 # ---- the check -----------------------------------------------------------------------------------------------------
 
 
-def _check(plan: Plan, measured: Measured, info: ServerInfo | None, values: dict[str, Any], *, is_quiet: bool) -> check.Verdict:
+def _check(
+    plan: Plan, measured: Measurement, info: ServerInfo | None, values: dict[str, Any], *, is_quiet: bool
+) -> check.PictureCheck:
     tolerance = check.Tolerance.of(None if info is None else info.dtype)
     if values["check_psnr"] is not None:
         tolerance = replace(tolerance, min_psnr_db=values["check_psnr"])
-    if not plan.sample_size:
-        return check.Verdict(tolerance=tolerance, reference="none", text="--check 0")
-    if not measured.kept:
-        return check.Verdict(tolerance=tolerance, reference="none", text="no picture came")
     model = values["check_model"] or _model_of(info)
-    if model is None:
-        return check.Verdict(tolerance=tolerance, reference="none", text="--check-model says which model to hold them against")
+    if reason := _why_unchecked(plan, measured, model):
+        return check.PictureCheck(tolerance=tolerance, reference="none", text=reason)
     if not is_quiet:
-        say(f"checking {len(measured.kept)} pictures against the reference engine, {model}")
-    with check.open_reference(model) as reference:
-        return check.check(measured.kept, reference, tolerance)
+        say(f"checking {len(measured.sampled)} pictures with the reference engine, {model}")
+    with check.open_reference(model or "") as reference:
+        return check.check(measured.sampled, reference, tolerance)
+
+
+def _why_unchecked(plan: Plan, measured: Measurement, model: str | None) -> str:
+    """Why the pictures cannot be checked; empty if they can."""
+    if not plan.sample_size:
+        return "--check 0"
+    if not measured.sampled:
+        return "there are no pictures"
+    if model is None:
+        return "--check-model names the model to check them with"
+    if importlib.util.find_spec("torch") is None:
+        return "the reference engine needs torch, which the extra 'server' installs"
+    return ""
 
 
 def _model_of(info: ServerInfo | None) -> str | None:
-    """What the server calls its model, where that is enough to load it here: a built-in one, or a hub id."""
-    if info is None or not (info.model in MODELS_KNOWN_BY_NAME or "/" in info.model):
+    """The server's model, if its name is enough to load it here: a built-in model, or a hub id."""
+    if info is None or not (info.model in BUILT_IN_MODELS or "/" in info.model):
         return None
     return info.model

@@ -58,7 +58,7 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so(tmp_path, monkeypatc
     ],
 )
 async def test_a_server_that_does_not_come_up_is_given_up_and_ended(code, timeout_s, why):
-    plan = peers.Plan(loop=peers.Loop(kind="closed", callers=1), mix=peers.parse_mix(None), bounds=peers.Bounds())
+    plan = peers.Plan(loop=peers.Loop(kind="closed", callers=1), mix=peers.parse_mix(None), limits=peers.LoadLimits())
     system = peers.System("s", "http", (sys.executable, "-c", code), "")
     server, driver = peers.Server(system), None
     try:

@@ -21,9 +21,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from mii_serve.bench.grpc_driver import GrpcDriver
+from mii_serve.bench.http_client import http_address
 from mii_serve.bench.http_driver import HttpDriver
-from mii_serve.bench.http_wire import Url
-from mii_serve.bench.load import Bounds
+from mii_serve.bench.load import LoadLimits
 from mii_serve.bench.mii_driver import METHOD, ImageReply, MiiDriver, Text2ImageRequest
 from mii_serve.bench.mix import parse_mix
 from mii_serve.bench.run import Loop, Plan, measure
@@ -37,7 +37,7 @@ MIX = parse_mix("2: num_inference_steps=3, height=64, width=64; 1: num_inference
 
 def plan(loop: Loop, **changes) -> Plan:
     return Plan(
-        **{"loop": loop, "mix": MIX, "bounds": Bounds(max_requests=12, timeout_s=PATIENCE_S), "num_warmup": 2, **changes}
+        **{"loop": loop, "mix": MIX, "limits": LoadLimits(max_requests=12, timeout_s=PATIENCE_S), "num_warmup": 2, **changes}
     )
 
 
@@ -52,7 +52,7 @@ async def test_our_own_server_is_measured_from_inside_and_outside(tmp_path, loop
         serve_http(DeployConfig.load({"http_port": 0}), server.dispatcher, KeyRing(None)) as http,
     ):
         driver = GrpcDriver(server.target)
-        told = await measure(plan(loop, preview_every=1, metrics=Url.parse(http), sample_size=2), driver)
+        told = await measure(plan(loop, preview_every=1, metrics=http_address(http), sample_size=2), driver)
         await driver.close()
     figures = summary(told.records, target_s=20.0)
     assert figures["codes"] == {"OK": 12}
@@ -66,7 +66,7 @@ async def test_our_own_server_is_measured_from_inside_and_outside(tmp_path, loop
     assert told.observed["num_calls"] == calls  # one slot: a call for each step, and none of the warm-up's
     assert told.observed["images_per_call"] == 1.0
     assert sum(one["num_calls"] for one in told.observed["step_ms_by_batch"].values()) == calls
-    assert {one.request.kind for one in told.kept} == set(steps)
+    assert {one.request.kind for one in told.sampled} == set(steps)
 
 
 async def test_refusals_and_bad_requests_are_told_apart(server: RunningServer):
@@ -89,12 +89,12 @@ async def test_refusals_and_bad_requests_are_told_apart(server: RunningServer):
 
 
 async def test_a_server_that_is_gone_fails_every_request_and_the_load_ends():
-    for driver in (GrpcDriver("127.0.0.1:1"), MiiDriver("127.0.0.1:1"), HttpDriver(Url.parse("127.0.0.1:1"))):
-        told = await measure(plan(CLOSED, metrics=Url.parse("127.0.0.1:1")), driver)
+    for driver in (GrpcDriver("127.0.0.1:1"), MiiDriver("127.0.0.1:1"), HttpDriver(http_address("127.0.0.1:1"))):
+        told = await measure(plan(CLOSED, metrics=http_address("127.0.0.1:1")), driver)
         await driver.close()
         assert summary(told.records, target_s=None)["codes"] == {"UNREACHABLE": 12}
         assert told.observed["text"].startswith("no metrics")
-        assert told.kept == []
+        assert told.sampled == []
 
 
 async def test_a_server_that_says_it_is_not_available_refuses(server: RunningServer):
@@ -116,7 +116,7 @@ def png(width: int, height: int) -> str:
 
 
 @contextlib.asynccontextmanager
-async def http_double(answer: Callable[[Request], object]) -> AsyncIterator[Url]:
+async def http_double(answer: Callable[[Request], object]) -> AsyncIterator[str]:
     """A server that answers `POST /v1/images/generations` as it is told."""
     import uvicorn
 
@@ -126,7 +126,7 @@ async def http_double(answer: Callable[[Request], object]) -> AsyncIterator[Url]
     while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.01)
     try:
-        yield Url.parse(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
+        yield http_address(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
     finally:
         server.should_exit = True
         await serving
@@ -168,7 +168,7 @@ async def test_statuses_garbage_and_hang_ups_are_what_they_are():
 
     async with http_double(answer) as url:
         driver = HttpDriver(url)
-        told = await measure(plan(Loop(kind="closed", callers=1), bounds=Bounds(max_requests=6), num_warmup=0), driver)
+        told = await measure(plan(Loop(kind="closed", callers=1), limits=LoadLimits(max_requests=6), num_warmup=0), driver)
         await driver.close()
     codes = [record.code for record in told.records]
     assert codes == ["HTTP_429", "HTTP_502", "BAD_ANSWER", "BAD_ANSWER", "BAD_ANSWER", "UNREACHABLE"]
@@ -183,8 +183,8 @@ async def test_a_slow_answer_ends_at_its_deadline():
 
     async with http_double(answer) as url:
         driver = HttpDriver(url)
-        bounds = Bounds(max_requests=2, timeout_s=0.3)
-        told = await measure(plan(CLOSED, bounds=bounds, num_warmup=0), driver)
+        limits = LoadLimits(max_requests=2, timeout_s=0.3)
+        told = await measure(plan(CLOSED, limits=limits, num_warmup=0), driver)
         await driver.close()
     assert summary(told.records, target_s=None)["codes"] == {"DEADLINE_EXCEEDED": 2}
 
@@ -254,4 +254,4 @@ async def test_miis_wire_gets_kwargs_by_type_and_gives_raw_pictures():
     assert kinds == {
         "num_inference_steps": "ivalue", "height": "ivalue", "width": "ivalue", "guidance_scale": "fvalue", "seed": "ivalue",
     }  # fmt: skip
-    assert told.kept[0].picture.open().size == (72, 64)
+    assert told.sampled[0].picture.open().size == (72, 64)

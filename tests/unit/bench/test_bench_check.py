@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from scripted_server import all_events, colour
 
-from mii_serve.bench.check import Kept, LocalReference, Sampler, Tolerance, check, distance
+from mii_serve.bench.check import LocalReference, PictureSample, SampledPicture, Tolerance, check, distance
 from mii_serve.bench.mix import parse_mix
-from mii_serve.bench.values import Answer, Record, Shown
+from mii_serve.bench.values import Answer, ReceivedPicture, Record
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types import MAX_SEED, gather
 
@@ -25,10 +25,10 @@ def painted(level: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
     return Image.new("RGB", size, (level, level, level))
 
 
-def encoded(image: Image.Image) -> Shown:
+def encoded(image: Image.Image) -> ReceivedPicture:
     buffer = io.BytesIO()
     image.save(buffer, "png")
-    return Shown(encoded=buffer.getvalue())
+    return ReceivedPicture(encoded=buffer.getvalue())
 
 
 class Painter:
@@ -43,8 +43,10 @@ class Painter:
         return self._picture
 
 
-def verdict(sent: Shown, reference: Image.Image, **tolerance):
-    return check([Kept(request=MIX.request("0", 0), image_index=0, picture=sent)], Painter(reference), Tolerance(**tolerance))
+def verdict(sent: ReceivedPicture, reference: Image.Image, **tolerance):
+    return check(
+        [SampledPicture(request=MIX.request("0", 0), image_index=0, picture=sent)], Painter(reference), Tolerance(**tolerance)
+    )
 
 
 def test_distance_by_hand():
@@ -75,8 +77,8 @@ def test_half_precision_may_be_near_instead():
     ("sent", "why"),
     [
         (encoded(painted(100, (8, 16))), "it is 8x16, the reference's 16x16"),
-        (Shown(encoded=b"nothing"), "cannot identify image file"),
-        (Shown(encoded=bytes(5), raw_size=(16, 16)), "not enough image data"),
+        (ReceivedPicture(encoded=b"nothing"), "cannot identify image file"),
+        (ReceivedPicture(encoded=bytes(5), raw_size=(16, 16)), "not enough image data"),
     ],
 )
 def test_what_cannot_be_compared_is_wrong_and_says_why(sent, why):
@@ -90,15 +92,15 @@ def test_a_request_that_the_reference_refuses_is_wrong():
         def picture(self, request, image_index):
             raise InvalidRequestError("scheduler", "must be another")
 
-    kept = [Kept(request=MIX.request("0", 0), image_index=0, picture=encoded(painted(0)))]
+    kept = [SampledPicture(request=MIX.request("0", 0), image_index=0, picture=encoded(painted(0)))]
     found = check(kept, Refusing(painted(0)), Tolerance())
     assert found.is_ok is False
     assert found.pictures[0].text == "scheduler: must be another"
 
 
 def test_one_wrong_picture_among_many_is_enough():
-    kept = [Kept(request=MIX.request("0", i), image_index=0, picture=encoded(painted(100))) for i in range(3)]
-    kept.append(Kept(request=MIX.request("0", 3), image_index=0, picture=encoded(painted(103))))
+    kept = [SampledPicture(request=MIX.request("0", i), image_index=0, picture=encoded(painted(100))) for i in range(3)]
+    kept.append(SampledPicture(request=MIX.request("0", 3), image_index=0, picture=encoded(painted(103))))
     assert check(kept, Painter(painted(100)), Tolerance()).is_ok is False
     assert check(kept[:3], Painter(painted(100)), Tolerance()).is_ok is True
 
@@ -107,9 +109,9 @@ def test_without_pictures_nothing_is_claimed():
     assert check([], Painter(painted(0)), Tolerance()).is_ok is None
 
 
-def answered(sampler: Sampler, index: int, kind: str, code: str = "OK") -> None:
+def answered(sampler: PictureSample, index: int, kind: str, code: str = "OK") -> None:
     request = MIX.request("0", index)
-    picture = Shown(encoded=index.to_bytes(3, "big"), raw_size=(1, 1))
+    picture = ReceivedPicture(encoded=index.to_bytes(3, "big"), raw_size=(1, 1))
     record = Record(index=index, kind=kind, num_images=1, intended_s=0, sent_s=0, ended_s=1, code=code)
     object.__setattr__(request, "kind", kind)
     sampler(request, Answer(code=code, pictures=(picture,)), record)
@@ -118,21 +120,21 @@ def answered(sampler: Sampler, index: int, kind: str, code: str = "OK") -> None:
 def test_every_kind_is_looked_at_and_each_request_with_the_same_chance():
     places: Counter[int] = Counter()
     for seed in range(300):
-        sampler = Sampler(4, 2, str(seed))
+        sampler = PictureSample(4, 2, str(seed))
         for index in range(40):
             answered(sampler, index, "rare" if index % 20 == 0 else "common")
-        kept = Counter(one.request.kind for one in sampler.kept)
+        kept = Counter(one.request.kind for one in sampler.pictures)
         assert kept == {"rare": 2, "common": 2}
-        places.update(one.request.index for one in sampler.kept if one.request.kind == "common")
+        places.update(one.request.index for one in sampler.pictures if one.request.kind == "common")
     early = sum(count for index, count in places.items() if index < 20)
     assert early / sum(places.values()) == pytest.approx(0.5, abs=0.08)
 
 
 def test_only_what_went_well_is_kept_and_nothing_when_nothing_is_wanted():
-    sampler, none = Sampler(4, 1, "0"), Sampler(0, 1, "0")
+    sampler, none = PictureSample(4, 1, "0"), PictureSample(0, 1, "0")
     answered(sampler, 0, "k", "UNAVAILABLE")
     answered(none, 0, "k")
-    assert sampler.kept == none.kept == []
+    assert sampler.pictures == none.pictures == []
 
 
 def test_the_reference_makes_one_image_of_a_request_with_that_images_seed():

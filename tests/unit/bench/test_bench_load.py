@@ -9,12 +9,12 @@ import pytest
 from unit.bench.virtual_time import run
 
 from mii_serve.bench.arrivals import constant
-from mii_serve.bench.load import Bounds, closed_loop, open_loop
+from mii_serve.bench.load import LoadLimits, closed_loop, open_loop
 from mii_serve.bench.mix import parse_mix
 from mii_serve.bench.summary import summary
-from mii_serve.bench.values import Answer, Shown
+from mii_serve.bench.values import Answer, ReceivedPicture
 
-PIXEL = Shown(encoded=bytes(3), raw_size=(1, 1))
+PIXEL = ReceivedPicture(encoded=bytes(3), raw_size=(1, 1))
 MIX = parse_mix("1: num_inference_steps=1")
 
 
@@ -57,7 +57,7 @@ class OneAtATime:
 def test_a_stall_is_counted_for_everybody_who_had_to_wait_behind_it():
     """With one request under way at a time, only one is sent into the stall: timed from sending, it hardly shows."""
     server = OneAtATime(0.010, stall_at=1.0, stall_until=3.0)
-    records = run(open_loop(server, scheduled(20, 5), Bounds(max_in_flight=1)))
+    records = run(open_loop(server, scheduled(20, 5), LoadLimits(max_in_flight=1)))
     figures = summary(records, target_s=None)
     assert figures["num_ok"] == 100
     assert figures["from_sent_s"]["p95"] == pytest.approx(0.010)
@@ -67,7 +67,7 @@ def test_a_stall_is_counted_for_everybody_who_had_to_wait_behind_it():
 
 
 def test_a_server_that_keeps_up_shows_its_service_time_and_no_lag():
-    records = run(open_loop(OneAtATime(0.010), scheduled(20, 5), Bounds()))
+    records = run(open_loop(OneAtATime(0.010), scheduled(20, 5), LoadLimits()))
     figures = summary(records, target_s=0.02)
     assert figures["latency_s"]["total"]["max"] == pytest.approx(0.010)
     assert figures["lag"]["max_s"] == 0
@@ -77,21 +77,21 @@ def test_a_server_that_keeps_up_shows_its_service_time_and_no_lag():
 
 def test_open_loop_requests_do_not_wait_for_those_before():
     server = OneAtATime(1.0)
-    records = run(open_loop(server, scheduled(10, 1), Bounds()))
+    records = run(open_loop(server, scheduled(10, 1), LoadLimits()))
     assert server.most_under_way == 10
     assert [record.sent_s for record in sorted(records, key=lambda r: r.index)] == pytest.approx([i / 10 for i in range(10)])
 
 
 def test_max_in_flight_bounds_what_is_under_way():
     server = OneAtATime(1.0)
-    run(open_loop(server, scheduled(10, 1), Bounds(max_in_flight=3)))
+    run(open_loop(server, scheduled(10, 1), LoadLimits(max_in_flight=3)))
     assert server.most_under_way == 3
 
 
 def test_a_request_that_could_not_be_sent_in_time_is_a_failure_and_the_load_ends():
     """Nine seconds of work arrive at once; with one under way and two seconds for each, two are done."""
     at_once = [(0.0, request(index)) for index in range(10)]
-    records = run(open_loop(OneAtATime(0.9), at_once, Bounds(max_in_flight=1, timeout_s=2.0)))
+    records = run(open_loop(OneAtATime(0.9), at_once, LoadLimits(max_in_flight=1, timeout_s=2.0)))
     codes = summary(records, target_s=None)["codes"]
     assert codes == {"OK": 2, "DEADLINE_EXCEEDED": 1, "NOT_SENT": 7}
     assert max(record.ended_s for record in records) < 2.1
@@ -103,27 +103,27 @@ def test_a_driver_that_never_comes_back_ends_with_its_grace():
             await asyncio.sleep(1e6)
             raise AssertionError
 
-    records = run(open_loop(Dead(0), scheduled(1, 1), Bounds(timeout_s=3.0)))
+    records = run(open_loop(Dead(0), scheduled(1, 1), LoadLimits(timeout_s=3.0)))
     assert [(record.code, record.ended_s) for record in records] == [("DEADLINE_EXCEEDED", 8.0)]
 
 
-@pytest.mark.parametrize(("bounds", "count"), [(Bounds(max_requests=7), 7), (Bounds(duration_s=0.25), 3)])
-def test_an_open_loop_ends_at_its_bound(bounds, count):
-    records = run(open_loop(OneAtATime(0.001), scheduled(10, 5), bounds))
+@pytest.mark.parametrize(("limits", "count"), [(LoadLimits(max_requests=7), 7), (LoadLimits(duration_s=0.25), 3)])
+def test_an_open_loop_ends_at_its_bound(limits, count):
+    records = run(open_loop(OneAtATime(0.001), scheduled(10, 5), limits))
     assert len(records) == count
 
 
 def test_a_closed_loop_keeps_its_callers_busy():
     server = OneAtATime(0.1)
-    records = run(closed_loop(server, map(request, range(1000)), 4, Bounds(duration_s=2.0)))
+    records = run(closed_loop(server, map(request, range(1000)), 4, LoadLimits(duration_s=2.0)))
     assert server.most_under_way == 4
     assert len(records) == 20 + 3  # three were under way at the end and are waited for
     assert summary(records, target_s=None)["latency_s"]["total"]["p50"] == pytest.approx(0.4)
 
 
 def test_a_closed_loop_stops_after_its_requests_or_when_there_are_no_more():
-    assert len(run(closed_loop(OneAtATime(0.1), map(request, range(1000)), 4, Bounds(max_requests=6)))) == 6
-    assert len(run(closed_loop(OneAtATime(0.1), map(request, range(5)), 4, Bounds(max_requests=50)))) == 5
+    assert len(run(closed_loop(OneAtATime(0.1), map(request, range(1000)), 4, LoadLimits(max_requests=6)))) == 6
+    assert len(run(closed_loop(OneAtATime(0.1), map(request, range(5)), 4, LoadLimits(max_requests=50)))) == 5
 
 
 def test_a_refusing_server_is_not_asked_in_a_tight_loop():
@@ -131,14 +131,14 @@ def test_a_refusing_server_is_not_asked_in_a_tight_loop():
         async def ask(self, request, timeout_s):
             return Answer(code="RESOURCE_EXHAUSTED", text="full")
 
-    records = run(closed_loop(Full(0), map(request, range(10**6)), 1, Bounds(duration_s=1.0)))
+    records = run(closed_loop(Full(0), map(request, range(10**6)), 1, LoadLimits(duration_s=1.0)))
     assert 50 <= len(records) <= 110
     assert summary(records, target_s=None)["num_refused"] == len(records)
 
 
 @pytest.mark.parametrize(
     "pictures",
-    [(), (PIXEL, PIXEL), (Shown(encoded=bytes(3), raw_size=(2, 1)),), (Shown(encoded=b"no picture"),)],
+    [(), (PIXEL, PIXEL), (ReceivedPicture(encoded=bytes(3), raw_size=(2, 1)),), (ReceivedPicture(encoded=b"no picture"),)],
     ids=["none", "two", "bytes do not fit the size", "unreadable"],
 )
 def test_an_answer_without_the_pictures_asked_for_is_no_success(pictures):
@@ -146,13 +146,13 @@ def test_an_answer_without_the_pictures_asked_for_is_no_success(pictures):
         async def ask(self, request, timeout_s):
             return Answer(code="OK", pictures=pictures)
 
-    [record] = run(open_loop(Liar(0), [(0.0, request(0))], Bounds()))
+    [record] = run(open_loop(Liar(0), [(0.0, request(0))], LoadLimits()))
     assert record.code == "BAD_ANSWER"
 
 
 def test_a_picture_of_another_size_is_no_success():
     asked = parse_mix("1: height=8, width=16").request("0", 0)
-    [record] = run(open_loop(OneAtATime(0), [(0.0, asked)], Bounds()))
+    [record] = run(open_loop(OneAtATime(0), [(0.0, asked)], LoadLimits()))
     assert record.code == "BAD_ANSWER"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mii_serve.bench.spread import differences, spread
-from mii_serve.bench.statistics import block_length, interval, percentile, resampled, summarize
+from mii_serve.bench.spread import block_length, differences, interval, resampled, spread
+from mii_serve.bench.statistics import percentile, summarize
 from mii_serve.bench.values import Record
 
 
