@@ -209,7 +209,7 @@ class MIIClient:
         self._channel.close()
 
     def _call(self, method: str, request: bytes) -> bytes:
-        call = self._channel.unary_unary(f"{_SERVICE}/{method}")
+        call: Any = self._channel.unary_unary(f"{_SERVICE}/{method}")
         try:
             return bytes(call(request, metadata=self._metadata))
         except grpc.RpcError as error:

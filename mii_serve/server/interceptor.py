@@ -37,7 +37,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not details.method.startswith(_OWN):
             return handler
         headers = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
-        parse = well_formed(handler.request_deserializer)
+        parse = well_formed(handler.request_deserializer or bytes)
         answer: Any = _stream if handler.response_streaming else _unary
         method: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
