@@ -18,7 +18,7 @@ from mii_serve.extras import EXTRAS, MissingExtraError, how_to_get
     [
         (MissingExtraError("server", "numpy"), f"numpy is not installed: {how_to_get('server')}"),
         (ModuleNotFoundError("No module named 'yaml'", name="yaml"), f"yaml is not installed: {how_to_get('bench')}"),
-        (ModuleNotFoundError("No module named 'x'", name="x"), "x is not installed, and no extra of mii_serve brings it"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "x is not installed, and no extra of mii_serve includes it"),
     ],
 )
 def test_a_missing_module_is_one_line_with_its_own_exit_code(
@@ -62,7 +62,7 @@ async def test_without_the_extra_http_a_server_has_no_http_port_and_says_why(
 
 def test_the_doctor_names_the_extras(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = doctor.Machine(system="s", python="3", num_cores=1, torch_error="ModuleNotFoundError: torch")
-    monkeypatch.setattr(doctor, "look", lambda: machine)
+    monkeypatch.setattr(doctor, "inspect_machine", lambda: machine)
     said = run("doctor")
     assert said.code == 1 and "ModuleNotFoundError" not in said.out
     assert {extra for extra in EXTRAS if how_to_get(extra) in said.out} == {"server", "http", "deepspeed", "otel"}
