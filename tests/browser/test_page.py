@@ -19,8 +19,10 @@ from patience import PATIENCE_S
 from PIL import Image
 from playwright.async_api import Page, expect
 
+from mii_serve.gateway.page import messages
 from mii_serve.safety.moderation import Verdict
 from mii_serve.server.keys import KeyRing
+from mii_serve.types import PARAMETERS, Parameter
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 HOSTILE = """<img src=x onerror="document.title='owned'"> it's "quoted" \\ ${1} $(2) `3` \u2028 ☃ 😀"""
@@ -80,6 +82,17 @@ async def test_a_picture_hangs_with_what_it_was_made_with(site: Site, size):
     with Image.open(await download.path()) as image:
         assert json.loads(image.info["mii_serve"])["seed"] == 7
     assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+
+
+async def test_a_declared_parameter_without_a_control_gets_a_plain_one(site: Site, monkeypatch):
+    new = Parameter(name="clip_skip", kind=int, bounds=lambda limits: (0, 11), default=0, help="encoder layers to leave out")
+    monkeypatch.setattr(messages, "PARAMETERS", (*PARAMETERS, new))
+    page = await site.open()
+    await page.click("#more summary")
+    await expect(page.locator("#clip_skip")).to_have_value("0")
+    assert await page.locator("#clip_skip").get_attribute("max") == "11"
+    await draw(page, "a red circle", clip_skip="3")
+    await expect(page.locator("#clip_skip-error")).to_have_text(re.compile("^Clip skip is not known here"))  # but in the form
 
 
 async def test_what_is_left_open_is_the_servers_default_and_told(site: Site):
