@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from buckets import worst_bucket
-from drawing import draw
+from drawing import crowd, draw
 from torch.nn import functional
 
 from mii_serve.config import LimitsConfig
@@ -192,8 +192,6 @@ class TestEngine:
         assert psnr(draw(engine, **asked), draw(reference, **asked)) >= MIN_PSNR_DB
 
     def test_changing_batch_size_and_steps_between_replays_changes_no_picture(self, engine, reference):
-        from gpu.test_native_on_cuda import crowd
-
         kinds = [
             {"prompt": "a red circle", "seed": 1, "scheduler": "pndm", "num_inference_steps": 12, "guidance_scale": 1.0},
             {"prompt": "a green star", "seed": 2, "scheduler": "euler_a", "num_inference_steps": 5},
@@ -209,8 +207,6 @@ class TestEngine:
 
 class TestFullSize:
     def test_random_weights_make_a_batch_and_auto_takes_deepspeed(self):
-        from gpu.test_native_on_cuda import crowd
-
         from mii_serve.config import DeployConfig
         from mii_serve.engine.factory import build_engine
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from buckets import worst_bucket
-from drawing import draw, run_alone
+from drawing import crowd, draw, run_alone
 from samplers import USUAL
 
 from mii_serve.config import LimitsConfig
 from mii_serve.engine.native import NativeEngine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.models import load_model
-from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
+from mii_serve.types import Picture, RequestedParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -53,25 +53,6 @@ def fp16() -> NativeEngine:
 
 def levels(picture: Picture) -> np.ndarray:
     return np.frombuffer(picture.rgb, np.uint8).astype(int)
-
-
-def crowd(engine: NativeEngine, asked: list[dict[str, object]]) -> list[Picture]:
-    """All of these together, as the scheduler would plan it: who has ended leaves, the others go on."""
-    samples = [
-        Sample(id=SampleId(f"r{i}", 0), params=engine.capabilities.resolve(RequestedParams(**one), fallback_seed=0))
-        for i, one in enumerate(asked)
-    ]
-    left = {sample.id: engine.check(sample.params) for sample in samples}
-    pictures: dict[SampleId, Picture] = {}
-    joins = tuple(samples)
-    while left:
-        ending = tuple(sample_id for sample_id, calls in left.items() if calls == 1)
-        for progress in engine.run(StepPlan(joins=joins, steps=tuple(left), decodes=ending)):
-            if progress.picture is not None:
-                pictures[progress.id] = progress.picture
-        left = {sample_id: calls - 1 for sample_id, calls in left.items() if calls > 1}
-        joins = ()
-    return [pictures[sample.id] for sample in samples]
 
 
 @pytest.mark.parametrize("scheduler", USUAL)

@@ -10,7 +10,7 @@ from drawing import run_alone
 import mii_serve.models
 from mii_serve.config import LimitsConfig
 from mii_serve.engine.reference import ReferenceEngine
-from mii_serve.models import load_model
+from mii_serve.models import LoadedModel, load_model
 from mii_serve.types import Picture, RequestedParams
 
 DEMO_FOLDER = Path(mii_serve.models.__file__).parent / "demo"
@@ -48,3 +48,9 @@ def draw(engine):
         return [run_alone(engine, params, i) for i in range(params.num_images_per_prompt)]
 
     return draw_request
+
+
+@pytest.fixture(scope="session")
+def demo() -> LoadedModel:
+    """Without the checker, which blackens a picture of few steps as it likes."""
+    return load_model("demo", revision=None, dtype="fp32", device="cpu", limits=LimitsConfig(), enable_safety_checker=False)

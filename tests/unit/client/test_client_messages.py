@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from unit.client.scripted_server import all_pictures, done, effective, encoded, image, queued
+from scripted_server import all_pictures, done, effective, encoded, image, queued
 
 from mii_serve.client.messages import Gathering, build_request, check_bound, check_timeout, decode_response
 from mii_serve.errors import InvalidRequestError, MiiServeError

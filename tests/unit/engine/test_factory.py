@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_engine import FakeEngine
-from unit.engine.test_requirements import COMPLETE, LACKS
+from machines import COMPLETE, LACKS
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import factory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from test_promises import Player, request, scheduler_of
+from player import Player, request, scheduler_of
 
 
 def shares(names: dict[str, object], turns: int = 600) -> dict[str, int]:

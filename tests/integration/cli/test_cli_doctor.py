@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 import torch
-from unit.cli.conftest import Run
-from unit.engine.test_requirements import COMPLETE, LACKS
+from commands import Run
+from machines import COMPLETE, LACKS
 
 from mii_serve.cli import doctor
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Run
 from patience import PATIENCE_S
-from unit.cli.conftest import Run
-from unit.client.scripted_server import (
+from scripted_server import (
     RunningServer,
     all_pictures,
     done,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from patience import PATIENCE_S
-from unit.client.scripted_server import RunningServer, all_pictures, refusal
+from scripted_server import RunningServer, all_pictures, refusal
 
 from mii_serve.client import AsyncClient, Client
 from mii_serve.errors import (

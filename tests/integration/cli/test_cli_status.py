@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from unit.cli.conftest import Run
-from unit.client.scripted_server import RunningServer
+from commands import Run
+from scripted_server import RunningServer
 
 from mii_serve.errors import EngineError
 

@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
 import pytest
-from unit.client.scripted_server import RunningServer, running
+from scripted_server import RunningServer, running
 
 from mii_serve.client import Client
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from patience import PATIENCE_S
-from unit.client.scripted_server import RunningServer, all_pictures, colour, queued, refusal
+from scripted_server import RunningServer, all_pictures, colour, queued, refusal
 
 from mii_serve.client import AsyncClient, Client, Done, PictureReady, Queued, Started, Step
 from mii_serve.errors import (

@@ -1,0 +1,73 @@
+"""Requests for a scheduler, and a player that stands for the engine."""
+
+from __future__ import annotations
+
+from mii_serve.errors import EngineError
+from mii_serve.scheduler import Scheduler
+from mii_serve.types import EngineCapacity, GenerationParams, Picture, Request, SampleId, SampleProgress
+
+PICTURE = Picture(width=1, height=1, rgb=bytes(3), nsfw_content_detected=None)
+
+
+def params(num_images: int = 1, guidance: float = 3.0, size: tuple[int, int] = (64, 64)) -> GenerationParams:
+    return GenerationParams(
+        prompt="p",
+        negative_prompt="",
+        height=size[0],
+        width=size[1],
+        num_inference_steps=1,
+        guidance_scale=guidance,
+        num_images_per_prompt=num_images,
+        scheduler="pndm",
+        seed=0,
+    )
+
+
+def request(name: str, num_images: int = 1, num_calls: int = 2, **more) -> Request:
+    shape = {key: more.pop(key) for key in ("guidance", "size") if key in more}
+    return Request(id=name, params=params(num_images, **shape), num_calls=num_calls, **more)
+
+
+def scheduler_of(max_slots: int = 1, *, max_decodes: int = 4, max_waiting: int = 10_000, max_wait_s: float = 1e9) -> Scheduler:
+    capacity = EngineCapacity(max_slots=max_slots, max_decodes=max_decodes)
+    return Scheduler(capacity, max_waiting_samples=max_waiting, max_waiting_s=max_wait_s)
+
+
+class Player:
+    """Plays the engine: keeps its own record of what it was told to do, and answers truthfully."""
+
+    def __init__(self, scheduler: Scheduler, num_calls: dict[str, int]) -> None:
+        self.scheduler, self.num_calls = scheduler, num_calls
+        self.steps: dict[SampleId, int] = {}
+        self.joined: list[SampleId] = []
+
+    def turn(self, elapsed_s: float = 1.0):
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self.scheduler.advance(self.answer(plan), elapsed_s)
+        return plan
+
+    def answer(self, plan, failing: SampleId | None = None) -> list[SampleProgress]:
+        for sample_id in plan.leaves:
+            self.steps.pop(sample_id, None)  # it may have ended in the turn it was dropped in
+        for sample in plan.joins:
+            assert sample.id not in self.steps
+            self.steps[sample.id] = 0
+            self.joined.append(sample.id)
+        made = {}
+        for sample_id in plan.steps:
+            self.steps[sample_id] += 1
+            error = EngineError("told to") if sample_id == failing else None
+            made[sample_id] = self.progress(sample_id, error=error)
+            if error:
+                del self.steps[sample_id]
+        for sample_id in plan.decodes:
+            if sample_id in self.steps:
+                assert self.steps[sample_id] == self.num_calls[sample_id.request_id]
+                made[sample_id] = self.progress(sample_id, picture=PICTURE)
+                del self.steps[sample_id]
+        return list(made.values())
+
+    def progress(self, sample_id: SampleId, **more) -> SampleProgress:
+        calls = self.num_calls[sample_id.request_id]
+        return SampleProgress(id=sample_id, step=self.steps[sample_id], num_steps=calls, **more)
