@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from browser.conftest import DESKTOP, PHONE, Site, UnhurriedEngine, site_of
 from fake_engine import MAX_WORDS, FakeEngine
 from outside import ROOT
 from patience import PATIENCE_S
 from PIL import Image
 from playwright.async_api import Page, expect
+from sites import DESKTOP, PHONE, Site, UnhurriedEngine, site_of
 
 from mii_serve.gateway.page import messages
 from mii_serve.safety.moderation import Verdict
