@@ -144,13 +144,13 @@ def _observed(before: _Look, after: _Look) -> dict[str, Any]:
         first, last = before[0].activity, after[0].activity
         if (num_calls := last.num_turns - first.num_turns) > 0:
             observed |= {"images_per_call": (last.num_steps - first.num_steps) / num_calls, "num_calls": num_calls}
-    for scraped in (before[1], after[1]):
-        if isinstance(scraped, str):
-            return {**observed, "text": scraped}
-    if before[1] is not None and after[1] is not None:
-        from mii_serve.bench.observe import between
+    match before[1], after[1]:
+        case (str(reason), _) | (_, str(reason)):
+            observed["text"] = reason
+        case (Mapping() as first_scrape, Mapping() as last_scrape):
+            from mii_serve.bench.observe import between
 
-        observed |= between(before[1], after[1])
+            observed |= between(first_scrape, last_scrape)
     return observed
 
 

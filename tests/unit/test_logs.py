@@ -1,12 +1,14 @@
-"""Log lines as JSON, and a log nobody reads."""
+"""Log lines as JSON, and logs that are read too slowly or not at all."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 from patience import PATIENCE_S
 
@@ -36,23 +38,69 @@ def test_an_exception_and_what_json_does_not_know_are_text():
     assert "ValueError: broken" in told["exception"] and told["odd"] == "{1}"
 
 
-def test_nobody_waits_for_a_reader_of_the_log_who_is_stuck():
-    lines = f"""
-        import logging
-        from mii_serve.logs import configure_logs
-        configure_logs("info", "text")
-        for number in range({2 * MAX_WAITING_LINES}):
-            logging.info("line %d of a hundred bytes {"." * 60}", number)
+def logging_process(text: str, **streams: Any) -> subprocess.Popen[str]:
+    code = f"""
+import logging, sys
+from mii_serve.logs import MAX_WAITING_LINES, configure_logs
+configure_logs("info", "text")
+{textwrap.dedent(text)}
+"""
+    return subprocess.Popen([sys.executable, "-c", code], text=True, **streams)
+
+
+def test_a_stuck_reader_of_the_log_delays_no_caller():
+    lines = """
+        for number in range(2 * MAX_WAITING_LINES):
+            logging.info("record %d of a hundred bytes " + "." * 60, number)
         print("served", flush=True)
         input()
         logging.info("the last")
     """
-    command = [sys.executable, "-c", textwrap.dedent(lines)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
-        assert process.stdout.readline() == "served\n", "with stderr's pipe full and nobody reading it"
+    with logging_process(lines, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout.readline() == "served\n", "with stderr's pipe full and no reader"
         _, stderr = process.communicate("\n", timeout=PATIENCE_S)
     told = stderr.splitlines()
-    assert any("line 0 of" in line for line in told)
-    assert any("lines were dropped: nobody read them in time" in line for line in told)
+    numbers = [int(found[1]) for line in told if (found := re.search(r"record (\d+) of", line))]
+    assert numbers == list(range(len(numbers))), "in order, and those that are dropped are the last"
+    assert MAX_WAITING_LINES <= len(numbers) < 2 * MAX_WAITING_LINES
+    [dropped] = [int(found[1]) for line in told if (found := re.search(r"(\d+) lines were dropped", line))]
+    assert len(numbers) + dropped + ("the last" in stderr) == 2 * MAX_WAITING_LINES + 1
+    assert process.returncode == 0
+
+
+def test_a_log_without_a_reader_ends_nothing():
+    lines = """
+        sys.stdin.readline()
+        for number in range(100):
+            logging.info("record %d", number)
+        print("served", flush=True)
+    """
+    pipe = subprocess.PIPE
+    with logging_process(lines, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        process.stderr.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.stdout.read() == "served\n"
+        assert process.wait(PATIENCE_S) == 0
+
+
+def test_a_record_that_cannot_be_formatted_is_named_and_ends_nothing():
+    with logging_process('logging.info("%d", "x"); logging.info("the next")', stderr=subprocess.PIPE) as process:
+        _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert "a record cannot be formatted: root, <string>:" in stderr
+    assert "the next" in stderr
+    assert process.returncode == 0
+
+
+def test_what_waits_is_written_once_however_often_logs_are_finished():
+    lines = """
+        from mii_serve.logs import finish_logs
+        logging.info("the last")
+        finish_logs(60)
+        finish_logs(60)
+    """
+    with logging_process(lines, stderr=subprocess.PIPE) as process:
+        _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert stderr.count("the last") == 1
     assert process.returncode == 0
