@@ -73,12 +73,11 @@ class Work:
 
 @dataclass(slots=True, eq=False)
 class _Part:
-    """Images `first` to `first + count - 1` of a request, made by one replica. `left` counts each one's UNet calls to go."""
+    """Images `first` to `first + count - 1` of a request, made by one replica."""
 
     work: Work
     first: int
     count: int
-    left: dict[int, int] = field(default_factory=dict)
     delivered: set[int] = field(default_factory=set)
     started: bool = False
     evidence: Evidence = field(default_factory=Evidence)
@@ -254,8 +253,7 @@ class Router:
 
         def on_step(image_index: int, step: int, num_steps: int) -> None:
             part.started = True
-            part.left[part.first + image_index] = num_steps - step
-            account.update()
+            account.set_left(part.first + image_index, num_steps - step)
 
         order = Order(
             request_id=work.call.request_id,
@@ -269,8 +267,9 @@ class Router:
         try:
             async with contextlib.aclosing(account.connection.generate(order)) as events:
                 async for event in events:
+                    if isinstance(event, ImageReady):
+                        account.set_left(part.first + event.image_index, 0)
                     if (placed := _placed(event, part)) is not None:
-                        account.update()
                         yield placed
         finally:
             part.release()
@@ -283,7 +282,6 @@ class Router:
         return part.account
 
     def _book(self, part: _Part, connection: ReplicaConnection) -> None:
-        part.left = dict.fromkeys(part.indexes, part.work.params.num_inference_steps)
         part.started = False
         part.account = _Account(connection, part, on_close=self.serve_waiting)
 
@@ -353,23 +351,24 @@ class _Account:
 
     def __init__(self, connection: ReplicaConnection, part: _Part, on_close: Callable[[], None]) -> None:
         self.connection = connection
-        self._part, self._on_close, self._booked = part, on_close, 0
+        self._work_per_call = part.params.work_per_call
+        self._left = dict.fromkeys(part.indexes, part.params.num_inference_steps)
+        self._on_close = on_close
+        connection.work += sum(self._left.values()) * self._work_per_call
         connection.num_running += 1
         connection.is_isolated = part.evidence.is_suspect
-        self.update()
 
-    def update(self) -> None:
-        self._book(sum(self._part.left.values()) * self._part.work.params.work_per_call)
+    def set_left(self, image_index: int, num_calls: int) -> None:
+        """This image has so many UNet calls to go."""
+        self.connection.work += (num_calls - self._left[image_index]) * self._work_per_call
+        self._left[image_index] = num_calls
 
     def close(self) -> None:
-        self._book(0)
+        for image_index in self._left:
+            self.set_left(image_index, 0)
         self.connection.num_running -= 1
         self.connection.is_isolated = False
         self._on_close()
-
-    def _book(self, work: int) -> None:
-        self.connection.work += work - self._booked
-        self._booked = work
 
 
 def _placed(event: Event, part: _Part) -> Event | None:
@@ -380,7 +379,6 @@ def _placed(event: Event, part: _Part) -> Event | None:
     is_new = index not in part.delivered
     if isinstance(event, ImageReady):
         part.delivered.add(index)
-        part.left[index] = 0
     else:
         part.started = True
     if not is_new:

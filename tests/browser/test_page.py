@@ -12,15 +12,15 @@ from dataclasses import replace
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from browser.conftest import DESKTOP, PHONE, Site, UnhurriedEngine, site_of
 from fake_engine import MAX_WORDS, FakeEngine
 from outside import ROOT
 from patience import PATIENCE_S
 from PIL import Image
 from playwright.async_api import Page, expect
+from sites import DESKTOP, PHONE, Site, UnhurriedEngine, site_of
 
 from mii_serve.gateway.page import messages
-from mii_serve.safety.moderation import Verdict
+from mii_serve.safety.moderation import ModerationVerdict
 from mii_serve.server.keys import KeyRing
 from mii_serve.types import PARAMETERS, Parameter
 
@@ -281,9 +281,9 @@ class Strict:
 
     async def close(self) -> None: ...
 
-    async def check_image(self, file: bytes) -> Verdict:
+    async def check_image(self, file: bytes) -> ModerationVerdict:
         self._num_left -= 1
-        return Verdict(categories={"Violence": 6} if self._num_left < 0 else {})
+        return ModerationVerdict(categories={"Violence": 6} if self._num_left < 0 else {})
 
 
 @SIZES

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 
+import mii_serve.models
 from mii_serve.samplers.build import ModelSchedulers, repaired
 from mii_serve.samplers.names import SAMPLERS
+from mii_serve.samplers.sampling import Samplings
+from mii_serve.samplers.table import SamplerTable
 
 USUAL = (
     *("pndm", "ddim", "ddpm", "euler", "euler_karras", "euler_a", "heun", "kdpm2", "kdpm2_a", "lms"),
@@ -24,3 +30,30 @@ ALL = tuple(name for name, spec in SAMPLERS.items() if spec.class_name != "DPMSo
 def schedulers(config: Mapping[str, Any], class_name: str = "PNDMScheduler") -> ModelSchedulers:
     """Those of a model whose scheduler_config.json says this."""
     return ModelSchedulers(repaired(getattr(diffusers, class_name).from_config(dict(config))))
+
+
+CONFIG = json.loads((Path(mii_serve.models.__file__).parent / "demo" / "scheduler" / "scheduler_config.json").read_text())
+
+
+CPU = torch.device("cpu")
+
+
+def compile_table(config: dict, sampler: str, num_steps: int) -> SamplerTable:
+    found = Samplings(schedulers(config)).of(sampler, num_steps)
+    assert isinstance(found, SamplerTable), found
+    return found
+
+
+SD_V1_CONFIG = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+
+SD_V1 = schedulers(SD_V1_CONFIG)

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import pytest
-from unit.cli.conftest import Run
+from commands import Run
 
 from mii_serve.cli import deploy, doctor, main
 from mii_serve.cli.exits import ExitCode
@@ -62,7 +62,7 @@ async def test_without_the_extra_http_a_server_has_no_http_port_and_says_why(
 
 def test_the_doctor_names_the_extras(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = doctor.Machine(system="s", python="3", num_cores=1, torch_error="ModuleNotFoundError: torch")
-    monkeypatch.setattr(doctor, "look", lambda: machine)
+    monkeypatch.setattr(doctor, "inspect_machine", lambda: machine)
     said = run("doctor")
     assert said.code == 1 and "ModuleNotFoundError" not in said.out
     assert {extra for extra in EXTRAS if how_to_get(extra) in said.out} == {"server", "http", "deepspeed", "otel"}
