@@ -178,6 +178,10 @@ def encode_mii_request(
     return message
 
 
+def decode_mii_reply(wire: bytes) -> mii.ImageReply:
+    return mii.ImageReply.FromString(wire)
+
+
 def _as_entries(wires: Iterable[bytes]) -> list[mii.KwargEntry] | None:
     """The entries of a map that these are; None when there are none, or one is something else."""
     entries: list[mii.KwargEntry] = []
