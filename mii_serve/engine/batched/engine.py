@@ -106,7 +106,7 @@ class BatchedEngine:
         self._num_channels = pipeline.unet.config.in_channels
         self._schedulers = ModelSchedulers(pipeline.scheduler)
         self._samplings = Samplings(self._schedulers)
-        self._max_slots = max_slots or default_slots(self._device)
+        self._max_slots = max_slots or (CUDA_SLOTS if self._device.type == "cuda" else CPU_SLOTS)
         self.capabilities = capabilities_of(model, self._schedulers, self._samplings.of)
         if buckets is None:
             latent_shape = model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE
@@ -334,7 +334,3 @@ class BatchedEngine:
             )
             for index, (one, image) in enumerate(zip(good, images, strict=True))
         }
-
-
-def default_slots(device: torch.device) -> int:
-    return CUDA_SLOTS if device.type == "cuda" else CPU_SLOTS
