@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 
 from mii_serve.errors import (
     DeadlineExceededError,
-    MiiServeError,
     PoisonedRequestError,
     QueueFullError,
     UnavailableError,
@@ -112,7 +111,7 @@ class Router:
 
     def __init__(self, num_replicas: int = 1, *, patience_s: float = 120.0) -> None:
         """`patience_s` is how long a request waits for any replica to come back when all are lost."""
-        self.replicas = [ReplicaClient(index) for index in range(num_replicas)]
+        self.replicas = [ReplicaClient(index, self.serve_waiting) for index in range(num_replicas)]
         self._patience_s = patience_s
         self._waiting: dict[_Waiter, None] = {}
         self._suspects: dict[_Waiter, None] = {}
@@ -200,7 +199,7 @@ class Router:
                 async for event in events:
                     yield event
             return
-        queue: asyncio.Queue[tuple[_Part, Event] | MiiServeError | None] = asyncio.Queue(MERGE_BUFFER)
+        queue: asyncio.Queue[tuple[_Part, Event] | Exception | None] = asyncio.Queue(MERGE_BUFFER)
 
         async def feed(part: _Part) -> None:
             try:
@@ -208,7 +207,7 @@ class Router:
                     async for event in events:
                         await queue.put((part, event))
                 await queue.put(None)
-            except MiiServeError as error:
+            except Exception as error:  # noqa: BLE001 - raised again where the events are read
                 await queue.put(error)
 
         tasks = [asyncio.create_task(feed(part)) for part in parts]
@@ -216,7 +215,7 @@ class Router:
             num_left, is_queued = len(parts), False
             while num_left:
                 news = await queue.get()
-                if isinstance(news, MiiServeError):
+                if isinstance(news, Exception):
                     raise news
                 if news is None:
                     num_left -= 1
@@ -243,7 +242,7 @@ class Router:
                         yield event
                 return
             except ReplicaLostError as lost:
-                self._judge(part, await self._verdict(lost.connection), was_alone=lost.was_alone)
+                self._judge(part, await self._verdict(lost.connection, part.work), was_alone=lost.was_alone)
             again = [index for index in part.indexes if index not in part.delivered]
             yield Restarted(image_indexes=tuple(again))
 
@@ -311,15 +310,17 @@ class Router:
             if queue.pop(waiter, waiter) is None:
                 self.serve_waiting()  # a replica may have been kept empty for this one
 
-    async def _verdict(self, connection: ReplicaConnection) -> Loss:
+    async def _verdict(self, connection: ReplicaConnection, work: Work) -> Loss:
         connection.note_break()
         self.serve_waiting()
+        left_s = work.call.left_s
         try:
-            return await asyncio.wait_for(asyncio.shield(connection.lost), VERDICT_TIMEOUT_S)
+            return await asyncio.wait_for(
+                asyncio.shield(connection.lost), VERDICT_TIMEOUT_S if left_s is None else min(VERDICT_TIMEOUT_S, left_s)
+            )
         except TimeoutError:  # its process lives, or the supervisor would have said so by now
-            if await connection.answers():
-                connection.is_broken, connection.num_running_at_break = False, None
-                self.serve_waiting()
+            if left_s is not None and left_s < VERDICT_TIMEOUT_S:
+                raise DeadlineExceededError("the time ran out after a replica was lost") from None
             return Loss(reason="its connection broke for an unknown reason", is_crash=False)
 
     def _judge(self, part: _Part, loss: Loss, *, was_alone: bool) -> None:
