@@ -261,6 +261,7 @@ class BatchedEngine:
                         prompt_row=one.prompt.row,
                         negative_prompt_row=None if one.negative_prompt is None else one.negative_prompt.row,
                         guidance_scale=one.sample.params.guidance_scale,
+                        guidance_rescale=one.sample.params.guidance_rescale,
                         input_scale=input_scale,
                         matrix=matrix,
                         noise=noise,
