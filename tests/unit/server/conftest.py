@@ -10,9 +10,7 @@ import pytest
 from virtual_time import VirtualLoop
 
 
-def pytest_asyncio_loop_factories(
-    config: pytest.Config, item: pytest.Item
-) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, type[VirtualLoop]]:
     return {"virtual": VirtualLoop}
 
 
