@@ -139,6 +139,7 @@ class ReplicaSupervisor:
         if Path(self._folder.name).is_dir():
             self.socket.unlink(missing_ok=True)
         else:  # a cleaner of temporary files has been here
+            self._folder.cleanup()
             self._folder = new_socket_folder(_socket_name(self.index))
 
     async def _await_ready(self, status_fd: int) -> None:
