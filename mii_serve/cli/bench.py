@@ -1,4 +1,4 @@
-"""`mii_serve bench`: load a server, check its pictures, and report the figures.
+"""`mii_serve bench`: send load to a server, check its images, and report the results.
 
 Against a gRPC server the base installation is enough. `--protocol http`, `--metrics`, `--html` and YAML mixes need the extra
 `bench`, and the check of the pictures needs the extra `server`.
@@ -79,7 +79,7 @@ def run(values: dict[str, Any], connection: Connection) -> int:
     else:
         tables.show(run, Console())
     if run.is_rejected:
-        say("error: rejected: the server's pictures are not those of the reference")
+        say("error: rejected: the server's images differ from the reference's")
         return ExitCode.REJECTED
     if not run.summary["num_ok"]:
         say("error: no request succeeded")
@@ -136,7 +136,7 @@ def plan_of(values: dict[str, Any]) -> Plan:
 def _loop(values: dict[str, Any]) -> Loop:
     given = [name for name in ("concurrency", "rate", "trace") if values[name] is not None]
     if len(given) > 1:
-        raise ConfigError(f"--{given[1]}", f"cannot go with --{given[0]}: both define when requests start")
+        raise ConfigError(f"--{given[1]}", f"cannot be combined with --{given[0]}: both define when requests start")
     for name, partner in (("arrivals", "rate"), ("trace_speed", "trace")):
         if values[name] is not None and values[partner] is None:
             raise ConfigError(f"--{name.replace('_', '-')}", f"needs --{partner}")
@@ -262,13 +262,13 @@ def _check(
     if reason := _why_unchecked(plan, measured, model):
         return check.PictureCheck(tolerance=tolerance, reference="none", text=reason)
     if not is_quiet:
-        say(f"checking {len(measured.sampled)} pictures with the reference engine, {model}")
+        say(f"checking {len(measured.sampled)} images with the reference engine, {model}")
     with check.open_reference(model or "") as reference:
         return check.check(measured.sampled, reference, tolerance)
 
 
 def _why_unchecked(plan: Plan, measured: Measurement, model: str | None) -> str:
-    """Why the pictures cannot be checked; empty if they can."""
+    """Why the images cannot be checked; empty if they can."""
     if not plan.sample_size:
         return "--check 0"
     if not measured.sampled:
