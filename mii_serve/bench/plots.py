@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,7 +18,9 @@ from mii_serve.bench.values import Record
 SIZE_INCHES = (6.4, 3.2)
 """Width and height of one plot."""
 MAX_DOTS = 4000
-"""More cannot be told apart, and make the page slow."""
+"""More dots of one kind cover each other, and make the page slow."""
+
+_Plot: TypeAlias = Callable[[Axes, Sequence[Record], Sequence[str]], None]
 
 
 def to_svg(figure: Figure) -> str:
@@ -30,12 +33,11 @@ def to_svg(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-@matplotlib.rc_context({"text.parse_math": False})  # type: ignore[untyped-decorator]  # a "$" in a kind's name is no formula
 def draw(records: Sequence[Record], target_s: float | None) -> Figure | None:
     """Every plot that has something to show, below each other; None if there are no records. `target_s` is the goodput's."""
     if not records:
         return None
-    plots = [_per_second, _in_flight]
+    plots: list[_Plot] = [_per_second, _in_flight]
     ok = [record for record in records if record.is_ok]
     kinds = sorted({record.kind for record in ok})
     if ok:
@@ -44,6 +46,14 @@ def draw(records: Sequence[Record], target_s: float | None) -> Figure | None:
         plots.append(_by_kind)
     width, height = SIZE_INCHES
     figure = Figure(figsize=(width, height * len(plots)), layout="constrained")
+    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in the name of a kind is no formula
+        _fill(figure, plots, records, kinds, target_s)
+    return figure
+
+
+def _fill(
+    figure: Figure, plots: Sequence[_Plot], records: Sequence[Record], kinds: Sequence[str], target_s: float | None
+) -> None:
     for plot, axes in zip(plots, figure.subplots(len(plots), squeeze=False).flat, strict=True):
         plot(axes, records, kinds)
         if plot is _distribution and target_s is not None:
@@ -52,7 +62,6 @@ def draw(records: Sequence[Record], target_s: float | None) -> Figure | None:
         axes.set_ylim(bottom=0)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize="small")
-    return figure
 
 
 def _distribution(axes: Axes, records: Sequence[Record], kinds: Sequence[str]) -> None:

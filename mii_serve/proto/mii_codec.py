@@ -56,7 +56,7 @@ REFUSED_KWARGS = frozenset(
         "sigmas",
         "timesteps",
     }
-)
+) - set(MII_KWARGS)
 """What diffusers' pipeline takes and we do not."""
 
 MII_PACKAGES = ("legacymodelresponse", "modelresponse")

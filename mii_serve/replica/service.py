@@ -23,7 +23,7 @@ from mii_serve.proto.replica.replica_pb2_grpc import ReplicaServicer, add_Replic
 from mii_serve.proto.status import status_of
 from mii_serve.proto.v1.image_generation_pb2 import GetServerInfoResponse
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.types import Event, Preview, Queued, RequestedParams, ServerInfo, Started, Step
+from mii_serve.types import Done, Event, Preview, Queued, RequestedParams, ServerInfo, Started, Step
 
 if TYPE_CHECKING:  # grpc's classes are generic in their type stubs only
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -124,9 +124,10 @@ class _Front:
         self._running: dict[int, str] = {}
         """The loop's request id by the front's id."""
         self._accepting: dict[int, asyncio.Task[None]] = {}
-        self._before: list[pb.News] = []
+        self._before: dict[tuple[int, int | None], pb.News] = {}
+        """The latest place in the queue of each request, and the start of each image."""
         self._steps: dict[tuple[int, int], Step] = {}
-        """The latest of each image, like the previews."""
+        """The latest of each image, as with the previews."""
         self._previews: dict[tuple[int, int], pb.News] = {}
         self._after: deque[pb.News] = deque()
         self._changed = asyncio.Event()
@@ -186,7 +187,9 @@ class _Front:
             case Step():
                 self._steps[front_id, entry.image_index] = entry
             case Queued() | Started():
-                self._before.append(pb.News(id=front_id, event=encode_event("", entry)))
+                key = front_id, entry.image_index if isinstance(entry, Started) else None
+                self._before.pop(key, None)  # the new one goes to the end
+                self._before[key] = pb.News(id=front_id, event=encode_event("", entry))
             case Preview():
                 self._previews[front_id, entry.image_index] = pb.News(id=front_id, event=encode_event("", entry))
             case Exception():
@@ -194,12 +197,14 @@ class _Front:
                 error = entry if isinstance(entry, MiiServeError) else MiiServeError(str(entry))
                 self._after.append(pb.News(id=front_id, error=status_of(error).SerializeToString()))
             case _:
+                if isinstance(entry, Done):
+                    self._running.pop(front_id, None)
                 self._after.append(pb.News(id=front_id, event=encode_event("", entry)))
         self._changed.set()
 
     def _take_report(self) -> pb.Report:
         steps, self._steps = self._steps, {}
-        before, self._before = self._before, []
+        before, self._before = self._before, {}
         previews, self._previews = self._previews, {}
         after = list(previews.values())
         num_bytes = sum(news.ByteSize() for news in after)
@@ -215,7 +220,7 @@ class _Front:
             num_steps=[step.num_steps for step in steps.values()],
             estimated_left_s=[step.estimated_left_s or 0.0 for step in steps.values()],
         )
-        return pb.Report(before_steps=before, steps=columns, after_steps=after)
+        return pb.Report(before_steps=before.values(), steps=columns, after_steps=after)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.metrics import FrontMetrics, together
@@ -172,17 +172,20 @@ class Dispatcher:
     def _events_of(self, work: Work, asked: GenerationRequest | ResolvedRequest) -> AsyncGenerator[Event, None]:
         """The events of new work; of the first call, where its idempotency key has been seen."""
 
-        def run() -> AsyncGenerator[Event, None]:
-            return self._router.events(work) if self._moderation is None else self._moderation.events(work, self._router.events)
+        def run(resolved: ResolvedRequest) -> AsyncGenerator[Event, None]:
+            given = replace(work, request=resolved)
+            return (
+                self._router.events(given) if self._moderation is None else self._moderation.events(given, self._router.events)
+            )
 
         call, key = work.call, work.call.idempotency_key
         if key is None:
-            return run()
+            return run(work.request)
         if asked.output.preview_every is not None:
             raise InvalidRequestError("output.preview_every", f"cannot go with {IDEMPOTENCY_KEY}: previews are not kept")
         owner = call.client if call.key_name is not None else ""
         fingerprint = hashlib.sha256(repr(astuple(asked)).encode()).digest()
-        return self._idempotency.events((owner, check_idempotency_key(key), call.part), fingerprint, run)
+        return self._idempotency.events((owner, check_idempotency_key(key), call.part), fingerprint, work.request, run)
 
     async def server_info(self) -> ServerInfo:
         """What runs here and how busy it is, of all replicas together.

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from mii_serve.errors import DeadlineExceededError, InvalidRequestError, MiiServeError, RequestCancelledError
+from mii_serve.errors import DeadlineExceededError, InvalidRequestError, MiiServeError, RequestCancelledError, UnavailableError
 from mii_serve.proto.metadata import IDEMPOTENCY_KEY
-from mii_serve.types import Done, Event, ImageReady, Preview, Queued, Step
+from mii_serve.types import Done, Event, ImageReady, Preview, Queued, ResolvedRequest, Step
 
 KEEP_S = 600.0
 MAX_BYTES = 256 * 1024 * 1024
@@ -26,7 +27,9 @@ GRACE_S = 10.0
 Key = tuple[str, str, int | None]
 """The API key's owner, where there are API keys; the key; which request of its call. One caller cannot see another's images by
 guessing a key."""
-Run = Callable[[], AsyncGenerator[Event, None]]
+Run = Callable[[ResolvedRequest], AsyncGenerator[Event, None]]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +37,7 @@ class _Entry:
     """One request and its events so far; None where a later event of the same kind has replaced one."""
 
     fingerprint: bytes
+    request: ResolvedRequest
     events: list[Event | None] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     task: asyncio.Task[None] | None = None
@@ -41,6 +45,8 @@ class _Entry:
     is_over: bool = False
     ended_at: float = 0.0
     num_readers: int = 0
+    stopping: asyncio.TimerHandle | None = None
+    """Ends it unless a reader comes back before."""
     num_bytes: int = 0
 
 
@@ -52,35 +58,48 @@ class IdempotencyCache:
         self._max_bytes = max_bytes
         self._clock = clock
 
-    async def events(self, key: Key, fingerprint: bytes, run: Run) -> AsyncGenerator[Event, None]:
+    async def events(self, key: Key, fingerprint: bytes, request: ResolvedRequest, run: Run) -> AsyncGenerator[Event, None]:
         """The events of the work under this key, made by `run` if this is the first call for it.
+
+        `fingerprint` tells requests apart as they were asked for; `request` may have a seed that was drawn for this call.
 
         Raises:
             InvalidRequestError: the key was used for another request.
+            UnavailableError: the work began again with another seed when images had been given out already.
             MiiServeError: what the work ended with.
         """
         self._forget_old()
+        given = set[int]()
         while True:
             work = self._works.get(key)
             is_mine = work is None
             if work is None:
-                work = self._works[key] = _Entry(fingerprint)
+                work = self._works[key] = _Entry(fingerprint, request)
                 work.task = asyncio.create_task(self._run(key, work, run))
             elif work.fingerprint != fingerprint:
                 raise InvalidRequestError(IDEMPOTENCY_KEY, "was used for another request already", repr(key[1]))
+            elif given and work.request != request:
+                raise UnavailableError(
+                    "the work under this idempotency key ended early and began again; send the request again"
+                )
             try:
                 async with contextlib.aclosing(_joined(work)) as events:
                     async for event in events:
+                        if isinstance(event, ImageReady):
+                            if event.image_index in given:
+                                continue
+                            given.add(event.image_index)
                         yield event
                 return
             except (DeadlineExceededError, RequestCancelledError):
                 if is_mine:  # else it was the first caller's time that ran out, not ours
                     raise
+                request = work.request  # so that images made from now on go with those given out
 
     async def _run(self, key: Key, work: _Entry, run: Run) -> None:
         latest: dict[tuple[type, int], int] = {}
         try:
-            async with contextlib.aclosing(run()) as events:
+            async with contextlib.aclosing(run(work.request)) as events:
                 async for event in events:
                     if isinstance(event, Step | Queued):  # a slow or late reader needs the latest only
                         of = type(event), getattr(event, "image_index", 0)
@@ -93,6 +112,8 @@ class IdempotencyCache:
             work.error = error
         except asyncio.CancelledError:
             work.error = RequestCancelledError("no caller waited for the images any more")
+        except Exception:
+            logger.exception("unexpected error in work with an idempotency key")
         finally:
             work.error = work.error or (None if _is_whole(work) else MiiServeError("the work broke off"))
             work.is_over, work.ended_at = True, self._clock()
@@ -117,6 +138,9 @@ class IdempotencyCache:
 async def _joined(work: _Entry) -> AsyncGenerator[Event, None]:
     """What `_read` gives; work whose last reader leaves early ends soon."""
     work.num_readers += 1
+    if work.stopping is not None:
+        work.stopping.cancel()
+        work.stopping = None
     try:
         async with contextlib.aclosing(_read(work)) as events:
             async for event in events:
@@ -124,7 +148,7 @@ async def _joined(work: _Entry) -> AsyncGenerator[Event, None]:
     finally:
         work.num_readers -= 1
         if not work.num_readers and not work.is_over:
-            asyncio.get_running_loop().call_later(GRACE_S, _stop_if_left, work)
+            work.stopping = asyncio.get_running_loop().call_later(GRACE_S, _stop, work)
 
 
 async def _read(work: _Entry) -> AsyncGenerator[Event, None]:
@@ -156,6 +180,6 @@ def _is_whole(work: _Entry) -> bool:
     return bool(work.events) and isinstance(work.events[-1], Done)
 
 
-def _stop_if_left(work: _Entry) -> None:
-    if not work.num_readers and not work.is_over and work.task is not None:
+def _stop(work: _Entry) -> None:
+    if not work.is_over and work.task is not None:
         work.task.cancel()

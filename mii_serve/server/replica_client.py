@@ -35,6 +35,8 @@ _Answer = TypeVar("_Answer")
 
 HELLO_TIMEOUT_S = 30.0
 PROBE_TIMEOUT_S = 5.0
+PROBE_EVERY_S = 10.0
+"""A replica whose stream broke, and of whose end nobody has said anything, is asked so often whether it is there after all."""
 REPLICA_CHANNEL_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.client_idle_timeout_ms", 2**31 - 1))
 """A connection is kept as long as its replica lives: for another one, the socket's file may have been cleaned away."""
 
@@ -104,7 +106,8 @@ class ReplicaConnection:
     `lost` is set in the end to why it ended. What becomes known in one life never speaks against the next.
     """
 
-    def __init__(self, address: ReplicaAddress) -> None:
+    def __init__(self, address: ReplicaAddress, on_recovery: Callable[[], None] = lambda: None) -> None:
+        """`on_recovery` is called when new work may go to it again after a break."""
         self.channel = address.channel()
         self._metadata = address.metadata
         self._stub: ReplicaAsyncStub = ReplicaStub(self.channel)
@@ -121,6 +124,9 @@ class ReplicaConnection:
         self._running: dict[int, _Running] = {}
         self._orders: asyncio.Queue[pb.Order] = asyncio.Queue()
         self._following: asyncio.Task[None] | None = None
+        self._on_recovery = on_recovery
+        self._recovering: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def generate(self, order: Order) -> AsyncGenerator[Event, None]:
         """The events of an order, `Done` last. Leaving the iteration early cancels it.
@@ -209,16 +215,25 @@ class ReplicaConnection:
         self.is_broken = True
         if self.num_running_at_break is None:
             self.num_running_at_break = self.num_running
+            if not self._is_closed:
+                self._recovering = asyncio.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        """Until it is known to be lost, see whether it answers; then it may have work again. No request waits for that."""
+        while True:
+            await asyncio.wait((self.lost,), timeout=PROBE_EVERY_S)
+            if self.lost.done():
+                return
+            if await self.info(PROBE_TIMEOUT_S) is not None:
+                self.is_broken, self.num_running_at_break = False, None
+                self._on_recovery()
+                return
 
     def _break(self) -> None:
         self.note_break()
         lost, self._running = self._running, {}
         for running in lost.values():
             running.mailbox.put(ReplicaLostError(self))
-
-    async def answers(self) -> bool:
-        """Whether the replica is there after all."""
-        return await self.info(PROBE_TIMEOUT_S) is not None
 
     async def info(self, timeout_s: float) -> ServerInfo | None:
         """Its description of itself; None when it does not answer."""
@@ -241,10 +256,12 @@ class ReplicaConnection:
         return None if answer is None else answer.text
 
     async def close(self) -> None:
+        self._is_closed = True
         await self.channel.close()
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        tasks = [task for task in (self._following, self._recovering) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._break()
 
 
@@ -280,8 +297,10 @@ async def _answered(call: Awaitable[_Answer]) -> _Answer | None:
 class ReplicaClient:
     """One replica of the deployment over all of its lives."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, on_recovery: Callable[[], None] = lambda: None) -> None:
+        """`on_recovery` is called when it takes work again after its connection broke."""
         self.index = index
+        self._on_recovery = on_recovery
         self.num_restarts = 0
         self._connection: ReplicaConnection | None = None
 
@@ -309,7 +328,7 @@ class ReplicaClient:
             grpc.aio.AioRpcError: nothing answers there.
         """
         await self.detach(Loss(reason="it was replaced", is_crash=False))
-        connection = ReplicaConnection(address)
+        connection = ReplicaConnection(address, self._on_recovery)
         try:
             info = await connection.hello()
         except BaseException:

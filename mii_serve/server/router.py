@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 
 from mii_serve.errors import (
     DeadlineExceededError,
-    MiiServeError,
     PoisonedRequestError,
     QueueFullError,
     UnavailableError,
@@ -73,12 +72,11 @@ class Work:
 
 @dataclass(slots=True, eq=False)
 class _Part:
-    """Images `first` to `first + count - 1` of a request, made by one replica. `left` counts each one's UNet calls to go."""
+    """Images `first` to `first + count - 1` of a request, made by one replica."""
 
     work: Work
     first: int
     count: int
-    left: dict[int, int] = field(default_factory=dict)
     delivered: set[int] = field(default_factory=set)
     started: bool = False
     evidence: Evidence = field(default_factory=Evidence)
@@ -113,7 +111,7 @@ class Router:
 
     def __init__(self, num_replicas: int = 1, *, patience_s: float = 120.0) -> None:
         """`patience_s` is how long a request waits for any replica to come back when all are lost."""
-        self.replicas = [ReplicaClient(index) for index in range(num_replicas)]
+        self.replicas = [ReplicaClient(index, self.serve_waiting) for index in range(num_replicas)]
         self._patience_s = patience_s
         self._waiting: dict[_Waiter, None] = {}
         self._suspects: dict[_Waiter, None] = {}
@@ -201,7 +199,7 @@ class Router:
                 async for event in events:
                     yield event
             return
-        queue: asyncio.Queue[tuple[_Part, Event] | MiiServeError | None] = asyncio.Queue(MERGE_BUFFER)
+        queue: asyncio.Queue[tuple[_Part, Event] | Exception | None] = asyncio.Queue(MERGE_BUFFER)
 
         async def feed(part: _Part) -> None:
             try:
@@ -209,7 +207,7 @@ class Router:
                     async for event in events:
                         await queue.put((part, event))
                 await queue.put(None)
-            except MiiServeError as error:
+            except Exception as error:  # noqa: BLE001 - raised again where the events are read
                 await queue.put(error)
 
         tasks = [asyncio.create_task(feed(part)) for part in parts]
@@ -217,7 +215,7 @@ class Router:
             num_left, is_queued = len(parts), False
             while num_left:
                 news = await queue.get()
-                if isinstance(news, MiiServeError):
+                if isinstance(news, Exception):
                     raise news
                 if news is None:
                     num_left -= 1
@@ -244,7 +242,7 @@ class Router:
                         yield event
                 return
             except ReplicaLostError as lost:
-                self._judge(part, await self._verdict(lost.connection), was_alone=lost.was_alone)
+                self._judge(part, await self._verdict(lost.connection, part.work), was_alone=lost.was_alone)
             again = [index for index in part.indexes if index not in part.delivered]
             yield Restarted(image_indexes=tuple(again))
 
@@ -254,8 +252,7 @@ class Router:
 
         def on_step(image_index: int, step: int, num_steps: int) -> None:
             part.started = True
-            part.left[part.first + image_index] = num_steps - step
-            account.update()
+            account.set_left(part.first + image_index, num_steps - step)
 
         order = Order(
             request_id=work.call.request_id,
@@ -269,8 +266,9 @@ class Router:
         try:
             async with contextlib.aclosing(account.connection.generate(order)) as events:
                 async for event in events:
+                    if isinstance(event, ImageReady):
+                        account.set_left(part.first + event.image_index, 0)
                     if (placed := _placed(event, part)) is not None:
-                        account.update()
                         yield placed
         finally:
             part.release()
@@ -283,7 +281,6 @@ class Router:
         return part.account
 
     def _book(self, part: _Part, connection: ReplicaConnection) -> None:
-        part.left = dict.fromkeys(part.indexes, part.work.params.num_inference_steps)
         part.started = False
         part.account = _Account(connection, part, on_close=self.serve_waiting)
 
@@ -313,15 +310,17 @@ class Router:
             if queue.pop(waiter, waiter) is None:
                 self.serve_waiting()  # a replica may have been kept empty for this one
 
-    async def _verdict(self, connection: ReplicaConnection) -> Loss:
+    async def _verdict(self, connection: ReplicaConnection, work: Work) -> Loss:
         connection.note_break()
         self.serve_waiting()
+        left_s = work.call.left_s
         try:
-            return await asyncio.wait_for(asyncio.shield(connection.lost), VERDICT_TIMEOUT_S)
+            return await asyncio.wait_for(
+                asyncio.shield(connection.lost), VERDICT_TIMEOUT_S if left_s is None else min(VERDICT_TIMEOUT_S, left_s)
+            )
         except TimeoutError:  # its process lives, or the supervisor would have said so by now
-            if await connection.answers():
-                connection.is_broken, connection.num_running_at_break = False, None
-                self.serve_waiting()
+            if left_s is not None and left_s < VERDICT_TIMEOUT_S:
+                raise DeadlineExceededError("the time ran out after a replica was lost") from None
             return Loss(reason="its connection broke for an unknown reason", is_crash=False)
 
     def _judge(self, part: _Part, loss: Loss, *, was_alone: bool) -> None:
@@ -353,23 +352,24 @@ class _Account:
 
     def __init__(self, connection: ReplicaConnection, part: _Part, on_close: Callable[[], None]) -> None:
         self.connection = connection
-        self._part, self._on_close, self._booked = part, on_close, 0
+        self._work_per_call = part.params.work_per_call
+        self._left = dict.fromkeys(part.indexes, part.params.num_inference_steps)
+        self._on_close = on_close
+        connection.work += sum(self._left.values()) * self._work_per_call
         connection.num_running += 1
         connection.is_isolated = part.evidence.is_suspect
-        self.update()
 
-    def update(self) -> None:
-        self._book(sum(self._part.left.values()) * self._part.work.params.work_per_call)
+    def set_left(self, image_index: int, num_calls: int) -> None:
+        """This image has so many UNet calls to go."""
+        self.connection.work += (num_calls - self._left[image_index]) * self._work_per_call
+        self._left[image_index] = num_calls
 
     def close(self) -> None:
-        self._book(0)
+        for image_index in self._left:
+            self.set_left(image_index, 0)
         self.connection.num_running -= 1
         self.connection.is_isolated = False
         self._on_close()
-
-    def _book(self, work: int) -> None:
-        self.connection.work += work - self._booked
-        self._booked = work
 
 
 def _placed(event: Event, part: _Part) -> Event | None:
@@ -380,7 +380,6 @@ def _placed(event: Event, part: _Part) -> Event | None:
     is_new = index not in part.delivered
     if isinstance(event, ImageReady):
         part.delivered.add(index)
-        part.left[index] = 0
     else:
         part.started = True
     if not is_new:

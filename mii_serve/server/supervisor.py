@@ -28,6 +28,8 @@ from mii_serve.server.watch import until_hung
 logger = logging.getLogger(__name__)
 
 BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+MAX_STATUS_BYTES = 1024 * 1024
+"""Of the line in which a replica says why it did not start; what a compiler says may be long."""
 STEADY_S = 60.0
 """A replica that lived this long starts its next life without extra delay."""
 
@@ -137,10 +139,11 @@ class ReplicaSupervisor:
         if Path(self._folder.name).is_dir():
             self.socket.unlink(missing_ok=True)
         else:  # a cleaner of temporary files has been here
+            self._folder.cleanup()
             self._folder = new_socket_folder(_socket_name(self.index))
 
     async def _await_ready(self, status_fd: int) -> None:
-        reader = asyncio.StreamReader()
+        reader = asyncio.StreamReader(limit=MAX_STATUS_BYTES)
         loop = asyncio.get_running_loop()
         pipe = os.fdopen(status_fd, "rb", buffering=0)
         transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
@@ -150,9 +153,12 @@ class ReplicaSupervisor:
         except TimeoutError:
             await self._stop()
             raise EngineError(f"the replica was not ready within {self._config.startup_timeout_s:g} s") from None
+        except ValueError:
+            await self._stop()
+            raise EngineError("the replica did not start, and its reason is too long to be read") from None
         finally:
             transport.close()
-        if not line:
+        if not line.endswith(b"\n"):  # it may have ended in the middle
             raise EngineError(f"the replica ended while starting, {await self._exit_reason()}")
         status = json.loads(line)
         if status["state"] == "failed":
@@ -223,9 +229,9 @@ def _socket_name(index: int) -> str:
 
 def _rebuilt(class_name: str, message: str) -> MiiServeError:
     """The error the replica raised, as nearly as its message allows."""
-    if class_name == "ConfigError":
+    if class_name in ("ConfigError", "UnusableEngineError"):
         setting, _, rule = message.partition(": ")
-        return errors.ConfigError(setting, rule)
+        return errors.ConfigError(setting, rule) if class_name == "ConfigError" else errors.UnusableEngineError(rule)
     if class_name == "ModelError":
         return errors.ModelError(message)
     if class_name == "VerificationError":

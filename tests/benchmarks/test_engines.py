@@ -58,7 +58,7 @@ def test_every_row_finds_the_weights_that_were_made_once(tmp_path, monkeypatch):
     """What is saved for the rows is a model our own engines and diffusers load, and both make the same picture of it."""
     import engines
     from engine_rows import Place, opened
-    from unit.models.test_random_init import TINY
+    from tiny_shape import TINY
 
     from mii_serve.models import random_init
     from mii_serve.types import RequestedParams

@@ -12,15 +12,17 @@ from dataclasses import replace
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from browser.conftest import DESKTOP, PHONE, Site, UnhurriedEngine, site_of
 from fake_engine import MAX_WORDS, FakeEngine
 from outside import ROOT
 from patience import PATIENCE_S
 from PIL import Image
 from playwright.async_api import Page, expect
+from sites import DESKTOP, PHONE, Site, UnhurriedEngine, site_of
 
-from mii_serve.safety.moderation import Verdict
+from mii_serve.gateway.page import messages
+from mii_serve.safety.moderation import ModerationVerdict
 from mii_serve.server.keys import KeyRing
+from mii_serve.types import PARAMETERS, Parameter
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 HOSTILE = """<img src=x onerror="document.title='owned'"> it's "quoted" \\ ${1} $(2) `3` \u2028 ☃ 😀"""
@@ -80,6 +82,17 @@ async def test_a_picture_hangs_with_what_it_was_made_with(site: Site, size):
     with Image.open(await download.path()) as image:
         assert json.loads(image.info["mii_serve"])["seed"] == 7
     assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+
+
+async def test_a_declared_parameter_without_a_control_gets_a_plain_one(site: Site, monkeypatch):
+    new = Parameter(name="clip_skip", kind=int, bounds=lambda limits: (0, 11), default=0, help="encoder layers to leave out")
+    monkeypatch.setattr(messages, "PARAMETERS", (*PARAMETERS, new))
+    page = await site.open()
+    await page.click("#more summary")
+    await expect(page.locator("#clip_skip")).to_have_value("0")
+    assert await page.locator("#clip_skip").get_attribute("max") == "11"
+    await draw(page, "a red circle", clip_skip="3")
+    await expect(page.locator("#clip_skip-error")).to_have_text(re.compile("^Clip skip is not known here"))  # but in the form
 
 
 async def test_what_is_left_open_is_the_servers_default_and_told(site: Site):
@@ -268,9 +281,9 @@ class Strict:
 
     async def close(self) -> None: ...
 
-    async def check_image(self, file: bytes) -> Verdict:
+    async def check_image(self, file: bytes) -> ModerationVerdict:
         self._num_left -= 1
-        return Verdict(categories={"Violence": 6} if self._num_left < 0 else {})
+        return ModerationVerdict(categories={"Violence": 6} if self._num_left < 0 else {})
 
 
 @SIZES

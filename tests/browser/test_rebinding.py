@@ -6,10 +6,10 @@ import os
 
 import pytest
 import pytest_asyncio
-from browser.conftest import NO_CHROMIUM, site_of
 from chromium import chromium_path
 from fake_engine import FakeEngine
 from playwright.async_api import async_playwright
+from sites import NO_CHROMIUM, site_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 FOREIGN = "evil.example"

@@ -7,20 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 from deepspeed_operations import torch_operations
+from drawing import finish, most_different, real_engine, sample
 from fake_engine import FakeEngine
 
 from mii_serve.engine import Engine
 from mii_serve.errors import InvalidRequestError
-from mii_serve.types import ENGINES, Picture, RequestedParams, Sample, SampleId, SampleProgress, StepPlan
-
-
-def real_engine(name: str) -> Engine:
-    from mii_serve.config import DeployConfig
-    from mii_serve.engine.factory import build_engine
-
-    # Without the checker, which takes a picture of three steps for what it likes and blackens it.
-    config = {"model": "demo", "engine": name, "device": "cpu", "enable_safety_checker": False}
-    return build_engine(DeployConfig.load(config))
+from mii_serve.types import ENGINES, Picture, SampleId, StepPlan
 
 
 @contextlib.contextmanager
@@ -58,36 +50,6 @@ def engine(request: pytest.FixtureRequest):
 def levels(engine) -> int:
     """How far apart two pictures of the same request may be; half precision rounds differently in other batches."""
     return 3 if engine.description.dtype == "fp16" else 1
-
-
-def sample(engine: Engine, name: str = "r", index: int = 0, **asked) -> Sample:
-    requested = RequestedParams(**{"prompt": "a red circle", "seed": 1, "num_inference_steps": 3, "scheduler": "pndm", **asked})
-    return Sample(id=SampleId(name, index), params=engine.capabilities.resolve(requested, fallback_seed=0))
-
-
-def finish(engine: Engine, *samples: Sample, late: int = 0) -> dict[SampleId, list[SampleProgress]]:
-    """Run the samples together to their ends, shape by shape in turns; sample i arrives `late` × i rounds after the first."""
-    seen: dict[SampleId, list[SampleProgress]] = {one.id: [] for one in samples}
-    calls_left = {one.id: engine.check(one.params) for one in samples}
-    for round_number in range(2000):
-        arrived = samples[: 1 + round_number // late] if late else samples
-        for shape in dict.fromkeys(one.params.latent_shape for one in arrived):
-            going = [one for one in arrived if one.params.latent_shape == shape and calls_left[one.id]]
-            joins = tuple(one for one in going if not seen[one.id])
-            ending = tuple(one.id for one in going if calls_left[one.id] == 1)
-            for progress in engine.run(StepPlan(joins=joins, steps=tuple(one.id for one in going), decodes=ending)):
-                seen[progress.id].append(progress)
-                calls_left[progress.id] -= 1
-        if not any(calls_left.values()):
-            return seen
-    pytest.fail("the samples do not end")
-
-
-def most_different(one: Picture, other: Picture) -> int:
-    """The largest difference of any pixel's channel, in levels of 255."""
-    assert (one.width, one.height) == (other.width, other.height)
-    pairs = zip(one.rgb, other.rgb, strict=True)
-    return max(abs(a - b) for a, b in pairs)
 
 
 def picture(engine: Engine, **asked) -> Picture:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from drawing import finish, most_different, real_engine, sample
 from samplers import USUAL
-from test_engine import finish, most_different, real_engine, sample
 
 from mii_serve.config import LimitsConfig
 from mii_serve.engine.batched.buckets import declare_buckets

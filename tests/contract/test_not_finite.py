@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_engine import sample
+from drawing import sample
 
 from mii_serve.config import LimitsConfig
 from mii_serve.engine.batched import BatchedEngine

@@ -30,9 +30,9 @@ from mii_serve.proto.metadata import IDEMPOTENCY_KEY
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.safety.azure import open_moderator
-from mii_serve.server.dispatcher import Visit
+from mii_serve.server.call import CallContext
 from mii_serve.server.keys import KeyRing
-from mii_serve.types import Limits
+from mii_serve.types import GenerationRequest, ImageReady, Limits, RequestedParams
 
 PROMPT = "a red circle, very secret"
 PATIENT_S = 60.0  # the most that the setting may say
@@ -297,10 +297,10 @@ class TestNoVerdict:
     @pytest.mark.parametrize("mode", ["text_mode", "image_mode"])
     async def test_a_deadline_that_no_transport_watches_holds_too(self, server, double, mode):
         setattr(double, mode, "hang")
-        visit = Visit(request_id="r", client="c", deadline=time.monotonic() + 0.5)
+        call = CallContext(request_id="r", client="c", deadline=time.monotonic() + 0.5)
         with pytest.raises(DeadlineExceededError):
-            async for event in server.dispatcher.events(request(), visit):
-                assert not event.HasField("image")
+            async for event in server.dispatcher.events(GenerationRequest(params=RequestedParams(prompt="a")), call):
+                assert not isinstance(event, ImageReady)
 
 
 class TestWhileTheServiceHangs:
@@ -425,7 +425,7 @@ class TestAtTheStart:
 async def test_neither_prompt_nor_key_is_in_the_log(tmp_path, double, caplog):
     with caplog.at_level(logging.DEBUG):
         async with guarded(tmp_path, double, timeout_s=HASTY_S) as server:
-            assert KEY not in repr(server.dispatcher._guard._moderator)
+            assert KEY not in repr(server.dispatcher._moderation._moderator)
             await server.stub.Generate(request())
             double.image_mode = "hang"
             await error_of(server.stub.Generate(request()))

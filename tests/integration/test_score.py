@@ -91,6 +91,10 @@ REFUSED = {
         asking(["a"], parameters={"num_inference_steps": "5"}),
         "input_data.parameters.num_inference_steps",
     ),
+    "a number beyond 64 bits": (
+        asking(["a"], parameters={"num_images_per_prompt": 10**4000, "num_inference_steps": 10**4000}),
+        "input_data.parameters.num_inference_steps",
+    ),
     "a float for a count": ({**asking(["a"]), "params": {"height": 64.5}}, "params.height"),
     "an unknown scheduler": ({**asking(["a"]), "parameters": {"scheduler": "x"}}, "parameters.scheduler"),
     "eta": (asking(["a"], parameters={"eta": 0.5}), "input_data.parameters.eta"),

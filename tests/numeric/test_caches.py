@@ -1,4 +1,4 @@
-"""What is kept for the next request: prompts, timesteps, slots."""
+"""What is kept for the next request: prompts and timesteps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mii_serve.engine.batched.prompt_cache import PromptCache
-from mii_serve.engine.batched.slot_pool import SlotPool
 from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.kernels.native import NativeKernels
 
@@ -103,19 +102,3 @@ class TestTimesteps:
             cache = TimestepCache(kernels, dtype=torch.float32, device=torch.device("cpu"))
             seen.append(cache.embeds[cache.rows(times)[times.index(340.5)]].clone())
         assert all(torch.equal(seen[0], other) for other in seen)
-
-
-class TestSlots:
-    def test_a_freed_slot_starts_from_zeros_again(self):
-        pool = SlotPool(1, (4, 2, 2), torch.device("cpu"))
-        slot = pool.acquire(torch.ones(4, 2, 2))
-        pool.state[slot] = float("nan")
-        pool.release(slot)
-        again = pool.acquire(torch.full((4, 2, 2), 3.0))
-        assert pool.state[again, 0].eq(3).all() and pool.state[again, 1:].eq(0).all()
-
-    def test_the_padding_slot_is_never_given_to_a_sample(self):
-        pool = SlotPool(2, (4, 2, 2), torch.device("cpu"))
-        taken = {pool.acquire(torch.ones(4, 2, 2)) for _ in range(2)}
-        assert pool.padding_slot not in taken and pool.state.shape[0] == 3
-        assert not pool.is_empty

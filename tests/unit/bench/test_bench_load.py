@@ -6,7 +6,7 @@ import asyncio
 from itertools import islice
 
 import pytest
-from unit.bench.virtual_time import run
+from virtual_time import run
 
 from mii_serve.bench.arrivals import constant
 from mii_serve.bench.load import LoadLimits, closed_loop, open_loop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from unit.cli.conftest import Run
+from commands import Run
 
 
 def test_show_says_where_each_value_came_from(run: Run, tmp_path, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import pytest
-from unit.cli.conftest import Run
+from commands import Run
 
 from mii_serve.cli import deploy, doctor, main
 from mii_serve.cli.exits import ExitCode

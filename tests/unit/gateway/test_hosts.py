@@ -79,7 +79,7 @@ def test_several_are_named_with_commas_in_the_environment(monkeypatch):
     assert DeployConfig.load({}).http.allowed_hosts == ("a.example", "*.b.example")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client():
     return TestClient(build_app(Dispatcher(), KeyRing(), hosts=hosts()), base_url="http://localhost")
 

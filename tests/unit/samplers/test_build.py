@@ -1,59 +1,17 @@
-"""A sampler that was let in makes all its steps; one that cannot is refused, by the number of steps."""
+"""Which scheduler a name leads to, and which steps are refused."""
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
 
 import diffusers
 import pytest
 import torch
-from samplers import ALL, USUAL, schedulers
+from samplers import SD_V1, SD_V1_CONFIG, schedulers
 
 from mii_serve.errors import InvalidRequestError
-from mii_serve.samplers.build import step_kwargs, try_scheduler
+from mii_serve.samplers.build import try_scheduler
 from mii_serve.samplers.names import CLASS_NAMES, SAMPLERS
-
-SD_V1_CONFIG = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "clip_sample": False,
-}
-SD_V1 = schedulers(SD_V1_CONFIG)
-
-
-def walk(name: str, num_inference_steps: int) -> torch.Tensor:
-    scheduler = SD_V1.make(name, num_inference_steps, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(5)
-    sample = torch.randn(1, 4, 2, 2, generator=generator) * scheduler.init_noise_sigma
-    kwargs = step_kwargs(scheduler, generator)
-    for timestep in scheduler.timesteps:
-        scheduler.scale_model_input(sample, timestep)
-        output = torch.randn(sample.shape, generator=generator)
-        sample = scheduler.step(output, timestep, sample, **kwargs, return_dict=False)[0]
-    return sample
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", USUAL)
-def test_what_passes_the_trial_ends_finite_and_the_rest_names_the_field(name):
-    num_let_in = 0
-    for num_inference_steps in (1, 2, 3, 4, 5, 10, 50, 999, 1000):
-        try:
-            try_scheduler(SD_V1, name, num_inference_steps)
-        except InvalidRequestError as error:
-            assert error.field == "num_inference_steps"
-            assert name in error.rule
-            assert num_inference_steps > 50, "the usual numbers work with every sampler"
-        else:
-            assert walk(name, num_inference_steps).isfinite().all()
-            num_let_in += 1
-    assert num_let_in >= 7
 
 
 @pytest.mark.parametrize(
@@ -88,20 +46,6 @@ def test_every_name_leads_to_a_sampler_and_every_sampler_has_its_own_name():
 def test_the_grammar_has_every_spacing_of_every_solver():
     assert set(SAMPLERS) >= {"heun_karras", "dpm++_3m_sde_exponential", "unipc_3_beta", "lms_exponential", "dpm++_2m_lu"}
     assert set(SAMPLERS) >= {"kdpm2_a_karras", "dpm++_1s_beta", "deis_2_flow", "sa_solver_karras", "dpm_2m", "dpm++_sde_karras"}
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_name_sets_what_it_says_and_leaves_the_rest_to_the_model(name):
-    """Also on a config that says the opposite: diffusers allows one spacing at a time."""
-    class_name, config = "EulerDiscreteScheduler", {**SD_V1_CONFIG, "use_exponential_sigmas": True, "beta_end": 0.013}
-    made = schedulers(config, class_name).make(name, 8, torch.device("cpu"))
-    assert type(made).__name__ == SAMPLERS[name].class_name
-    for option, value in SAMPLERS[name].overrides.items():
-        assert made.config[option] == value
-    assert made.config.get("beta_end", 0.013) == 0.013
-    known = inspect.signature(type(made).__init__).parameters
-    spacings = [option for option in known if option.startswith("use_") and made.config[option]]
-    assert len(spacings) == (name.rsplit("_", 1)[-1] in {"karras", "exponential", "beta", "lu", "flow"}), spacings
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "lcm", "tcd"])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Run
 from patience import PATIENCE_S
 from scripted_server import (
     RunningServer,
@@ -26,7 +27,6 @@ from scripted_server import (
     queued,
     refusal,
 )
-from unit.cli.conftest import Run
 
 from mii_serve.errors import InvalidRequestError, QueueFullError
 from mii_serve.types import PARAMETERS, Event, GenerationRequest, ImageFormat, OutputOptions, RequestedParams

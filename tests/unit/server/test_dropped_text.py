@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from urllib.parse import unquote
 
-from mii_serve.proto.dropped import MAX_HEADER_CHARS, dropped_headers, dropped_texts
+from fake_engine import FakeEngine
 
-from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server.dropped_text import MAX_HEADER_CHARS, dropped_headers, dropped_texts
+from mii_serve.types import EffectiveParameters, RequestedParams
+
+ENGINE = FakeEngine()
+PARAMS = ENGINE.capabilities.resolve(RequestedParams(prompt="p"), fallback_seed=0)
 
 SPARE = len("%E2%80%A6")
 
 
-def done(prompt: str = "", negative: str = "") -> pb.EffectiveParameters:
-    return pb.EffectiveParameters(dropped_prompt=prompt, dropped_negative_prompt=negative)
+def done(prompt: str = "", negative: str = "") -> EffectiveParameters:
+    scheduler = ENGINE.describe_scheduler(PARAMS)
+    return EffectiveParameters.of(
+        PARAMS, ENGINE.description, scheduler, dropped_prompt=prompt, dropped_negative_prompt=negative
+    )
 
 
 def test_nothing_is_told_where_nothing_was_dropped():

@@ -12,7 +12,7 @@ from fake_engine import FakeEngine
 from PIL import Image
 
 from mii_serve.replica.encoding import encode_picture
-from mii_serve.types import Effective, ImageFormat, OutputOptions, Picture, RequestedParams
+from mii_serve.types import EffectiveParameters, ImageFormat, OutputOptions, Picture, RequestedParams
 
 RGB = random.Random(0).randbytes(24 * 16 * 3)
 PICTURE = Picture(width=24, height=16, rgb=RGB, nsfw_content_detected=False)
@@ -21,7 +21,7 @@ PARAMS = ENGINE.capabilities.resolve(
     RequestedParams(prompt='a "red" circle\nünïcödé', negative_prompt="blurry", seed=5, num_images_per_prompt=3),
     fallback_seed=0,
 )
-EFFECTIVE = Effective(params=PARAMS, engine=ENGINE.description, scheduler=ENGINE.describe_scheduler(PARAMS))
+EFFECTIVE = EffectiveParameters.of(PARAMS, ENGINE.description, ENGINE.describe_scheduler(PARAMS))
 
 
 def encode(**output) -> bytes:
@@ -54,7 +54,8 @@ def test_metadata_tells_programs_and_people_how_the_picture_was_made():
 def test_metadata_says_nothing_of_the_host():
     note = "not deepspeed: no nvcc; pip install --force-reinstall /home/op/wheels/deepspeed.whl"
     engine = replace(ENGINE.description, note=note, device="cuda:3")
-    file = encode_picture(PICTURE, OutputOptions(embed_metadata=True), replace(EFFECTIVE, engine=engine), seed=7)
+    parameters = EffectiveParameters.of(PARAMS, engine, ENGINE.describe_scheduler(PARAMS))
+    file = encode_picture(PICTURE, OutputOptions(embed_metadata=True), parameters, seed=7)
     texts = Image.open(io.BytesIO(file)).text
     assert set(json.loads(texts["mii_serve"])) == {
         *RequestedParams.__dataclass_fields__,

@@ -14,12 +14,14 @@ class _Selector(selectors.DefaultSelector):
     now = 0.0
 
     def select(self, timeout: float | None = None) -> Any:
+        if ready := super().select(0):
+            return ready
         assert timeout is not None, "everybody waits for somebody else"
         self.now += timeout
-        return super().select(0)
+        return ready
 
 
-class _Loop(asyncio.SelectorEventLoop):
+class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._selected = _Selector()
         super().__init__(self._selected)
@@ -29,5 +31,5 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    with asyncio.Runner(loop_factory=_Loop) as runner:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)

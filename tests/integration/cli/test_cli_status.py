@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from commands import Run
 from scripted_server import RunningServer
-from unit.cli.conftest import Run
 
 from mii_serve.errors import EngineError
 

@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 import torch
+from commands import Run
 from machines import COMPLETE, MISSING
-from unit.cli.conftest import Run
 
 from mii_serve.cli import doctor
 from mii_serve.types import ENGINES
