@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: LogFormat, mii_file: Path | None = None) -> int:
-    """Serve until told to stop, and return the exit code.
+    """Serve until a signal stops it, and return the exit code.
 
     Raises:
         ConfigError: a setting breaks a rule.

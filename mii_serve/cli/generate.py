@@ -111,7 +111,7 @@ def _within(timeout: float | None, events: Iterator[ServerEvent]) -> Generator[S
 
 
 def _show(events: Iterable[Event], *, is_quiet: bool) -> None:
-    """Follow the events to their end, with a bar for each image where somebody looks."""
+    """Follow the events to their end, with a bar for each image on a terminal."""
     if is_quiet:
         for _ in events:
             pass

@@ -124,7 +124,7 @@ def deploy(
             is_tls = config.tls_cert is not None
             entry.note(Process.of(child.pid, is_tls=is_tls, drain_timeout_s=config.drain_timeout_s))
             _wait_ready(entry, child, config.startup_timeout_s + _SPARE_S)
-        except BaseException:  # an interrupt, too: whoever gave up the wait wants no server
+        except BaseException:  # an interrupt, too: a caller who gave up the wait wants no server
             _end(child)
             entry.forget()
             raise
@@ -198,7 +198,7 @@ class MIIClient:
         return ImageResponse(images, list(reply.nsfw_content_detected), reply.time_taken)
 
     def terminate(self) -> None:
-        """Ask the server to end. Most are told not to listen to that.
+        """Ask the server to end. Most are configured to refuse that.
 
         Raises:
             PermissionDeniedError: this one is.

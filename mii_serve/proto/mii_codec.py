@@ -272,7 +272,7 @@ _IMAGES_TAG = bytes([mii.ImageReply.IMAGES_FIELD_NUMBER << 3 | 2])
 def encode_mii_reply(images: Sequence[ImageReady], seconds: float) -> bytes:
     """An `ImageReply` with the raw pictures in this order, as it goes on the wire.
 
-    MII has no word for "nobody checked", and says False then; so does this. The pixels are put in place by hand: protobuf
+    MII has no value for "not checked" and sends False then; so does this. The pixels are put in place by hand: protobuf
     copies them more often, and the front does nothing else meanwhile.
     """
     first = images[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -224,7 +225,7 @@ class TestBackoff:
             await supervised.lost()
         await supervised.ready()
         at = supervised.spares.taken_at
-        assert [later - earlier for earlier, later in zip(at, at[1:], strict=False)] == pytest.approx([*BACKOFF_S, 30.0, 30.0])
+        assert [later - earlier for earlier, later in itertools.pairwise(at)] == pytest.approx([*BACKOFF_S, 30.0, 30.0])
 
     async def test_one_that_lived_long_is_started_at_once_and_the_count_begins_anew(self, supervised):
         await supervised.start()
