@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
+from itertools import pairwise
 
 import pytest
 from replica_doubles import settle
@@ -21,6 +22,7 @@ from mii_serve.server.spare import Child
 from mii_serve.server.supervisor import BACKOFF_S, STEADY_S, ReplicaSupervisor
 
 READY = {"state": "ready"}
+GONE = {"state": "failed", "error": "ModelError", "message": "gone"}
 
 
 class FakeInput:
@@ -224,7 +226,7 @@ class TestBackoff:
             await supervised.lost()
         await supervised.ready()
         at = supervised.spares.taken_at
-        assert [later - earlier for earlier, later in zip(at, at[1:], strict=False)] == pytest.approx([*BACKOFF_S, 30.0, 30.0])
+        assert [later - earlier for earlier, later in pairwise(at)] == pytest.approx([*BACKOFF_S, 30.0, 30.0])
 
     async def test_one_that_lived_long_is_started_at_once_and_the_count_begins_anew(self, supervised):
         await supervised.start()
