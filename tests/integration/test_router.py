@@ -156,25 +156,6 @@ class TestALostReplica:
             await single.start(0)
             assert [kinds(events)[-1] for events in await asyncio.gather(*waiting)] == ["done", "done"]
 
-    async def test_that_wait_has_a_bound(self, tmp_path):
-        async with deployment_of(tmp_path, 1, patience_s=1.0) as single:
-            _, call = await self.held_on_one(single)
-            await single.lose(0, KILLED)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert "no replica came back within 1 s" in caught.value.details()
-
-    async def test_a_deadline_ends_that_wait(self, tmp_path):
-        async with deployment_of(tmp_path, 1) as single:
-            single.hold()
-            call = asyncio.create_task(events_of(single.stub.GenerateStream(request(), timeout=2.0)))
-            await single.until(lambda: call.done() or sum(single.images_on().values()) == 1)
-            await single.lose(0, KILLED)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call
-            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-
     async def test_a_request_under_which_two_crash_is_refused_and_the_third_lives(self, three):
         index, call = await self.held_on_one(three)
         await three.lose(index, CRASHED)
