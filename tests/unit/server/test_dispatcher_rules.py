@@ -78,6 +78,8 @@ class Reader:
                 self.events.append(event)
         except MiiServeError as error:
             self.error = error
+            task = asyncio.current_task()
+            assert task is not None and not task.cancelling(), "the task can go on"
         finally:
             await self._stream.aclose()
 

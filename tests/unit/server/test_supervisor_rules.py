@@ -228,6 +228,15 @@ class TestBackoff:
         at = supervised.spares.taken_at
         assert [later - earlier for earlier, later in pairwise(at)] == pytest.approx([*BACKOFF_S, 30.0, 30.0])
 
+    async def test_a_start_that_took_long_is_no_long_life(self, supervised):
+        await supervised.start()
+        await supervised.ready()
+        supervised.spares.on_take = lambda process: None
+        supervised.process.end(1)
+        await asyncio.sleep(300.0)
+        first, second, third, fourth = supervised.spares.taken_at[:4]
+        assert (second - first, third - second, fourth - third) == pytest.approx((0.5, 100.0 + 1.0, 100.0 + 2.0))
+
     async def test_one_that_lived_long_is_started_at_once_and_the_count_begins_anew(self, supervised):
         await supervised.start()
         for lived_s, delay_s in ((1.0, 0.5), (1.0, 1.0), (STEADY_S + 1, 0.0), (1.0, 0.5)):
