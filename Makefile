@@ -61,7 +61,7 @@ stubs: $(INSTALLED)
 
 # Rewrites what the contract tests compare with. Read the diff line by line.
 goldens: stubs
-	$(BIN)/python -m pytest tests/contract --update-goldens
+	$(BIN)/python -m pytest tests/contract tests/docs/test_parameters_page.py --update-goldens
 
 grade: $(INSTALLED)
 	$(BIN)/python tools/publish_demo_grades.py

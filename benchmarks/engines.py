@@ -215,14 +215,14 @@ def run(
         ends = time.monotonic() + share_s
         try:
             with opened(name, place) as row:
-                for told in cells(row, name, arguments, lambda ends=ends: ends - time.monotonic()):
-                    if (pictures := told.pop("pictures", None)) is not None:
-                        key = told["sampler"], told["num_inference_steps"]
+                for row_figures in cells(row, name, arguments, lambda ends=ends: ends - time.monotonic()):
+                    if (pictures := row_figures.pop("pictures", None)) is not None:
+                        key = row_figures["sampler"], row_figures["num_inference_steps"]
                         if name == "reference":
                             truth.setdefault(key, pictures[0])
-                        told |= compared(pictures[0], truth.get(key)) | efficiency(told, facts, row.dtype)
-                        told["dtype"] = row.dtype
-                    rows.append({"row": name, **told})
+                        row_figures |= compared(pictures[0], truth.get(key)) | efficiency(row_figures, facts, row.dtype)
+                        row_figures["dtype"] = row.dtype
+                    rows.append({"row": name, **row_figures})
                     print(json.dumps(rows[-1]), flush=True)
         except UnableError as reason:
             rows.append({"row": name, "skipped": str(reason)})
@@ -245,12 +245,12 @@ def cells(row: Row, name: str, arguments: argparse.Namespace, left_s: Callable[[
                 yield {**about, "skipped": f"no time: needs about {needed_s:.0f} s of {max(0.0, left_s()):.0f} s left"}
                 continue
             try:
-                told = measure(row, sampler, num_steps, count, arguments.repeats)
+                row_figures = measure(row, sampler, num_steps, count, arguments.repeats)
             except Exception as error:  # noqa: BLE001 - out of memory, or a peer's failure: a result like any other
                 yield {**about, "skipped": f"{type(error).__name__}: {error}"[:500]}
                 continue
-            per_image[num_steps] = told["median_s"] / count
-            yield told
+            per_image[num_steps] = row_figures["median_s"] / count
+            yield row_figures
 
 
 def compared(picture: Image.Image, truth: Image.Image | None) -> dict[str, Any]:
@@ -261,17 +261,17 @@ def compared(picture: Image.Image, truth: Image.Image | None) -> dict[str, Any]:
     return {"max_levels_off": levels, "psnr_db": None if levels == 0 else round(psnr_db, 2)}
 
 
-def efficiency(told: dict[str, Any], facts: dict[str, Any], dtype: str) -> dict[str, Any]:
+def efficiency(row_figures: dict[str, Any], facts: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Time of a UNet call, and what share of the matmul peak the burst's UNet work comes to."""
-    calls = facts["calls"].get(told["sampler"], told["num_inference_steps"])
-    if told["num_inference_steps"] != dict(SAMPLERS).get(told["sampler"]):
-        calls = told["num_inference_steps"] + (told["sampler"] == "pndm")
-    num_rows = told["num_images"] * (2 if facts["guidance_scale"] > 1 else 1)
-    made = {"unet_calls_per_s": round(calls * told["num_images"] / told["median_s"], 3)}
+    calls = facts["calls"].get(row_figures["sampler"], row_figures["num_inference_steps"])
+    if row_figures["num_inference_steps"] != dict(SAMPLERS).get(row_figures["sampler"]):
+        calls = row_figures["num_inference_steps"] + (row_figures["sampler"] == "pndm")
+    num_rows = row_figures["num_images"] * (2 if facts["guidance_scale"] > 1 else 1)
+    made = {"unet_calls_per_s": round(calls * row_figures["num_images"] / row_figures["median_s"], 3)}
     peak = facts["matmul_peak_tflops"].get(dtype)
     if peak:
         gflop = facts["unet_gflop_per_row"] * num_rows * calls
-        made["share_of_matmul_peak"] = round(gflop / 1000 / told["median_s"] / peak, 4)
+        made["share_of_matmul_peak"] = round(gflop / 1000 / row_figures["median_s"] / peak, 4)
     return made
 
 

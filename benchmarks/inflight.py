@@ -190,8 +190,8 @@ def main() -> None:
         for name, make in policies.items():
             rows.append({"load": load, "policy": name, **serve(engine, make(), arrivals)})
             print(json.dumps(rows[-1]), flush=True)
-    told = engine.description
-    about = circumstances(told.model, told.model_revision, told.device, told.dtype)
+    described = engine.description
+    about = circumstances(described.model, described.model_revision, described.device, described.dtype)
     result = {**about, "max_slots": slots, "num_requests": arguments.requests, "capacity_images_per_s": capacity, "rows": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -207,8 +207,8 @@ class Run:
             loop = Loop(kind="poisson", rate=rate)
             plan = self._plan(mix, loop, quick, num_warmup=0)
             await self._drained(system, held, plan, DRAIN_TIMEOUT_S)
-            told = await self._measured(system, held, mix, load, plan)
-            if told["num_ok"] < told["num_requests"] / 2:
+            figures = await self._measured(system, held, mix, load, plan)
+            if figures["num_ok"] < figures["num_requests"] / 2:
                 for higher in (one for one in LOADS if one > load):
                     self._skip({**about, "load": higher}, f"it failed more than half of the requests at {load:g}")
                 return
@@ -220,33 +220,33 @@ class Run:
         finally:
             await driver.close()
         target_s = self.arguments.goodput
-        told = summary(measured.records, target_s=target_s)
+        figures = summary(measured.records, target_s=target_s)
         counted = measured.records
         if load == "capacity":
-            told["requests_per_s"], counted = steady(measured.records, self.arguments.seconds)
+            figures["requests_per_s"], counted = steady(measured.records, self.arguments.seconds)
         row = {
             "system": system.name,
             "mix": mix,
             "load": load,
             "rate": plan.loop.rate,
-            **{name: told[name] for name in ("num_requests", "num_ok", "seconds", "requests_per_s", "codes", "lag")},
-            "goodput": told["goodput"],
-            "total_s": told["latency_s"]["total"],
-            "total_p95_s_by_kind": {kind: one["total"] and one["total"]["p95"] for kind, one in told["by_kind"].items()},
+            **{name: figures[name] for name in ("num_requests", "num_ok", "seconds", "requests_per_s", "codes", "lag")},
+            "goodput": figures["goodput"],
+            "total_s": figures["latency_s"]["total"],
+            "total_p95_s_by_kind": {kind: one["total"] and one["total"]["p95"] for kind, one in figures["by_kind"].items()},
             "intervals": spread(counted, target_s=target_s).intervals(),
             "observed": measured.observed,
             "examples": measured.examples,
         }
         self.kept.append((len(self.rows), measured.sampled))
         self.rows.append(_rounded(row))
-        latency = told["latency_s"]["total"] or {}
+        latency = figures["latency_s"]["total"] or {}
         print(
-            f"{system.name:18}{mix:9}{load!s:9}{told['num_ok']:4} of {told['num_requests']:4}  "
-            f"{told['requests_per_s'] or 0:6.2f}/s  p50 {latency.get('p50', float('nan')):6.2f}  "
+            f"{system.name:18}{mix:9}{load!s:9}{figures['num_ok']:4} of {figures['num_requests']:4}  "
+            f"{figures['requests_per_s'] or 0:6.2f}/s  p50 {latency.get('p50', float('nan')):6.2f}  "
             f"p95 {latency.get('p95', float('nan')):6.2f} s",
             flush=True,
         )
-        return told
+        return figures
 
     async def _drained(self, system: System, held: list[Server], plan: Plan, timeout_s: float) -> None:
         """Wait until nothing of the load before is left; a server that goes on with it is replaced by a fresh one."""

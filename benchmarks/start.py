@@ -67,12 +67,12 @@ def deployment_of(model: str, has_spare: bool) -> dict[str, float]:
     start = time.monotonic()
     with started(command, variables) as process:
         assert process.stdout is not None and process.stderr is not None
-        told: dict[str, float] = {}
+        times: dict[str, float] = {}
         for _ in _lines(process.stderr, "listening on "):
-            told["until_listening"] = time.monotonic() - start
+            times["until_listening"] = time.monotonic() - start
             break
         ready = process.stdout.readline()
-        told["until_ready"] = time.monotonic() - start
+        times["until_ready"] = time.monotonic() - start
         match = re.match(r"ready grpc=(\S+)", ready)
         if match is None:
             raise SystemExit(f"{' '.join(command)}: not ready: {ready!r}")
@@ -82,8 +82,8 @@ def deployment_of(model: str, has_spare: bool) -> dict[str, float]:
             killed = time.monotonic()
             os.kill(replica.pid, signal.SIGKILL)
             client.generate(**ASKED)  # waits for a replica
-            told["from_kill_to_picture"] = time.monotonic() - killed
-        return told
+            times["from_kill_to_picture"] = time.monotonic() - killed
+        return times
 
 
 @contextlib.contextmanager
@@ -159,7 +159,7 @@ def main() -> None:
         with_spare.append(deployment_of(arguments.model, has_spare=True))
         without.append(deployment_of(arguments.model, has_spare=False))
         print(json.dumps({"phases": phases[-1], "with_spare": with_spare[-1], "without": without[-1]}), flush=True)
-    told: dict[str, Any] = {
+    times: dict[str, Any] = {
         **environment.circumstances(environment.PACKAGES),
         "model": arguments.model,
         "repeats": arguments.repeats,
@@ -170,7 +170,7 @@ def main() -> None:
     }
     name = "".join(c if c.isalnum() else "-" for c in Path(arguments.model).name)
     out = arguments.out or RESULTS / f"start-{name}.json"
-    out.write_text(json.dumps(told, indent=1) + "\n")
+    out.write_text(json.dumps(times, indent=1) + "\n")
     print(f"written to {out}")
     return None
 

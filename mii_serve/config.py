@@ -1,15 +1,16 @@
-"""How a deployment is configured: flags beat environment, environment beats file, file beats default.
+"""The configuration of a deployment, merged from flags, environment, Azure ML's own variables, a file and defaults
+(`DeployConfig._sources` has the order).
 
-Azure ML's own variables stand between the environment and the file. Unknown keys are refused.
-A replica receives the finished configuration as JSON over a pipe, never on its command line.
+Unknown keys are refused. A replica receives the merged configuration as JSON over a pipe, never on its command line.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
@@ -33,13 +35,13 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 ENV_PREFIX = "MII_SERVE_"
 NOT_SETTINGS = frozenset({"MII_SERVE_API_KEY", "MII_SERVE_DEBUG", "MII_SERVE_RUNTIME_DIR"})
-"""Variables with the prefix that are the clients' and the command line's."""
+"""Variables with the prefix that clients and commands read."""
 AZURE_MODEL_FOLDER = "MLFLOW_MODEL_FOLDER"
 """The model's folder inside AZUREML_MODEL_DIR, where it is not the usual one."""
 AZURE_TEXTS = {"DEPLOYMENT_NAME": "deployment_name", "AZUREML_MODEL_DIR": "model"}
 AZURE_COUNTS = {"TENSOR_PARALLEL": "tensor_parallel", "NUM_REPLICAS": "replicas", "WORKER_COUNT": "max_slots"}
 AZURE_VARIABLES = AZURE_TEXTS | AZURE_COUNTS
-"""What Azure ML's images are configured with. A worker there is one request in work."""
+"""The variables that configure Azure ML's images, and our settings. A worker there is one request in flight."""
 CONTENT_SAFETY_VARIABLES = {
     "CONTENT_SAFETY_ENDPOINT": "content_safety.endpoint",
     "CONTENT_SAFETY_KEY": "content_safety.key",
@@ -48,26 +50,26 @@ CONTENT_SAFETY_VARIABLES = {
     "CONTENT_SAFETY_ACCOUNT_NAME": "content_safety.account_name",
     "UAI_CLIENT_ID": "content_safety.client_id",
 }
-"""Azure ML's names for what moderates prompts and pictures."""
+"""Azure ML's variables for content safety, and our settings."""
 OF_KUBERNETES = re.compile(r"CONTENT_SAFETY_(SERVICE_(HOST|PORT(_.*)?)|PORT(_.*)?)")
-"""What Kubernetes sets in every container beside a service named content-safety."""
+"""Variables that Kubernetes sets in the containers of a namespace with a service named content-safety."""
 MAX_MODERATED_CHARS = 10_000
-"""Azure AI Content Safety reads no more of a text."""
+"""The longest text that Azure AI Content Safety takes in one request."""
 _LABEL = r"[0-9A-Za-z_-]{1,63}"
 _IPV6 = r"\[?[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{0,40}\]?"
 HOST_PATTERN = rf"^(\*|(\*\.)?{_LABEL}(\.{_LABEL}){{0,20}}\.?|{_IPV6})$"
-"""A name, perhaps with a wildcard in front, or an address; without a port."""
+"""A host name, optionally with a leading wildcard, or an IP address; without a port."""
 CLOSE = 0.8
-"""How alike two names are, of 1, for one to be taken for the other misspelt."""
+"""The similarity (`difflib` ratio, 0 to 1) from which a name counts as a misspelling of another."""
 
 
 HostName = Annotated[str, Field(pattern=HOST_PATTERN)]
 ServedName = Annotated[str, Field(pattern=r"^[!-~]([ -~]*[!-~])?$", max_length=200)]
-"""A name for the model that callers may say: printable ASCII, because it stands in paths and logs."""
+"""A name of the model in requests: printable ASCII, because paths and logs hold it."""
 
 
 def _names(given: object) -> object:
-    """Names as a flag, a variable (separated by commas) or a file gives them, each once; an empty one is not said."""
+    """Names from flags, a variable (separated by commas) or a file, without duplicates and empty ones."""
     if isinstance(given, str):
         given = [name.strip() for name in given.split(",")]
     if not isinstance(given, list | tuple):
@@ -76,15 +78,15 @@ def _names(given: object) -> object:
 
 
 class HttpConfig(BaseModel):
-    """Bounds on one HTTP request, and what a refused picture looks like there.
+    """Limits of one HTTP request, and the answers to refused pictures.
 
-    `allowed_hosts` are the names this server answers to, `*.example.com` for all below one and `*` for any; left out, a server
-    on a loopback address answers to this machine's names, and another to any. `max_images` and `max_steps` are of all its
-    prompts together, a step being one denoising step of one image.
-    `refuse_blocked_score` answers `/score` with 400 where content safety blocked a prompt, instead of Azure's empty object;
-    `refuse_flagged_images` refuses an OpenAI request of which every picture was flagged, instead of sending black ones.
-    `keep_alive_s` is how long an idle connection stays open between requests; proxies that pool connections must give theirs
-    up sooner. `public_url` is the address callers know, where it is not the one their requests name: links begin with it.
+    `allowed_hosts` are the host names that requests may give: `*.example.com` is every name below one, `*` is any. Left out, a
+    server on a loopback address accepts this machine's names, and any other server accepts all. `max_images` and `max_steps`
+    count all prompts of a request together; a step is one denoising step of one image.
+    `refuse_blocked_score` answers `/score` with 400 if content safety blocked a prompt, instead of Azure's empty object;
+    `refuse_flagged_images` refuses an OpenAI request if every picture was flagged, instead of sending black ones.
+    `keep_alive_s` is how long an idle connection stays open between requests; proxies that pool connections must close theirs
+    sooner. `public_url` is the start of the links in answers, if it is not the address that requests name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -101,7 +103,7 @@ class HttpConfig(BaseModel):
 
 
 class LimitsConfig(BaseModel):
-    """The operator's bounds on one request. A size bound left out is the model's own."""
+    """The operator's limits of one request. A size limit that is left out is the model's own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -114,11 +116,11 @@ class LimitsConfig(BaseModel):
 
 
 class ContentSafetyConfig(BaseModel):
-    """Azure AI Content Safety before and after the work; off unless something here is set.
+    """Azure AI Content Safety for prompts and pictures; off unless one of these is set.
 
-    Severities above `threshold` are blocked, of 0, 2, 4 and 6. `client_id` is a managed identity's, or "system" for the
-    machine's own; `key` wins over it. `account_name` stands for that account's public endpoint. `timeout_s` is for one verdict,
-    its repeats included.
+    A severity (0, 2, 4 or 6) above `threshold` is blocked. `client_id` is that of a managed identity, or "system" for the
+    machine's own; it is not used if there is a `key`. `account_name` is short for that account's public endpoint. `timeout_s`
+    bounds one verdict, with its retries.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -141,7 +143,7 @@ class ContentSafetyConfig(BaseModel):
 
 
 class DeployConfig(BaseSettings):
-    """Everything `mii_serve deploy` can be told."""
+    """Every setting of `mii_serve deploy`. Names that end in `_s` are seconds, in `_bytes` bytes, in `_px` pixels."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, protected_namespaces=()
@@ -181,7 +183,7 @@ class DeployConfig(BaseSettings):
 
     @classmethod
     def load(cls, flags: dict[str, Any], file: Path | None = None, written: dict[str, Any] | None = None) -> DeployConfig:
-        """Merge the sources; `written` stands where a file would.
+        """Merge the sources; `written` takes the place of a file.
 
         Raises:
             ConfigError: naming the setting and the rule.
@@ -189,30 +191,33 @@ class DeployConfig(BaseSettings):
         if file is not None and not file.is_file():
             raise ConfigError("config", f"no such file: {file}")
         _refuse_misspelt_variables(cls)
-        config = cls._merged(flags, file, _azure_settings(), written or {})
+        config = cls._merged(lambda: cls._sources(flags, file, written or {}))
         if config.content_safety.model_fields_set == {"client_id"} and "UAI_CLIENT_ID" in os.environ:
-            return config.model_copy(update={"content_safety": ContentSafetyConfig()})  # an identity alone asks for nothing
+            return config.model_copy(update={"content_safety": ContentSafetyConfig()})  # an identity alone does not turn it on
         _check_content_safety(config)
         return config
 
     @classmethod
-    def _merged(cls, flags: dict[str, Any], file: Path | None, azure: dict[str, Any], written: dict[str, Any]) -> DeployConfig:
+    def _sources(
+        cls, flags: dict[str, Any], file: Path | None, written: dict[str, Any]
+    ) -> dict[str, PydanticBaseSettingsSource]:
+        """Every source of settings by its name, in the order of precedence. This is the only statement of that order."""
+        return {
+            "flag": InitSettingsSource(cls, flags),
+            "environment": EnvSettingsSource(cls),
+            "azure": InitSettingsSource(cls, _azure_settings()),
+            "file": InitSettingsSource(cls, written) if file is None else _file_source(cls, file),
+        }
+
+    @classmethod
+    def _merged(cls, sources: Callable[[], Mapping[str, PydanticBaseSettingsSource]]) -> DeployConfig:
         class _Layered(cls):  # type: ignore[misc, valid-type]
             @classmethod
-            def settings_customise_sources(
-                cls_,  # noqa: N804
-                settings_cls: type[BaseSettings],
-                init_settings: PydanticBaseSettingsSource,
-                env_settings: PydanticBaseSettingsSource,
-                dotenv_settings: PydanticBaseSettingsSource,
-                file_secret_settings: PydanticBaseSettingsSource,
-            ) -> tuple[PydanticBaseSettingsSource, ...]:
-                named = InitSettingsSource(settings_cls, azure)
-                least = InitSettingsSource(settings_cls, written) if file is None else _file_source(settings_cls, file)
-                return init_settings, env_settings, named, least
+            def settings_customise_sources(cls_, *_: Any, **__: Any) -> tuple[PydanticBaseSettingsSource, ...]:  # noqa: N804
+                return tuple(sources().values())
 
         try:
-            merged = _Layered(**flags)
+            merged = _Layered()
         except ValidationError as error:
             raise _first_problem(cls, error) from None
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -221,37 +226,32 @@ class DeployConfig(BaseSettings):
 
     @classmethod
     def origins(cls, flags: dict[str, Any], file: Path | None = None) -> dict[str, str]:
-        """Where `load` takes each setting from, by its name; "limits.max_size_px" is one in a group."""
-        written = {} if file is None else _file_source(cls, file)()
-        found, variables = {}, AZURE_VARIABLES | CONTENT_SAFETY_VARIABLES
+        """The source from which `load` takes each setting; "limits.max_size_px" is a setting in a group."""
+        layers = {source: read() for source, read in cls._sources(flags, file, {}).items()}
+        azure = {setting: variable for variable, setting in (AZURE_VARIABLES | CONTENT_SAFETY_VARIABLES).items()}
+        found = {}
         for name in setting_names(cls):
             group, _, key = name.rpartition(".")
-            variable = f"{ENV_PREFIX}{name.replace('.', '__').upper()}"
-            azure = next((azure for azure, setting in variables.items() if setting == name), "")
-            if key in (flags.get(group, {}) if group else flags):
-                found[name] = "flag"
-            elif _is_set(variable) or (group and _is_set(f"{ENV_PREFIX}{group.upper()}")):
-                found[name] = f"environment {variable}"
-            elif azure and _is_set(azure):
-                found[name] = f"environment {azure}"
-            elif key in (written.get(group, {}) if group else written):
-                found[name] = f"file {file}"
-            else:
-                found[name] = "default"
+            holders = (source for source, values in layers.items() if key in (values.get(group, {}) if group else values))
+            match next(holders, "default"):
+                case "environment":
+                    found[name] = f"environment {ENV_PREFIX}{name.replace('.', '__').upper()}"
+                case "azure":
+                    found[name] = f"environment {azure[name]}"
+                case "file":
+                    found[name] = f"file {file}"
+                case source:
+                    found[name] = source
         return found
 
     def to_json(self) -> str:
-        """For a replica, which moderates nothing and is told no secret."""
+        """The configuration for a replica: without content safety, because replicas moderate nothing and need no secrets."""
         return self.model_dump_json(exclude={"content_safety"})
 
     @classmethod
     def from_json(cls, text: str) -> DeployConfig:
-        config = cls._merged(_Json.model_validate_json(text).model_dump(), None, {}, {})
-        return config.model_copy(update={"content_safety": ContentSafetyConfig()})
-
-
-class _Json(BaseModel):
-    model_config = ConfigDict(extra="allow")
+        """The configuration that `to_json` wrote, and nothing of this process's environment."""
+        return cls._merged(lambda: {"json": InitSettingsSource(cls, json.loads(text))})
 
 
 def setting_names(model: type[BaseModel]) -> list[str]:
@@ -264,10 +264,6 @@ def setting_names(model: type[BaseModel]) -> list[str]:
         else:
             names.append(name)
     return names
-
-
-def _is_set(variable: str) -> bool:
-    return any(name.upper() == variable for name in os.environ)
 
 
 def _file_source(settings: type[BaseSettings], file: Path) -> PydanticBaseSettingsSource:
@@ -291,10 +287,10 @@ def _azure_settings() -> dict[str, Any]:
 
 
 def _content_safety_settings() -> dict[str, Any]:
-    """What Azure's variables say of content safety.
+    """The settings of content safety in Azure's variables.
 
     Raises:
-        ConfigError: one that is empty or unknown: whoever sets it wants what it says, and would not get it.
+        ConfigError: a variable is empty or unknown. It was set on purpose, and ignoring it could turn content safety off.
     """
     off = "unset every CONTENT_SAFETY_* variable to serve without content safety"
     found: dict[str, Any] = {}
@@ -314,12 +310,12 @@ def _content_safety_settings() -> dict[str, Any]:
 
 
 def _check_content_safety(config: DeployConfig) -> None:
-    """What the settings of content safety must be together."""
+    """Check the settings of content safety against each other."""
     asked = config.content_safety
     if not asked.is_on:
         return
     if asked.endpoint is None and asked.account_name is None:
-        raise ConfigError("CONTENT_SAFETY_ENDPOINT", "content safety is asked for, and this does not say where it is")
+        raise ConfigError("CONTENT_SAFETY_ENDPOINT", "content safety is on, and this does not say where it is")
     if asked.key is None and asked.client_id is None:
         raise ConfigError("CONTENT_SAFETY_KEY", "content safety needs this key, or a managed identity in UAI_CLIENT_ID")
     if asked.key is not None and not re.fullmatch("[!-~]+", asked.key.get_secret_value()):
@@ -331,7 +327,7 @@ def _check_content_safety(config: DeployConfig) -> None:
 
 
 def _refuse_misspelt_variables(model: type[BaseModel]) -> None:
-    """Only what is close to a setting: Kubernetes, too, makes variables with the name of a service in front."""
+    """Only names that are close to a setting's: Kubernetes sets variables that begin with the name of a service."""
     names = {name.replace(".", "__") for name in setting_names(model)} | set(model.model_fields)
     for variable in os.environ:
         name = variable.upper().removeprefix(ENV_PREFIX).lower()
@@ -352,5 +348,5 @@ def _first_problem(model: type[BaseModel], error: ValidationError) -> ConfigErro
         nearest = _nearest(setting, setting_names(model))
         return ConfigError(setting, f"no such setting; did you mean {nearest}?" if nearest else "no such setting")
     if setting in ("content_safety", "content_safety.key"):
-        return ConfigError(setting, problem["msg"])  # what was given may be the key
+        return ConfigError(setting, problem["msg"])  # the value may be the key
     return ConfigError(setting, f"{problem['msg']}, got {problem['input']!r}")

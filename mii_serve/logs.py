@@ -44,7 +44,7 @@ class JsonFormatter(logging.Formatter):
 class DroppingQueueHandler(logging.handlers.QueueHandler):
     """Formats records and queues them for a thread that writes them to stderr: no caller waits for a slow reader of the log.
 
-    A record that finds `MAX_WAITING_LINES` before it is dropped; a warning with the number of dropped ones stands in their place.
+    While `MAX_WAITING_LINES` wait, new records are dropped; a warning with their number takes their place.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class DroppingQueueHandler(logging.handlers.QueueHandler):
         self._waiting.put(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
-        """Log where a record comes from that cannot be formatted. The base class would write to stderr, in the caller's thread."""
+        """Log where a record comes from that cannot be formatted; the base class writes to stderr, in the caller's thread."""
         where = f"{record.name}, {record.filename}:{record.lineno}" if hasattr(record, "filename") else record.name
         self.enqueue(self.prepare(_warning(f"a record cannot be formatted: {where}")))
 

@@ -89,7 +89,7 @@ class ReplicaMetrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry = registry or CollectorRegistry()
         self._running = Gauge("mii_serve_images_running", "Images in work.", registry=registry)
-        self._waiting = Gauge("mii_serve_images_waiting", "Images in line.", registry=registry)
+        self._waiting = Gauge("mii_serve_images_waiting", "Images that wait for a slot.", registry=registry)
         self._work = Gauge(
             "mii_serve_queued_work_seconds", "Seconds the work in hand takes at the measured pace.", registry=registry
         )

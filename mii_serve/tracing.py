@@ -88,12 +88,12 @@ class ServerSpan:
 
 
 def open_server_span(method: str, parent: str | None) -> ServerSpan | None:
-    """None where nobody collects spans."""
+    """None where no collector is configured."""
     return None if _provider is None else ServerSpan(method, parent)
 
 
 def add_span(name: str, parent: str | None, start: float, end: float, attributes: Attributes) -> None:
-    """A piece of work that is over: from `start` to `end`, both of `time.monotonic()`. Without a parent it is nobody's."""
+    """A piece of work that is over: from `start` to `end`, both of `time.monotonic()`. Without a parent nothing is recorded."""
     if _provider is None or parent is None:
         return
     from opentelemetry.trace import SpanKind

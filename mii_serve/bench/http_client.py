@@ -19,7 +19,7 @@ on a connection that the server is closing.
 """
 
 
-class BodyTooLargeError(Exception):
+class AnswerTooLargeError(Exception):
     """The body has more than `MAX_BODY_BYTES`."""
 
 
@@ -63,12 +63,12 @@ async def read_body(response: httpx2.Response) -> bytes:
     """The whole body.
 
     Raises:
-        BodyTooLargeError
+        AnswerTooLargeError
         httpx2.HTTPError: the connection broke.
     """
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            raise BodyTooLargeError(f"the answer is larger than {MAX_BODY_BYTES} bytes")
+            raise AnswerTooLargeError(f"the answer is larger than {MAX_BODY_BYTES} bytes")
     return bytes(body)

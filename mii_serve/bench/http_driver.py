@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx2
 
-from mii_serve.bench.http_client import BodyTooLargeError, open_client, read_body
+from mii_serve.bench.http_client import AnswerTooLargeError, open_client, read_body
 from mii_serve.bench.values import (
     BAD_ANSWER,
     DEADLINE_EXCEEDED,
@@ -52,7 +52,7 @@ class HttpDriver:
                 return _read_body(await read_body(response))
         except TimeoutError:
             return Answer(code=DEADLINE_EXCEEDED, text=f"no answer within {timeout_s:.1f} s")
-        except (httpx2.HTTPError, BodyTooLargeError) as error:
+        except (httpx2.HTTPError, AnswerTooLargeError) as error:
             return Answer(code=UNREACHABLE, text=f"{type(error).__name__}: {error}")
 
     async def close(self) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mii_serve.bench.extra import needs_extra
 from mii_serve.bench.values import PARAMETER_TYPES, PlannedRequest
 from mii_serve.errors import ConfigError
 from mii_serve.types import RequestedParams
@@ -98,8 +97,8 @@ def check_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(file: Path) -> Mix:
-    with needs_extra("--mix"):
-        import yaml
+    import yaml
+
     try:
         loaded = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
-from mii_serve.bench.http_client import BodyTooLargeError, open_client, read_body
+from mii_serve.bench.http_client import AnswerTooLargeError, open_client, read_body
 
 SCRAPE_TIMEOUT_S = 10.0
 
@@ -81,7 +81,7 @@ async def scrape(address: str, tls: ssl.SSLContext | None = None, headers: Mappi
         ):
             body = await read_body(response)
             return read_metrics(body.decode()) if response.status_code == 200 else f"/metrics answered {response.status_code}"
-    except (httpx2.HTTPError, BodyTooLargeError, TimeoutError, ValueError) as error:
+    except (httpx2.HTTPError, AnswerTooLargeError, TimeoutError, ValueError) as error:
         return f"no metrics: {type(error).__name__}: {error}".removesuffix(": ")
 
 

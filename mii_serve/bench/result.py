@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mii_serve.bench.check import PictureCheck
-from mii_serve.bench.extra import needs_extra
 from mii_serve.bench.summary import summary
 from mii_serve.bench.values import Record
 from mii_serve.errors import ConfigError
@@ -108,13 +107,9 @@ COMPARABLE = ("protocol", "loop", "mix", "seed", "preview_every", "target_s")
 
 
 def compare(first: Result, second: Result) -> dict[str, Any]:
-    """The differences between the figures of two runs, and between their settings, which may be the reason.
+    """The differences between the figures of two runs, and between their settings, which may be the reason. Needs numpy."""
+    from mii_serve.bench.spread import by_name, differences
 
-    Raises:
-        ConfigError: numpy is not installed.
-    """
-    with needs_extra("compare"):
-        from mii_serve.bench.spread import by_name, differences
     unlike = [
         f"{name}: {first.settings.get(name)!r} and {second.settings.get(name)!r}"
         for name in COMPARABLE

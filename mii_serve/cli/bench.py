@@ -1,4 +1,4 @@
-"""`mii_serve bench`: load a server, check its pictures, and report the figures.
+"""`mii_serve bench`: send load to a server, check its images, and report the results.
 
 Against a gRPC server the base installation is enough. `--protocol http`, `--metrics`, `--html` and YAML mixes need the extra
 `bench`, and the check of the pictures needs the extra `server`.
@@ -7,7 +7,6 @@ Against a gRPC server the base installation is enough. `--protocol http`, `--met
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 import ssl
@@ -23,7 +22,6 @@ from rich.console import Console
 
 from mii_serve.bench import arrivals, check, result, tables
 from mii_serve.bench.environment import circumstances
-from mii_serve.bench.extra import needs_extra
 from mii_serve.bench.http_client import http_address
 from mii_serve.bench.load import LoadLimits
 from mii_serve.bench.mix import parse_mix
@@ -31,6 +29,7 @@ from mii_serve.bench.run import Loop, Measurement, Plan, Protocol, describe_plan
 from mii_serve.cli.connection import API_KEY_VARIABLE, Connection
 from mii_serve.cli.exits import ExitCode, say
 from mii_serve.errors import ConfigError, MiiServeError, UnavailableError
+from mii_serve.extras import how_to_get, is_installed
 
 if TYPE_CHECKING:
     from mii_serve.bench.load import Driver
@@ -56,11 +55,9 @@ def run(values: dict[str, Any], connection: Connection) -> int:
             raise ConfigError(f"--{name}", f"no such folder: {values[name].absolute().parent}")
     _positive("--goodput", values["goodput"])
     if values["html"] is not None:  # before the load, not after it
-        with needs_extra("--html"):
-            from mii_serve.bench import html
+        from mii_serve.bench import html
     if plan.metrics is not None:
-        with needs_extra("--metrics"):
-            import mii_serve.bench.observe  # noqa: F401
+        import mii_serve.bench.observe  # noqa: F401
     is_quiet = not sys.stderr.isatty()
     info, measured = asyncio.run(_measure(plan, protocol, connection, is_quiet=is_quiet))
     checked = _check(plan, measured, info, values, is_quiet=is_quiet)
@@ -82,7 +79,7 @@ def run(values: dict[str, Any], connection: Connection) -> int:
     else:
         tables.show(run, Console())
     if run.is_rejected:
-        say("error: rejected: the server's pictures are not those of the reference")
+        say("error: rejected: the server's images differ from the reference's")
         return ExitCode.REJECTED
     if not run.summary["num_ok"]:
         say("error: no request succeeded")
@@ -139,7 +136,7 @@ def plan_of(values: dict[str, Any]) -> Plan:
 def _loop(values: dict[str, Any]) -> Loop:
     given = [name for name in ("concurrency", "rate", "trace") if values[name] is not None]
     if len(given) > 1:
-        raise ConfigError(f"--{given[1]}", f"cannot go with --{given[0]}: both define when requests start")
+        raise ConfigError(f"--{given[1]}", f"cannot be combined with --{given[0]}: both define when requests start")
     for name, partner in (("arrivals", "rate"), ("trace_speed", "trace")):
         if values[name] is not None and values[partner] is None:
             raise ConfigError(f"--{name.replace('_', '-')}", f"needs --{partner}")
@@ -176,12 +173,11 @@ async def _open(protocol: Protocol, connection: Connection) -> tuple[Driver, Ser
     """A driver whose server answers.
 
     Raises:
-        ConfigError: the protocol needs a package that is not installed.
+        ModuleNotFoundError: the protocol needs a package that is not installed.
         UnavailableError: the server does not answer.
     """
     if protocol == "http":
-        with needs_extra("--protocol http"):
-            from mii_serve.bench.http_driver import HttpDriver
+        from mii_serve.bench.http_driver import HttpDriver
 
         address = http_address(connection.target)
         parts = urlsplit(address)
@@ -266,21 +262,21 @@ def _check(
     if reason := _why_unchecked(plan, measured, model):
         return check.PictureCheck(tolerance=tolerance, reference="none", text=reason)
     if not is_quiet:
-        say(f"checking {len(measured.sampled)} pictures with the reference engine, {model}")
+        say(f"checking {len(measured.sampled)} images with the reference engine, {model}")
     with check.open_reference(model or "") as reference:
         return check.check(measured.sampled, reference, tolerance)
 
 
 def _why_unchecked(plan: Plan, measured: Measurement, model: str | None) -> str:
-    """Why the pictures cannot be checked; empty if they can."""
+    """Why the images cannot be checked; empty if they can."""
     if not plan.sample_size:
         return "--check 0"
     if not measured.sampled:
         return "there are no pictures"
     if model is None:
         return "--check-model names the model to check them with"
-    if importlib.util.find_spec("torch") is None:
-        return "the reference engine needs torch, which the extra 'server' installs"
+    if not is_installed("torch"):
+        return f"torch is not installed: {how_to_get('server')}"
     return ""
 
 

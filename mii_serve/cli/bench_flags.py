@@ -7,13 +7,13 @@ from pathlib import Path
 
 MORE = """
 
-It sends requests to a running server, in a closed loop (--concurrency) or an open one (--rate, --trace), and measures each
-from the moment it was meant to start. The reference engine makes a sample of the pictures again, on this machine; if one
-differs, the run is rejected with exit code 5. A mix is kinds of requests by weight, inline or in a YAML file:
+It sends requests to a running server, in a closed loop (--concurrency) or an open loop (--rate, --trace). Latency counts from
+the time a request was meant to be sent. The reference engine on this machine makes a sample of the images again; if one
+differs, the run is rejected with exit code 5. A mix is a weighted list of kinds of requests, inline or in a YAML file:
 
   --mix "3: num_inference_steps=10; 1: num_inference_steps=50, guidance_scale=1"
 
-mii_serve bench compare A.json B.json shows which differences between two runs exceed chance."""
+mii_serve bench compare A.json B.json shows which differences between two runs are significant."""
 
 USAGE = "mii_serve bench --target HOST:PORT [options]\n       mii_serve bench compare A.json B.json [--json]"
 
@@ -30,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--target", metavar="ADDRESS", help="HOST:PORT, default 127.0.0.1:50050; for http also a URL")
     add("--protocol", choices=("grpc", "http", "mii"), default="grpc", help="our gRPC, OpenAI's images API, or MII's gRPC")
     add("--metrics", metavar="ADDRESS", help="the server's HTTP port, to read batch sizes and step times from /metrics")
-    add = parser.add_argument_group("how requests arrive; without any of these, --concurrency 8").add_argument
+    add = parser.add_argument_group("arrivals; default: --concurrency 8").add_argument
     add(
         "--concurrency",
         type=int,
@@ -38,37 +38,41 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="closed loop: N callers, each sends its next request when it has its answer",
     )
     add("--rate", type=float, metavar="R", help="open loop: requests/s")
-    add("--arrivals", choices=("poisson", "constant"), help="how --rate spaces requests, default poisson")
+    add("--arrivals", choices=("poisson", "constant"), help="distribution of the arrivals of --rate, default poisson")
     add("--trace", type=Path, metavar="FILE", help='open loop at these times: lines of {"at_s": 0.5, ...parameters}')
-    add("--trace-speed", type=float, metavar="X", help="play the trace X times as fast")
+    add("--trace-speed", type=float, metavar="X", help="replay the trace X times as fast")
     add = parser.add_argument_group("the requests").add_argument
-    add("--mix", metavar="MIX", help="kinds of requests by weight, inline or a .yaml file; default: the model's defaults")
-    add("--seed", default="0", metavar="TEXT", help="seed of the mix, the arrivals and the pictures, default 0")
+    add(
+        "--mix",
+        metavar="MIX",
+        help="weighted kinds of requests, inline or a .yaml file; default: requests with the model's defaults",
+    )
+    add("--seed", default="0", metavar="TEXT", help="seed of the mix, the arrivals and the images, default 0")
     add("--preview-every", type=int, metavar="N", help="ask for a preview after every N UNet calls")
     add = parser.add_argument_group("limits").add_argument
     add(
         "--duration",
         type=float,
         metavar="SECONDS",
-        help="start no request after this long, default 30 unless --requests is given",
+        help="send requests for this long, default 30 unless --requests is given",
     )
-    add("--requests", type=int, metavar="N", help="start no more than N requests")
-    add("--max-in-flight", type=int, default=256, metavar="N", help="open loop: requests in flight at once, default 256")
+    add("--requests", type=int, metavar="N", help="send at most N requests")
+    add("--max-in-flight", type=int, default=256, metavar="N", help="open loop: most requests in flight, default 256")
     add("--timeout", type=float, default=120.0, metavar="SECONDS", help="a request's deadline, default 120")
-    add("--warmup", type=int, default=4, metavar="N", help="requests before the load, in no figure, default 4")
+    add("--warmup", type=int, default=4, metavar="N", help="requests before the measurement, not counted, default 4")
     add = parser.add_argument_group("the figures").add_argument
-    add("--goodput", type=float, metavar="SECONDS", help="count the requests answered within this time")
-    add("--check", type=int, default=4, metavar="N", help="pictures to compare with the reference's, default 4; 0 for none")
+    add("--goodput", type=float, metavar="SECONDS", help="report goodput: the requests answered within this time")
+    add("--check", type=int, default=4, metavar="N", help="images to compare with the reference's, default 4; 0 for none")
     add(
         "--check-model",
         metavar="MODEL",
-        help="the model for --check; needed if the server's name of its model cannot be loaded here",
+        help="the model for --check, if the server's model name cannot be loaded on this machine",
     )
     add(
         "--check-psnr",
         type=float,
         metavar="DB",
-        help="accept pictures with at least this PSNR; by default one level off in fp32, 30 dB in fp16 and bf16",
+        help="accept images with at least this PSNR; default: at most one level off in fp32, 30 dB in fp16 and bf16",
     )
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", type=Path, metavar="FILE", help="write the result, with every request, as JSON")

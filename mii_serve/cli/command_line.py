@@ -58,18 +58,19 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="mii_serve", description="Serve Stable Diffusion v1.x: start a server, make a picture, look at a server."
+        prog="mii_serve",
+        description="Serve Stable Diffusion v1.x: start a server, make images, inspect and load-test a server.",
     )
     parser.add_argument("--version", action="version", version=f"mii_serve {__version__}", help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, usage, add_flags, line, more in (
         ("deploy", "[MODEL]", _add_server_flags, "start a server", _DEPLOY_MORE),
-        ("generate", "PROMPT", _add_generate_flags, "make the picture of one prompt and write it to a file", ""),
-        ("config", "show|schema", _add_config_flags, "show how a server would be configured, and why", _CONFIG_MORE),
-        ("status", "", _add_status_flags, "show a server's health, what it runs and how busy it is", ""),
-        ("verify", "[MODEL]", _add_verify_flags, "hold an engine against the FP32 reference, stage by stage", _VERIFY_MORE),
+        ("generate", "PROMPT", _add_generate_flags, "make the image of one prompt and write it to a file", ""),
+        ("config", "show|schema", _add_config_flags, "show the settings of a server and where they come from", _CONFIG_MORE),
+        ("status", "", _add_status_flags, "show a server's health, model and load", ""),
+        ("verify", "[MODEL]", _add_verify_flags, "compare an engine with the FP32 reference, stage by stage", _VERIFY_MORE),
         ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine needs", _DOCTOR_MORE),
-        ("bench", "", _add_bench_flags, "load a server, time it, and check its pictures", bench_flags.MORE),
+        ("bench", "", _add_bench_flags, "send load to a server, measure it, and check its images", bench_flags.MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
         words = " ".join(("mii_serve", name, usage, "[options]")).replace("  ", " ")
@@ -79,26 +80,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 _DEPLOY_MORE = """
 
-It runs until SIGTERM or Ctrl-C. When it is ready it prints one line on stdout:
+The server runs until SIGTERM or Ctrl-C. When it is ready it prints one line on stdout:
 ready grpc=HOST:PORT http=HOST:PORT
 
-A flag beats the environment (MII_SERVE_REPLICAS, ...), which beats the file."""
+Flags override the environment (MII_SERVE_REPLICAS, ...), which overrides the file."""
 
 
 _CONFIG_MORE = """
 
-show takes the flags of deploy, and prints every setting's value; --effective says where each came from:
+show takes the flags of deploy and prints the value of every setting; with --effective also where it comes from:
 a flag, a variable, the file, or the default. schema prints the JSON schema of the file."""
 
 
 _DOCTOR_MORE = """
 
-It says for each engine what it needs, what was found, and the command that installs what is missing.
-Exit code 0: the engine asked for can run here, with auto one of them; 1: it cannot."""
+For each engine it shows what the engine needs, what was found, and the command that installs what is missing.
+Exit code 0: the engine given with --engine can run here (with auto: any engine); 1: it cannot."""
 
 
 def _add_doctor_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", choices=ENGINE_CHOICES, default="auto", help="for the exit code")
+    parser.add_argument(
+        "--engine", choices=ENGINE_CHOICES, default="auto", help="the engine that decides the exit code, default auto"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -106,14 +109,14 @@ def _add_config_flags(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="show|schema", required=True)
     actions.add_parser("schema", help="print the JSON schema of the file")
     show = actions.add_parser("show", usage="mii_serve config show [MODEL] [options]", help="print every setting's value")
-    show.add_argument("--effective", action="store_true", help="say where each value came from")
+    show.add_argument("--effective", action="store_true", help="show where each value comes from")
     show.add_argument("--json", action="store_true", help="print one JSON object")
     _add_deploy_flags(show)
 
 
 def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     _add_deploy_flags(parser)
-    parser.add_argument("--mii-config", type=Path, metavar="FILE", help="settings in DeepSpeed-MII's words, in YAML")
+    parser.add_argument("--mii-config", type=Path, metavar="FILE", help="a YAML file with DeepSpeed-MII's settings")
 
 
 def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
@@ -126,35 +129,42 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         "--served-model-name",
         action="append",
         metavar="NAME",
-        help="what callers call the model; give it several times for several names, the first is the one that is told",
+        help="name of the model for callers; repeat it for more names, answers have the first",
     )
-    add("--engine", metavar=ENGINES, help="how pictures are computed")
-    add("--replicas", type=int, metavar="N", help="copies of the model")
-    add("--tensor-parallel", type=int, metavar="N", help="devices for each copy; this release has 1 only")
-    add("--dtype", metavar=DTYPES, help="precision of the model")
-    add("--device", metavar="{auto,cpu,cuda}", help="where the model runs")
+    add("--engine", metavar=ENGINES, help="what computes the images, default auto")
+    add("--replicas", type=int, metavar="N", help="copies of the model, one per GPU, default 1")
+    add("--tensor-parallel", type=int, metavar="N", help="devices per copy; this release supports 1 only")
+    add("--dtype", metavar=DTYPES, help="precision of the model, default auto")
+    add("--device", metavar="{auto,cpu,cuda}", help="where the model runs, default auto")
     add("--host", metavar="HOST", help="address to listen on, default 127.0.0.1")
     add("--grpc-port", type=int, metavar="PORT", help="port for gRPC, default 50050; 0 is any free port")
     add("--http-port", type=int, metavar="PORT", help="port for HTTP, default 5001; 0 is any free port")
-    add("--api-key-file", type=Path, metavar="FILE", help="a key per line; calls that cost something are refused without one")
-    add("--tls-cert", type=Path, metavar="FILE", help="certificate chain in PEM; both ports speak TLS then")
+    add(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="API keys, one per line; everything but health checks, probes and metrics needs one",
+    )
+    add("--tls-cert", type=Path, metavar="FILE", help="certificate chain in PEM; turns TLS on for both ports")
     add("--tls-key", type=Path, metavar="FILE", help="its private key")
-    add("--tls-client-ca", type=Path, metavar="FILE", help="clients must show a certificate signed by one of these")
-    add("--deployment-name", metavar="NAME", help="name that callers are told, and may say for the model")
-    add("--max-slots", type=int, metavar="N", help="most images in work at once, in each copy")
-    add("--verify", action="store_true", help="hold the engine against the FP32 reference first; serve only if it passes")
+    add("--tls-client-ca", type=Path, metavar="FILE", help="require client certificates that one of these CAs signed")
+    add("--deployment-name", metavar="NAME", help="name of the deployment; callers may use it as the model's name")
+    add("--max-slots", type=int, metavar="N", help="images that run at once, per copy")
+    add("--verify", action="store_true", help="compare the engine with the FP32 reference first, and serve only if it passes")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     add(
         "--disable-safety-checker",
         dest="enable_safety_checker",
         action="store_false",
-        help="deliver images without the model's safety check",
+        help="return images without the model's safety check",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
     levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log-level", choices=levels, default="info", help="how much to log on stderr")
-    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="json is one object a line")
+    parser.add_argument("--log-level", choices=levels, default="info", help="least level to log on stderr, default info")
+    parser.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="format of log lines; json is one object per line"
+    )
 
 
 _METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X"}
@@ -171,9 +181,10 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".png, .jpg, .jpeg or .webp, default out.png; several images become out-0.png, out-1.png, ...",
     )
-    add("--target", metavar="HOST:PORT", help="ask this server; without it, the model is loaded here")
+    add("--target", metavar="HOST:PORT", help="use this server; without it, load the model in this process")
     request = parser.add_argument_group(
-        "the image; what is left out gets the model's own default", "mii_serve status shows a server's defaults and schedulers."
+        "the image; parameters that are left out get the model's defaults",
+        "mii_serve status shows a server's defaults and schedulers.",
     )
     for parameter in PARAMETERS:
         if parameter.name != "prompt":
@@ -182,14 +193,14 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("without --target").add_argument
     # No default: a flag that was not given leaves the choice to the environment.
     add("--model", default=argparse.SUPPRESS, metavar="MODEL", help=MODELS)
-    add("--engine", default=argparse.SUPPRESS, metavar=ENGINES, help="how the picture is computed")
+    add("--engine", default=argparse.SUPPRESS, metavar=ENGINES, help="what computes the image")
     add("--dtype", default=argparse.SUPPRESS, metavar=DTYPES, help="precision of the model")
     add = parser.add_argument_group("the call").add_argument
-    add("--timeout", type=float, metavar="SECONDS", help="give up after this long, loading a model not counted")
+    add("--timeout", type=float, metavar="SECONDS", help="give up after this time, not counting the loading of a model")
     add(
         "--embed-metadata",
         action=argparse.BooleanOptionalAction,
-        help="write the parameters into the file; PNG only, where it is the default",
+        help="write the parameters into the file; PNG only, on by default for PNG",
     )
     add("--json", action="store_true", help="print one JSON object instead of paths")
     _add_tls_flags(parser)
@@ -197,17 +208,17 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_status_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--target", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"the server to look at, default {DEFAULT_TARGET}")
-    add("--timeout", type=float, default=5.0, metavar="SECONDS", help="give up after this long, default 5")
+    add("--target", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"the server, default {DEFAULT_TARGET}")
+    add("--timeout", type=float, default=5.0, metavar="SECONDS", help="give up after this time, default 5")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     _add_tls_flags(parser)
 
 
 _VERIFY_MORE = """
 
-First the reference is compared with diffusers' own pipeline on the model. Then a fixed set of prompts, samplers and
-sizes is drawn with the reference and with the engine, there alone and in a batch, and printed is how far the
-text encoder, single UNet calls, the VAE and whole pictures are off. The exit code is 1 when a limit is broken.
+First it compares the reference with diffusers' own pipeline on this model. Then the reference and the engine run a fixed set
+of prompts, samplers and sizes, the engine both one by one and in a batch. It prints how far the text encoder, single UNet
+calls, the VAE and whole images differ. The exit code is 1 if a difference exceeds its limit.
 Settings come from flags, the environment and the file, as for deploy."""
 
 
@@ -218,15 +229,17 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     add("model", nargs="?", metavar="MODEL", help=MODELS)
     add("--engine", metavar=ENGINES, help="the engine to verify")
     add("--dtype", metavar=DTYPES, help="its precision")
-    add("--device", metavar="{auto,cpu,cuda}", help="where the model runs, the reference too")
-    add("--max-slots", type=int, metavar="N", help="most images in work at once, which is the size of the batch")
+    add("--device", metavar="{auto,cpu,cuda}", help="where the engine and the reference run")
+    add("--max-slots", type=int, metavar="N", help="images that run at once: the size of the batch")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, as JSON")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the pictures side by side: .png, .jpg or .webp")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file, as JSON")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="write the images side by side to this file: .png, .jpg or .webp"
+    )
     levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log-level", choices=levels, default="warning", help="how much to log on stderr")
+    parser.add_argument("--log-level", choices=levels, default="warning", help="least level to log on stderr, default warning")
 
 
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
@@ -236,14 +249,14 @@ def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tls_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("a server that wants more", "An API key is taken from MII_SERVE_API_KEY.")
-    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="speak TLS, and trust certificates signed by these")
-    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate to show to the server")
+    group = parser.add_argument_group("a server with TLS or API keys", "The API key is read from MII_SERVE_API_KEY.")
+    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="use TLS, and trust certificates signed by these CAs")
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="client certificate, if the server requires one")
     group.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
 
 
 def _needed_extra(command: str, values: dict[str, Any]) -> str | None:
-    """The extra without which a command can do nothing of what it is asked to."""
+    """The extra that the command needs in any case; None if it needs none."""
     match command:
         case "config" | "deploy" | "verify":
             return "server"

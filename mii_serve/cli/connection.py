@@ -1,4 +1,4 @@
-"""How the commands reach a server that wants an API key or speaks TLS."""
+"""How the commands connect to a server with API keys or TLS."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Connection:
         import grpc
 
         if (self.tls_cert is None) is not (self.tls_key is None):
-            raise ConfigError("--tls-cert", "and --tls-key go together")
+            raise ConfigError("--tls-cert", "and --tls-key must be given together")
         if self.tls_cert is not None and self.tls_ca is None:
-            raise ConfigError("--tls-ca", "is needed for TLS: whose certificate the server's is signed by")
+            raise ConfigError("--tls-ca", "is needed for TLS: the CA that signed the server's certificate")
         if self.tls_ca is None:
             return None
         roots, key, chain = (_bytes(*file) for file in self._files())

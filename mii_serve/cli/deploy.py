@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: LogFormat, mii_file: Path | None = None) -> int:
-    """Serve until told to stop, and return the exit code.
+    """Serve until a signal stops it, and return the exit code.
 
     Raises:
         ConfigError: a setting breaks a rule.
@@ -41,7 +41,7 @@ def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: Lo
     from mii_serve.config import DeployConfig
 
     configure_logs(log_level, log_format)
-    config = DeployConfig.load(flags, file, None if mii_file is None else _in_our_words(file, mii_file))
+    config = DeployConfig.load(flags, file, None if mii_file is None else _translated(file, mii_file))
     if "model" not in flags:
         _announce(config.model)
     start_tracing()
@@ -60,13 +60,13 @@ def _end_on_signals() -> None:
         signal.signal(number, lambda *_: os._exit(ExitCode.OK))
 
 
-def _in_our_words(file: Path | None, mii_file: Path) -> dict[str, Any]:
-    """What the MII file says, as settings; what it says of the hub goes into this process's environment."""
+def _translated(file: Path | None, mii_file: Path) -> dict[str, Any]:
+    """The settings of the MII file as ours; its settings for the hub go into this process's environment."""
     from mii_serve.compat.mii_config import read_mii_file, translate
     from mii_serve.errors import ConfigError
 
     if file is not None:
-        raise ConfigError("--mii-config", "and --config are two ways to say the same; use one")
+        raise ConfigError("--mii-config", "cannot be combined with --config")
     translated = translate(read_mii_file(mii_file))
     for name, value in translated.environment.items():
         os.environ.setdefault(name, value)
@@ -89,7 +89,7 @@ def _tell_ready(ready: Ready) -> None:
     try:
         print(f"ready grpc={ready.grpc} http={ready.http}", flush=True)
     except OSError as error:
-        logger.warning("stdout takes no ready line: %s", error.strerror)
+        logger.warning("the ready line could not be written to stdout: %s", error.strerror)
         silence(sys.stdout)
 
 

@@ -38,8 +38,8 @@ exit codes:
   2    wrong usage, or an invalid parameter or setting
   3    server unreachable or not ready
   4    deadline exceeded
-  5    the pictures are not those of the reference
-  6    this command needs an extra of the package that is not installed
+  5    images differ from the reference's
+  6    the command needs an extra of the package that is not installed
   130  interrupted
 """
 
@@ -59,7 +59,7 @@ def exit_code_of(error: MiiServeError) -> ExitCode:
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal; stdout is for results."""
+    """Print one line on stderr; stdout is for results."""
     try:
         print(" ".join(text.split()), file=sys.stderr, flush=True)
     except OSError:  # the reader of stderr has gone, or its disk is full
@@ -117,7 +117,7 @@ def exit_codes() -> Iterator[None]:
         if is_debug:
             raise
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        say(f"error: {kind}{error} ({DEBUG_VARIABLE}=1 shows where)")
+        say(f"error: {kind}{error} ({DEBUG_VARIABLE}=1 shows the traceback)")
         sys.exit(ExitCode.FAILED)
 
 
@@ -125,5 +125,5 @@ def _missing(error: ModuleNotFoundError) -> str:
     module = error.name or str(error)
     extra = error.extra if isinstance(error, MissingExtraError) else extra_with(module)
     if extra is None:
-        return f"{module} is not installed, and no extra of mii_serve brings it ({DEBUG_VARIABLE}=1 shows what needs it)"
+        return f"{module} is not installed, and no extra of mii_serve includes it ({DEBUG_VARIABLE}=1 shows the traceback)"
     return f"{module} is not installed: {how_to_get(extra)}"

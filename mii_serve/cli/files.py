@@ -1,4 +1,4 @@
-"""Where the pictures go: checked before any work is done, written whole or not at all."""
+"""The files of the images: their paths are checked before any work is done, and each is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def check_place(path: Path, name: str) -> None:
         InvalidRequestError: it cannot.
     """
     if not path.parent.is_dir():
-        raise InvalidRequestError(name, f"must be in a folder that exists, got {path}")
+        raise InvalidRequestError(name, f"must be in an existing folder, got {path}")
     if path.is_dir():
         raise InvalidRequestError(name, f"must be a file, and {path} is a folder")
     if not os.access(path.parent, os.W_OK):
-        raise InvalidRequestError(name, f"must be in a folder that you may write to, got {path}")
+        raise InvalidRequestError(name, f"must be in a writable folder, got {path}")
 
 
 def output_paths(path: Path, num_images: int) -> list[Path]:

@@ -36,7 +36,7 @@ def run(
     timeout: float | None,
     is_json: bool,
 ) -> int:
-    """Make the pictures, write them, say what was done and return the exit code.
+    """Make the images, write them, print what was done and return the exit code.
 
     Raises:
         MiiServeError: what went wrong; no file was written.
@@ -46,7 +46,7 @@ def run(
     options = OutputOptions.checked(format=image_format, quality=None, embed_metadata=embed)
     if connection is not None and flags:
         name = next(iter(flags))
-        raise InvalidRequestError(f"--{name}", "is the server's choice and cannot be combined with --target")
+        raise InvalidRequestError(f"--{name}", "cannot be combined with --target: the server has chosen it")
 
     is_quiet = is_json or not sys.stderr.isatty()
     request = GenerationRequest(params=asked, output=options)
@@ -101,7 +101,7 @@ def _within(timeout: float | None, events: Iterator[ServerEvent]) -> Generator[S
         for event in events:
             yield event
             if timeout is not None and time.monotonic() - start > timeout and not isinstance(event, Done):
-                raise DeadlineExceededError(f"the pictures were not ready within {timeout:g} s")
+                raise DeadlineExceededError(f"the images were not ready within {timeout:g} s")
     finally:
         if isinstance(events, Generator):
             events.close()
@@ -111,7 +111,7 @@ def _within(timeout: float | None, events: Iterator[ServerEvent]) -> Generator[S
 
 
 def _show(events: Iterable[Event], *, is_quiet: bool) -> None:
-    """Follow the events to their end, with a bar for each image where somebody looks."""
+    """Follow the events to their end, with a bar for each image on a terminal."""
     if is_quiet:
         for _ in events:
             pass
@@ -152,7 +152,10 @@ def _bars() -> Iterator[Any]:
 
 def _report(result: GenerationResult, paths: list[Path], *, is_json: bool) -> None:
     done = result.parameters
-    reasons = {"the safety checker fired": result.nsfw_content_detected, "content safety blocked it": result.moderation_blocked}
+    reasons = {
+        "the safety checker flagged it": result.nsfw_content_detected,
+        "content safety blocked it": result.moderation_blocked,
+    }
     for reason, flags in reasons.items():
         for path in itertools.compress(paths, flags or ()):
             say(f"warning: {path} is entirely black because {reason}")

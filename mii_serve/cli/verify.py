@@ -1,4 +1,4 @@
-"""`mii_serve verify`: is what an engine draws what the FP32 reference draws?"""
+"""`mii_serve verify`: compares the images of an engine with those of the FP32 reference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(
 
     config = DeployConfig.load(flags, file)
     configure_logs(log_level, "text")
-    say(f"mii_serve {__version__}: verifying {config.model}; the reference draws first, then the engine")
+    say(f"mii_serve {__version__}: verifying {config.model}; the reference runs first, then the engine")
     from mii_serve.verify.runs import verify_once
 
     report = verify_once(config)
@@ -48,7 +48,7 @@ def run(
 
         write_all([picture_file], [sheet(report.pictures, image_format)])
         if not report.pictures:
-            say(f"warning: {picture_file} shows nothing: the engine failed before it had drawn a batch")
+            say(f"warning: {picture_file} is empty: the engine failed before it had made a batch")
     return ExitCode.OK if report.is_passed else ExitCode.FAILED
 
 

@@ -1,6 +1,6 @@
 """The client for asyncio."""
 
-# ruff: noqa: ASYNC109 - a timeout here is the deadline that the server is told, which asyncio.timeout cannot do.
+# ruff: noqa: ASYNC109 - a timeout here is a deadline that is sent to the server, which asyncio.timeout cannot do.
 
 from __future__ import annotations
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.protobuf import empty_pb2
 from PIL import Image
 
 from mii_serve.client.calls import OPTIONS, typed_error
@@ -32,9 +31,7 @@ from mii_serve.compat.mii_config import translate
 from mii_serve.compat.registry import Entry, Process
 from mii_serve.config import DeployConfig
 from mii_serve.errors import ConfigError, InvalidRequestError, MiiServeError, UnavailableError
-from mii_serve.proto.interceptor import MII_PACKAGES
-from mii_serve.proto.mii import pictures_pb2 as messages
-from mii_serve.proto.mii_codec import encode_mii_request
+from mii_serve.proto.mii_codec import MII_PACKAGES, decode_mii_reply, encode_mii_request
 from mii_serve.safe_path import safe_environment
 
 __all__ = ["DeploymentType", "ImageResponse", "MIIClient", "TaskType", "deploy", "mii_query_handle", "terminate"]
@@ -127,7 +124,7 @@ def deploy(
             is_tls = config.tls_cert is not None
             entry.note(Process.of(child.pid, is_tls=is_tls, drain_timeout_s=config.drain_timeout_s))
             _wait_ready(entry, child, config.startup_timeout_s + _SPARE_S)
-        except BaseException:  # an interrupt, too: whoever gave up the wait wants no server
+        except BaseException:  # an interrupt, too: a caller who gave up the wait wants no server
             _end(child)
             entry.forget()
             raise
@@ -194,26 +191,27 @@ class MIIClient:
             raise InvalidRequestError("request", "must have prompt and negative_prompt only", ", ".join(map(repr, asked)))
         kwargs = {name: value for name, value in query_kwargs.items() if value is not None}
         prompts, negatives = _texts("prompt", prompt), _texts("negative_prompt", negative)
-        reply = self._call("Txt2ImgReply", encode_mii_request(prompts, negatives, kwargs), messages.ImageReply.FromString)
+        request = encode_mii_request(prompts, negatives, kwargs)
+        reply = decode_mii_reply(self._call("Txt2ImgReply", request.SerializeToString()))
         size = (reply.size_w, reply.size_h)
         images = [Image.frombytes(reply.mode, size, pixels) for pixels in reply.images]
         return ImageResponse(images, list(reply.nsfw_content_detected), reply.time_taken)
 
     def terminate(self) -> None:
-        """Ask the server to end. Most are told not to listen to that.
+        """Ask the server to end. Most are configured to refuse that.
 
         Raises:
             PermissionDeniedError: this one is.
         """
-        self._call("Terminate", empty_pb2.Empty(), empty_pb2.Empty.FromString)
+        self._call("Terminate", b"")
 
     def close(self) -> None:
         self._channel.close()
 
-    def _call(self, method: str, request: Any, parse: Any) -> Any:
-        call = self._channel.unary_unary(f"{_SERVICE}/{method}", type(request).SerializeToString, parse)
+    def _call(self, method: str, request: bytes) -> bytes:
+        call: Any = self._channel.unary_unary(f"{_SERVICE}/{method}")
         try:
-            return call(request, metadata=self._metadata)
+            return bytes(call(request, metadata=self._metadata))
         except grpc.RpcError as error:
             raise typed_error(error, self.target) from error
 

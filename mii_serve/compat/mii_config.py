@@ -52,7 +52,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """Whatever it says, it changes nothing here; one that is not MII's default is told in the log."""
+    """Whatever it says, it changes nothing here; one that is not MII's default is logged."""
 
     why: str
 

@@ -66,7 +66,7 @@ class Process:
         """A handle of this very process.
 
         Raises:
-            ProcessLookupError: it is gone, whoever has its number now.
+            ProcessLookupError: it is gone, even if another process has its number now.
         """
         handle = os.pidfd_open(self.pid)
         try:
@@ -84,7 +84,7 @@ class Entry:
         """Look at the place, whether or not something is there.
 
         Raises:
-            ConfigError: the folder belongs to somebody else, or others may enter it.
+            ConfigError: the folder belongs to another user, or others may enter it.
         """
         self.name = name
         self.folder = _private(folder or _default_folder()) / f"deployment-{quote(name, safe='')}"
@@ -96,7 +96,7 @@ class Entry:
         """Hold the name while its deployment starts.
 
         Raises:
-            ConfigError: it runs already, or somebody else is starting it.
+            ConfigError: it runs already, or another process is starting it.
         """
         self.folder.mkdir(mode=0o700, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
@@ -167,7 +167,7 @@ def _private(folder: Path) -> Path:
         raise ConfigError(RUNTIME_DIR_VARIABLE, f"cannot use {folder}: {error.strerror}") from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(
-            RUNTIME_DIR_VARIABLE, f"{folder} must be a folder of this user that nobody else can enter (chmod 700)"
+            RUNTIME_DIR_VARIABLE, f"{folder} must be a folder of this user that no other user can enter (chmod 700)"
         )
     return folder
 

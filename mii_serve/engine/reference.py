@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 
 from mii_serve.engine.capabilities import capabilities_of, description_of
@@ -152,7 +153,7 @@ class ReferenceEngine:
     def _step(self, running: ReferenceSample, is_shown: bool) -> SampleProgress:
         scheduler, latents = running.scheduler, running.latents
         timestep = scheduler.timesteps[running.step]
-        guidance_scale = running.sample.params.guidance_scale
+        guidance_scale, guidance_rescale = running.sample.params.guidance_scale, running.sample.params.guidance_rescale
         is_guided = running.sample.params.is_guided
         model_input = torch.cat([latents] * 2) if is_guided else latents
         model_input = scheduler.scale_model_input(model_input, timestep)
@@ -162,6 +163,8 @@ class ReferenceEngine:
             if is_guided:
                 noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
                 noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
+                if guidance_rescale > 0:
+                    noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, guidance_rescale)
             running.latents = scheduler.step(noise_pred, timestep, latents, **running.step_kwargs, return_dict=False)[0]
         running.step += 1
         preview = None

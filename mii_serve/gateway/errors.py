@@ -162,13 +162,13 @@ def azure_problem(error: MiiServeError) -> Problem:
     """For `/score`: 424 is what Azure's own gateway answers for a container that failed, and what its client never repeats."""
     problem = problem_of(error, failed=424, late=424)
     if isinstance(error, QueueFullError) and not isinstance(error, RateLimitedError):
-        # With Retry-After that client would knock three times more at a server that is full. A limit's end is certain.
+        # With Retry-After that client would try three times more at a server that is full. When a limit ends is certain.
         return replace(problem, retry_after_s=None)
     return problem
 
 
 def openai_problem(error: MiiServeError) -> Problem:
-    """For `/v1`: its client is told by `x-should-retry` what 5xx it may send again."""
+    """For `/v1`: `x-should-retry` says to its client which requests it may send again after a 5xx."""
     return problem_of(error, failed=500, late=504)
 
 

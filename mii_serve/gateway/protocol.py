@@ -123,7 +123,7 @@ class HttpProtocol(BoundedProtocol):
             self.transport.close()  # what was asked before the end is answered, and no more will come
 
     def _may_listen(self) -> bool:
-        """Whether the caller has asked for something, all of it, and has been told nothing yet."""
+        """Whether a whole request has come, and nothing of its answer has been sent."""
         cycle = self.cycle
         if cycle is None or cycle.more_body or cycle.response_started or self.scheme == "https":
             return False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from mii_serve.errors import InvalidRequestError, MiiServeError
@@ -65,6 +66,21 @@ _PRIORITIES: dict[Priority, pb.Priority] = {
 _PRIORITY_OF = {number: priority for priority, number in _PRIORITIES.items()}
 
 Value = TypeVar("Value")
+
+
+def well_formed(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A parser that refuses bytes that are no message.
+
+    gRPC ends a call whose parser raises `DecodeError` as UNKNOWN, with a traceback in the log.
+    """
+
+    def checked(wire: bytes) -> Any:
+        try:
+            return parse(wire)
+        except DecodeError:
+            raise InvalidRequestError("request", "must be a well-formed message with valid UTF-8 text") from None
+
+    return checked
 
 
 def unknown_field_numbers(*messages: Message) -> list[int]:

@@ -56,7 +56,7 @@ REFUSED_KWARGS = frozenset(
         "sigmas",
         "timesteps",
     }
-)
+) - set(MII_KWARGS)
 """What diffusers' pipeline takes and we do not."""
 
 MII_PACKAGES = ("legacymodelresponse", "modelresponse")
@@ -178,6 +178,10 @@ def encode_mii_request(
     return message
 
 
+def decode_mii_reply(wire: bytes) -> mii.ImageReply:
+    return mii.ImageReply.FromString(wire)
+
+
 def _as_entries(wires: Iterable[bytes]) -> list[mii.KwargEntry] | None:
     """The entries of a map that these are; None when there are none, or one is something else."""
     entries: list[mii.KwargEntry] = []
@@ -268,7 +272,7 @@ _IMAGES_TAG = bytes([mii.ImageReply.IMAGES_FIELD_NUMBER << 3 | 2])
 def encode_mii_reply(images: Sequence[ImageReady], seconds: float) -> bytes:
     """An `ImageReply` with the raw pictures in this order, as it goes on the wire.
 
-    MII has no word for "nobody checked", and says False then; so does this. The pixels are put in place by hand: protobuf
+    MII has no value for "not checked" and sends False then; so does this. The pixels are put in place by hand: protobuf
     copies them more often, and the front does nothing else meanwhile.
     """
     first = images[0]

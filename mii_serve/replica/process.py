@@ -101,7 +101,7 @@ def _gpu_memory() -> dict[str, int]:
 
 
 def _report(status_fd: int, **status: str) -> None:
-    with contextlib.suppress(BrokenPipeError):  # after "ready" nobody listens any more
+    with contextlib.suppress(BrokenPipeError):  # after "ready" the parent reads no more
         os.write(status_fd, json.dumps(status).encode() + b"\n")
 
 
@@ -109,7 +109,7 @@ def _die_with_parent() -> None:
     # The pipe is asked and not read, because it has the order in it, and because the lock of sys.stdin, held in a blocking
     # read, would stall the interpreter's own shutdown.
     pipe = select.poll()
-    pipe.register(0, 0)  # a hang-up is told without being asked for
+    pipe.register(0, 0)  # poll reports a hang-up without being asked to
     pipe.poll()
     os._exit(1)
 

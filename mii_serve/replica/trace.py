@@ -8,10 +8,10 @@ from mii_serve.tracing import add_span
 
 
 class RequestTrace:
-    """A turn serves many requests at once: the time of a stage it took is told to each of them whole."""
+    """A turn serves many requests at once: each of them records the whole time of a stage."""
 
     def __init__(self, traceparent: str | None, accepted_at: float) -> None:
-        """`traceparent`: what the spans hang below; None where nobody traces. All times are of `time.monotonic()`."""
+        """`traceparent`: the parent of the spans; None where nothing is traced. All times are of `time.monotonic()`."""
         self._traceparent = traceparent
         self._accepted_at = accepted_at
         self._denoising_since: dict[int, float] = {}

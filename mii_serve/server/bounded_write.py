@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 WRITE_TIMEOUT_S = 60.0
 """As over HTTP: a caller who takes in nothing for so long is taken to have gone."""
 ABORT_TIMEOUT_S = 5.0
-"""The status that ends a call waits in line behind the messages that the caller does not take."""
+"""The status that ends a call waits behind the messages that the caller does not read."""
 OPEN_FILES = Path("/proc/self/fd")
 
 

@@ -155,7 +155,7 @@ def _client_of(key_name: str | None, client_id: str | None, address: str) -> str
 
 
 def network_of(host: str) -> str:
-    """An address as callers are told apart by it: of IPv6 the first 64 bits, because all below them are one customer's."""
+    """The part of an address that identifies a caller: of IPv6 the first 64 bits, because one customer has all below them."""
     try:
         ip = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -31,7 +31,7 @@ from mii_serve.types import ServerInfo
 logger = logging.getLogger(__name__)
 
 TELL_CALLERS_S = 0.4
-"""After a second signal, for those who can be told to be told, and for killed replicas to be gone."""
+"""After a second signal: for callers to get their error, and for killed replicas to be gone."""
 FLUSH_S = 0.1
 
 
@@ -59,7 +59,7 @@ class _StopRequests:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """Who is told what while a deployment starts, and who serves HTTP beside it.
+    """Callbacks of a deployment that starts, and the server of HTTP beside it.
 
     `on_listening` gets the gRPC address as soon as it is open; `on_ready` is called once, after the warm-up picture;
     `open_http` serves, over so many connections at most, while its context is open, and gives its HOST:PORT, or None where HTTP
@@ -72,7 +72,7 @@ class Listener:
 
 
 def run_deployment(config: DeployConfig, listener: Listener) -> int:
-    """Serve until told to stop; answers the process's exit code.
+    """Serve until a signal stops it; returns the process's exit code.
 
     Raises:
         ConfigError, ModelError, EngineError: the deployment did not start.

@@ -12,18 +12,15 @@ from grpc_reflection.v1alpha import reflection
 
 from mii_serve.errors import ConfigError
 from mii_serve.proto.codec import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
-from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.proto.v1.image_generation_pb2_grpc import add_ImageGenerationServicer_to_server
 from mii_serve.server.call import Admission
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.interceptor import CallInterceptor
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.mii import MII_SERVICES, MiiService
 from mii_serve.server.open_files import MAX_CONNECTIONS
-from mii_serve.server.service import FrontService
+from mii_serve.server.service import SERVICE_NAME, FrontService
 from mii_serve.server.tls import Tls
 
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name
 IDLE_TIMEOUT_MS = 60_000
 HANDSHAKE_TIMEOUT_MS = 15_000
 MAX_STREAMS = 1024
@@ -65,7 +62,7 @@ class GrpcFront:
         options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
         self._server = grpc.aio.server(interceptors=(CallInterceptor(Admission(dispatcher.metrics, keys)),), options=options)
         self._health = health.aio.HealthServicer()
-        add_ImageGenerationServicer_to_server(FrontService(dispatcher), self._server)
+        FrontService(dispatcher).add_to(self._server)
         self._server.add_generic_rpc_handlers(MiiService(dispatcher, on_terminate).handlers())
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
-from mii_serve.errors import InvalidRequestError, MiiServeError, RequestCancelledError
+from mii_serve.errors import MiiServeError, RequestCancelledError
+from mii_serve.proto.codec import well_formed
 from mii_serve.proto.metadata import IDEMPOTENCY_KEY, REQUEST_ID_KEY
 from mii_serve.proto.mii_codec import MII_PACKAGES
 from mii_serve.proto.status import encode_error
@@ -37,7 +37,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not details.method.startswith(_OWN):
             return handler
         headers = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
-        parse = _checked_parser(handler.request_deserializer)
+        parse = well_formed(handler.request_deserializer or bytes)
         answer: Any = _stream if handler.response_streaming else _unary
         method: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
@@ -76,18 +76,6 @@ async def _send_id(context: Context, request_id: str) -> None:
         pass  # it has been sent
     except grpc.aio.BaseError:
         raise RequestCancelledError("the caller has gone away") from None
-
-
-def _checked_parser(parse: Any) -> Callable[[bytes], Any]:
-    """Left to grpc itself, bytes that are no message would end as UNKNOWN with a traceback in the log."""
-
-    def checked(wire: bytes) -> Any:
-        try:
-            return parse(wire)
-        except DecodeError:
-            raise InvalidRequestError("request", "must be a well-formed message with valid UTF-8 text") from None
-
-    return checked
 
 
 async def _unary(method: Any, request: Any, context: Context) -> None:

@@ -142,7 +142,7 @@ def _read(file: Path) -> list[ApiKey]:
         logger.warning("every user of this machine can read %s; chmod 600 is better", file)
     keys = [_parsed(number, words) for number, line in enumerate(lines, 1) if (words := line.partition("#")[0].split())]
     if not keys:
-        raise ConfigError(SETTING, f"{file} has no key, so nobody could call")
+        raise ConfigError(SETTING, f"{file} has no key, so no caller could be admitted")
     for what, values in (("key", [key.digest for key in keys]), ("name", [key.name for key in keys])):
         if len(set(values)) < len(values):
             raise ConfigError(SETTING, f"{file} has the same {what} twice")

@@ -119,7 +119,7 @@ class ModerationFilter:
 
     @contextlib.asynccontextmanager
     async def _counted(self, part: CheckedPart, work: Work) -> AsyncIterator[_Outcome]:
-        """Within the caller's deadline, count what comes of it. Whoever leaves meanwhile is not counted."""
+        """Within the caller's deadline, count what comes of it. A caller who leaves meanwhile is not counted."""
         start, outcome, label = time.monotonic(), _Outcome(), "failed"
         try:
             async with asyncio.timeout(work.call.left_s):

@@ -36,7 +36,7 @@ _Answer = TypeVar("_Answer")
 HELLO_TIMEOUT_S = 30.0
 PROBE_TIMEOUT_S = 5.0
 PROBE_EVERY_S = 10.0
-"""A replica whose stream broke, and of whose end nobody has said anything, is asked so often whether it is there after all."""
+"""How often a replica whose stream broke is asked whether it is still there, until the supervisor says how it ended."""
 REPLICA_CHANNEL_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.client_idle_timeout_ms", 2**31 - 1))
 """A connection is kept as long as its replica lives: for another one, the socket's file may have been cleaned away."""
 
@@ -338,7 +338,7 @@ class ReplicaClient:
         return info
 
     async def detach(self, loss: Loss) -> None:
-        """It is gone; what waits to know why is told."""
+        """It is gone: resolve `lost` with the reason."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.lost.set_result(loss)

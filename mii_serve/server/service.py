@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator
 
+import grpc
+
 from mii_serve.errors import InvalidRequestError
 from mii_serve.proto.codec import decode_request, encode_answer, encode_event, encode_server_info
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer
+from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer, add_ImageGenerationServicer_to_server
 from mii_serve.server.bounded_write import Context
 from mii_serve.server.call import current_call
 from mii_serve.server.dispatcher import Dispatcher
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name
 
 
 class FrontService(ImageGenerationServicer):
@@ -19,6 +23,9 @@ class FrontService(ImageGenerationServicer):
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        add_ImageGenerationServicer_to_server(self, server)
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:  # noqa: N802
         call = current_call.get()

@@ -32,8 +32,8 @@ def new_socket_folder(socket_name: str) -> tempfile.TemporaryDirectory[str]:
             return tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True)
         except OSError as error:
             tried[parent] = error.strerror or str(error)
-    told = "; ".join(f"{str(parent)[:100]}: {why}" for parent, why in tried.items())
-    raise ConfigError("TMPDIR", f"must name a writable folder with a short path, for the replicas' sockets ({told})")
+    reasons = "; ".join(f"{str(parent)[:100]}: {why}" for parent, why in tried.items())
+    raise ConfigError("TMPDIR", f"must name a writable folder with a short path, for the replicas' sockets ({reasons})")
 
 
 def _parents() -> Iterator[Path]:

@@ -108,7 +108,7 @@ class Tls:
 
 
 def _no_password() -> str:
-    raise ConfigError("tls_key", "must not be encrypted: a server has nobody to ask for the password")
+    raise ConfigError("tls_key", "must not be encrypted: a server cannot ask for the password")
 
 
 def _bytes(setting: str, file: Path) -> bytes:

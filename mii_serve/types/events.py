@@ -80,7 +80,7 @@ class EffectiveParameters(GenerationParams):
             dropped_prompt=dropped_prompt,
             dropped_negative_prompt=dropped_negative_prompt,
             scheduler_class=scheduler.class_name,
-            scheduler_options=scheduler.options,
+            scheduler_options=dict(scheduler.options),
             is_scheduler_compiled=scheduler.is_compiled,
         )
 

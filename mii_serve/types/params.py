@@ -83,6 +83,7 @@ class GenerationParams:
     width: int
     num_inference_steps: int
     guidance_scale: float
+    guidance_rescale: float = 0.0
     num_images_per_prompt: int
     scheduler: str
     seed: int
@@ -125,6 +126,7 @@ class GenerationKwargs(TypedDict, total=False):
     width: int | None
     num_inference_steps: int | None
     guidance_scale: float | None
+    guidance_rescale: float | None
     num_images_per_prompt: int | None
     scheduler: str | None
     seed: int | None
@@ -140,6 +142,7 @@ class RequestedParams:
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float | None = None
     num_images_per_prompt: int | None = None
     scheduler: str | None = None
     seed: int | None = None
@@ -316,6 +319,13 @@ PARAMETERS = (
         kind=float,
         bounds=lambda limits: (0, limits.max_guidance_scale),
         help="how closely the image follows the prompt; above 1, classifier-free guidance is on",
+    ),
+    Parameter(
+        name="guidance_rescale",
+        kind=float,
+        bounds=lambda limits: (0, 1),
+        default=0.0,
+        help="how far guidance keeps the contrast of the prediction without it; 0.7 is usual for v-prediction models",
     ),
     Parameter(
         name="num_images_per_prompt",

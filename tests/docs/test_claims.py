@@ -153,13 +153,13 @@ class TestBounds:
         assert f"may have {protocol.MAX_HEAD_BYTES // 1024} KiB and take {head_s:g} s;" in HTTP
         assert f"closed, after {2 * head_s:g} s at the latest" in HTTP
         assert f"a head above {protocol.MAX_HEAD_BYTES // 1024} KiB" in HTTP
-        assert f"body must come within {json_body.BODY_TIMEOUT_S:g} s" in HTTP
-        assert f"too large {json_body.MAX_DISCARDED_BYTES // 1024**2} MiB are read on" in HTTP
-        assert f"takes in nothing for {middleware.SEND_TIMEOUT_S:g} s is given up" in HTTP
-        assert f"closed within {(protocol.UNREAD_LOOKS + 1) * head_s:g} s" in HTTP
-        assert f"slow callers are waited for {GRACE_S} s" in HTTP
-        assert f"nothing to say for {middleware.KEEPALIVE_S:g} s sends a comment" in HTTP
-        assert f"more than {image_links.MAX_STORED_BYTES // 1024**2} MiB of such pictures" in HTTP
+        assert f"body must arrive within {json_body.BODY_TIMEOUT_S:g} s" in HTTP
+        assert f"drops up to {json_body.MAX_DISCARDED_BYTES // 1024**2} MiB of it" in HTTP
+        assert f"reads nothing for {middleware.SEND_TIMEOUT_S:g} s is given up" in HTTP
+        assert f"is closed within {(protocol.UNREAD_LOOKS + 1) * head_s:g} s" in HTTP
+        assert f"slow callers have {GRACE_S} s to read" in HTTP
+        assert f"without an event for {middleware.KEEPALIVE_S:g} s sends a comment" in HTTP
+        assert f"more than {image_links.MAX_STORED_BYTES // 1024**2} MiB of such images" in HTTP
         assert image_links.STORED_S == 600 and "works for ten minutes" in HTTP
 
     def test_over_grpc(self):

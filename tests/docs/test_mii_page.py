@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mii_serve.compat.mii_config import Ignored, Taken, fates
 from mii_serve.proto.mii_codec import MAX_PICTURES_PER_CALL, MAX_REPLY_BYTES, MII_KWARGS
+from mii_serve.types import PARAMETER_NAMES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "architecture" / "09-mii.md").read_text()
 
@@ -22,9 +23,9 @@ def test_the_table_of_settings_is_the_codes():
     assert listed == made
 
 
-def test_every_kwarg_is_named():
-    (row,) = re.findall(r"^\| `query_kwargs` \| (.*) \|$", PAGE, re.MULTILINE)
-    assert set(re.findall(r"`(\w+)`", row)) == set(MII_KWARGS)
+def test_every_parameter_but_the_prompt_is_a_kwarg():
+    assert "| `query_kwargs` | every [parameter](14-parameters.md) but `prompt`; " in PAGE
+    assert set(MII_KWARGS) == set(PARAMETER_NAMES) - {"prompt"}
 
 
 def test_the_bounds_are_the_codes():

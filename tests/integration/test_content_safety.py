@@ -425,7 +425,7 @@ class TestAtTheStart:
 async def test_neither_prompt_nor_key_is_in_the_log(tmp_path, double, caplog):
     with caplog.at_level(logging.DEBUG):
         async with guarded(tmp_path, double, timeout_s=HASTY_S) as server:
-            assert KEY not in repr(server.dispatcher._guard._moderator)
+            assert KEY not in repr(server.dispatcher._moderation._moderator)
             await server.stub.Generate(request())
             double.image_mode = "hang"
             await error_of(server.stub.Generate(request()))

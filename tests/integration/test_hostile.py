@@ -19,7 +19,7 @@ from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
 
 METHOD = "/mii_serve.v1.ImageGeneration/Generate"
-NUM_MALFORMED = 10_000
+NUM_MALFORMED = 2000
 AT_ONCE = 64
 
 
@@ -53,7 +53,7 @@ def typed(error: grpc.aio.AioRpcError) -> MiiServeError:
 
 
 @pytest.mark.slow
-async def test_ten_thousand_malformed_messages_get_typed_errors_and_harm_nobody(server):
+async def test_thousands_of_malformed_messages_get_typed_errors_and_harm_nobody(server):
     chance, kinds = random.Random(3), set()
     raw = server.channel.unary_unary(METHOD)
     bound = asyncio.Semaphore(AT_ONCE)

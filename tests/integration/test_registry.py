@@ -108,7 +108,7 @@ def test_a_folder_others_can_enter_is_refused(tmp_path):
             Entry("sd", run)
     (tmp_path / "safe").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "safe")
-    with pytest.raises(ConfigError, match="nobody else can enter"):
+    with pytest.raises(ConfigError, match="no other user can enter"):
         Entry("sd", tmp_path / "link")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot use"):

@@ -12,6 +12,7 @@ from replicas import KILLED, Deployment, deployment_of, events_of, request
 
 from mii_serve.errors import UnavailableError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server import idempotency
 from mii_serve.server.replica_client import ReplicaAddress, ReplicaConnection
 
 
@@ -49,7 +50,8 @@ async def test_a_request_that_waits_for_a_replica_to_come_back(tmp_path: Path):
         assert not deployment.router._waiting
 
 
-async def test_all_who_wait_for_the_same_work(tmp_path: Path):
+async def test_all_who_wait_for_the_same_work(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(idempotency, "GRACE_S", 0.2)  # else the loop would stay open for the work that all have left
     async with deployment_of(tmp_path, 1) as deployment:
         deployment.hold()
         calls = [called(deployment, (("x-idempotency-key", "once"),)) for _ in range(3)]

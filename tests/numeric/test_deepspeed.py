@@ -28,8 +28,9 @@ from mii_serve.engine.kernels.deepspeed.injection import (
     injected_blocks,
     why_not_injectable,
 )
-from mii_serve.engine.kernels.deepspeed.self_check import MAX_ERROR, SelfCheck
+from mii_serve.engine.kernels.deepspeed.self_check import MAX_ERROR, compare, predictions
 from mii_serve.engine.kernels.deepspeed.workspace import Workspace, elements_per_token, num_elements
+from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.errors import UnusableEngineError
 from mii_serve.models import LoadedModel, load_model
@@ -233,14 +234,15 @@ class TestWithoutThePrecautions:
 
     def test_the_self_check_finds_them(self):
         unet = make_unet()
-        check = SelfCheck.before_injection(unet, num_tokens=NUM_TOKENS, latent_shapes=((8, 8), (9, 9)))
+        checked = unet, NUM_TOKENS, ((8, 8), (9, 9))
+        expected = predictions(NativeKernels(unet), *checked)
         inject(unet)
         workspace = Workspace(unet, max_latent_pixels=3 * 81, sides=range(8, 10))
         injected = DeepSpeedKernels(unet, workspace)
-        assert check.compare(injected) < RIGHT
+        assert compare(predictions(injected, *checked), expected) < RIGHT
         undo("pad_transform_func", deepspeeds_own_split)(injected)
         with pytest.raises(UnusableEngineError, match=r"DeepSpeed's kernels are .* off for latents of 8 × 8"):
-            check.compare(injected)
+            compare(predictions(injected, *checked), expected)
         workspace.release()
 
 

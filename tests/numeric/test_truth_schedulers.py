@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +28,13 @@ from plain_diffusers import (
 )
 from scheduler_configs import LINEAR, NAMED, NOT_LINEAR, SCHEDULER_CONFIGS, Config
 
+from mii_serve.models import loading
 from mii_serve.models.source import DEMO_FOLDER
 
 pytestmark = pytest.mark.slow
+
+OWNER: ContextVar[str] = ContextVar("OWNER")
+"""The engine that weights are being loaded for."""
 
 FEW = {"num_inference_steps": 5}
 FEWER = {"num_inference_steps": 4}
@@ -95,6 +101,25 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def weights_loaded_once():
+    """The files of all folders are the same but for the scheduler's: what is loaded from them is, too.
+
+    Each engine keeps what it has loaded to itself, since it may change it.
+    """
+    load, loaded = loading._load_weights, {}
+
+    def kept(part, dtype, device):
+        key = OWNER.get(), part.name
+        if key not in loaded:
+            loaded[key] = load(part, dtype, device)
+        return loaded[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_load_weights", kept)
+        yield
+
+
 def folder_with_scheduler(folder: Path, config: Config) -> Path:
     """The demo model without checker and without defaults of its own, with this scheduler."""
     for part in ("unet", "vae", "text_encoder", "tokenizer"):
@@ -130,10 +155,24 @@ def requests_of(name: str) -> dict[str, dict[str, object]]:
 
 
 @pytest.fixture(scope="module")
-def expected_of(folder_of) -> Callable[[str], Drawn]:
+def plain_of(folder_of) -> Callable[[str], Any]:
+    """diffusers' own pipeline of a folder, with the weights of the first one."""
+    first: dict[str, Any] = {}
+
+    @functools.cache
+    def load(name: str) -> Any:
+        pipeline = plain_pipeline(folder_of(name), **first)
+        first.update({part: getattr(pipeline, part) for part in ("unet", "vae", "text_encoder")})
+        return pipeline
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def expected_of(plain_of) -> Callable[[str], Drawn]:
     @functools.cache
     def draw(name: str) -> Drawn:
-        pipeline = plain_pipeline(folder_of(name))
+        pipeline = plain_of(name)
         chosen = {
             sampler: pipeline if sampler == "default" else with_named_sampler(pipeline, sampler)
             for sampler in requests_of(name)
@@ -148,6 +187,7 @@ def expected_of(folder_of) -> Callable[[str], Drawn]:
 def made_of(folder_of) -> Callable[[str, str], Drawn]:
     @functools.cache
     def draw(engine_name: str, name: str) -> Drawn:
+        OWNER.set(engine_name)
         engine = our_engine(engine_name, folder_of(name))
         try:
             return our_pictures(engine, requests_of(name))
@@ -185,7 +225,8 @@ def test_named_samplers_are_drawn_as_diffusers_draws_them(expected_of, made_of, 
 
 @pytest.mark.parametrize("engine_name", LEVELS_OFF)
 @pytest.mark.parametrize("name", ENTIRELY_DEFAULT)
-def test_a_prompt_and_nothing_else_is_drawn_as_diffusers_draws_it(folder_of, engine_name, name):
-    expected = {"default": plain_picture(plain_pipeline(folder_of(name)))}
+def test_a_prompt_and_nothing_else_is_drawn_as_diffusers_draws_it(folder_of, plain_of, engine_name, name):
+    expected = {"default": plain_picture(plain_of(name))}
+    OWNER.set(engine_name)
     wrong = faults(expected, our_pictures(our_engine(engine_name, folder_of(name)), {"default": {}}), LEVELS_OFF[engine_name])
     assert not wrong, told(wrong)

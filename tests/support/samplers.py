@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,10 +39,21 @@ CONFIG = json.loads((Path(mii_serve.models.__file__).parent / "demo" / "schedule
 CPU = torch.device("cpu")
 
 
-def compile_table(config: dict, sampler: str, num_steps: int) -> SamplerTable:
-    found = Samplings(schedulers(config)).of(sampler, num_steps)
+def kept_schedulers(config: Mapping[str, Any]) -> ModelSchedulers:
+    """The same object for the same config: some classes take half a second to be made."""
+    return _kept(json.dumps(config, sort_keys=True))[0]
+
+
+def compile_table(config: Mapping[str, Any], sampler: str, num_steps: int) -> SamplerTable:
+    found = _kept(json.dumps(config, sort_keys=True))[1].of(sampler, num_steps)
     assert isinstance(found, SamplerTable), found
     return found
+
+
+@functools.cache
+def _kept(config: str) -> tuple[ModelSchedulers, Samplings]:
+    found = schedulers(json.loads(config))
+    return found, Samplings(found)
 
 
 SD_V1_CONFIG = {

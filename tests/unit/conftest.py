@@ -5,10 +5,14 @@ Nor does it load a model: the folder takes seconds. What needs more is in tests/
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 
 import pytest
+
+with contextlib.suppress(ImportError):  # it binds a socket when it is imported, by whatever is imported first
+    import urllib3  # noqa: F401
 
 OUTSIDE = frozenset({"socket.bind", "socket.connect", "subprocess.Popen", "os.posix_spawn", "os.fork"})
 """Names of the interpreter's audit events."""

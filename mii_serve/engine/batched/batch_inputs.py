@@ -31,6 +31,7 @@ class SampleInputs:
     prompt_row: int
     negative_prompt_row: int | None
     guidance_scale: float
+    guidance_rescale: float = 0.0
     input_scale: float
     matrix: npt.NDArray[np.float32]
     noise: torch.Tensor | None
@@ -53,11 +54,11 @@ class BatchInputs:
         self.shape = shape
         n, r = shape.num_samples, shape.num_rows
         self._ints = torch.zeros(3 * n + 2 * r, dtype=torch.int64, device=device)
-        self._floats = torch.zeros((2 + MATRIX_SIZE) * n, device=device)
+        self._floats = torch.zeros((3 + MATRIX_SIZE) * n, device=device)
         self.slots, self.timestep_rows, self.uncond_row, self.prompt_rows, self.sample_of_row = self._ints.split(
             [n, n, n, r, r]
         )
-        self.input_scale, self.guidance_scale, matrices = self._floats.split([n, n, MATRIX_SIZE * n])
+        self.input_scale, self.guidance_scale, self.guidance_rescale, matrices = self._floats.split([n, n, n, MATRIX_SIZE * n])
         self.matrices = matrices.view(n, STATE_PLANES, INPUT_PLANES)
         self.noise = torch.zeros(n, num_channels, shape.height, shape.width, device=device)
 
@@ -67,14 +68,15 @@ class BatchInputs:
         Old noise is left where it is: the matrix of a sample that draws none multiplies it by zero.
         """
         n, r = self.shape.num_samples, self.shape.num_rows
-        ints, floats = np.zeros(3 * n + 2 * r, np.int64), np.zeros((2 + MATRIX_SIZE) * n, np.float32)
+        ints, floats = np.zeros(3 * n + 2 * r, np.int64), np.zeros((3 + MATRIX_SIZE) * n, np.float32)
         slots, timestep_rows, uncond_row, prompt_rows, sample_of_row = np.split(ints, np.cumsum([n, n, n, r]))
-        input_scale, guidance_scale, matrices = np.split(floats, [n, 2 * n])
+        input_scale, guidance_scale, guidance_rescale, matrices = np.split(floats, [n, 2 * n, 3 * n])
         slots[:], uncond_row[:], sample_of_row[:] = padding_slot, np.arange(n), np.arange(r) % n
         next_row = n
         for i, sample in enumerate(samples):
             slots[i], timestep_rows[i], prompt_rows[i] = sample.slot, sample.timestep_row, sample.prompt_row
-            input_scale[i], guidance_scale[i] = sample.input_scale, sample.guidance_scale
+            input_scale[i] = sample.input_scale
+            guidance_scale[i], guidance_rescale[i] = sample.guidance_scale, sample.guidance_rescale
             matrices[i * MATRIX_SIZE : (i + 1) * MATRIX_SIZE] = sample.matrix.ravel()
             if sample.negative_prompt_row is not None:
                 uncond_row[i], prompt_rows[next_row], sample_of_row[next_row] = next_row, sample.negative_prompt_row, i

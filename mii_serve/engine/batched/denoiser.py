@@ -14,6 +14,7 @@ import torch
 
 from mii_serve.engine.batched.batch_inputs import BatchInputs, SampleInputs, batch_shape
 from mii_serve.engine.batched.buckets import BatchShape, choose_bucket
+from mii_serve.engine.batched.guidance import guide
 from mii_serve.engine.batched.prompt_cache import PromptCache
 from mii_serve.engine.batched.slot_pool import SlotPool
 from mii_serve.engine.batched.timestep_cache import TimestepCache
@@ -136,8 +137,7 @@ class Denoiser:
         ).float()
         prediction = noise_pred[: shape.num_samples]
         if has_guided:
-            uncond = noise_pred[inputs.uncond_row]
-            prediction = uncond + inputs.guidance_scale[:, None, None, None] * (prediction - uncond)
+            prediction = guide(noise_pred[inputs.uncond_row], prediction, inputs.guidance_scale, inputs.guidance_rescale)
         state[inputs.slots] = step(before, prediction, inputs.noise, inputs.matrices)
         return model_input, prediction
 

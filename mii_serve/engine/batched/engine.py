@@ -106,7 +106,7 @@ class BatchedEngine:
         self._num_channels = pipeline.unet.config.in_channels
         self._schedulers = ModelSchedulers(pipeline.scheduler)
         self._samplings = Samplings(self._schedulers)
-        self._max_slots = max_slots or default_slots(self._device)
+        self._max_slots = max_slots or (CUDA_SLOTS if self._device.type == "cuda" else CPU_SLOTS)
         self.capabilities = capabilities_of(model, self._schedulers, self._samplings.of)
         if buckets is None:
             latent_shape = model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE
@@ -261,6 +261,7 @@ class BatchedEngine:
                         prompt_row=one.prompt.row,
                         negative_prompt_row=None if one.negative_prompt is None else one.negative_prompt.row,
                         guidance_scale=one.sample.params.guidance_scale,
+                        guidance_rescale=one.sample.params.guidance_rescale,
                         input_scale=input_scale,
                         matrix=matrix,
                         noise=noise,
@@ -334,7 +335,3 @@ class BatchedEngine:
             )
             for index, (one, image) in enumerate(zip(good, images, strict=True))
         }
-
-
-def default_slots(device: torch.device) -> int:
-    return CUDA_SLOTS if device.type == "cuda" else CPU_SLOTS

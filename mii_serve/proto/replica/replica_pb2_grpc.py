@@ -56,7 +56,7 @@ class ReplicaServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Work(self, request_iterator, context):
-        """A front's orders, and what becomes of them. The end of the stream cancels what it ordered.
+        """Orders of the front and reports of the replica. The end of the stream cancels everything that it ordered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

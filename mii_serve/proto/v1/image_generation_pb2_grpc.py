@@ -55,21 +55,21 @@ class ImageGenerationServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Makes the images and answers once, with all of them.
+        """Makes the images and returns all of them in one answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Makes the images and tells how far it is: queued, started, step, preview, image, done.
+        """Makes the images and streams their progress: queued, started, step, preview, image, done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """What runs here, what it accepts and how busy it is.
+        """Describes the server: the model, the limits and defaults of requests, the load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

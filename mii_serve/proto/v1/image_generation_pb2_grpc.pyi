@@ -32,21 +32,21 @@ class ImageGenerationStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ImageGenerationAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_image_generation_pb2.GenerateRequest, _image_generation_pb2.GenerateResponse]
-    """Makes the images and answers once, with all of them."""
+    """Makes the images and returns all of them in one answer."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_image_generation_pb2.GenerateRequest, _image_generation_pb2.GenerateEvent]
-    """Makes the images and tells how far it is: queued, started, step, preview, image, done."""
+    """Makes the images and streams their progress: queued, started, step, preview, image, done."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_image_generation_pb2.GetServerInfoRequest, _image_generation_pb2.GetServerInfoResponse]
-    """What runs here, what it accepts and how busy it is."""
+    """Describes the server: the model, the limits and defaults of requests, the load."""
 
 @_typing.type_check_only
 class ImageGenerationAsyncStub(ImageGenerationStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_image_generation_pb2.GenerateRequest, _image_generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Makes the images and answers once, with all of them."""
+    """Makes the images and returns all of them in one answer."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_image_generation_pb2.GenerateRequest, _image_generation_pb2.GenerateEvent]  # type: ignore[assignment]
-    """Makes the images and tells how far it is: queued, started, step, preview, image, done."""
+    """Makes the images and streams their progress: queued, started, step, preview, image, done."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_image_generation_pb2.GetServerInfoRequest, _image_generation_pb2.GetServerInfoResponse]  # type: ignore[assignment]
-    """What runs here, what it accepts and how busy it is."""
+    """Describes the server: the model, the limits and defaults of requests, the load."""
 
 class ImageGenerationServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -55,7 +55,7 @@ class ImageGenerationServicer(metaclass=_abc_1.ABCMeta):
         request: _image_generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_image_generation_pb2.GenerateResponse, _abc.Awaitable[_image_generation_pb2.GenerateResponse]]:
-        """Makes the images and answers once, with all of them."""
+        """Makes the images and returns all of them in one answer."""
 
     @_abc_1.abstractmethod
     def GenerateStream(
@@ -63,7 +63,7 @@ class ImageGenerationServicer(metaclass=_abc_1.ABCMeta):
         request: _image_generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_image_generation_pb2.GenerateEvent], _abc.AsyncIterator[_image_generation_pb2.GenerateEvent]]:
-        """Makes the images and tells how far it is: queued, started, step, preview, image, done."""
+        """Makes the images and streams their progress: queued, started, step, preview, image, done."""
 
     @_abc_1.abstractmethod
     def GetServerInfo(
@@ -71,6 +71,6 @@ class ImageGenerationServicer(metaclass=_abc_1.ABCMeta):
         request: _image_generation_pb2.GetServerInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_image_generation_pb2.GetServerInfoResponse, _abc.Awaitable[_image_generation_pb2.GetServerInfoResponse]]:
-        """What runs here, what it accepts and how busy it is."""
+        """Describes the server: the model, the limits and defaults of requests, the load."""
 
 def add_ImageGenerationServicer_to_server(servicer: ImageGenerationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -123,7 +123,7 @@ def test_a_black_picture_and_a_cut_prompt_are_said(run: Run, server: RunningServ
     ran = run("generate", "a", "--target", server.target, *more)
     assert ran.code == 0
     assert ran.err.splitlines()[:2] == [
-        "warning: out.png is entirely black because the safety checker fired",
+        "warning: out.png is entirely black because the safety checker flagged it",
         "warning: the prompt is too long for the text encoder; not used: 'and a tail'",
     ]
 
@@ -133,10 +133,10 @@ def test_a_black_picture_and_a_cut_prompt_are_said(run: Run, server: RunningServ
     [
         (("-o", "a.bmp"), "error: output: must end in .png, .jpg, .jpeg, .webp, got a.bmp"),
         (("-o", "a"), "error: output: must end in"),
-        (("-o", "missing/a.png"), "error: output: must be in a folder that exists"),
+        (("-o", "missing/a.png"), "error: output: must be in an existing folder"),
         (("-o", "folder.png"), "error: output: must be a file"),
         (("-o", "a.jpg", "--embed-metadata"), "error: output.embed_metadata: is for PNG only"),
-        (("--engine", "native"), "error: --engine: is the server's choice"),
+        (("--engine", "native"), "error: --engine: cannot be combined with --target"),
         (("--seed", "-1"), "error: seed: must fit"),
         (("--timeout", "nan"), "error: timeout: must be a finite number"),
     ],

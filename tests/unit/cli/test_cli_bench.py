@@ -23,7 +23,7 @@ from commands import Run
         (("--goodput", "0"), "--goodput: must be"),
         (("--warmup", "-1"), "--warmup: must be 0 or more"),
         (("--check", "-1"), "--check: must be 0 or more"),
-        (("--rate", "1", "--concurrency", "2"), "--rate: cannot go with --concurrency"),
+        (("--rate", "1", "--concurrency", "2"), "--rate: cannot be combined with --concurrency"),
         (("--arrivals", "constant"), "--arrivals: needs --rate"),
         (("--trace-speed", "2"), "--trace-speed: needs --trace"),
         (("--trace", "nowhere.jsonl"), "--trace: cannot read nowhere.jsonl"),

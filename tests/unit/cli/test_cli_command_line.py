@@ -104,7 +104,7 @@ def test_what_a_file_says_in_miis_words_stands_where_a_file_stands(
 
     (tmp_path / "other.yaml").write_text("replicas: 4\n")
     ran = run("deploy", "--mii-config", "mii.yaml", "--config", "other.yaml")
-    assert (ran.code, len(deployed)) == (2, 1) and "--config are two ways" in ran.err
+    assert (ran.code, len(deployed)) == (2, 1) and "cannot be combined with --config" in ran.err
     (tmp_path / "mii.yaml").write_text(words + "replica_nun: 2\n")
     ran = run("deploy", "--mii-config", "mii.yaml")
     assert ran.code == 2 and "replica_nun: MII has no such setting; did you mean replica_num?" in ran.err
@@ -177,7 +177,7 @@ def test_a_traceback_is_for_those_who_ask(run: Run, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(mii_serve.cli.deploy, "run", fails)
     ran = run("deploy")
-    assert (ran.code, ran.err) == (1, "error: ZeroDivisionError: odd (MII_SERVE_DEBUG=1 shows where)\n")
+    assert (ran.code, ran.err) == (1, "error: ZeroDivisionError: odd (MII_SERVE_DEBUG=1 shows the traceback)\n")
     monkeypatch.setenv("MII_SERVE_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         mii_serve.cli.main(["deploy"])

@@ -18,7 +18,7 @@ from mii_serve.extras import EXTRAS, MissingExtraError, how_to_get
     [
         (MissingExtraError("server", "numpy"), f"numpy is not installed: {how_to_get('server')}"),
         (ModuleNotFoundError("No module named 'yaml'", name="yaml"), f"yaml is not installed: {how_to_get('bench')}"),
-        (ModuleNotFoundError("No module named 'x'", name="x"), "x is not installed, and no extra of mii_serve brings it"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "x is not installed, and no extra of mii_serve includes it"),
     ],
 )
 def test_a_missing_module_is_one_line_with_its_own_exit_code(

@@ -10,8 +10,8 @@ from commands import Run
     ("argv", "complaint"),
     [
         (("--picture", "sheet.tiff"), "error: picture: must end in .png, .jpg, .jpeg, .webp, got sheet.tiff"),
-        (("--picture", "nowhere/sheet.png"), "error: picture: must be in a folder that exists"),
-        (("--json", "nowhere/report.json"), "error: json: must be in a folder that exists"),
+        (("--picture", "nowhere/sheet.png"), "error: picture: must be in an existing folder"),
+        (("--json", "nowhere/report.json"), "error: json: must be in an existing folder"),
         (("--json", "."), "error: json: must be a file"),
         (("--engine", "fast"), "error: engine: "),
         (("--engine", "reference", "--dtype", "bf16"), "error: dtype: the reference engine computes in fp32 only"),
@@ -38,4 +38,4 @@ def test_a_model_that_is_not_there_is_an_error_in_one_line(run: Run) -> None:
 def test_help_says_what_it_does(run: Run) -> None:
     shown = run("verify", "--help")
     assert shown.code == 0
-    assert "text encoder, single UNet calls, the VAE and whole pictures" in shown.out
+    assert "calls, the VAE and whole images" in shown.out

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import pytest
-from scripted_server import RunningServer
 
 from mii_serve.client import AsyncClient, Client
 from mii_serve.client.arguments import build_request, check_bound, check_timeout
@@ -42,13 +41,12 @@ def test_a_call_lists_every_argument(client: type, call: str, own: set[str]) -> 
 @pytest.mark.parametrize(
     ("call", "name"), [("generate", "sed"), ("stream", "guidance"), ("generate", "preview_every"), ("generate", "self_")]
 )
-def test_a_misspelt_name_is_a_type_error_that_names_it(server: RunningServer, client: Client, call: str, name: str) -> None:
-    for one in (client, AsyncClient(server.target)):
+def test_a_misspelt_name_is_a_type_error_that_names_it(call: str, name: str) -> None:
+    for one in (Client("127.0.0.1:1"), AsyncClient("127.0.0.1:1")):
         with pytest.raises(TypeError, match=rf"{call}\(\) got an unexpected keyword argument '{name}'"):
             getattr(one, call)("a", **{name: 3})
         with pytest.raises(TypeError, match="prompt"):
             getattr(one, call)(seed=3)
-    assert server.servicer.requests == []
 
 
 def test_what_is_left_out_stays_absent() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from types import MappingProxyType
+
 import grpc
 import pytest
 from fake_engine import FakeEngine
@@ -132,8 +136,9 @@ def test_invalid_utf8_is_refused_by_the_message_itself():
         pb.GenerateRequest.FromString(b"\x0a\x02\xff\xfe")
 
 
+RESOLVED = CAPABILITIES.resolve(RequestedParams(prompt="p", num_images_per_prompt=2), fallback_seed=3)
 PARAMETERS = EffectiveParameters.of(
-    CAPABILITIES.resolve(RequestedParams(prompt="p", num_images_per_prompt=2), fallback_seed=3),
+    RESOLVED,
     FakeEngine().description,
     SchedulerDescription(class_name="PNDMScheduler", options={"steps_offset": "1"}, is_compiled=True),
     dropped_prompt="the rest",
@@ -254,3 +259,10 @@ def test_no_verdict_is_an_error_of_its_own():
     again = decode_error(*encode_error(ModerationFailedError("content safety did not answer in time")))
     assert type(again) is ModerationFailedError and again.http_status == 424
     assert again.grpc_code == "UNAVAILABLE"
+
+
+def test_parameters_are_json_even_where_an_engine_shares_its_options():
+    """An engine hands out a read-only view of its scheduler's options."""
+    scheduler = SchedulerDescription(class_name="A", options=MappingProxyType({"a": "1"}), is_compiled=True)
+    parameters = EffectiveParameters.of(RESOLVED, FakeEngine().description, scheduler)
+    assert json.loads(json.dumps(asdict(parameters)))["scheduler_options"] == {"a": "1"}

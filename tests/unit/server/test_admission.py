@@ -238,13 +238,8 @@ class TestLog:
 @pytest.mark.parametrize(
     ("method", "is_so"),
     [
-        (GENERATE, True),
-        ("/x.Y/GenerateStream", True),
-        ("/mii.ModelResponse/Txt2ImgReply", True),
-        ("POST /score", True),
-        ("/x.Y/GetServerInfo", False),
-        ("GET /", False),
-        ("/grpc.health.v1.Health/Check", False),
+        *((method, True) for method in (GENERATE, "/x.Y/GenerateStream", "/mii.ModelResponse/Txt2ImgReply", "POST /score")),
+        *((method, False) for method in ("/x.Y/GetServerInfo", "GET /", "/grpc.health.v1.Health/Check")),
     ],
 )
 def test_what_makes_images(method, is_so):

@@ -112,7 +112,7 @@ def test_the_file_is_read_again_when_asked(file, caplog):
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("", "has no key, so nobody could call"),
+        ("", "has no key, so no caller could be admitted"),
         ("# nothing\n", "has no key"),
         (f"{STUDIO} {GUEST}", "line 1: after the key come only name, requests_per_minute, max_concurrent_requests"),
         (f"{STUDIO} requests_per_minute=0", "line 1: requests_per_minute: Input should be greater than or equal to 1"),

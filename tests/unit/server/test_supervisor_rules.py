@@ -22,7 +22,6 @@ from mii_serve.server.spare import Child
 from mii_serve.server.supervisor import BACKOFF_S, STEADY_S, ReplicaSupervisor
 
 READY = {"state": "ready"}
-GONE = {"state": "failed", "error": "ModelError", "message": "gone"}
 
 
 class FakeInput:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mii_serve.engine.kernels.deepspeed.injection import inject, why_not_injectable
-from mii_serve.engine.kernels.deepspeed.self_check import NUM_ROWS, SelfCheck
+from mii_serve.engine.kernels.deepspeed.self_check import NUM_ROWS, compare, predictions
 from mii_serve.engine.kernels.deepspeed.workspace import Workspace
 from mii_serve.engine.kernels.native import ForwardPass, NativeKernels
 from mii_serve.errors import UnusableEngineError
@@ -79,24 +79,19 @@ def install_kernels(model: LoadedModel, *, max_slots: int) -> DeepSpeedKernels:
     max_latent_pixels = max(2 * max_slots * height * width, 2 * high * high, NUM_ROWS * max(height * width, odd * odd))
     with torch.inference_mode():
         unet.to(memory_format=torch.channels_last)
-        num_tokens = model.pipeline.tokenizer.model_max_length
-        check = SelfCheck.before_injection(unet, num_tokens=num_tokens, latent_shapes=((height, width), (odd, odd)))
-        return _install(unet, check, max_latent_pixels=max_latent_pixels, sides=range(low, high + 1))
-
-
-def _install(unet: Any, check: SelfCheck, *, max_latent_pixels: int, sides: range) -> DeepSpeedKernels:
-    """Inject, take the workspace, and keep both only if the check passes."""
-    try:
-        num_blocks = inject(unet)
-        with contextlib.ExitStack() as undo:
-            workspace = Workspace(unet, max_latent_pixels=max_latent_pixels, sides=sides)
-            undo.callback(workspace.release)
-            kernels = DeepSpeedKernels(unet, workspace, max_latent_pixels_per_call=max_latent_pixels)
-            worst_error = check.compare(kernels)
-            undo.pop_all()
-    except UnusableEngineError:
-        raise
-    except Exception as error:  # from DeepSpeed's internals, which change, or from a kernel that this device cannot run
-        raise UnusableEngineError(f"DeepSpeed fails here: {type(error).__name__}: {error}") from error
+        checked = model.pipeline.tokenizer.model_max_length, ((height, width), (odd, odd))
+        expected = predictions(NativeKernels(unet), unet, *checked)
+        try:
+            num_blocks = inject(unet)
+            with contextlib.ExitStack() as undo:
+                workspace = Workspace(unet, max_latent_pixels=max_latent_pixels, sides=range(low, high + 1))
+                undo.callback(workspace.release)
+                kernels = DeepSpeedKernels(unet, workspace, max_latent_pixels_per_call=max_latent_pixels)
+                worst_error = compare(predictions(kernels, unet, *checked), expected)
+                undo.pop_all()  # the kernels hold it from here on
+        except UnusableEngineError:
+            raise
+        except Exception as error:  # from DeepSpeed's internals, which change, or from a kernel that this device cannot run
+            raise UnusableEngineError(f"DeepSpeed fails here: {type(error).__name__}: {error}") from error
     logger.info("DeepSpeed computes %d transformer blocks, %.2g off the UNet's own modules", num_blocks, worst_error)
     return kernels

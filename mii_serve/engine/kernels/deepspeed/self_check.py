@@ -7,13 +7,11 @@ guided and unguided samples together, and a prompt whose last token weighs most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mii_serve.engine.kernels import KernelSet
-from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.errors import UnusableEngineError
 from mii_serve.types import LatentShape
 
@@ -26,42 +24,12 @@ NUM_ROWS = 3
 """Of each call: an unguided sample's and a guided one's."""
 
 
-@dataclass(frozen=True, slots=True)
-class SelfCheck:
-    """The predictions of a UNet's own modules for one call of each latent shape."""
-
-    unet: Any
-    num_tokens: int
-    latent_shapes: Sequence[LatentShape]
-    expected: Sequence[torch.Tensor]
-
-    @classmethod
-    def before_injection(cls, unet: Any, *, num_tokens: int, latent_shapes: Sequence[LatentShape]) -> SelfCheck:
-        return cls(unet, num_tokens, latent_shapes, _predictions(NativeKernels(unet), unet, num_tokens, latent_shapes))
-
-    def compare(self, injected: KernelSet) -> float:
-        """The largest error of the injected UNet's predictions.
-
-        Raises:
-            UnusableEngineError: it is larger than half precision explains.
-        """
-        worst = 0.0
-        predictions = _predictions(injected, self.unet, self.num_tokens, self.latent_shapes)
-        for (height, width), expected, prediction in zip(self.latent_shapes, self.expected, predictions, strict=True):
-            error = float((prediction - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-            if not error <= MAX_ERROR:  # NaN included
-                raise UnusableEngineError(
-                    f"DeepSpeed's kernels are {error:.1%} off for latents of {height} × {width}, more than {MAX_ERROR:.0%}"
-                )
-            worst = max(worst, error)
-        return worst
-
-
-def _predictions(kernels: KernelSet, unet: Any, num_tokens: int, latent_shapes: Sequence[LatentShape]) -> list[torch.Tensor]:
+def predictions(kernels: KernelSet, unet: Any, num_tokens: int, latent_shapes: Sequence[LatentShape]) -> list[torch.Tensor]:
+    """The predictions for the check's inputs, one of rows × channels × height × width in float32 for each latent shape."""
     config, device, dtype = unet.config, unet.device, unet.dtype
     generator = torch.Generator().manual_seed(0)
     sample_of_row = torch.tensor([0, 1, 1], device=device)
-    predictions = []
+    found = []
     for latent_shape in latent_shapes:
         latents = torch.randn(2, config.in_channels, *latent_shape, generator=generator)
         embeds = torch.randn(NUM_ROWS, num_tokens, config.cross_attention_dim, generator=generator)
@@ -69,5 +37,23 @@ def _predictions(kernels: KernelSet, unet: Any, num_tokens: int, latent_shapes: 
         timesteps = kernels.embed_timesteps(torch.tensor([999.0, 340.0], device=device))
         prompts = kernels.project_prompts(embeds.to(device, dtype))
         model_input = latents.to(device, dtype, memory_format=torch.channels_last)
-        predictions.append(kernels.predict_noise(model_input, timesteps, prompts, sample_of_row).float())
-    return predictions
+        found.append(kernels.predict_noise(model_input, timesteps, prompts, sample_of_row).float())
+    return found
+
+
+def compare(injected: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest error of the injected UNet's `predictions`; `expected` are those before the injection.
+
+    Raises:
+        UnusableEngineError: it is larger than half precision explains.
+    """
+    errors = [
+        float((one - other).square().mean().sqrt() / other.square().mean().sqrt())
+        for one, other in zip(injected, expected, strict=True)
+    ]
+    for error, (*_, height, width) in zip(errors, (one.shape for one in expected), strict=True):
+        if not error <= MAX_ERROR:  # NaN included
+            raise UnusableEngineError(
+                f"DeepSpeed's kernels are {error:.1%} off for latents of {height} × {width}, more than {MAX_ERROR:.0%}"
+            )
+    return max(errors)

@@ -30,7 +30,7 @@ function facts(picture, place) {
     ["Negative prompt", params.negative_prompt, "wide"],
     ...place.names.filter((name) => !SHOWN.includes(name)).map((name) => [name, params[name]]),
     ["Made by", params.engine && `${params.engine} ${params.dtype} on ${params.device}`],
-    ["Took, and in line", picture.total_s == null ? "" : `${took(picture.total_s)}, ${took(picture.queued_s)}`],
+    ["Took, and queued", picture.total_s == null ? "" : `${took(picture.total_s)}, ${took(picture.queued_s)}`],
   ].filter(([, value]) => value !== "" && value != null);
 }
 

@@ -35,7 +35,7 @@ function sides(name) {
 
 // ---- the key -------------------------------------------------------------------------------------------------------
 
-let keyGiven = null; // resolved when somebody has typed one
+let keyGiven = null; // resolved when one has been typed
 const whenKeyGiven = Promise.withResolvers ? () => Promise.withResolvers() : () => {
   const made = {};
   made.promise = new Promise((resolve) => (made.resolve = resolve));
@@ -109,16 +109,16 @@ function progress() {
 const onEvent = {
   queued({ num_samples_ahead: ahead, estimated_wait_s: wait }) {
     if (running.isStarted) return;
-    const text = ahead ? `${counted(ahead, "picture")} ahead` : "next in line";
+    const text = ahead ? `${counted(ahead, "picture")} ahead` : "next";
     byId("where").textContent = wait ? `${text}, starts in ${seconds(wait)}` : text;
-    byId("left").textContent = "In line";
-    say(`In line: ${byId("where").textContent}`);
+    byId("left").textContent = "Queued";
+    say(`Queued: ${byId("where").textContent}`);
   },
   started({ image_index: index }) {
     running.isStarted = true;
     stage.started(index);
     const waiting = running.parts.length - (running.numStarted += 1);
-    byId("where").textContent = waiting > 0 ? `${counted(waiting, "picture")} still in line` : "";
+    byId("where").textContent = waiting > 0 ? `${counted(waiting, "picture")} still queued` : "";
     if (running.numStarted === 1) byId("left").textContent = "Drawing";
   },
   step({ image_index: index, step, num_steps: numSteps, estimated_left_s: left }) {

@@ -61,7 +61,7 @@ export function begin(request, width, height) {
     result: null,
   }));
   for (const seen of made) {
-    seen.tag.textContent = "in line";
+    seen.tag.textContent = "queued";
     if (count > 1) seen.box.disabled = true;
   }
   frames.replaceChildren(...made.map((seen) => seen.box));

@@ -1,4 +1,4 @@
-// The live strip: how busy the server is, asked once a second while somebody looks.
+// The live strip: how busy the server is, asked once a second while the page is visible.
 
 import { ask } from "./server.js";
 import { byId, element } from "./words.js";

@@ -1,0 +1,41 @@
+"""The page of parameters is written from their declarations: `make goldens` writes it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mii_serve.types import PARAMETERS, GenerationDefaults, Limits, Parameter
+
+PAGE = Path(__file__).parents[2] / "docs" / "architecture" / "14-parameters.md"
+HEAD = """# 14. Parameters
+
+A request has these parameters, over every protocol. The names are diffusers', but for `seed`. Only `prompt` is required; a
+parameter that is left out has the default of the model, or the default below. The bounds are those of a deployment without
+settings of its own (`limits`); `GetServerInfo` and `/ui/info` have a deployment's own. The declarations are in
+[`types/params.py`](../../mii_serve/types/params.py); this page, the command's flags, the JSON bodies and the page's form are
+made from them.
+
+| parameter | type | default | bounds | meaning |
+|---|---|---|---|---|
+"""
+KINDS = {str: "text", int: "whole number", float: "number"}
+
+
+def row(parameter: Parameter) -> str:
+    is_of_model = hasattr(GenerationDefaults(scheduler=""), parameter.name)
+    default = "the model's" if is_of_model else {None: "", "": "empty"}.get(parameter.default, str(parameter.default))
+    bounds = ""
+    if parameter.bounds is not None:
+        least, most = parameter.bounds(Limits())
+        unit = " characters" if parameter.kind is str else ""
+        bounds = f"{least:g} to {'2**64 - 1' if most == 2**64 - 1 else f'{most:g}'}{unit}"
+    return f"| `{parameter.name}` | {KINDS[parameter.kind]} | {default} | {bounds} | {parameter.help} |"
+
+
+def test_the_page_is_that_of_the_declarations(request: pytest.FixtureRequest):
+    page = HEAD + "\n".join(map(row, PARAMETERS)) + "\n"
+    if request.config.getoption("--update-goldens"):
+        PAGE.write_text(page)
+    assert PAGE.read_text() == page, "run: make goldens"
