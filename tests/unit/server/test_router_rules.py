@@ -242,6 +242,16 @@ class TestCallersWhoLeave:
         await caller.leave()
         assert not router._waiting
 
+    async def test_who_leaves_at_the_moment_a_replica_comes_back(self):
+        router, [replica] = router_of(1)
+        replica.lose()
+        caller = Caller(router, work_of())
+        await settle()
+        replica.start()
+        assert replica.life.num_running == 1, "it is booked, and has not been told"
+        await caller.leave()
+        assert_at_rest(router, [replica])
+
     async def test_who_leaves_while_it_is_not_known_why_a_replica_was_lost(self):
         router, [replica] = router_of(1)
         caller = Caller(router, work_of())
