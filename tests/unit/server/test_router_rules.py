@@ -262,6 +262,19 @@ class TestCallersWhoLeave:
         assert_at_rest(router, [replica])
         assert not replica.life.lost.cancelled(), "the next one wants to know as well"
 
+    async def test_who_leaves_at_the_moment_it_is_known_why(self):
+        router, [replica] = router_of(1)
+        caller = Caller(router, work_of())
+        await settle()
+        life = replica.life
+        life.break_stream()
+        await settle()
+        life.lost.set_result(KILLED)
+        caller.task.cancel()
+        await settle()
+        assert caller.task.cancelled()
+        assert_at_rest(router, [replica])
+
     async def test_a_suspect_who_leaves_frees_the_replica_that_was_emptied_for_it(self):
         router, replicas = router_of(2)
         suspect, other = Caller(router, work_of()), Caller(router, work_of(seed=9))
