@@ -159,7 +159,7 @@ class _Reply:
         self._request_id = call.request_id
         self._log: CallLog = call.log
         self._has_begun = False
-        self.has_nobody = False
+        self.has_left = False
         """The caller is gone."""
         self.is_last = False
         """The server is stopping and waits no longer than `STOP_TIMEOUT_S`."""
@@ -187,7 +187,7 @@ class _Reply:
 
     async def refuse(self, error: MiiServeError) -> None:
         """Send the error, if the caller is there and the answer has not ended yet."""
-        if self.has_nobody:
+        if self.has_left:
             return
         with contextlib.suppress(RequestCancelledError):
             if not self.is_last:
@@ -213,7 +213,7 @@ class _Reply:
             async with asyncio.timeout(SEND_TIMEOUT_S):
                 await self._send(message)
         except (TimeoutError, OSError):
-            self.has_nobody = True
+            self.has_left = True
             raise RequestCancelledError("the caller takes in nothing") from None
 
 
@@ -244,7 +244,7 @@ async def _unless_caller_leaves(receive: Receive, work: Coroutine[Any, Any, None
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            reply.has_nobody = True
+            reply.has_left = True
             raise RequestCancelledError("the caller has gone away")
         working.result()
     finally:
