@@ -184,7 +184,7 @@ async def test_an_error_stands_at_the_field_it_names(site: Site, size):
         ("num_inference_steps", "2.5", "Steps must be a whole number, got 2.5"),
         ("guidance_scale", "-1", "Guidance must be a finite number in [0, 50], got -1"),
         ("seed", "soup", "Seed must be a whole number in [0, 2**64 - 1], got 'soup'"),
-        ("seed", "18446744073709551616", "Seed must be in [0, 2**64 - 1], got 18446744073709551616"),
+        ("seed", "18446744073709551616", "Seed must be at most 18446744073709551615"),
         ("num_images_per_prompt", "17", "Pictures must be in [1, 16], got 17"),
     ):
         before = await page.input_value(f"#{name}")
@@ -223,6 +223,7 @@ async def test_the_code_makes_the_same_picture(site: Site, tmp_path):
         "width": 64,
         "num_inference_steps": 3,
         "guidance_scale": 7.5,
+        "guidance_rescale": 0,
         "scheduler": "lcm",
         "seed": 0,
     }
