@@ -1,7 +1,8 @@
 """A child process that ends with its parent, however the parent ends, and also while the child itself is stopped.
 
-The parent holds the write end of the child's standard input. When it closes, the parent is gone, and the child exits by itself. A child
-that SIGSTOP has stopped cannot do that, so on Linux the kernel is asked, too, to kill the child when the thread that started it ends.
+The parent holds the write end of the child's standard input. When it closes, the parent is gone, and the child exits by itself.
+A child that SIGSTOP has stopped cannot do that, so on Linux the kernel is asked, too, to kill the child when the thread that
+started it ends.
 """
 
 from __future__ import annotations

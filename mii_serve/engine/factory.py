@@ -54,9 +54,8 @@ def build_rank(config: DeployConfig, group: RankGroup) -> BatchedEngine:
     """
     engine = _build(config, group)
     if not isinstance(engine, BatchedEngine):
-        raise ConfigError(
-            "tensor_parallel", f"the {engine.description.engine} engine serves this model, and it runs on one device only; use 1"
-        )
+        only = engine.description.engine
+        raise ConfigError("tensor_parallel", f"only the {only} engine can run this model, and it runs on one device; use 1")
     return engine
 
 

@@ -1,4 +1,4 @@
-"""Which rows of a UNet call each rank computes. Integers only; the same on every rank, and decided by the batch's shape alone."""
+"""Which rows of a UNet call each rank computes. Integers only; decided by the batch's shape alone, on every rank."""
 
 from __future__ import annotations
 

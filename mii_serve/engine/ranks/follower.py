@@ -1,8 +1,8 @@
 """Entry point of ranks 1, 2, …: `python -m mii_serve.engine.ranks.follower STATUS_FD`.
 
-Standard input has pickled orders from rank 0: first what to build, a dict, then `Order`s, which are run one by one. On STATUS_FD
-goes one pickled object: the engine's description when it is built, or the error that it ended with. The process ends with
-rank 0, and rank 0 ends with it.
+Standard input has pickled orders from rank 0: first what to build, a dict, then `Order`s, which are run one by one. On
+STATUS_FD goes one pickled object: the engine's description when it is built, or the error that it ended with. The process ends
+with rank 0, and rank 0 ends with it.
 """
 
 from __future__ import annotations

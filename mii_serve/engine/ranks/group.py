@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import distributed
 
+_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+"""The newer name, where torch has it."""
+
 
 class RankGroup:
     """This process's place among the ranks of its replica; they are connected with NCCL on GPUs and with gloo on a CPU.
@@ -37,18 +40,19 @@ class RankGroup:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the machine's name, which may not resolve
         distributed.init_process_group(
             "nccl" if is_cuda else "gloo",
-            store=distributed.FileStore(rendezvous, self.size),
+            init_method=f"file://{rendezvous}",
             rank=self.rank,
             world_size=self.size,
             timeout=datetime.timedelta(seconds=timeout_s),
         )
-        self.all_gather(torch.zeros(1, device=device))  # NCCL connects in the first collective, which must not be a captured one
+        # NCCL connects in the first collective, which must not be a captured one.
+        self.all_gather(torch.zeros(1, device=device))
         self.num_collectives = self.num_sent_bytes = 0
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks, which have the same shape, one after the other along the first dimension."""
         gathered = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
-        distributed.all_gather_into_tensor(gathered, tensor)
+        _all_gather(gathered, tensor)
         self.num_collectives += 1
         self.num_sent_bytes += tensor.nbytes
         return gathered

@@ -22,6 +22,7 @@ from mii_serve.config import DeployConfig
 from mii_serve.engine.probe import Probe, UNetCall
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.engine.ranks.order import Order, OrderName, RankEngine, execute
+from mii_serve.engine.warmup import warm_up_request
 from mii_serve.errors import ConfigError, EngineError
 from mii_serve.logs import current_format, finish_logs
 from mii_serve.safe_path import safe_environment
@@ -30,6 +31,8 @@ from mii_serve.types import (
     EngineCapacity,
     EngineDescription,
     GenerationParams,
+    Sample,
+    SampleId,
     SampleProgress,
     SchedulerDescription,
     StepPlan,
@@ -42,7 +45,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 CLOSE_S = 5.0
 """For a follower to end in good order; after that it is killed."""
 BLAME_S = 2.0
-"""For the end of a follower to be noticed after a collective has failed: the follower's end is the reason, and not the order."""
+"""For the end of a follower to be noticed after an order has failed: the follower's end is then the reason."""
 
 
 class RankedEngine:
@@ -95,7 +98,12 @@ class RankedEngine:
             EngineError: as `Engine`, and if the ranks do not hold the same bits afterwards.
         """
         self.order("warmup")
-        if len(set(self.digests())) > 1:
+        params = self.capabilities.resolve(warm_up_request(self), fallback_seed=0)
+        sample = Sample(id=SampleId("warm-up", 0), params=params)
+        self.run(StepPlan(joins=(sample,), steps=(sample.id,)))
+        digests = self.digests()
+        self.run(StepPlan(leaves=(sample.id,)))
+        if len(set(digests)) > 1:
             raise EngineError("the ranks compute different bits; use devices of one kind, or tensor_parallel 1")
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
