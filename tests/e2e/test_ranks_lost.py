@@ -12,7 +12,7 @@ import pytest
 from deployments import Deployment, deployed, until
 from patience import PATIENCE_S
 
-from mii_serve.client import Client
+from mii_serve.client import Client, GenerationResult
 
 HANG_TIMEOUT_S = "4"
 NUM_CALLERS = 3
@@ -27,13 +27,20 @@ def running() -> Iterator[Deployment]:
         yield deployment
 
 
+@pytest.fixture(scope="module")
+def calm(running: Deployment) -> list[GenerationResult]:
+    """What the requests give while nothing is lost."""
+    with Client(running.grpc) as client:
+        return [draw(client, seed) for seed in range(NUM_CALLERS)]
+
+
 def ranks(running: Deployment) -> list[psutil.Process]:
     """Rank 0 and its followers."""
     [replica] = running.replica_pids()
     return [psutil.Process(replica), *psutil.Process(replica).children()]
 
 
-def draw(client: Client, seed: int):
+def draw(client: Client, seed: int) -> GenerationResult:
     guidance = 7.5 if seed % 2 else 0.0
     return client.generate(
         prompt="a red circle", seed=seed, num_inference_steps=30, guidance_scale=guidance, timeout=PATIENCE_S
@@ -42,12 +49,12 @@ def draw(client: Client, seed: int):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_lost_rank_ends_its_group_and_no_request(running, rank, number):
+def test_a_lost_rank_ends_its_group_and_no_request(running, calm, rank, number):
     with Client(running.grpc) as client, ThreadPoolExecutor(NUM_CALLERS) as callers:
-        calm = [draw(client, seed) for seed in range(NUM_CALLERS)]
         group = ranks(running)
-        assert len(group) == 2
-        num_steps = client.server_info().activity.num_steps
+        info = client.server_info()
+        assert (len(group), info.num_ranks, info.parallelism) == (2, 2, "rows")
+        num_steps = info.activity.num_steps
         calls = [callers.submit(draw, client, seed) for seed in range(NUM_CALLERS)]
         until(lambda: client.server_info().activity.num_steps > num_steps, "they are in work")
         os.kill(group[rank].pid, number)

@@ -8,13 +8,27 @@ every rank all predictions, so that all of them hold the same bits before and af
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.kernels.shares import Share, shares
-from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.types import EngineName
+
+
+class GatheringGroup(Protocol):
+    """The ranks of one replica, which make the same calls in the same order, with tensors of the same shapes and dtypes."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all ranks one after the other along the first dimension; each rank gets the same bits."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +54,7 @@ class RowParallelKernels:
     alone, so a captured call is right for every batch of its shape.
     """
 
-    def __init__(self, kernels: KernelSet, group: RankGroup) -> None:
+    def __init__(self, kernels: KernelSet, group: GatheringGroup) -> None:
         """`kernels` compute this rank's rows, and are closed with this."""
         self._kernels = kernels
         self._group = group

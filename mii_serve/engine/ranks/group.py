@@ -18,7 +18,7 @@ class RankGroup:
 
     Every method is called by all ranks, in the same order. A rank that does not come is waited for, for the timeout on a CPU
     and for ever on a GPU, where a captured collective has no timeout; whoever watches the replica ends the whole group.
-    `num_collectives` and `num_sent_bytes` count what `all_gather` has done; a replay of a captured one is not counted.
+    `num_collectives` and `num_sent_bytes` count the tensors that were exchanged; the replay of a captured call is not counted.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -56,6 +56,12 @@ class RankGroup:
         self.num_collectives += 1
         self.num_sent_bytes += tensor.nbytes
         return gathered
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Replace a contiguous tensor by its sum over the ranks, in place; each rank gets the same bits."""
+        distributed.all_reduce(tensor)
+        self.num_collectives += 1
+        self.num_sent_bytes += tensor.nbytes
 
     def gather_objects(self, one: Any) -> list[Any]:
         """The object of each rank, which can be pickled. Not to be captured."""

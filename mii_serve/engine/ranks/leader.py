@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,12 +55,15 @@ class RankedEngine:
     the followers end with this process (`mii_serve.parent`).
     """
 
-    def __init__(self, engine: RankEngine, group: RankGroup, followers: Sequence[Follower], rendezvous: int) -> None:
+    def __init__(
+        self, engine: RankEngine, group: RankGroup, followers: Sequence[Follower], rendezvous: int, parallelism: str
+    ) -> None:
         """`rendezvous` is the descriptor of the file through which the ranks have met; closed with the engine."""
         self._engine = engine
         self.group = group
         self._followers = followers
         self._rendezvous = rendezvous
+        self._parallelism = parallelism
         self._is_closing = False
         self.capabilities: Capabilities = engine.capabilities
         for follower in followers:
@@ -72,7 +75,7 @@ class RankedEngine:
 
     @property
     def description(self) -> EngineDescription:
-        return self._engine.description
+        return replace(self._engine.description, num_ranks=self.group.size, parallelism=self._parallelism)
 
     @property
     def capacity(self) -> EngineCapacity:
@@ -274,7 +277,7 @@ def lead(config: DeployConfig, build_rank: Callable[[RankGroup], RankEngine]) ->
                 raise EngineError(f"rank {follower.rank} has the engine {other}, and rank 0 has {engine.description}")
         group.connect(f"/proc/self/fd/{rendezvous}", torch.device(engine.description.device), timeout_s)
         undo.pop_all()
-    return RankedEngine(engine, group, followers, rendezvous)
+    return RankedEngine(engine, group, followers, rendezvous, config.parallelism)
 
 
 def _gpus(config: DeployConfig) -> list[str]:
