@@ -57,8 +57,8 @@ class ServerInfo:
 
     `schedulers` maps every accepted name to the name the server answers with. `activity` is that of all replicas together.
     `engine_note` says why this engine runs and not the preferred one, where that could not. `default_scheduler_class` and its
-    options are what a request that names no scheduler gets, as in `EffectiveParameters`. `num_ranks` and `parallelism` are as in
-    `EngineDescription`.
+    options are what a request that names no scheduler gets, as in `EffectiveParameters`. `num_ranks` and `parallelism` are as
+    in `EngineDescription`.
     """
 
     version: str

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 from drawing import finish, most_different, ranked_engine, real_engine, sample
+from fake_engine import FakeEngine
 
+from mii_serve.config import DeployConfig
 from mii_serve.engine.kernels.shares import shares
+from mii_serve.engine.ranks.leader import lead
+from mii_serve.errors import ModelError
 from mii_serve.types import LATENT_SCALE, StepPlan
 
 REQUESTS = [
@@ -83,3 +88,23 @@ def test_a_preview_is_the_same_as_of_one_rank(ranked):
         engine.run(StepPlan(leaves=ids))
     assert all(most_different(a, b) <= 1 for a, b in zip(*shown, strict=True))
     one.close()
+
+
+def test_what_a_follower_cannot_load_is_the_error_of_the_start():
+    """Rank 0 would find it out for itself; here it is slower than the follower."""
+    with pytest.raises(ModelError, match="no-such-model"):
+        lead(group_of("./no-such-model"), lambda group: FakeEngine())
+
+
+def test_when_rank_0_does_not_start_its_followers_end():
+    def fail(group):
+        raise ModelError("not on this rank")
+
+    before = set(psutil.Process().children())
+    with pytest.raises(ModelError, match="not on this rank"):
+        lead(group_of("demo"), fail)
+    assert set(psutil.Process().children()) <= before
+
+
+def group_of(model: str) -> DeployConfig:
+    return DeployConfig.load({"model": model, "engine": "native", "device": "cpu", "tensor_parallel": 2})
