@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from mii_serve.models.quiet import quiet_libraries
 from mii_serve.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
+
+RANK_0_FIRST_S = 5.0
+"""Before a follower ends that has failed. What fails on every rank fails on rank 0 too, which reports it and ends the group; it
+would take a follower that ended first for a lost one (`leader.BLAME_S`)."""
 
 
 def main() -> int:
@@ -41,9 +46,12 @@ def main() -> int:
     status_fd = int(sys.argv[1])
     try:
         _follow(first, status_fd)
+    except EOFError:
+        return 1  # rank 0 is gone
     except MiiServeError as error:
-        logger.error("rank %d ends: %s", first["rank"], error)
+        logger.error("rank %d failed: %s", first["rank"], error)
         _report(status_fd, error)
+        time.sleep(RANK_0_FIRST_S)
         return 1
     return 0
 

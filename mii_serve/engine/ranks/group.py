@@ -69,6 +69,7 @@ class RankGroup:
         distributed.all_gather_object(gathered, one)
         return gathered
 
-    def close(self) -> None:
-        if distributed.is_initialized():
+    def close(self, *, is_broken: bool = False) -> None:
+        """Without the others where they are gone: NCCL could wait for them, so that it is left to the end of the process."""
+        if distributed.is_initialized() and not (is_broken and distributed.get_backend() == "nccl"):
             distributed.destroy_process_group()

@@ -45,7 +45,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 CLOSE_S = 5.0
 """For a follower to end in good order; after that it is killed."""
 BLAME_S = 2.0
-"""For the end of a follower to be noticed after an order has failed: the follower's end is then the reason."""
+"""For the end of a follower to be noticed after an order has failed: a lost follower is then the reason."""
 
 
 class RankedEngine:
@@ -122,6 +122,10 @@ class RankedEngine:
         return RankedProbe(self, self._engine.probe())
 
     def close(self) -> None:
+        if self._is_closing:  # after a failure, when the group cannot be left in good order
+            self._engine.close()
+            self.group.close(is_broken=True)
+            return
         self._is_closing = True
         with contextlib.suppress(OSError):
             self._hand_down(Order("close"))
@@ -135,7 +139,7 @@ class RankedEngine:
         """Run an order on all ranks; what it gives here.
 
         Raises:
-            EngineError: it failed here; if a follower was lost, this process ends and this does not return.
+            EngineError: it failed here, and the followers have been ended. If a follower was lost, this process ends instead.
         """
         order = Order(name, argument)
         try:
@@ -143,9 +147,12 @@ class RankedEngine:
             return execute(self._engine, self.group, order)
         except Exception as error:
             self._wait_for_loss()
+            self._is_closing = True
+            for follower in self._followers:
+                follower.end(0.0)
             if isinstance(error, EngineError):
                 raise
-            raise EngineError(f"{name} failed: {type(error).__name__}: {error}") from error
+            raise EngineError(f"a rank failed: {type(error).__name__}: {error}") from error
 
     def _hand_down(self, order: Order) -> None:
         for follower in self._followers:
