@@ -254,9 +254,11 @@ def lead(config: DeployConfig, build_rank: Callable[[RankGroup], RankEngine]) ->
     """Start the followers, build this rank's engine with theirs, and connect them. It is not warm yet.
 
     Raises:
-        ConfigError: there are too few GPUs.
+        ConfigError: there are too few GPUs, or this is not Linux.
         MiiServeError: what any rank's engine ended with.
     """
+    if not hasattr(os, "memfd_create"):
+        raise ConfigError("tensor_parallel", f"several ranks need Linux, got {config.tensor_parallel}; use 1")
     group = RankGroup(0, config.tensor_parallel)
     rendezvous = os.memfd_create("rendezvous")  # a file without a name: new for each group, and gone with it
     followers: list[Follower] = []
@@ -291,8 +293,10 @@ def _gpus(config: DeployConfig) -> list[str]:
     """The GPU of each rank, as `CUDA_VISIBLE_DEVICES` names it; none on a CPU. Rank 0 computes on the first that it sees."""
     if config.device == "cpu" or not torch.cuda.is_available():
         return []
-    named = os.environ.get(VISIBLE)
-    gpus = [str(index) for index in range(torch.cuda.device_count())] if named is None else named.split(",")
+    if (named := os.environ.get(VISIBLE)) is not None:
+        gpus = [name.strip() for name in named.split(",")]
+    else:
+        gpus = [str(index) for index in range(torch.cuda.device_count())]
     if len(gpus) < config.tensor_parallel:
         raise ConfigError("tensor_parallel", f"{config.tensor_parallel} ranks need a GPU each, and {len(gpus)} can be seen")
     return gpus
