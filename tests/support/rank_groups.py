@@ -44,7 +44,9 @@ class GlooRanks(LoneRank):
 def run_ranks(world_size: int, work: Callable[[int], Any], folder: Path) -> list[Any]:
     """What `work(rank)`, a function of a module, returns in each of so many processes that can reach each other over gloo."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["torch.distributed", "diffusers", work.__module__])
+    processes.set_forkserver_preload(
+        ["mii_serve.models.assembly", "mii_serve.engine.kernels.sharded", "mii_serve.engine.batched"]
+    )
     started = [processes.Process(target=_rank, args=(rank, world_size, work, folder)) for rank in range(world_size)]
     for process in started:
         process.start()
