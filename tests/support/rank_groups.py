@@ -17,9 +17,9 @@ from patience import PATIENCE_S
 class LoneRank:
     """A rank without the others: an all-reduce leaves its tensor as it is. For shapes and counts."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
-        self.world_size = world_size
+        self.size = size
         self.sent: list[int] = []
         """The bytes of each tensor that was summed."""
 
@@ -29,12 +29,12 @@ class LoneRank:
 
 
 class GlooRanks(LoneRank):
-    """The first `world_size` processes of `run_ranks`."""
+    """The first `size` processes of `run_ranks`."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, size: int) -> None:
         """Every process makes each group, also those it is not in."""
-        super().__init__(torch.distributed.get_rank(), world_size)
-        self._group = torch.distributed.new_group(list(range(world_size)))
+        super().__init__(torch.distributed.get_rank(), size)
+        self._group = torch.distributed.new_group(list(range(size)))
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         super().all_reduce(tensor)

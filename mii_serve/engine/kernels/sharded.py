@@ -6,8 +6,8 @@ layer at the end of each block takes in those alone, so that its outputs are par
 residual block, three in a transformer block. What is kept of prompts and timesteps is the rank's part too, and takes no
 communication.
 
-A call does not wait for the device, so it can be captured as a CUDA graph if `RankGroup.all_reduce` can. **This module has not
-run on a GPU yet.**
+A call does not wait for the device, so it can be captured as a CUDA graph if `SummingGroup.all_reduce` can. **It has not been
+captured, nor run on a GPU at all, yet.**
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.errors import EngineError
 
 
-class RankGroup(Protocol):
+class SummingGroup(Protocol):
     """The ranks of one replica, which make the same calls in the same order, with tensors of the same shapes and dtypes."""
 
     @property
     def rank(self) -> int: ...
 
     @property
-    def world_size(self) -> int: ...
+    def size(self) -> int: ...
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replace a contiguous tensor by its sum over the ranks, in place; each rank gets the same bits.
@@ -46,19 +46,19 @@ class ShardedKernels(NativeKernels):
     A rank on which `predict_noise` fails has left the group's order: the others wait for it, and the group cannot go on.
     """
 
-    def __init__(self, unet: Any, group: RankGroup, *, max_latent_pixels_per_call: int | None = None) -> None:
-        """`unet` is the group's shard of a UNet for which `why_unsupported` returns None; it is changed in place.
+    def __init__(self, unet: Any, group: SummingGroup, *, max_latent_pixels_per_call: int | None = None) -> None:
+        """`unet` is this rank's shard of a UNet for which `why_unsupported` returns None; it is changed in place.
 
-        The ranks meet here, so that their communicator is there before a call is captured.
+        The group need not be connected before the first call. NCCL makes its communicator in the first collective, which must
+        not be a captured one.
 
         Raises:
-            EngineError: the UNet is not sharded over so many ranks, or the sum of the ranks is wrong.
+            EngineError: the UNet is not sharded over so many ranks.
         """
         super().__init__(unet, max_latent_pixels_per_call=max_latent_pixels_per_call)
-        width = unet.mid_block.resnets[-1].conv2.in_channels * group.world_size
+        width = unet.mid_block.resnets[-1].conv2.in_channels * group.size
         if width != unet.config.block_out_channels[-1]:
-            raise EngineError(f"the UNet is not sharded over {group.world_size} ranks")
-        _meet(group, unet.device)
+            raise EngineError(f"the UNet is not sharded over {group.size} ranks")
         for module in list(unet.modules()):
             match module:
                 case BasicTransformerBlock():
@@ -72,7 +72,7 @@ class ShardedKernels(NativeKernels):
 class _SummedLayer(nn.Module):
     """A linear layer or convolution of which each rank holds some of the inputs. The first rank adds the bias."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, group: RankGroup) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, group: SummingGroup) -> None:
         super().__init__()
         if group.rank > 0:
             layer.bias = None
@@ -87,10 +87,3 @@ class _SummedLayer(nn.Module):
             in_order = partial = partial.contiguous()
         self._group.all_reduce(in_order)
         return partial
-
-
-def _meet(group: RankGroup, device: torch.device) -> None:
-    count = torch.ones(1, device=device)
-    group.all_reduce(count)
-    if device.type != "meta" and count.item() != group.world_size:
-        raise EngineError(f"{group.world_size} ranks add up to {count.item():g}: their communication does not work")
