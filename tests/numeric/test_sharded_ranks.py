@@ -11,17 +11,21 @@ from typing import Any
 import pytest
 import sharded_ranks
 import torch
+from diffusers import UNet2DConditionModel
 from drawing import draw_batch, most_different
-from rank_groups import run_ranks
-from sharded_ranks import MODEL_INPUT_SHAPE, REQUESTS, SAMPLE_OF_ROW, SIZES
+from rank_groups import LoneRank, run_ranks
+from sharded_ranks import DTYPES, MODEL_INPUT_SHAPE, REQUESTS, SAMPLE_OF_ROW, SIZES
 
 from mii_serve.engine.factory import native_engine
 from mii_serve.engine.kernels.native import NativeKernels
+from mii_serve.engine.kernels.sharded import ShardedKernels
 from mii_serve.engine.kernels.sharded_traffic import traffic_of_call
+from mii_serve.models.random_init import SD_V1_4
+from mii_serve.models.tensor_parallel import TensorShard, keep_shard
 
 TOLERANCE = 5e-6
-"""Relative to the largest value. Float32 rounds at 6e-8; sums over channels and heads are taken in another order, in some
-seventy layers that follow each other."""
+"""In float32, relative to the largest value. It rounds at 6e-8; sums over channels and heads are taken in another order, in
+some seventy layers that follow each other."""
 
 pytestmark = pytest.mark.slow
 
@@ -43,13 +47,25 @@ def unets(demo) -> dict[str, Any]:
 @each_group
 def test_a_mixed_batch_is_predicted_as_by_the_whole_unet(ranks, unets, model, size):
     with torch.inference_mode():
-        expected = sharded_ranks.predict(NativeKernels(unets[model]), unets[model].config.cross_attention_dim)
+        expected = sharded_ranks.predict(NativeKernels(unets[model]), unets[model])
     largest = expected.abs().max().item()
     assert largest > 0.1
     torch.testing.assert_close(ranks[0][model, size].prediction, expected, rtol=0, atol=TOLERANCE * largest)
 
 
-@each_group
+@pytest.mark.parametrize("model", ["v1 in bf16", "v1 in fp16"])
+@pytest.mark.parametrize("size", SIZES)
+def test_half_precision_costs_a_sharded_unet_what_it_costs_a_whole_one(ranks, unets, model, size):
+    """Sums of partial sums are rounded once more."""
+    unet = sharded_ranks.v1_unet(DTYPES[model])
+    with torch.inference_mode():
+        exact, whole = (sharded_ranks.predict(NativeKernels(one), one).float() for one in (unets["v1"], unet))
+    sharded = ranks[0][model, size].prediction.float()
+    error, error_of_whole = ((made - exact).square().mean().sqrt() for made in (sharded, whole))
+    assert 0 < error < 1.2 * error_of_whole
+
+
+@pytest.mark.parametrize(("model", "size"), [(model, size) for model in ("demo", *DTYPES) for size in SIZES])
 def test_all_ranks_have_the_same_bits(ranks, model, size):
     assert all(torch.equal(ranks[0][model, size].prediction, rank[model, size].prediction) for rank in ranks[1:size])
 
@@ -89,3 +105,23 @@ def test_pictures_from_the_batched_loop_are_those_of_one_process(ranks, demo, si
         for mine, picture, first in zip(rank["pictures", size], expected, ranks[0]["pictures", size], strict=True):
             assert most_different(mine, picture) <= 1
             assert mine.rgb == first.rgb
+
+
+@pytest.mark.parametrize(("size", "share"), [(2, 0.56), (4, 0.34), (8, 0.23)])
+def test_a_call_of_stable_diffusion_v1_4_as_the_docs_describe_it(size, share):
+    """At full size, without memory: shapes alone."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD_V1_4.unet).requires_grad_(False)
+        whole = sharded_ranks.num_weights(unet)
+        keep_shard(unet, TensorShard(rank=size - 1, world_size=size))
+        unet = unet.to(torch.float16)
+        group = LoneRank(size - 1, size)
+        kernels = ShardedKernels(unet, group)
+        embeds = {"timestep_embeds": (1, kernels.timestep_width), "prompts": (2, 77, kernels.prompt_width)}
+        kernels.predict_noise(
+            torch.empty(1, 4, 64, 64, dtype=torch.float16),
+            **{name: torch.empty(shape, dtype=torch.float16) for name, shape in embeds.items()},
+            sample_of_row=torch.empty(2, dtype=torch.int64),
+        )
+    assert sharded_ranks.num_weights(unet) / whole == pytest.approx(share, abs=0.005)
+    assert (len(group.sent), round(sum(group.sent) / 1e6, 1)) == (70, 181.5)

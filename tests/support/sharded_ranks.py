@@ -24,6 +24,8 @@ SIZES = (2, 4)
 V1 = {**SD_V1_4.unet, "block_out_channels": [64, 96, 128, 128], "cross_attention_dim": 32}
 """The levels, heads and groups of Stable Diffusion v1, with few channels."""
 
+DTYPES = {"v1": torch.float32, "v1 in bf16": torch.bfloat16, "v1 in fp16": torch.float16}
+
 MODEL_INPUT_SHAPE = (3, 4, 16, 8)
 TIMESTEPS = (999.0, 1.0, 340.5)
 SAMPLE_OF_ROW = (0, 1, 2, 0, 2)
@@ -55,9 +57,10 @@ def demo_model(shard: TensorShard) -> LoadedModel:
     )
 
 
-def v1_unet() -> Any:
+def v1_unet(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    return UNet2DConditionModel(**V1).eval().requires_grad_(False)
+    unet = UNet2DConditionModel(**V1).eval().requires_grad_(False)
+    return unet.to(dtype=dtype, memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,12 @@ class Call:
     num_weights: int
 
 
-def predict(kernels: NativeKernels, text_width: int) -> torch.Tensor:
-    """The batch: three samples, two of them guided, at three timesteps."""
+def predict(kernels: NativeKernels, unet: Any) -> torch.Tensor:
+    """For the batch: three samples, two of them guided, at three timesteps."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(MODEL_INPUT_SHAPE, generator=generator).contiguous(memory_format=torch.channels_last)
-    embeds = torch.randn(len(SAMPLE_OF_ROW), 77, text_width, generator=generator)
+    embeds = torch.randn(len(SAMPLE_OF_ROW), 77, unet.config.cross_attention_dim, generator=generator)
+    latents, embeds = latents.to(unet.dtype), embeds.to(unet.dtype)
     timestep_embeds, prompts = kernels.embed_timesteps(torch.tensor(TIMESTEPS)), kernels.project_prompts(embeds)
     return kernels.predict_noise(latents, timestep_embeds, prompts, torch.tensor(SAMPLE_OF_ROW))
 
@@ -90,9 +94,10 @@ def work(rank: int) -> dict[Any, Any]:
         if rank >= size:
             continue
         shard = TensorShard(rank=rank, world_size=size)
-        unet = v1_unet()
-        keep_shard(unet, shard)
-        done["v1", size] = _call(unet, ShardedKernels(unet, group), group)
+        for name, dtype in DTYPES.items():
+            unet = v1_unet(dtype)
+            keep_shard(unet, shard)
+            done[name, size] = _call(unet, ShardedKernels(unet, group), group)
         demo = demo_model(shard)
         kernels = ShardedKernels(demo.pipeline.unet, group)
         done["demo", size] = _call(demo.pipeline.unet, kernels, group)
@@ -106,5 +111,5 @@ def work(rank: int) -> dict[Any, Any]:
 def _call(unet: Any, kernels: ShardedKernels, group: GlooRanks) -> Call:
     unet.to(memory_format=torch.channels_last)
     group.sent.clear()
-    prediction = predict(kernels, unet.config.cross_attention_dim)
+    prediction = predict(kernels, unet)
     return Call(prediction, len(group.sent), sum(group.sent), num_weights(unet))
