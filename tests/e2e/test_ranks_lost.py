@@ -43,7 +43,7 @@ def ranks(running: Deployment) -> list[psutil.Process]:
 def draw(client: Client, seed: int) -> GenerationResult:
     guidance = 7.5 if seed % 2 else 0.0
     return client.generate(
-        prompt="a red circle", seed=seed, num_inference_steps=30, guidance_scale=guidance, timeout=PATIENCE_S
+        prompt="a red circle", seed=seed, num_inference_steps=20, guidance_scale=guidance, timeout=PATIENCE_S
     )
 
 
