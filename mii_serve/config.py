@@ -332,10 +332,10 @@ def _check_content_safety(config: DeployConfig) -> None:
 
 def _check_ranks(config: DeployConfig) -> None:
     """Check what cannot work with several devices per replica, whatever the machine."""
-    if config.parallelism == "tensor":
-        raise ConfigError("parallelism", "this release has no 'tensor'; use 'rows'")
     if config.tensor_parallel == 1:
         return
+    if config.parallelism == "tensor" and config.engine == "deepspeed":
+        raise ConfigError("parallelism", "DeepSpeed's kernels compute with whole weights, got 'tensor'; use 'rows'")
     if config.engine == "reference":
         raise ConfigError("tensor_parallel", f"the reference engine runs on one device, got {config.tensor_parallel}; use 1")
     if config.device.startswith("cuda:"):

@@ -23,6 +23,7 @@ from mii_serve.engine.batched.engine import CUDA_SLOTS
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.kernels.native import NativeKernels, why_unsupported
 from mii_serve.engine.kernels.rows import RowParallelKernels
+from mii_serve.engine.kernels.sharded import ShardedKernels
 from mii_serve.engine.machine import inspect_machine
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.engine.ranks.leader import lead
@@ -30,6 +31,7 @@ from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.engine.requirements import first_missing
 from mii_serve.errors import ConfigError, ModelError, UnusableEngineError
 from mii_serve.models import LoadedModel, Precision, load_model
+from mii_serve.models.tensor_parallel import TensorShard
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,9 @@ def _build(config: DeployConfig, group: RankGroup | None) -> Engine:
     device = _device(config.device)
     if config.engine == "reference":
         return ReferenceEngine(_load(config, device, _reference_dtype(config)))
+    if group is not None and config.parallelism == "tensor":
+        model = _load(config, device, _dtype(config, device), TensorShard(rank=group.rank, world_size=group.size))
+        return sharded_engine(model, group, max_slots=config.max_slots)
     note = ""
     if config.engine in ("auto", "deepspeed"):
         try:
@@ -113,6 +118,18 @@ def native_engine(
     return BatchedEngine(model, kernels, max_slots=max_slots, buckets=buckets, note=note, group=group)
 
 
+def sharded_engine(model: LoadedModel, group: RankGroup, *, max_slots: int | None = None) -> BatchedEngine:
+    """The batched engine of one rank, with our own kernels for its part of the UNet, which is all that `model` has.
+
+    Raises:
+        ModelError: they cannot run this UNet.
+    """
+    if (reason := why_unsupported(model.pipeline.unet)) is not None:
+        raise ModelError(f"the native engine cannot run this UNet: {reason}. Use the engine 'reference', on one device")
+    kernels = ShardedKernels(model.pipeline.unet, group)
+    return BatchedEngine(model, kernels, max_slots=max_slots, group=group)
+
+
 def deepspeed_engine(
     model: LoadedModel,
     *,
@@ -146,7 +163,7 @@ def precision_of(config: DeployConfig) -> Precision:
     return _reference_dtype(config) if config.engine == "reference" else _dtype(config, device)
 
 
-def _load(config: DeployConfig, device: str, dtype: Precision) -> LoadedModel:
+def _load(config: DeployConfig, device: str, dtype: Precision, shard: TensorShard | None = None) -> LoadedModel:
     if dtype == "fp32":  # left alone, PyTorch lets cuDNN take ten bits of a number's twenty-three
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model = load_model(
@@ -157,6 +174,7 @@ def _load(config: DeployConfig, device: str, dtype: Precision) -> LoadedModel:
         allow_pickle=config.allow_pickle,
         enable_safety_checker=config.enable_safety_checker,
         limits=config.limits,
+        shard=shard,
     )
     return replace(model, name=config.served_model_name[0]) if config.served_model_name else model
 

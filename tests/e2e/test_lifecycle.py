@@ -138,7 +138,7 @@ def test_a_port_in_use_ends_with_an_error_that_names_it():
         (("demo", "--dtype", "fp16"), "dtype"),
         (("demo", "--replicas", "0"), "replicas"),
         (("demo", "--engine", "reference", "--tensor-parallel", "2"), "tensor_parallel"),
-        (("demo", "--tensor-parallel", "2", "--parallelism", "tensor"), "parallelism"),
+        (("demo", "--tensor-parallel", "3", "--parallelism", "tensor", "--device", "cpu"), "tensor_parallel"),
         (("demo", "--grpc-port", "70000"), "grpc_port"),
         (("demo", "--device", "cuda"), "device"),
     ],

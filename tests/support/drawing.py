@@ -70,11 +70,11 @@ def real_engine(name: str, **settings: object) -> Engine:
     return build_engine(DeployConfig.load(config))
 
 
-def ranked_engine(num_ranks: int) -> RankedEngine:
+def ranked_engine(num_ranks: int, parallelism: str = "rows") -> RankedEngine:
     """Rank 0 is this process; the others are its children, and end with the engine. One group at a time."""
     from mii_serve.engine.ranks.leader import RankedEngine
 
-    engine = real_engine("native", tensor_parallel=num_ranks)
+    engine = real_engine("native", tensor_parallel=num_ranks, parallelism=parallelism)
     assert isinstance(engine, RankedEngine)
     return engine
 

@@ -161,7 +161,7 @@ def test_each_setting_has_an_origin(file, monkeypatch):
     [
         ({"engine": "reference", "tensor_parallel": 2}, "tensor_parallel", "use 1"),
         ({"device": "cuda:1", "tensor_parallel": 2}, "device", "use 'cuda'"),
-        ({"tensor_parallel": 2, "parallelism": "tensor"}, "parallelism", "use 'rows'"),
+        ({"engine": "deepspeed", "tensor_parallel": 2, "parallelism": "tensor"}, "parallelism", "use 'rows'"),
         ({"parallelism": "columns"}, "parallelism", "'rows' or 'tensor'"),
         ({"tensor_parallel": 0}, "tensor_parallel", "greater than or equal to 1"),
     ],
