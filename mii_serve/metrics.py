@@ -1,6 +1,7 @@
 """Prometheus instruments of the front and of a replica, each on a registry that is passed in.
 
-No prompt, request id or API key is ever a label, and no caller can make series: of what they choose there are few classes.
+No prompt, request id or API key is ever a label, and callers cannot create series: what they choose is grouped into a few
+classes.
 Names follow https://prometheus.io/docs/practices/naming/.
 """
 
@@ -31,7 +32,7 @@ class FrontMetrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry = registry or CollectorRegistry()
-        self.requests = Counter("mii_serve_requests", "Calls that ended.", ("method", "code"), registry=registry)
+        self.requests = Counter("mii_serve_requests", "Finished calls, by gRPC code.", ("method", "code"), registry=registry)
         self.request_duration = Histogram(
             "mii_serve_request_duration_seconds",
             "From a call's arrival to its end.",
@@ -50,18 +51,16 @@ class FrontMetrics:
             "mii_serve_cancelled", "Callers who left, by where their request was.", ("where",), registry=registry
         )
         self.restarted = Counter(
-            "mii_serve_requests_restarted", "Times a lost replica's part was made again.", registry=registry
+            "mii_serve_requests_restarted", "Parts of requests run again because their replica was lost.", registry=registry
         )
         self.replicas_ready = Gauge("mii_serve_replicas_ready", "Replicas that take work.", registry=registry)
-        self.replica_restarts = Counter(
-            "mii_serve_replica_restarts", "Lives of a replica after its first.", ("replica",), registry=registry
-        )
+        self.replica_restarts = Counter("mii_serve_replica_restarts", "Restarts of a replica.", ("replica",), registry=registry)
         self.moderation_checks = Counter(
             "mii_serve_moderation_checks", "Verdicts of content safety.", ("stage", "outcome"), registry=registry
         )
         self.moderation_duration = Histogram(
             "mii_serve_moderation_duration_seconds",
-            "From a text or picture being sent to content safety to its verdict or failure.",
+            "From sending a text or image to content safety to its verdict or failure.",
             ("stage",),
             buckets=REQUEST_BUCKETS_S,
             registry=registry,
@@ -88,10 +87,12 @@ class ReplicaMetrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry = registry or CollectorRegistry()
-        self._running = Gauge("mii_serve_images_running", "Images in work.", registry=registry)
-        self._waiting = Gauge("mii_serve_images_waiting", "Images that wait for a slot.", registry=registry)
+        self._running = Gauge("mii_serve_images_running", "Images in a slot.", registry=registry)
+        self._waiting = Gauge("mii_serve_images_waiting", "Images in the queue.", registry=registry)
         self._work = Gauge(
-            "mii_serve_queued_work_seconds", "Seconds the work in hand takes at the measured pace.", registry=registry
+            "mii_serve_queued_work_seconds",
+            "Seconds that the accepted work takes by the step time estimate.",
+            registry=registry,
         )
         self.batch_size = Histogram("mii_serve_batch_size", "Images per UNet call.", buckets=BATCH_BUCKETS, registry=registry)
         self._steps = Histogram(
@@ -112,11 +113,11 @@ class ReplicaMetrics:
         self.images = Counter("mii_serve_images", "Images made.", registry=registry)
         self.images_flagged = Counter("mii_serve_images_flagged", "Images the safety checker made black.", registry=registry)
         self.graph_misses = Counter(
-            "mii_serve_graph_misses", "UNet calls without a CUDA graph although there are some.", registry=registry
+            "mii_serve_graph_misses", "UNet calls that no captured CUDA graph fitted.", registry=registry
         )
         self._engine = Gauge(
             "mii_serve_engine_info",
-            "Always 1; is_fallback is true where the preferred engine could not run.",
+            "Always 1; is_fallback is true if the preferred engine could not run.",
             ("engine", "dtype", "is_fallback"),
             registry=registry,
         )

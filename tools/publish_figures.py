@@ -70,15 +70,19 @@ def scheduler() -> str:
 
 def front() -> str:
     result = read("front-cost.json")
-    ways = ("echo", "replica", "front")
-    latency = ["median latency, ms", *(result["latency_ms"][way] for way in ways)]
-    rate = [f"requests/s, {result['concurrency']} callers", *(result["requests_per_s"][way] for way in ways)]
-    table = markdown(["", "bare echo", "replica asked directly", "through the front"], [latency, rate])
+    requests, steps = result["requests"], result["steps"]
+    ways = ("echo", "front")
+    latency = ["median latency, ms", *(requests["latency_ms"][way] for way in ways)]
+    rate = [f"requests/s, {result['concurrency']} callers", *(requests["requests_per_s"][way] for way in ways)]
+    names = {"callers_who_wait": "wait for their images", "callers_who_read_steps": "read every step"}
+    cells = [[text, steps[name]["us_per_step"], f"{steps[name]['share_of_a_core']:.2f}"] for name, text in names.items()]
     size = f"{result['picture_bytes'] / 1000:.0f} KB"
     return (
-        f"An engine that computes nothing, one picture of {size} an answer, {result['cores']} cores for all four processes "
-        f"({result['device']}):\n\n{table}\nThe front adds {result['added_ms']} ms at the median; "
-        f"throughput is {result['throughput_times_echo']:.2f} of the bare echo's.\n"
+        f"Engines that compute nothing, one image of {size} an answer, {result['cores']} cores for all processes "
+        f"({result['device']}):\n\n{markdown(['', 'bare echo', 'front and replica'], [latency, rate])}\n"
+        f"On a full server, {result['replicas']} replicas with {result['slots']} samples each and "
+        f"{1e3 / result['turn_ms']:.0f} turns a second, the front's process takes:\n\n"
+        f"{markdown(['callers who', 'µs for each step of a sample', 'of one core'], cells)}"
     )
 
 

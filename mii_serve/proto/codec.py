@@ -202,39 +202,38 @@ def _decode_priority(number: pb.Priority) -> Priority:
 
 
 def encode_event(request_id: str, event: Event) -> pb.GenerateEvent:
-    message = pb.GenerateEvent
+    message = pb.GenerateEvent(request_id=request_id)
+    fill_event(message, event)
+    return message
+
+
+def fill_event(message: pb.GenerateEvent, event: Event) -> None:
+    """Write an event into an empty message, which may be part of another: so that its image is copied once."""
     match event:
         case Step():
-            step = message.Step(
-                image_index=event.image_index,
-                step=event.step,
-                num_steps=event.num_steps,
-                estimated_left_s=event.estimated_left_s,
-            )
-            return message(request_id=request_id, step=step)
+            step = message.step
+            step.image_index, step.step, step.num_steps = event.image_index, event.step, event.num_steps
+            if event.estimated_left_s is not None:
+                step.estimated_left_s = event.estimated_left_s
         case Started():
-            return message(request_id=request_id, started=message.Started(image_index=event.image_index))
+            message.started.SetInParent()
+            message.started.image_index = event.image_index
         case Queued():
-            queued = message.Queued(num_samples_ahead=event.num_samples_ahead, estimated_wait_s=event.estimated_wait_s)
-            return message(request_id=request_id, queued=queued)
+            message.queued.SetInParent()
+            message.queued.num_samples_ahead = event.num_samples_ahead
+            if event.estimated_wait_s is not None:
+                message.queued.estimated_wait_s = event.estimated_wait_s
         case Restarted():
-            return message(request_id=request_id, restarted=message.Restarted(image_indexes=event.image_indexes))
+            message.restarted.SetInParent()
+            message.restarted.image_indexes.extend(event.image_indexes)
         case Preview():
-            preview = message.Preview(
-                image_index=event.image_index,
-                step=event.step,
-                data=event.encoded,
-                format=_FORMATS[event.format],
-                height=event.height,
-                width=event.width,
-                nsfw_content_detected=event.nsfw_content_detected,
-            )
-            return message(request_id=request_id, preview=preview)
+            message.preview.image_index, message.preview.step = event.image_index, event.step
+            _fill_image(message.preview, event)
         case ImageReady():
-            return message(request_id=request_id, image=_encode_image(event))
+            _fill_ready(message.image, event)
         case Done():
-            done = message.Done(parameters=_encode_parameters(event.parameters), timings=_encode_timings(event))
-            return message(request_id=request_id, done=done)
+            _fill_parameters(message.done.parameters, event.parameters)
+            message.done.timings.queued_s, message.done.timings.total_s = event.queued_s, event.total_s
 
 
 def decode_event(message: pb.GenerateEvent) -> Event | None:
@@ -279,12 +278,12 @@ def decode_event(message: pb.GenerateEvent) -> Event | None:
 
 
 def encode_answer(request_id: str, answer: GenerationAnswer) -> pb.GenerateResponse:
-    return pb.GenerateResponse(
-        request_id=request_id,
-        images=[_encode_image(image) for image in answer.images],
-        parameters=_encode_parameters(answer.parameters),
-        timings=_encode_timings(answer.done),
-    )
+    message = pb.GenerateResponse(request_id=request_id)
+    for image in answer.images:
+        _fill_ready(message.images.add(), image)
+    _fill_parameters(message.parameters, answer.parameters)
+    message.timings.queued_s, message.timings.total_s = answer.done.queued_s, answer.done.total_s
+    return message
 
 
 def decode_answer(message: pb.GenerateResponse) -> GenerationAnswer:
@@ -295,17 +294,18 @@ def decode_answer(message: pb.GenerateResponse) -> GenerationAnswer:
     return GenerationAnswer(images=tuple(images), done=_decode_done(message.parameters, message.timings))
 
 
-def _encode_image(event: ImageReady) -> pb.GeneratedImage:
-    return pb.GeneratedImage(
-        index=event.image_index,
-        data=event.encoded,
-        format=_FORMATS[event.format],
-        height=event.height,
-        width=event.width,
-        seed=event.seed,
-        nsfw_content_detected=event.nsfw_content_detected,
-        moderation_blocked=event.moderation_blocked,
-    )
+def _fill_ready(message: pb.GeneratedImage, image: ImageReady) -> None:
+    message.index, message.seed = image.image_index, image.seed
+    if image.moderation_blocked is not None:
+        message.moderation_blocked = image.moderation_blocked
+    _fill_image(message, image)
+
+
+def _fill_image(message: pb.GeneratedImage | pb.GenerateEvent.Preview, image: ImageReady | Preview) -> None:
+    message.data, message.format = image.encoded, _FORMATS[image.format]
+    message.height, message.width = image.height, image.width
+    if image.nsfw_content_detected is not None:
+        message.nsfw_content_detected = image.nsfw_content_detected
 
 
 def _decode_image(message: pb.GeneratedImage) -> ImageReady:
@@ -327,12 +327,13 @@ def _decode_format(number: pb.ImageFormat, index: int) -> ImageFormat:
     return _FORMAT_OF[number]
 
 
-def _encode_parameters(parameters: EffectiveParameters) -> pb.EffectiveParameters:
-    return pb.EffectiveParameters(**{one.name: getattr(parameters, one.name) for one in fields(EffectiveParameters)})
+def _fill_parameters(message: pb.EffectiveParameters, parameters: EffectiveParameters) -> None:
+    for name in _PLAIN_PARAMETERS:
+        setattr(message, name, getattr(parameters, name))
+    message.scheduler_options.update(parameters.scheduler_options)
 
 
-def _encode_timings(done: Done) -> pb.Timings:
-    return pb.Timings(queued_s=done.queued_s, total_s=done.total_s)
+_PLAIN_PARAMETERS = tuple(one.name for one in fields(EffectiveParameters) if one.name != "scheduler_options")
 
 
 def _decode_done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:

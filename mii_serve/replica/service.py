@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ import grpc
 
 import mii_serve
 from mii_serve.errors import MiiServeError
-from mii_serve.proto.codec import CHANNEL_OPTIONS, decode_resolved, encode_event, encode_server_info
+from mii_serve.proto.codec import CHANNEL_OPTIONS, decode_resolved, encode_server_info, fill_event
 from mii_serve.proto.metadata import AUTHORIZATION_KEY
 from mii_serve.proto.replica import replica_pb2 as pb
 from mii_serve.proto.replica.replica_pb2_grpc import ReplicaServicer, add_ReplicaServicer_to_server
 from mii_serve.proto.status import status_of
 from mii_serve.proto.v1.image_generation_pb2 import GetServerInfoResponse
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.types import Done, Event, Preview, Queued, RequestedParams, ServerInfo, Started, Step
+from mii_serve.types import Done, Event, ImageReady, Preview, Queued, RequestedParams, ServerInfo, Started, Step
 
 if TYPE_CHECKING:  # grpc's classes are generic in their type stubs only
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -34,6 +35,8 @@ else:
 
 logger = logging.getLogger(__name__)
 
+STEPS_EVERY_S = 0.25
+"""How old the steps may be that the front counts work by, where no caller reads them."""
 MAX_REPORT_BYTES = 16 * 1024 * 1024
 """Of images in one report, which has one at least: far below the bound of a message."""
 
@@ -125,14 +128,16 @@ class _Front:
         self._loop = loop
         self._running: dict[int, str] = {}
         """The loop's request id by the front's id."""
+        self._wanting_steps: set[int] = set()
         self._accepting: dict[int, asyncio.Task[None]] = {}
-        self._before: dict[tuple[int, int | None], pb.News] = {}
+        self._before: dict[tuple[int, int | None], Queued | Started] = {}
         """The latest place in the queue of each request, and the start of each image."""
         self._steps: dict[tuple[int, int], Step] = {}
         """The latest of each image, as with the previews."""
-        self._previews: dict[tuple[int, int], pb.News] = {}
-        self._after: deque[pb.News] = deque()
+        self._previews: dict[tuple[int, int], Preview] = {}
+        self._after: deque[tuple[int, Event | MiiServeError]] = deque()
         self._changed = asyncio.Event()
+        self._reported_at = 0.0
 
     async def follow(self, orders: AsyncIterator[pb.Order]) -> None:
         """Carry out orders until the stream of them ends."""
@@ -160,6 +165,8 @@ class _Front:
         front_id = order.id
         request_id = f"{order.request_id} {next(_NUMBERS)}"
         self._running[front_id] = request_id
+        if order.has_steps:
+            self._wanting_steps.add(front_id)
         try:
             await self._loop.submit(
                 request_id,
@@ -180,49 +187,63 @@ class _Front:
     def _drop(self, front_id: int) -> None:
         if (accepting := self._accepting.pop(front_id, None)) is not None:
             accepting.cancel()
-        if (request_id := self._running.pop(front_id, None)) is not None:
+        if (request_id := self._forget(front_id)) is not None:
             self._loop.drop(request_id)
+
+    def _forget(self, front_id: int) -> str | None:
+        self._wanting_steps.discard(front_id)
+        return self._running.pop(front_id, None)
 
     def put(self, front_id: int, entry: Event | Exception) -> None:
         """Send this with the next report."""
         match entry:
             case Step():
                 self._steps[front_id, entry.image_index] = entry
+                is_urgent = front_id in self._wanting_steps
+                if not is_urgent and time.monotonic() - self._reported_at < STEPS_EVERY_S:
+                    return
             case Queued() | Started():
                 key = front_id, entry.image_index if isinstance(entry, Started) else None
                 self._before.pop(key, None)  # the new one goes to the end
-                self._before[key] = pb.News(id=front_id, event=encode_event("", entry))
+                self._before[key] = entry
             case Preview():
-                self._previews[front_id, entry.image_index] = pb.News(id=front_id, event=encode_event("", entry))
+                self._previews[front_id, entry.image_index] = entry
             case Exception():
-                self._running.pop(front_id, None)
-                error = entry if isinstance(entry, MiiServeError) else MiiServeError(str(entry))
-                self._after.append(pb.News(id=front_id, error=status_of(error).SerializeToString()))
+                self._forget(front_id)
+                self._after.append((front_id, entry if isinstance(entry, MiiServeError) else MiiServeError(str(entry))))
             case _:
                 if isinstance(entry, Done):
-                    self._running.pop(front_id, None)
-                self._after.append(pb.News(id=front_id, event=encode_event("", entry)))
+                    self._forget(front_id)
+                self._after.append((front_id, entry))
         self._changed.set()
 
     def _take_report(self) -> pb.Report:
-        steps, self._steps = self._steps, {}
+        report, self._reported_at = pb.Report(), time.monotonic()
         before, self._before = self._before, {}
+        for (front_id, _), event in before.items():
+            fill_event(report.before_steps.add(id=front_id).event, event)
+        steps, self._steps = self._steps, {}
+        for (front_id, index), step in steps.items():
+            report.steps.id.append(front_id)
+            report.steps.image_index.append(index)
+            report.steps.step.append(step.step)
+            report.steps.num_steps.append(step.num_steps)
+            report.steps.estimated_left_s.append(step.estimated_left_s or 0.0)
         previews, self._previews = self._previews, {}
-        after = list(previews.values())
-        num_bytes = sum(news.ByteSize() for news in after)
-        while self._after and (not after or num_bytes < MAX_REPORT_BYTES):
-            after.append(self._after.popleft())
-            num_bytes += after[-1].ByteSize()
+        for (front_id, _), preview in previews.items():
+            fill_event(report.after_steps.add(id=front_id).event, preview)
+        num_bytes = sum(len(preview.encoded) for preview in previews.values())
+        while self._after and (not report.after_steps or num_bytes < MAX_REPORT_BYTES):
+            front_id, entry = self._after.popleft()
+            news = report.after_steps.add(id=front_id)
+            if isinstance(entry, MiiServeError):
+                news.error = status_of(entry).SerializeToString()
+            else:
+                fill_event(news.event, entry)
+            num_bytes += len(entry.encoded) if isinstance(entry, ImageReady) else 0
         if not self._after:
             self._changed.clear()
-        columns = pb.Steps(
-            id=[front_id for front_id, _ in steps],
-            image_index=[index for _, index in steps],
-            step=[step.step for step in steps.values()],
-            num_steps=[step.num_steps for step in steps.values()],
-            estimated_left_s=[step.estimated_left_s or 0.0 for step in steps.values()],
-        )
-        return pb.Report(before_steps=before.values(), steps=columns, after_steps=after)
+        return report
 
 
 @dataclass(frozen=True, slots=True)

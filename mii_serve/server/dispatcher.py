@@ -29,6 +29,7 @@ from mii_serve.types import (
     ReplicaInfo,
     ResolvedRequest,
     ServerInfo,
+    Step,
     draw_seed,
     gather,
 )
@@ -132,7 +133,7 @@ class Dispatcher:
     ) -> AsyncGenerator[Event, None]:
         """All events of the request, `Done` last. Leaving the iteration early cancels the work.
 
-        Without `has_steps` there is no `Step` among them, and none is paid for.
+        Without `has_steps` there is no `Step` among them, and without an idempotency key none is paid for.
 
         Raises:
             InvalidRequestError: naming the field and the rule; a `ContentBlockedError` where content safety refuses it.
@@ -151,7 +152,8 @@ class Dispatcher:
             async with contextlib.aclosing(self._events_of(work, request)) as events:
                 while (event := await self._next(events)) is not None:
                     call.log.add_event(event)
-                    yield event
+                    if has_steps or not isinstance(event, Step):
+                        yield event
 
     async def _next(self, events: AsyncGenerator[Event, None]) -> Event | None:
         """The request's next event; None after the last. Not awaited any longer once the server is stopping."""

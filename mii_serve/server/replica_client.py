@@ -81,7 +81,10 @@ class ReplicaLostError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What a replica is to make. `has_steps`: its `Step` events are wanted. `on_step` hears of every step in any case."""
+    """What a replica is to make. With `has_steps`, its `Step` events are wanted, one for each turn.
+
+    `on_step` is called in any case; without `has_steps` a few times a second.
+    """
 
     request_id: str
     request: ResolvedRequest
@@ -273,6 +276,7 @@ def _encoded(number: int, order: Order) -> pb.Generate:
         client=order.client,
         timeout_s=order.left_s,
         traceparent=order.traceparent or "",
+        has_steps=order.has_steps,
     )
 
 

@@ -9,8 +9,6 @@ import pytest
 from mii_serve.client import AsyncClient
 from mii_serve.errors import DeadlineExceededError, InvalidRequestError
 from mii_serve.server import idempotency
-from mii_serve.server.idempotency import IdempotencyCache
-from mii_serve.types import Done, ImageFormat, ImageReady
 
 
 @pytest.fixture
@@ -100,27 +98,3 @@ async def test_a_key_has_a_rule(client, key):
 async def test_previews_are_not_kept(client):
     with pytest.raises(InvalidRequestError, match=r"output.preview_every"):
         await client.stream("a", preview_every=1, idempotency_key="k").result()
-
-
-async def test_what_is_kept_has_a_bound_in_bytes_and_time():
-    now = [0.0]
-    kept = IdempotencyCache(max_bytes=200, clock=lambda: now[0])
-    made = []
-
-    async def make(name):
-        made.append(name)
-        yield ImageReady(image_index=0, encoded=b"x" * 80, format=ImageFormat.PNG, height=8, width=8, seed=0)
-        yield Done(parameters=None, queued_s=0.0, total_s=0.0)
-
-    async def ask(name):
-        return [event async for event in kept.events(("", name), b"", lambda: make(name))]
-
-    for name in ("a", "b", "a", "b"):
-        await ask(name)
-    assert made == ["a", "b"]
-    for name in ("c", "b", "a"):
-        await ask(name)
-    assert made == ["a", "b", "c", "a"], "the oldest, a, made room for c"
-    now[0] += idempotency.KEEP_S + 1
-    await ask("c")
-    assert made[-1] == "c" and len(made) == 5

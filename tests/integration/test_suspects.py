@@ -189,18 +189,6 @@ async def test_suspects_that_hang_up_make_room_for_the_next(tmp_path):
         await assert_at_rest(deployment)
 
 
-async def test_a_busy_replica_is_waited_for_longer_than_a_lost_one(tmp_path):
-    """`replica_wait_s` bounds the time without any replica, not the time that suspects take."""
-    async with deployment_of(tmp_path, 1) as deployment:
-        deployment.router._patience_s = 1.0
-        calls = await crowd_after_a_crash(deployment, 3)
-        await deployment.until(lambda: deployment.images_on() == {0: 1})
-        await asyncio.sleep(2.0)
-        deployment.release()
-        for seed, events in enumerate(await asyncio.gather(*calls)):
-            assert_made(events, {"seed": seed})
-
-
 async def test_a_poison_that_comes_again_is_made_alone_from_the_start(tmp_path):
     async with deployment_of(tmp_path, 1) as deployment:
         await asyncio.gather(called(deployment, prompt=POISON), return_exceptions=True)

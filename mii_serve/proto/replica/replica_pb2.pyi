@@ -16,20 +16,22 @@ class Order(_message.Message):
     def __init__(self, generate: _Optional[_Union[Generate, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Generate(_message.Message):
-    __slots__ = ("id", "request", "request_id", "client", "timeout_s", "traceparent")
+    __slots__ = ("id", "request", "request_id", "client", "timeout_s", "traceparent", "has_steps")
     ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    HAS_STEPS_FIELD_NUMBER: _ClassVar[int]
     id: int
     request: _image_generation_pb2.GenerateRequest
     request_id: str
     client: str
     timeout_s: float
     traceparent: str
-    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[_image_generation_pb2.GenerateRequest, _Mapping]] = ..., request_id: _Optional[str] = ..., client: _Optional[str] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    has_steps: bool
+    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[_image_generation_pb2.GenerateRequest, _Mapping]] = ..., request_id: _Optional[str] = ..., client: _Optional[str] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., has_steps: _Optional[bool] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("id",)

@@ -192,6 +192,34 @@ class TestReports:
         assert events(report.after_steps) == [(3, IMAGE), (3, DONE)]
         assert not stream.has_report
 
+    async def test_steps_that_no_caller_reads_wait_for_other_news_or_a_quarter_of_a_second(self, loop, stream, monkeypatch):
+        now = [100.0]
+        monkeypatch.setattr(service.time, "monotonic", lambda: now[0])
+        await stream.order(1, 2)
+        for outlet in loop.outlets:
+            outlet.put(step(0, 1))
+        assert list((await stream.report()).steps.step) == [1, 1], "the first after a pause is sent at once"
+        loop.outlets[0].put(step(0, 2))
+        assert not stream.has_report
+        loop.outlets[1].put(Started(image_index=0))
+        assert list((await stream.report()).steps.step) == [2], "with what is sent anyway"
+        loop.outlets[0].put(step(0, 3))
+        assert not stream.has_report
+        now[0] += service.STEPS_EVERY_S
+        loop.outlets[1].put(step(0, 2))
+        assert list((await stream.report()).steps.step) == [3, 2]
+
+    async def test_steps_that_a_caller_reads_are_sent_at_once_until_the_request_ends(self, loop, stream):
+        await stream.order(1, has_steps=True)
+        await stream.order(2)
+        for made in range(1, 4):
+            for outlet in loop.outlets:
+                outlet.put(step(0, made))
+            assert list((await stream.report()).steps.step) == [made, made]
+        loop.outlets[0].put(DONE)
+        await stream.report()
+        assert not stream.front._wanting_steps
+
     async def test_a_front_that_is_slow_is_sent_the_latest(self, loop, stream):
         await stream.order(1)
         [outlet] = loop.outlets

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from dataclasses import replace
 
 import pytest
 from replica_doubles import PARAMS, done_of, image_of
@@ -217,10 +218,7 @@ class TestLog:
 
     def test_events_are_counted_by_what_they_say(self):
         log, image = CallLog(), image_of(PARAMS, 0)
-        flagged = [
-            type(image)(**{**_fields(image), "nsfw_content_detected": True, "moderation_blocked": flag})
-            for flag in (True, None)
-        ]
+        flagged = [replace(image, nsfw_content_detected=True, moderation_blocked=is_blocked) for is_blocked in (True, None)]
         events = [Queued(num_samples_ahead=1), Started(image_index=0), Step(image_index=0, step=1, num_steps=4)]
         for event in (*events, Restarted(image_indexes=(0,)), Restarted(image_indexes=()), image, *flagged, done_of(PARAMS)):
             log.add_event(event)
@@ -235,10 +233,6 @@ class TestLog:
         assert (line["is_started"], line["num_restarts"], line["queued_s"]) == (True, 1, 0.0)
         value = edge.metrics.registry.get_sample_value
         assert value("mii_serve_requests_restarted_total") == value("mii_serve_queue_seconds_count") == 1
-
-
-def _fields(event: object) -> dict[str, object]:
-    return {name: getattr(event, name) for name in event.__slots__}
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,16 @@ class TestBounds:
         await made(cache, key=("", "a", None))
         assert len(cache.runs) == 4
 
+    async def test_the_oldest_is_the_one_that_ended_first(self):
+        cache = Cache(max_bytes=2 * len(image_of(resolved().params, 0).encoded))
+        first = Reader(cache, key=("", "a", None))
+        await settle()
+        await made(cache, key=("", "b", None))
+        cache.runs[0].finish()
+        await first.task
+        await made(cache, key=("", "c", None))
+        assert [key for _, key, _ in cache.cache._works] == ["a", "c"]
+
     async def test_an_answer_that_is_too_large_is_given_and_not_kept(self):
         cache = Cache(max_bytes=1)
         reader = await made(cache)

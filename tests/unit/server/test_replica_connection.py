@@ -361,8 +361,8 @@ class TestDeadlines:
         channel.calls[0].feed(ending(1))
         await reader.task
         assert reader.error is None
-        await asyncio.sleep(10.0)
         assert isinstance(reader.events[-1], Done)
+        assert all(timer.cancelled() for timer in asyncio.get_running_loop()._scheduled)
 
 
 class TestRecovery:

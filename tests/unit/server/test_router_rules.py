@@ -242,6 +242,16 @@ class TestCallersWhoLeave:
         await caller.leave()
         assert not router._waiting
 
+    async def test_who_leaves_at_the_moment_a_replica_comes_back(self):
+        router, [replica] = router_of(1)
+        replica.lose()
+        caller = Caller(router, work_of())
+        await settle()
+        replica.start()
+        assert replica.life.num_running == 1, "it is booked, and has not been told"
+        await caller.leave()
+        assert_at_rest(router, [replica])
+
     async def test_who_leaves_while_it_is_not_known_why_a_replica_was_lost(self):
         router, [replica] = router_of(1)
         caller = Caller(router, work_of())
@@ -251,6 +261,19 @@ class TestCallersWhoLeave:
         await caller.leave()
         assert_at_rest(router, [replica])
         assert not replica.life.lost.cancelled(), "the next one wants to know as well"
+
+    async def test_who_leaves_at_the_moment_it_is_known_why(self):
+        router, [replica] = router_of(1)
+        caller = Caller(router, work_of())
+        await settle()
+        life = replica.life
+        life.break_stream()
+        await settle()
+        life.lost.set_result(KILLED)
+        caller.task.cancel()
+        await settle()
+        assert caller.task.cancelled()
+        assert_at_rest(router, [replica])
 
     async def test_a_suspect_who_leaves_frees_the_replica_that_was_emptied_for_it(self):
         router, replicas = router_of(2)

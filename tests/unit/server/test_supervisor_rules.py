@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
+from itertools import pairwise
 
 import pytest
 from replica_doubles import settle
@@ -225,7 +225,16 @@ class TestBackoff:
             await supervised.lost()
         await supervised.ready()
         at = supervised.spares.taken_at
-        assert [later - earlier for earlier, later in itertools.pairwise(at)] == pytest.approx([*BACKOFF_S, 30.0, 30.0])
+        assert [later - earlier for earlier, later in pairwise(at)] == pytest.approx([*BACKOFF_S, 30.0, 30.0])
+
+    async def test_a_start_that_took_long_is_no_long_life(self, supervised):
+        await supervised.start()
+        await supervised.ready()
+        supervised.spares.on_take = lambda process: None
+        supervised.process.end(1)
+        await asyncio.sleep(300.0)
+        first, second, third, fourth = supervised.spares.taken_at[:4]
+        assert (second - first, third - second, fourth - third) == pytest.approx((0.5, 100.0 + 1.0, 100.0 + 2.0))
 
     async def test_one_that_lived_long_is_started_at_once_and_the_count_begins_anew(self, supervised):
         await supervised.start()
