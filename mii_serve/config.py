@@ -31,6 +31,8 @@ from mii_serve.errors import ConfigError
 from mii_serve.types import EngineChoice
 
 DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
+Parallelism = Literal["rows", "tensor"]
+"""What the devices of a replica split: the rows of each UNet call, or its weights."""
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 ENV_PREFIX = "MII_SERVE_"
@@ -159,6 +161,7 @@ class DeployConfig(BaseSettings):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     replicas: int = Field(1, ge=1)
     tensor_parallel: int = Field(1, ge=1)
+    parallelism: Parallelism = "rows"
     max_slots: int | None = Field(None, ge=1)
     verify: bool = False
     host: str = Field("127.0.0.1", min_length=1)
@@ -195,6 +198,7 @@ class DeployConfig(BaseSettings):
         if config.content_safety.model_fields_set == {"client_id"} and "UAI_CLIENT_ID" in os.environ:
             return config.model_copy(update={"content_safety": ContentSafetyConfig()})  # an identity alone does not turn it on
         _check_content_safety(config)
+        _check_ranks(config)
         return config
 
     @classmethod
@@ -324,6 +328,20 @@ def _check_content_safety(config: DeployConfig) -> None:
         raise ConfigError("CONTENT_SAFETY_ENDPOINT", "must be https:// where a managed identity is used")
     if config.limits.max_prompt_chars > MAX_MODERATED_CHARS:
         raise ConfigError("limits.max_prompt_chars", f"must be at most {MAX_MODERATED_CHARS} with content safety")
+
+
+def _check_ranks(config: DeployConfig) -> None:
+    """Check what cannot work with several devices per replica, whatever the machine."""
+    if config.tensor_parallel == 1:
+        return
+    if config.parallelism == "tensor" and config.engine == "deepspeed":
+        raise ConfigError("parallelism", "DeepSpeed's kernels compute with whole weights, got 'tensor'; use 'rows'")
+    if config.engine == "reference":
+        raise ConfigError("tensor_parallel", f"the reference engine runs on one device, got {config.tensor_parallel}; use 1")
+    if config.device.startswith("cuda:"):
+        raise ConfigError(
+            "device", f"{config.device!r} is one GPU and {config.tensor_parallel} ranks need one each; use 'cuda'"
+        )
 
 
 def _refuse_misspelt_variables(model: type[BaseModel]) -> None:

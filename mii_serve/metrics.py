@@ -121,6 +121,7 @@ class ReplicaMetrics:
             ("engine", "dtype", "is_fallback"),
             registry=registry,
         )
+        self._ranks = Gauge("mii_serve_ranks", "Devices that compute each UNet call together.", registry=registry)
         self._memory = Gauge("mii_serve_gpu_memory_bytes", "GPU memory of torch's allocator.", ("kind",), registry=registry)
 
     def follow(self, state: ReplicaState) -> None:
@@ -129,8 +130,9 @@ class ReplicaMetrics:
         self._waiting.set_function(lambda: state.num_waiting)
         self._work.set_function(lambda: state.queued_work_s)
 
-    def engine(self, name: str, dtype: str, *, is_fallback: bool) -> None:
+    def engine(self, name: str, dtype: str, *, is_fallback: bool, num_ranks: int = 1) -> None:
         """Note what computes."""
+        self._ranks.set(num_ranks)
         self._engine.labels(name, dtype, str(is_fallback).lower()).set(1)
 
     def follow_memory(self, read: Callable[[], Mapping[str, int]]) -> None:

@@ -132,8 +132,9 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         help="name of the model for callers; repeat it for more names, answers have the first",
     )
     add("--engine", metavar=ENGINES, help="what computes the images, default auto")
-    add("--replicas", type=int, metavar="N", help="copies of the model, one per GPU, default 1")
-    add("--tensor-parallel", type=int, metavar="N", help="devices per copy; this release supports 1 only")
+    add("--replicas", type=int, metavar="N", help="copies of the model, default 1; each has GPUs of its own")
+    add("--tensor-parallel", type=int, metavar="N", help="devices per copy, which compute each batch together, default 1")
+    add("--parallelism", metavar="{rows,tensor}", help="what the devices of a copy split: rows of a batch (default) or weights")
     add("--dtype", metavar=DTYPES, help="precision of the model, default auto")
     add("--device", metavar="{auto,cpu,cuda}", help="where the model runs, default auto")
     add("--host", metavar="HOST", help="address to listen on, default 127.0.0.1")

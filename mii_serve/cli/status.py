@@ -90,13 +90,17 @@ def _default_scheduler(info: ServerInfo) -> str:
     return f"{info.defaults.scheduler} ({info.default_scheduler_class}{': ' if options else ''}{options}{how})"
 
 
+def _ranks(info: ServerInfo) -> str:
+    return f", {info.num_ranks} ranks per replica, {info.parallelism}" if info.num_ranks > 1 else ""
+
+
 def _rows(info: ServerInfo) -> list[tuple[str, str]]:
     defaults, limits, activity = info.defaults, info.limits, info.activity
     return [
         ("version", info.version),
         ("deployment", info.deployment_name),
         ("model", f"{info.model} {info.model_revision}".rstrip()),
-        ("engine", f"{info.engine} {info.dtype} on {info.device}"),
+        ("engine", f"{info.engine} {info.dtype} on {info.device}{_ranks(info)}"),
         *([("", info.engine_note)] if info.engine_note else []),
         ("safety checker", "on" if info.has_safety_checker else "none: images are not checked"),
         (

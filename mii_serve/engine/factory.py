@@ -6,6 +6,7 @@ UNet that neither supports. What could not be used, and why, is the engine's not
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,12 +20,18 @@ from mii_serve.engine import Engine
 from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.batched.buckets import BatchShape
 from mii_serve.engine.batched.engine import CUDA_SLOTS
+from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.kernels.native import NativeKernels, why_unsupported
+from mii_serve.engine.kernels.rows import RowParallelKernels
+from mii_serve.engine.kernels.sharded import ShardedKernels
 from mii_serve.engine.machine import inspect_machine
+from mii_serve.engine.ranks.group import RankGroup
+from mii_serve.engine.ranks.leader import lead
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.engine.requirements import first_missing
 from mii_serve.errors import ConfigError, ModelError, UnusableEngineError
 from mii_serve.models import LoadedModel, Precision, load_model
+from mii_serve.models.tensor_parallel import TensorShard
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +43,38 @@ def build_engine(config: DeployConfig) -> Engine:
         ConfigError: a setting asks for what this machine or this release does not have.
         ModelError: the model cannot be found or used.
     """
+    if config.tensor_parallel > 1:
+        return lead(config, functools.partial(build_rank, config))
+    return _build(config, None)
+
+
+def build_rank(config: DeployConfig, group: RankGroup) -> BatchedEngine:
+    """The engine of one rank. It makes no call before the group is connected.
+
+    Raises:
+        ConfigError, ModelError: as `build_engine`.
+    """
+    engine = _build(config, group)
+    if not isinstance(engine, BatchedEngine):
+        only = engine.description.engine
+        raise ConfigError("tensor_parallel", f"only the {only} engine can run this model, and it runs on one device; use 1")
+    return engine
+
+
+def _build(config: DeployConfig, group: RankGroup | None) -> Engine:
     if config.engine == "reference" and config.max_slots not in (None, 1):
         raise ConfigError("max_slots", f"the reference engine makes one picture at a time, got {config.max_slots}")
     _keep_prompts_out_of_logs()
     device = _device(config.device)
     if config.engine == "reference":
         return ReferenceEngine(_load(config, device, _reference_dtype(config)))
+    if group is not None and config.parallelism == "tensor":
+        model = _load(config, device, _dtype(config, device), TensorShard(rank=group.rank, world_size=group.size))
+        return sharded_engine(model, group, max_slots=config.max_slots)
     note = ""
     if config.engine in ("auto", "deepspeed"):
         try:
-            return _deepspeed(config, device)
+            return _deepspeed(config, device, group)
         except UnusableEngineError as error:
             if config.engine == "deepspeed":
                 raise
@@ -54,7 +83,7 @@ def build_engine(config: DeployConfig) -> Engine:
     model = _load(config, device, _dtype(config, device))
     reason = why_unsupported(model.pipeline.unet)
     if reason is None:
-        return native_engine(model, max_slots=config.max_slots, note=note)
+        return native_engine(model, max_slots=config.max_slots, note=note, group=group)
     if config.engine == "native":
         raise ModelError(f"the native engine cannot run this UNet: {reason}. Use the engine 'reference'")
     logger.warning("the reference engine serves this model, one picture at a time: its UNet has %s", reason)
@@ -63,7 +92,7 @@ def build_engine(config: DeployConfig) -> Engine:
     return ReferenceEngine(_load(config, device, "fp32"), note=note)
 
 
-def _deepspeed(config: DeployConfig, device: str) -> Engine:
+def _deepspeed(config: DeployConfig, device: str, group: RankGroup | None) -> Engine:
     if config.dtype not in ("auto", "fp16"):
         raise UnusableEngineError(f"deepspeed computes in fp16 only, and the setting dtype is {config.dtype!r}")
     if not device.startswith("cuda") and config.device != "auto":
@@ -73,7 +102,7 @@ def _deepspeed(config: DeployConfig, device: str) -> Engine:
     model = _load(config, device, "fp16")
     if (reason := why_unsupported(model.pipeline.unet)) is not None:
         raise UnusableEngineError(f"deepspeed cannot run this UNet: it has {reason}")
-    return deepspeed_engine(model, max_slots=config.max_slots)
+    return deepspeed_engine(model, max_slots=config.max_slots, group=group)
 
 
 def native_engine(
@@ -82,13 +111,31 @@ def native_engine(
     max_slots: int | None = None,
     buckets: Sequence[BatchShape] | None = None,
     note: str = "",
+    group: RankGroup | None = None,
 ) -> BatchedEngine:
     """The batched engine with our own kernels. `why_unsupported` returns None for the model's UNet; see `BatchedEngine`."""
-    return BatchedEngine(model, NativeKernels(model.pipeline.unet), max_slots=max_slots, buckets=buckets, note=note)
+    kernels = _on_ranks(NativeKernels(model.pipeline.unet), group)
+    return BatchedEngine(model, kernels, max_slots=max_slots, buckets=buckets, note=note, group=group)
+
+
+def sharded_engine(model: LoadedModel, group: RankGroup, *, max_slots: int | None = None) -> BatchedEngine:
+    """The batched engine of one rank, with our own kernels for its part of the UNet, which is all that `model` has.
+
+    Raises:
+        ModelError: they cannot run this UNet.
+    """
+    if (reason := why_unsupported(model.pipeline.unet)) is not None:
+        raise ModelError(f"the native engine cannot run this UNet: {reason}. Use the engine 'reference', on one device")
+    kernels = ShardedKernels(model.pipeline.unet, group)
+    return BatchedEngine(model, kernels, max_slots=max_slots, group=group)
 
 
 def deepspeed_engine(
-    model: LoadedModel, *, max_slots: int | None = None, buckets: Sequence[BatchShape] | None = None
+    model: LoadedModel,
+    *,
+    max_slots: int | None = None,
+    buckets: Sequence[BatchShape] | None = None,
+    group: RankGroup | None = None,
 ) -> BatchedEngine:
     """The batched engine with DeepSpeed's kernels. The UNet of `model`, in float16, is changed in place.
 
@@ -98,7 +145,12 @@ def deepspeed_engine(
     from mii_serve.engine.kernels.deepspeed import install_kernels
 
     slots = max_slots or CUDA_SLOTS
-    return BatchedEngine(model, install_kernels(model, max_slots=slots), max_slots=slots, buckets=buckets)
+    kernels = _on_ranks(install_kernels(model, max_slots=slots), group)
+    return BatchedEngine(model, kernels, max_slots=slots, buckets=buckets, group=group)
+
+
+def _on_ranks(kernels: KernelSet, group: RankGroup | None) -> KernelSet:
+    return kernels if group is None else RowParallelKernels(kernels, group)
 
 
 def precision_of(config: DeployConfig) -> Precision:
@@ -111,7 +163,7 @@ def precision_of(config: DeployConfig) -> Precision:
     return _reference_dtype(config) if config.engine == "reference" else _dtype(config, device)
 
 
-def _load(config: DeployConfig, device: str, dtype: Precision) -> LoadedModel:
+def _load(config: DeployConfig, device: str, dtype: Precision, shard: TensorShard | None = None) -> LoadedModel:
     if dtype == "fp32":  # left alone, PyTorch lets cuDNN take ten bits of a number's twenty-three
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model = load_model(
@@ -122,6 +174,7 @@ def _load(config: DeployConfig, device: str, dtype: Precision) -> LoadedModel:
         allow_pickle=config.allow_pickle,
         enable_safety_checker=config.enable_safety_checker,
         limits=config.limits,
+        shard=shard,
     )
     return replace(model, name=config.served_model_name[0]) if config.served_model_name else model
 

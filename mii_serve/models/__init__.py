@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
     from mii_serve.config import LimitsConfig
+    from mii_serve.models.tensor_parallel import TensorShard
 
 __all__ = ["DEMO", "RANDOM_SD_V1_4", "LoadedModel", "Precision", "load_model"]
 
@@ -63,12 +64,14 @@ def load_model(
     allow_pickle: bool = False,
     enable_safety_checker: bool = True,
     limits: LimitsConfig,
+    shard: TensorShard | None = None,
 ) -> LoadedModel:
-    """Find, inspect and load `model`.
+    """Find, inspect and load `model`; with `shard`, only a rank's part of its UNet.
 
     Raises:
         ModelError: it cannot be found, read or used; the message says what is wrong, where, and what to do.
-        ConfigError: the device is not there, or the operator's limits leave no size the model can make.
+        ConfigError: the device is not there, the operator's limits leave no size the model can make, or so many
+            ranks cannot share its UNet.
     """
     from mii_serve.models.quiet import quiet_libraries
 
@@ -83,4 +86,5 @@ def load_model(
             allow_pickle=allow_pickle,
             enable_safety_checker=enable_safety_checker,
             limits=limits,
+            shard=shard,
         )

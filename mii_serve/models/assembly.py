@@ -14,6 +14,7 @@ from mii_serve.models.fingerprint import revision_of
 from mii_serve.models.loading import check_device, load_pipeline
 from mii_serve.models.random_init import load_random
 from mii_serve.models.source import FoundModel, find_model
+from mii_serve.models.tensor_parallel import TensorShard, keep_shard
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -33,12 +34,15 @@ def load(
     allow_pickle: bool,
     enable_safety_checker: bool,
     limits: LimitsConfig,
+    shard: TensorShard | None = None,
 ) -> LoadedModel:
     on_device = check_device(device)
     if model == RANDOM_SD_V1_4:
         pipeline, digest = load_random(
             revision=revision, dtype=dtype, device=on_device, enable_safety_checker=enable_safety_checker
         )
+        if shard is not None:
+            keep_shard(pipeline.unet, shard)
         return _loaded(pipeline, model, digest, DeclaredDefaults(), limits)
     found = find_model(
         model,
@@ -56,7 +60,7 @@ def load(
         with ThreadPoolExecutor(1, thread_name_prefix="revision") as beside:
             # Both read the same files, so that the second to come finds them in memory.
             named = beside.submit(revision_of, found.folder, (*checked.files, *defaults_files(found.folder)), found.commit)
-            pipeline = load_pipeline(checked, dtype=dtype, device=on_device)
+            pipeline = load_pipeline(checked, dtype=dtype, device=on_device, shard=shard)
             revision_name = named.result()
     except OSError as error:
         raise ModelError(f"{found.folder} cannot be read: {error}. Check its permissions and its disk") from error

@@ -18,6 +18,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from mii_serve.errors import ConfigError, ModelError
 from mii_serve.models.check import CheckedFolder, Part
+from mii_serve.models.tensor_parallel import TensorShard, keep_shard, load_shard
 
 if TYPE_CHECKING:
     from mii_serve.models import Precision
@@ -52,13 +53,19 @@ def check_device(device: str) -> torch.device:
     return found
 
 
-def load_pipeline(checked: CheckedFolder, *, dtype: Precision, device: torch.device) -> StableDiffusionPipeline:
-    """Load every part.
+def load_pipeline(
+    checked: CheckedFolder, *, dtype: Precision, device: torch.device, shard: TensorShard | None = None
+) -> StableDiffusionPipeline:
+    """Load every part; with `shard`, only a rank's part of the UNet.
 
     Raises:
         ModelError: naming the part.
+        ConfigError: so many ranks cannot share the UNet.
     """
-    parts = {name: _load(part, TORCH_DTYPES[dtype], device) for name, part in checked.parts.items()}
+    parts = {
+        name: _load(part, TORCH_DTYPES[dtype], device, shard if name == "unet" else None)
+        for name, part in checked.parts.items()
+    }
     _check_tokens(parts["tokenizer"], parts["text_encoder"], checked)
     return make_pipeline(parts)
 
@@ -72,29 +79,34 @@ def make_pipeline(parts: dict[str, Any]) -> StableDiffusionPipeline:
     return pipeline
 
 
-def _load(part: Part, dtype: torch.dtype, device: torch.device) -> Any:
+def _load(part: Part, dtype: torch.dtype, device: torch.device, shard: TensorShard | None) -> Any:
     try:
         if part.name in _MODEL_CLASSES:
-            return _load_weights(part, dtype, device)
+            return _load_weights(part, dtype, device, shard)
         cls = _OTHER_CLASSES.get(part.name) or _scheduler_class(part)
         return cls.from_pretrained(str(part.folder), local_files_only=True)
-    except ModelError:
+    except (ModelError, ConfigError):
         raise
     except Exception as error:
         reason = str(error).strip()[:500] or type(error).__name__
         raise ModelError(f"{part.name} in {part.folder} cannot be loaded: {reason}") from error
 
 
-def _load_weights(part: Part, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_weights(part: Part, dtype: torch.dtype, device: torch.device, shard: TensorShard | None) -> Any:
     assert part.weights is not None
-    module, found = _MODEL_CLASSES[part.name].from_pretrained(
-        str(part.folder),
-        torch_dtype=dtype,  # the name that every supported version of both libraries knows
-        variant=part.weights.variant,
-        use_safetensors=not part.weights.is_pickle,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    if shard is not None and not part.weights.is_pickle:
+        module, found = load_shard(part.folder, part.weights.files, shard=shard, dtype=dtype, device=device)
+    else:
+        module, found = _MODEL_CLASSES[part.name].from_pretrained(
+            str(part.folder),
+            torch_dtype=dtype,  # the name that every supported version of both libraries knows
+            variant=part.weights.variant,
+            use_safetensors=not part.weights.is_pickle,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        if shard is not None:
+            keep_shard(module, shard)
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(

@@ -97,7 +97,8 @@ class ReplicaLoop:
         self.metrics = metrics or ReplicaMetrics()
         self.metrics.follow(self._scheduler)
         described = engine.description
-        self.metrics.engine(described.engine, described.dtype, is_fallback=bool(described.note))
+        is_fallback, num_ranks = bool(described.note), described.num_ranks
+        self.metrics.engine(described.engine, described.dtype, is_fallback=is_fallback, num_ranks=num_ranks)
         self._generations: dict[str, _Generation] = {}
         self._wake = asyncio.Event()
         self._failure: MiiServeError | None = None

@@ -14,7 +14,6 @@ import importlib
 import json
 import logging
 import os
-import select
 import signal
 import sys
 import threading
@@ -26,6 +25,7 @@ from mii_serve.errors import MiiServeError
 from mii_serve.logs import configure_logs
 from mii_serve.metrics import ReplicaMetrics
 from mii_serve.models.quiet import quiet_libraries
+from mii_serve.parent import end_with_parent
 from mii_serve.replica.local import build_warm_engine
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import ListenOn, replica_server
@@ -44,7 +44,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, name="end").start())
-    threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
+    end_with_parent()
     wait_briefly()
     _name_process("mii_spare" if sys.argv[2:] else "mii_replica")
     _import_all()
@@ -103,15 +103,6 @@ def _gpu_memory() -> dict[str, int]:
 def _report(status_fd: int, **status: str) -> None:
     with contextlib.suppress(BrokenPipeError):  # after "ready" the parent reads no more
         os.write(status_fd, json.dumps(status).encode() + b"\n")
-
-
-def _die_with_parent() -> None:
-    # The pipe is asked and not read, because it has the order in it, and because the lock of sys.stdin, held in a blocking
-    # read, would stall the interpreter's own shutdown.
-    pipe = select.poll()
-    pipe.register(0, 0)  # poll reports a hang-up without being asked to
-    pipe.poll()
-    os._exit(1)
 
 
 async def _serve(loop: ReplicaLoop, config: DeployConfig, socket: str, status_fd: int) -> None:

@@ -108,6 +108,8 @@ class ReplicaService(ReplicaServicer):
                 default_scheduler_class=scheduler.class_name,
                 default_scheduler_options=scheduler.options,
                 is_default_scheduler_compiled=scheduler.is_compiled,
+                num_ranks=described.num_ranks,
+                parallelism=described.parallelism,
                 activity=self._loop.activity(),
             )
         )

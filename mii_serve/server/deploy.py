@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import grpc
 
 from mii_serve.config import DeployConfig
-from mii_serve.errors import ConfigError
 from mii_serve.logs import finish_logs
 from mii_serve.safety.azure import open_moderator
 from mii_serve.safety.moderation import Moderator
@@ -77,13 +76,7 @@ def run_deployment(config: DeployConfig, listener: Listener) -> int:
     Raises:
         ConfigError, ModelError, EngineError: the deployment did not start.
     """
-    _refuse_what_this_release_lacks(config)
     return asyncio.run(_deploy(config, listener))
-
-
-def _refuse_what_this_release_lacks(config: DeployConfig) -> None:
-    if config.tensor_parallel != 1:
-        raise ConfigError("tensor_parallel", f"this release has no tensor parallelism, got {config.tensor_parallel}")
 
 
 async def _deploy(config: DeployConfig, listener: Listener) -> int:

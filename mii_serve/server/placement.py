@@ -28,26 +28,34 @@ def place(
 ) -> list[dict[str, str]]:
     """What to add to the environment of each replica: its own GPUs, or its share of the CPU's threads.
 
+    The ranks of a replica share what it gets.
+
     Raises:
         ConfigError: there are fewer GPUs than the replicas need.
     """
     environment = os.environ if environment is None else environment
     gpus = [] if config.device == "cpu" else visible_gpus(environment, driver)
-    if not gpus or config.replicas == 1:
-        return _on_cpu(config.replicas, environment) if not gpus else [{}]
+    needed = config.replicas * config.tensor_parallel
+    if not gpus:
+        return _on_cpu(config, environment)
+    if needed == 1:
+        return [{}]
     if config.device.startswith("cuda:"):
         raise ConfigError("device", f"{config.device!r} is one GPU and {config.replicas} replicas need one each; use 'cuda'")
-    needed = config.replicas * config.tensor_parallel
     if needed > len(gpus):
         shape = f"{config.replicas} replicas × {config.tensor_parallel} GPUs need {needed}, and {len(gpus)} can be seen"
-        raise ConfigError("replicas", f"{shape}; use fewer replicas, another {VISIBLE}, or the device 'cpu'")
+        remedy = f"another {VISIBLE}, or the device 'cpu'"
+        if config.tensor_parallel > len(gpus):
+            raise ConfigError("tensor_parallel", f"{shape}; use at most {len(gpus)}, {remedy}")
+        raise ConfigError("replicas", f"{shape}; use fewer replicas, {remedy}")
     size = config.tensor_parallel
     return [{VISIBLE: ",".join(gpus[i * size : (i + 1) * size])} for i in range(config.replicas)]
 
 
-def _on_cpu(replicas: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
-    """Replicas that all take all cores are slower together than each on its share."""
-    if replicas == 1 or THREADS in environment:
-        return [{}] * replicas
+def _on_cpu(config: DeployConfig, environment: Mapping[str, str]) -> list[dict[str, str]]:
+    """Processes that all take all cores are slower together than each on its share."""
+    num_processes = config.replicas * config.tensor_parallel
+    if num_processes == 1 or THREADS in environment:
+        return [{}] * config.replicas
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [{THREADS: str(max(1, cores // replicas))}] * replicas
+    return [{THREADS: str(max(1, cores // num_processes))}] * config.replicas

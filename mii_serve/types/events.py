@@ -29,6 +29,7 @@ class EngineDescription:
     """The engine that runs, as every answer names it.
 
     `note` says why it is this engine where `auto` would have preferred another; empty when there is nothing to say.
+    `num_ranks` devices compute each UNet call together; `parallelism` is what they split, empty with one.
     """
 
     engine: str
@@ -38,6 +39,8 @@ class EngineDescription:
     model_revision: str
     has_safety_checker: bool
     note: str = ""
+    num_ranks: int = 1
+    parallelism: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

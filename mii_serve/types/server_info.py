@@ -57,7 +57,8 @@ class ServerInfo:
 
     `schedulers` maps every accepted name to the name the server answers with. `activity` is that of all replicas together.
     `engine_note` says why this engine runs and not the preferred one, where that could not. `default_scheduler_class` and its
-    options are what a request that names no scheduler gets, as in `EffectiveParameters`.
+    options are what a request that names no scheduler gets, as in `EffectiveParameters`. `num_ranks` and `parallelism` are as
+    in `EngineDescription`.
     """
 
     version: str
@@ -77,6 +78,8 @@ class ServerInfo:
     default_scheduler_class: str = ""
     default_scheduler_options: Mapping[str, str] = field(default_factory=dict)
     is_default_scheduler_compiled: bool = True
+    num_ranks: int = 1
+    parallelism: str = ""
 
     @property
     def capabilities(self) -> Capabilities:

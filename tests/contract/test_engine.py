@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from deepspeed_operations import torch_operations
-from drawing import finish, most_different, real_engine, sample
+from drawing import finish, most_different, ranked_engine, real_engine, sample
 from fake_engine import FakeEngine
 
 from mii_serve.engine import Engine
@@ -33,13 +33,15 @@ def deepspeed_on_cpu() -> Iterator[Engine]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture(scope="module", params=["fake", *ENGINES])
+@pytest.fixture(scope="module", params=["fake", *ENGINES, "native, rows on 2 ranks", "native, tensor on 2 ranks"])
 def engine(request: pytest.FixtureRequest):
     with contextlib.ExitStack() as stack:
         if request.param == "fake":
             built: Engine = FakeEngine(max_slots=3)
         elif request.param == "deepspeed":
             built = stack.enter_context(deepspeed_on_cpu())
+        elif request.param.endswith("on 2 ranks"):
+            built = ranked_engine(2, request.param.split()[1])
         else:
             built = real_engine(request.param)
         yield built

@@ -101,6 +101,19 @@ def test_the_reference_is_itself(short_truth):
     assert {check.difference.max for check in report.checks} == {0.0}
 
 
+def test_an_engine_of_two_ranks_passes_and_has_its_checkers_back(short_truth):
+    engine = build_warm_engine(DeployConfig.load({**CONFIG, "engine": "native", "tensor_parallel": 2}))
+    try:
+        report = verify(engine, short_truth)
+        assert report.is_passed, report.verdict
+        assert (report.engine.num_ranks, report.engine.parallelism) == (2, "rows")
+        made = draw(engine, short_truth.cases[:2])
+        assert len(made) >= 2, "one for each rank to check"
+        assert all(picture.nsfw_content_detected is not None for picture in made.values())
+    finally:
+        engine.close()
+
+
 def test_an_engine_is_the_same_after_it_was_verified(short_truth):
     engine = native()
     before = draw(engine, short_truth.cases[:1])

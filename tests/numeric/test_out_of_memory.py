@@ -74,6 +74,26 @@ def test_when_not_even_one_sample_fits_the_engine_fails(demo, memory_for):
         draw(native_engine(demo, max_slots=8))
 
 
+class LoneRank:
+    """Of two ranks, the one that the test looks at."""
+
+    rank, size = 0, 2
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat((tensor, tensor))
+
+    def gather_objects(self, one: object) -> list[object]:
+        return [one]
+
+
+@pytest.mark.parametrize("buckets", [(), declare_buckets(8, 8, 8)], ids=["as they come", "captured"])
+def test_a_rank_does_not_go_on_with_smaller_calls_than_the_others(demo, memory_for, buckets):
+    memory_for(1)
+    engine = native_engine(demo, max_slots=8, buckets=buckets, group=LoneRank())
+    with pytest.raises(EngineError, match="out of memory"):
+        engine.warmup() if buckets else draw(engine)
+
+
 def test_sizes_that_do_not_fit_are_left_out_of_the_buckets(demo, memory_for):
     expected = draw(native_engine(demo, max_slots=8))
     memory_for(4)

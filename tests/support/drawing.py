@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from mii_serve.engine import Engine
 from mii_serve.types import GenerationParams, Picture, RequestedParams, Sample, SampleId, SampleProgress, StepPlan
+
+if TYPE_CHECKING:
+    from mii_serve.engine.ranks.leader import RankedEngine
 
 
 def draw(engine: Engine, **asked: object) -> Picture:
@@ -56,13 +61,22 @@ def largest_difference(one: bytes, other: bytes) -> int:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-def real_engine(name: str) -> Engine:
+def real_engine(name: str, **settings: object) -> Engine:
     from mii_serve.config import DeployConfig
     from mii_serve.engine.factory import build_engine
 
     # Without the checker, which takes a picture of three steps for what it likes and blackens it.
-    config = {"model": "demo", "engine": name, "device": "cpu", "enable_safety_checker": False}
+    config = {"model": "demo", "engine": name, "device": "cpu", "enable_safety_checker": False, **settings}
     return build_engine(DeployConfig.load(config))
+
+
+def ranked_engine(num_ranks: int, parallelism: str = "rows") -> RankedEngine:
+    """Rank 0 is this process; the others are its children, and end with the engine. One group at a time."""
+    from mii_serve.engine.ranks.leader import RankedEngine
+
+    engine = real_engine("native", tensor_parallel=num_ranks, parallelism=parallelism)
+    assert isinstance(engine, RankedEngine)
+    return engine
 
 
 def sample(engine: Engine, name: str = "r", index: int = 0, **asked) -> Sample:

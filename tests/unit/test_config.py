@@ -154,3 +154,19 @@ def test_each_setting_has_an_origin(file, monkeypatch):
     assert origins["grpc_port"] == origins["limits.max_prompt_chars"] == f"file {file}"
     assert origins["model"] == "default"
     assert set(origins) == set(setting_names(DeployConfig))
+
+
+@pytest.mark.parametrize(
+    ("settings", "setting", "remedy"),
+    [
+        ({"engine": "reference", "tensor_parallel": 2}, "tensor_parallel", "use 1"),
+        ({"device": "cuda:1", "tensor_parallel": 2}, "device", "use 'cuda'"),
+        ({"engine": "deepspeed", "tensor_parallel": 2, "parallelism": "tensor"}, "parallelism", "use 'rows'"),
+        ({"parallelism": "columns"}, "parallelism", "'rows' or 'tensor'"),
+        ({"tensor_parallel": 0}, "tensor_parallel", "greater than or equal to 1"),
+    ],
+)
+def test_ranks_that_cannot_work_are_refused_with_what_would(settings, setting, remedy):
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        DeployConfig.load(settings)
+    assert caught.value.setting == setting

@@ -19,6 +19,7 @@ from mii_serve.engine.batched.prompt_cache import PromptCache
 from mii_serve.engine.batched.slot_pool import SlotPool
 from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.kernels import KernelSet
+from mii_serve.errors import EngineError
 from mii_serve.samplers.update import step
 from mii_serve.types import LatentShape
 
@@ -43,8 +44,12 @@ class Denoiser:
         max_slots: int,
         num_channels: int,
         buckets: Sequence[BatchShape] = (),
+        has_other_ranks: bool = False,
     ) -> None:
-        """`prompts` and `timesteps` are the caches that the rows of `SampleInputs` point into."""
+        """`prompts` and `timesteps` are the caches that the rows of `SampleInputs` point into.
+
+        With other ranks, which make the same calls, a call that does not fit is not made smaller: theirs would not be.
+        """
         self._kernels = kernels
         self._max_slots = max_slots
         self._num_channels = num_channels
@@ -52,6 +57,7 @@ class Denoiser:
         self._timestep_embeds = timesteps.embeds
         self._device = self._prompts.device
         self._buckets = buckets
+        self._has_other_ranks = has_other_ranks
         self._pools: dict[LatentShape, SlotPool] = {}
         self._prepared: dict[BatchShape, Callable[[Sequence[SampleInputs]], StepOutputs]] = {}
         self._graph_memory: Any = None
@@ -65,6 +71,10 @@ class Denoiser:
             pool = self._pools[latent_shape] = SlotPool(self._max_slots, (self._num_channels, *latent_shape), self._device)
         return pool
 
+    def states(self) -> list[torch.Tensor]:
+        """Of every latent shape in use."""
+        return [pool.state[:-1] for pool in self._pools.values()]
+
     def free_unused(self, latent_shape: LatentShape) -> None:
         """Free the slots of a latent shape that no sample has any more; captured graphs keep theirs."""
         if self._pools[latent_shape].is_empty and not any((one.height, one.width) == latent_shape for one in self._buckets):
@@ -77,15 +87,19 @@ class Denoiser:
                 continue
             try:
                 self._prepared[bucket] = self._capture(bucket)
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
+                if self._has_other_ranks:
+                    raise EngineError(f"out of memory with {bucket}; use a smaller max_slots") from error
                 self._shrink(bucket.num_latent_pixels - 1)
 
     def step(self, samples: Sequence[SampleInputs], latent_shape: LatentShape) -> StepOutputs:
-        """Step the samples in as few UNet calls as memory allows, halving them until it does.
+        """Step the samples in as few UNet calls as memory allows, halving them until it does. Guided samples come first.
 
         Raises:
             torch.OutOfMemoryError: not even one sample fits.
         """
+        is_guided = [sample.negative_prompt_row is not None for sample in samples]
+        assert is_guided == sorted(is_guided, reverse=True), "guided samples come first"
         outputs: list[StepOutputs] = []
         num_stepped = 0
         while num_stepped < len(samples):
@@ -93,7 +107,7 @@ class Denoiser:
             try:
                 outputs.append(self._call(batch, latent_shape))
             except torch.OutOfMemoryError:
-                if len(batch) == 1:
+                if len(batch) == 1 or self._has_other_ranks:
                     raise
                 self._shrink(batch_shape(batch[: len(batch) // 2], latent_shape).num_latent_pixels)
                 continue

@@ -25,6 +25,7 @@ from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.capabilities import capabilities_of, description_of
 from mii_serve.engine.decode import decode, is_finite
 from mii_serve.engine.kernels import KernelSet
+from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.engine.sample_errors import is_of_one_sample, not_finite, sample_error
 from mii_serve.engine.stage_timer import StageTimer
 from mii_serve.engine.warmup import make_pictures, warm_up_request
@@ -54,6 +55,7 @@ MAX_DECODES = 4
 """Pictures decoded in one VAE call, which needs far more memory per sample than the UNet."""
 
 Results = dict[SampleId, SampleProgress]
+Pictures = dict[SampleId, Picture | NotFiniteError]
 
 
 @dataclass(slots=True, eq=False)
@@ -91,17 +93,20 @@ class BatchedEngine:
         max_slots: int | None = None,
         buckets: Sequence[BatchShape] | None = None,
         note: str = "",
+        group: RankGroup | None = None,
     ) -> None:
         """`kernels` compute the model's UNet, and are closed with the engine. `max_slots` is the number of samples at once.
 
         `buckets` are the batch shapes to capture at warm-up. When left out: on CUDA those that `declare_buckets` declares for
-        the model's default size, on a CPU none. `note` becomes the description's.
+        the model's default size, on a CPU none. `note` becomes the description's. With a `group` this is one of its ranks,
+        the kernels are, too, and all ranks run the same plans.
 
         Raises:
             ModelError: the model's default scheduler cannot draw.
         """
         self._pipeline = pipeline = model.pipeline
         self._kernels = kernels
+        self._group = group
         self._device = torch.device(pipeline.device)
         self._num_channels = pipeline.unet.config.in_channels
         self._schedulers = ModelSchedulers(pipeline.scheduler)
@@ -122,6 +127,7 @@ class BatchedEngine:
             max_slots=self._max_slots,
             num_channels=self._num_channels,
             buckets=self._buckets,
+            has_other_ranks=group is not None,
         )
         self._timer = StageTimer()
         self._samples: dict[SampleId, BatchedSample] = {}
@@ -182,6 +188,10 @@ class BatchedEngine:
     def probe(self) -> BatchedProbe:
         return BatchedProbe(self._pipeline, self._prompts, self._timesteps, self._denoiser, self.capacity)
 
+    def states(self) -> list[torch.Tensor]:
+        """The sampler state of every latent shape in use."""
+        return self._denoiser.states()
+
     def close(self) -> None:
         self._samples.clear()
         self._kernels.close()
@@ -230,7 +240,7 @@ class BatchedEngine:
         latent_shape = due[0].latent_shape
         failed: Results = {}
         with self._timer.time("denoise"):
-            stepped, inputs = self._inputs(due, failed)
+            stepped, inputs = self._inputs(sorted(due, key=lambda one: one.negative_prompt is None), failed)
             if not stepped:
                 return failed
             model_input, prediction = self._denoiser.step(inputs, latent_shape)
@@ -240,7 +250,7 @@ class BatchedEngine:
                     one.stepping.after(one.step, state[one.slot], noise_pred)
         for one in stepped:
             one.step += 1
-        previews: dict[SampleId, Picture | NotFiniteError] = {}
+        previews: Pictures = {}
         if rows := [row for row, one in enumerate(stepped) if one.sample.id in shown and one.sample.id not in failed]:
             previewed = [stepped[row] for row in rows]
             x0 = torch.tensor([one.stepping.x0(one.step - 1) for one in previewed], device=self._device)
@@ -310,11 +320,23 @@ class BatchedEngine:
             self._forget(sample_id)
         return results
 
-    def _pictures(self, samples: Sequence[BatchedSample], latents: torch.Tensor) -> dict[SampleId, Picture | NotFiniteError]:
-        """The picture of each sample, or why it has none. `latents` is N × channels × height × width in float32."""
+    def _pictures(self, samples: Sequence[BatchedSample], latents: torch.Tensor) -> Pictures:
+        """The picture of each sample, or why it has none. `latents` is N × channels × height × width in float32.
+
+        In a group, sample i is decoded on rank i mod N, and all ranks get all pictures.
+        """
+        if self._group is None:
+            return self._decoded(samples, latents)
+        own = slice(self._group.rank, None, self._group.size)
+        decoded = self._decoded(samples[own], latents[own]) if samples[own] else {}
+        with self._timer.time("decode"):
+            of_all: Pictures = {key: one for part in self._group.gather_objects(decoded) for key, one in part.items()}
+        return {one.sample.id: of_all[one.sample.id] for one in samples}
+
+    def _decoded(self, samples: Sequence[BatchedSample], latents: torch.Tensor) -> Pictures:
         with self._timer.time("decode"):
             decoded = decode(self._pipeline.vae, latents)
-        results: dict[SampleId, Picture | NotFiniteError] = {
+        results: Pictures = {
             one.sample.id: not_finite(fault, step=one.step, pipeline=self._pipeline)
             for one, fault in zip(samples, decoded.faults, strict=True)
             if fault is not None

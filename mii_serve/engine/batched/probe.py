@@ -40,7 +40,10 @@ class BatchedProbe:
     @torch.inference_mode()
     def predict(self, calls: Sequence[UNetCall]) -> torch.Tensor:
         most = self.capacity.max_slots
-        return torch.cat([self._predict(calls[i : i + most]) for i in range(0, len(calls), most)])
+        order = sorted(range(len(calls)), key=lambda i: calls[i].negative_prompt_embeds is None)  # guided ones first
+        ordered = [calls[i] for i in order]
+        predictions = torch.cat([self._predict(ordered[i : i + most]) for i in range(0, len(calls), most)])
+        return predictions[torch.tensor(order).argsort()]
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

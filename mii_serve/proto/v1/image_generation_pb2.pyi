@@ -239,7 +239,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity", "replicas", "engine_note", "default_scheduler_class", "default_scheduler_options", "is_default_scheduler_compiled")
+    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity", "replicas", "engine_note", "default_scheduler_class", "default_scheduler_options", "is_default_scheduler_compiled", "num_ranks", "parallelism")
     class SchedulersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -335,6 +335,8 @@ class GetServerInfoResponse(_message.Message):
     DEFAULT_SCHEDULER_CLASS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_SCHEDULER_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     IS_DEFAULT_SCHEDULER_COMPILED_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
+    PARALLELISM_FIELD_NUMBER: _ClassVar[int]
     version: str
     deployment_name: str
     model: str
@@ -352,4 +354,6 @@ class GetServerInfoResponse(_message.Message):
     default_scheduler_class: str
     default_scheduler_options: _containers.ScalarMap[str, str]
     is_default_scheduler_compiled: bool
-    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[GetServerInfoResponse.Replica, _Mapping]]] = ..., engine_note: _Optional[str] = ..., default_scheduler_class: _Optional[str] = ..., default_scheduler_options: _Optional[_Mapping[str, str]] = ..., is_default_scheduler_compiled: _Optional[bool] = ...) -> None: ...
+    num_ranks: int
+    parallelism: str
+    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[GetServerInfoResponse.Replica, _Mapping]]] = ..., engine_note: _Optional[str] = ..., default_scheduler_class: _Optional[str] = ..., default_scheduler_options: _Optional[_Mapping[str, str]] = ..., is_default_scheduler_compiled: _Optional[bool] = ..., num_ranks: _Optional[int] = ..., parallelism: _Optional[str] = ...) -> None: ...

@@ -27,7 +27,7 @@ def machine(monkeypatch):
             loaded.append(dtype)
             return SimpleNamespace(pipeline=SimpleNamespace(unet=None))
 
-        def deepspeed(model, *, max_slots):
+        def deepspeed(model, *, max_slots, group):
             if deepspeed_fails:
                 raise UnusableEngineError(deepspeed_fails)
             return FakeEngine()
@@ -37,7 +37,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(factory, "_device", lambda name: "cuda" if seen.gpus else "cpu")
         monkeypatch.setattr(factory, "why_unsupported", lambda unet: None)
         monkeypatch.setattr(
-            factory, "native_engine", lambda model, *, max_slots, note: SimpleNamespace(name="native", note=note)
+            factory, "native_engine", lambda model, *, max_slots, note, group: SimpleNamespace(name="native", note=note)
         )
         monkeypatch.setattr(factory, "deepspeed_engine", deepspeed)
         return loaded

@@ -46,6 +46,14 @@ def test_too_few_gpus_is_an_error_that_says_what_to_change(four_gpus):
         place(config(replicas=2, device="cuda:1"), {}, four_gpus)
 
 
+def test_a_single_replica_of_several_ranks_has_a_gpu_for_each(four_gpus):
+    assert place(config(tensor_parallel=3), {}, four_gpus) == [{"CUDA_VISIBLE_DEVICES": "0,1,2"}]
+    with pytest.raises(ConfigError, match=r"tensor_parallel: 1 replicas × 5 GPUs need 5, and 4 can be seen; use at most 4"):
+        place(config(tensor_parallel=5), {}, four_gpus)
+    with pytest.raises(ConfigError, match=r"replicas: 3 replicas × 2 GPUs need 6, and 4 can be seen; use fewer replicas"):
+        place(config(replicas=3, tensor_parallel=2), {}, four_gpus)
+
+
 def test_a_single_replica_sees_what_the_operator_sees(four_gpus):
     assert place(config(), {}, four_gpus) == [{}]
     assert place(config(device="cuda:2"), {}, four_gpus) == [{}]
@@ -56,3 +64,10 @@ def test_on_a_cpu_replicas_share_the_cores(four_gpus, tmp_path):
     assert first == second and int(first["OMP_NUM_THREADS"]) >= 1
     assert place(config(replicas=2), {"OMP_NUM_THREADS": "3"}, tmp_path / "no driver") == [{}, {}]
     assert place(config(), {}, tmp_path / "no driver") == [{}]
+
+
+def test_on_a_cpu_ranks_share_the_cores_with_each_other_and_other_replicas(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    assert place(config(tensor_parallel=2), {}, tmp_path / "no driver") == [{"OMP_NUM_THREADS": "6"}]
+    assert place(config(replicas=2, tensor_parallel=3), {}, tmp_path / "no driver") == [{"OMP_NUM_THREADS": "2"}] * 2
+    assert place(config(tensor_parallel=40), {}, tmp_path / "no driver") == [{"OMP_NUM_THREADS": "1"}]
