@@ -68,8 +68,8 @@ async def test_azures_client_sends_again_only_what_cost_nothing(served, tmp_path
     events = served.server.dispatcher.events
 
     async def ending(request, call, **options):
-        if request.prompt in ENDS:
-            raise ENDS[request.prompt]
+        if request.params.prompt in ENDS:
+            raise ENDS[request.params.prompt]
         async for event in events(request, call, **options):
             yield event
 
