@@ -130,7 +130,7 @@ class ReplicaLoop:
         )
 
     async def generate(
-        self, request_id: str, request: ResolvedRequest, *, timeout_s: float | None = None
+        self, request_id: str, request: ResolvedRequest, *, client: str = "", timeout_s: float | None = None
     ) -> AsyncGenerator[Event, None]:
         """The events of one request, `Done` last; leaving the iteration early drops it.
 
@@ -138,7 +138,7 @@ class ReplicaLoop:
             MiiServeError: as `submit`, and the error that it ended with.
         """
         mailbox, event = Mailbox(), None
-        await self.submit(request_id, request, mailbox, timeout_s=timeout_s)
+        await self.submit(request_id, request, mailbox, client=client, timeout_s=timeout_s)
         try:
             while not isinstance(event, Done):
                 event = await mailbox.get()

@@ -18,7 +18,7 @@ from servers import Turnstile
 from mii_serve.proto.metadata import CLIENT_ID_KEY
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.types import ImageFormat, OutputOptions, Priority, RequestedParams
+from mii_serve.types import ImageFormat, OutputOptions, Priority, RequestedParams, ResolvedRequest
 
 
 def request(**fields) -> pb.GenerateRequest:
@@ -170,9 +170,8 @@ async def test_two_thousand_requests_with_random_cancels_leave_nothing_behind():
         )
         params = engine.capabilities.resolve(asked, fallback_seed=1)
         leaves_after = generator.randint(0, 12) if generator.random() < 0.4 else None
-        stream = loop.generate(
-            name, params, output, client=f"client {generator.randint(0, 9)}", priority=generator.choice(list(Priority))
-        )
+        request = ResolvedRequest(params=params, output=output, priority=generator.choice(list(Priority)))
+        stream = loop.generate(name, request, client=f"client {generator.randint(0, 9)}")
         num_events = 0
         async for _ in stream:
             num_events += 1
