@@ -275,7 +275,7 @@ def _ranks(result: dict[str, Any]) -> str:
     skipped = "".join(f"{mode} was not measured: {why}\n\n" for mode, why in result["skipped"].items())
     about = f"`{result['model']}` {result['width']}x{result['height']}, {result['dtype']}, {result['device']}"
     return (
-        f"Milliseconds a UNet call, median (least), {about}, load average of other work {result['load_average'][0]:.1f}, "
+        f"Milliseconds a UNet call, median (least), {about}, load average {result['load_average'][0]:.1f} before, "
         f"commit {str(result['commit'])[:12]}:\n\n"
         f"{markdown(header, cells)}\n{skipped}Memory of each rank in MiB, the {result['memory_is']}: {held}.\n"
     )
