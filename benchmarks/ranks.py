@@ -190,7 +190,8 @@ def main() -> None:
     facts = {"model": arguments.model, **about, "num_ranks": arguments.ranks, "load_average": load_average}
     memory_is = "most that torch allocated" if is_gpu else "resident memory of the process"
     result = {**where, **facts, "rows": rows, "memory_mib_per_rank": memory, "memory_is": memory_is, "skipped": skipped}
-    out = arguments.out or RESULTS / f"ranks-{arguments.model}-{'gpu' if is_gpu else 'cpu'}.json"
+    kind = ("gpu" if is_gpu else "cpu") + ("" if arguments.ranks == 2 else f"-{arguments.ranks}")
+    out = arguments.out or RESULTS / f"ranks-{Path(arguments.model).name}-{kind}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     return None
