@@ -255,6 +255,58 @@ def start() -> str:
     )
 
 
+def ranks() -> str:
+    """A table for each file: what was measured."""
+    return "\n".join(_ranks(json.loads(file.read_text())) for file in sorted(RESULTS.glob("ranks-*.json"))) or NOT_YET
+
+
+def _ranks(result: dict[str, Any]) -> str:
+    num_ranks, modes = result["num_ranks"], list(result["memory_mib_per_rank"])
+    of_mode = {mode: mode if mode == "one rank" else f"{mode} {num_ranks}" for mode in modes}
+    rows = {(row["samples"], row["mode"]): row for row in result["rows"]}
+    cells = []
+    for samples in dict.fromkeys(row["samples"] for row in result["rows"]):
+        seen = [rows[samples, mode] for mode in modes]
+        times = [f"{row['ms_per_call']['median']:.1f} ({row['ms_per_call']['min']:.1f})" for row in seen]
+        cells.append([samples, *times, *(_sent(row) for row in seen if row["mode"] != "one rank")])
+    header = ["guided samples", *(f"{of_mode[mode]}, ms" for mode in modes)]
+    header += [f"{of_mode[mode]} sends" for mode in modes if mode != "one rank"]
+    held = "; ".join(f"{of_mode[mode]} {', '.join(map(str, each))}" for mode, each in result["memory_mib_per_rank"].items())
+    skipped = "".join(f"{mode} was not measured: {why}\n\n" for mode, why in result["skipped"].items())
+    about = f"`{result['model']}` {result['width']}x{result['height']}, {result['dtype']}, {result['device']}"
+    return (
+        f"Milliseconds a UNet call, median (least), {about}, load average {result['load_average'][0]:.1f} before, "
+        f"commit {str(result['commit'])[:12]}:\n\n"
+        f"{markdown(header, cells)}\n{skipped}Memory of each rank in MiB, the {result['memory_is']}: {held}.\n"
+    )
+
+
+def _sent(row: dict[str, Any]) -> str:
+    if row["collectives_per_call"] is None:
+        return "not counted"
+    return f"{row['collectives_per_call']:g} × {row['sent_bytes_per_call'] / row['collectives_per_call'] / 1024:.1f} KiB"
+
+
+def ranks_computed() -> str:
+    """What follows from the shares and from the UNet's configuration alone."""
+    from mii_serve.engine.kernels.sharded_traffic import traffic_of_call
+    from mii_serve.engine.kernels.shares import shares
+    from mii_serve.models.random_init import SD_V1_4
+
+    cells = []
+    for num_samples in (1, 2, 4, 8):
+        row: list[object] = [num_samples]
+        for num_ranks in (2, 4):
+            largest = max(len(share.rows) for share in shares(num_samples, 2 * num_samples, num_ranks))
+            row += [f"{largest} of {2 * num_samples}", f"1 × {32 * largest} KiB"]
+        sums = traffic_of_call(
+            SD_V1_4.unet, num_samples=num_samples, num_rows=2 * num_samples, height=64, width=64, bytes_per_value=2
+        )
+        cells.append([*row, f"{sums.num_all_reduces}, {sums.num_bytes / 1e6:.1f} MB"])
+    of_rows = [text for n in (2, 4) for text in (f"`rows` {n}: rows on a rank, at most", f"each rank sends, `rows` {n}")]
+    return markdown(["guided samples", *of_rows, "each rank sums, `tensor`"], cells)
+
+
 def _spread(seen: dict[str, float]) -> str:
     return f"{seen['median_s']:.2f} ({seen['min_s']:.2f}-{seen['max_s']:.2f})"
 
@@ -263,7 +315,8 @@ NOT_YET = "Not measured in earnest yet.\n"
 PEER_LOADS = (0.5, 0.85, 1.2)
 PLOTS: dict[str, Callable[[], str]] = {"peers-demo.svg": peers_plot}
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (inflight, savings, scheduler, front, overload, engines, peers, threads, start)
+    table.__name__: table
+    for table in (inflight, savings, scheduler, front, overload, engines, peers, threads, start, ranks, ranks_computed)
 }
 
 

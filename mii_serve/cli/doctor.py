@@ -55,7 +55,13 @@ def as_json(machine: Machine) -> dict[str, Any]:
             for extra, (packages, remedy) in EXTRAS.items()
         },
         "auto": preferred(machine),
+        "max_gpu_ranks": _max_gpu_ranks(machine),
     }
+
+
+def _max_gpu_ranks(machine: Machine) -> int:
+    """Of all replicas together; several need Linux."""
+    return len(machine.gpus) if machine.system.startswith("Linux") else min(1, len(machine.gpus))
 
 
 def _missing(machine: Machine, packages: tuple[str, ...]) -> bool:
@@ -106,4 +112,5 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         *((name, machine.packages[name]) for name in PACKAGES if name in machine.packages),
         ("nvcc", machine.nvcc or "none"),
         *(("gpu", gpu) for gpu in gpus or ["none"]),
+        ("ranks", f"{_max_gpu_ranks(machine)} on GPUs, over all replicas; --tensor-parallel N takes N for each"),
     ]

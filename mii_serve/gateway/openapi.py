@@ -71,13 +71,13 @@ class Description:
 
     async def info(self, request: Request) -> Response:
         try:
-            model = (await self._names.info()).model
+            info = await self._names.info()
         except MiiServeError as error:
             return _refusal(error)
-        owner = model.rpartition("/")[0]
-        return JSONResponse(
-            {"model_type": "stable-diffusion", "model_provider_name": owner or "mii_serve", "model_name": model}
-        )
+        owner = info.model.rpartition("/")[0]
+        ranks = {"num_ranks": info.num_ranks, "parallelism": info.parallelism} if info.num_ranks > 1 else {}
+        names = {"model_type": "stable-diffusion", "model_provider_name": owner or "mii_serve", "model_name": info.model}
+        return JSONResponse(names | ranks)
 
 
 def _refusal(error: MiiServeError) -> Response:

@@ -389,12 +389,24 @@ class TestBlocked:
         assert answer.headers["x-mii-blocked"] == "output"
 
 
+async def test_info_shows_the_ranks_of_a_replica(served, monkeypatch):
+    described = await served.server.dispatcher.server_info()
+
+    async def server_info():
+        return replace(described, num_ranks=2, parallelism="rows")
+
+    monkeypatch.setattr(served.server.dispatcher, "server_info", server_info)
+    said = (await served.client.get("/info")).json()
+    assert (said["model_name"], said["num_ranks"], said["parallelism"]) == ("fake", 2, "rows")
+
+
 async def test_probes_the_description_and_unknown_routes(served):
     root = await served.client.get("/")
     assert (root.status_code, root.json()) == (200, "healthy")
     assert (await served.client.get("/livez")).text == "ok"
     assert (await served.client.get("/readyz")).status_code == 200
-    assert (await served.client.get("/info")).json()["model_name"] == "fake"
+    names = {"model_type": "stable-diffusion", "model_provider_name": "mii_serve", "model_name": "fake"}
+    assert (await served.client.get("/info")).json() == names
     for query, status in (("", 200), ("?version=3", 200), ("?version=2", 404), ("?version=x", 400)):
         assert (await served.client.get(f"/swagger.json{query}")).status_code == status
     nowhere = await served.client.get("/nowhere")

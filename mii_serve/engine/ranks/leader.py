@@ -118,6 +118,11 @@ class RankedEngine:
         digests: list[str] = self.order("digests")
         return digests
 
+    def memory_bytes(self) -> list[int]:
+        """Of each rank, see `order.memory_bytes`."""
+        held: list[int] = self.order("memory")
+        return held
+
     def probe(self) -> RankedProbe:
         return RankedProbe(self, self._engine.probe())
 

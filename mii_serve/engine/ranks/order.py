@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,7 +15,7 @@ from mii_serve.engine import Engine
 from mii_serve.engine.probe import Probe
 from mii_serve.engine.ranks.group import RankGroup
 
-OrderName = Literal["warmup", "run", "predict", "remove_checker", "restore_checker", "digests", "close"]
+OrderName = Literal["warmup", "run", "predict", "remove_checker", "restore_checker", "digests", "memory", "close"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,17 @@ def execute(engine: RankEngine, group: RankGroup, order: Order) -> Any:
             return _removed.pop().__exit__(None, None, None)
         case "digests":
             return group.gather_objects(_digest(engine.states()))
+        case "memory":
+            return group.gather_objects(memory_bytes(engine.description.device))
         case "close":
             raise AssertionError("each rank closes in its own way")
+
+
+def memory_bytes(device: str) -> int:
+    """On a GPU the most that this process has allocated there, on a CPU its resident memory."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _digest(tensors: list[torch.Tensor]) -> str:

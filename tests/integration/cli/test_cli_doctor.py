@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,16 @@ def test_any_machine_can_be_told_in_json(machine, monkeypatch, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["auto"] == ("deepspeed" if machine is COMPLETE else "native")
     assert doctor.run("auto", is_json=False) == 0
     assert f"auto takes: {'deepspeed' if machine is COMPLETE else 'native'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("system", "num_gpus", "num_ranks"), [("Linux 6", 4, 4), ("Linux 6", 0, 0), ("Darwin 24", 2, 1)])
+def test_it_says_how_many_gpus_ranks_can_have(system, num_gpus, num_ranks, monkeypatch, capsys) -> None:
+    machine = replace(COMPLETE, system=system, gpus=COMPLETE.gpus * num_gpus)
+    monkeypatch.setattr(doctor, "inspect_machine", lambda: machine)
+    doctor.run("auto", is_json=True)
+    assert json.loads(capsys.readouterr().out)["max_gpu_ranks"] == num_ranks
+    doctor.run("auto", is_json=False)
+    assert f"{num_ranks} on GPUs, over all replicas; --tensor-parallel N takes N for each" in capsys.readouterr().out
 
 
 def test_a_broken_nvcc_is_no_nvcc(tmp_path, monkeypatch) -> None:
