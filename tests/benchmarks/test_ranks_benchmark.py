@@ -42,12 +42,3 @@ def test_the_smoke_run_counts_what_the_formulas_say(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mode_that_cannot_run_is_left_out_with_its_reason(tmp_path):
-    out = tmp_path / "ranks.json"
-    smallest = ["--device", "cpu", "--ranks", "3", "--samples", "1", "--calls", "1", "--repeats", "1", "--out", str(out)]
-    command = [sys.executable, "benchmarks/ranks.py", *smallest]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    written = json.loads(out.read_text())
-    assert set(written["skipped"]) == {"tensor"} and "got 3" in written["skipped"]["tensor"]
-    assert [row["mode"] for row in written["rows"]] == ["one rank", "rows"]
