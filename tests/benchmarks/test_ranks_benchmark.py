@@ -39,6 +39,3 @@ def test_the_smoke_run_counts_what_the_formulas_say(tmp_path):
         assert 0 < row["ms_per_call"]["min"] <= row["ms_per_call"]["median"] <= row["ms_per_call"]["max"]
     assert {mode: len(held) for mode, held in written["memory_mib_per_rank"].items()} == {"one rank": 1, "rows": 2, "tensor": 2}
     assert {"commit", "date", "device", "versions", "command", "num_ranks"} <= set(written)
-
-
-@pytest.mark.slow
