@@ -139,7 +139,7 @@ def measure(processes: dict[str, Process], arguments: argparse.Namespace) -> lis
 def summary(answers: list[dict[str, Any]], arguments: argparse.Namespace, mode: str) -> dict[str, Any]:
     times = [value for answer in answers for value in answer["ms"]]
     collectives, sent = (sum(answer[name] for answer in answers) / len(times) for name in ("collectives", "sent_bytes"))
-    is_replayed = mode != "one rank" and collectives == 0  # captured in a CUDA graph, whose replay nobody counts
+    is_replayed = mode != "one rank" and collectives == 0  # captured in a CUDA graph, whose replays are not counted
     return {
         "ms_per_call": {
             "median": round(statistics.median(times), 2),

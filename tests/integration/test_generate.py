@@ -260,7 +260,7 @@ async def test_a_sample_that_fails_by_itself_fails_its_request_only(two_slots):
 
 @pytest.mark.slow
 async def test_a_lost_replica_is_unavailable_not_a_riddle(server, monkeypatch):
-    monkeypatch.setattr(router, "VERDICT_TIMEOUT_S", 0.2)  # nobody here says why it was lost
+    monkeypatch.setattr(router, "VERDICT_TIMEOUT_S", 0.2)  # no supervisor says here why it was lost
     server.engine.gate.clear()
     call = asyncio.create_task(refused(server.stub.Generate(request())))
     await server.until(lambda: server.loop.activity().num_running == 1)

@@ -53,7 +53,7 @@ for module, names in {POSIX_NAMES}.items():
     for name in names:
         delattr(sys.modules[module], name) if hasattr(sys.modules[module], name) else None
 """
-"""As a system has it that is not POSIX: the package finds none of these modules, and nobody finds these names."""
+"""As a system has it that is not POSIX: the package finds none of these modules, and these names are not found."""
 COMMAND = "\nfrom mii_serve.cli import main\nmain()\n"
 LIGHT_MODULES = (
     "mii_serve.client",

@@ -1,4 +1,4 @@
-"""Groups of ranks that count what they send: real ones over gloo, and one that has nobody to talk to."""
+"""Groups of ranks that count what they send: real ones over gloo, and one without other ranks."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ async def settle() -> None:
 
 
 class Caller:
-    """Somebody who reads a request's events."""
+    """A reader of a request's events."""
 
     def __init__(self, router: Router, work: Work) -> None:
         self.work = work
@@ -245,3 +245,33 @@ class Caller:
     async def leave(self) -> None:
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
+
+
+def assert_at_rest(router: Router, replicas: list[FakeReplica]) -> None:
+    assert not router._waiting and not router._suspects
+    for replica in replicas:
+        assert not replica.running
+        if replica._life is not None:
+            life = replica.life
+            assert (life.work, life.num_running, life.is_isolated) == (0, 0, False)
+
+
+def assert_whole(caller: Caller) -> None:
+    """Each image once, the right one, and `Done` last."""
+    params = caller.work.params
+    assert caller.error is None
+    assert caller.images == [image_of(params, index) for index in range(params.num_images_per_prompt)]
+    assert [isinstance(event, Done) for event in caller.events] == [False] * (len(caller.events) - 1) + [True]
+    [done] = caller.of(Done)
+    assert (done.parameters.seed, done.parameters.num_images_per_prompt) == (params.seed, params.num_images_per_prompt)
+
+
+def counts(replicas: list[FakeReplica]) -> list[int]:
+    """Images ordered of each replica and not finished."""
+    return [sum(one.params.num_images_per_prompt for one in replica.running) for replica in replicas]
+
+
+def finish_all(replicas: list[FakeReplica]) -> None:
+    for replica in replicas:
+        for generation in list(replica.running):
+            generation.finish()

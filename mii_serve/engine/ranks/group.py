@@ -17,7 +17,7 @@ class RankGroup:
     """This process's place among the ranks of its replica; they are connected with NCCL on GPUs and with gloo on a CPU.
 
     Every method is called by all ranks, in the same order. A rank that does not come is waited for, for the timeout on a CPU
-    and for ever on a GPU, where a captured collective has no timeout; whoever watches the replica ends the whole group.
+    and for ever on a GPU, where a captured collective has no timeout; the replica's supervisor ends the whole group.
     `num_collectives` and `num_sent_bytes` count the tensors that were exchanged; the replay of a captured call is not counted.
     """
 

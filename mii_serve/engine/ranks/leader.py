@@ -171,7 +171,7 @@ class RankedEngine:
         logger.error("rank %d ended, %s; the other ranks end with it", follower.rank, how)
         finish_logs(0.2)
         if code in (-signal.SIGKILL, -signal.SIGTERM):
-            os.kill(os.getpid(), signal.SIGKILL)  # somebody killed it; no request is to blame
+            os.kill(os.getpid(), signal.SIGKILL)  # it was killed from outside; no request is to blame
         os._exit(1)
 
     def _wait_for_loss(self) -> None:

@@ -18,7 +18,7 @@ def test_an_unreachable_server_is_exit_code_three(run: Run, protocol: str) -> No
 
 
 def test_a_run_writes_its_result(run: Run, server: RunningServer) -> None:
-    """The server is one whose model nobody has: its pictures stay unchecked, and that is said."""
+    """Its model is not to be had: its pictures stay unchecked, and the report says so."""
     flags = ("--target", server.target, "--concurrency", "2", "--requests", "6", "--goodput", "5", "--warmup", "1")
     ran = run("bench", *flags, "-o", "a.json")
     assert (ran.code, ran.err) == (0, "")

@@ -124,7 +124,7 @@ async def connection(channel: FakeChannel) -> AsyncIterator[ReplicaConnection]:
 
 
 class Reader:
-    """Somebody who reads the events of an order."""
+    """A reader of an order's events."""
 
     def __init__(
         self, connection: ReplicaConnection, *, left_s: float | None = None, has_steps: bool = True, **params: object

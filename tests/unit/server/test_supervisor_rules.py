@@ -373,7 +373,7 @@ class FakeInfo:
 
 
 class FakeConnection:
-    """A replica's answers to somebody who watches it."""
+    """A replica's answers to its watcher."""
 
     answer: FakeInfo | None
     is_closed: bool
