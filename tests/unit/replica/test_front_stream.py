@@ -215,6 +215,7 @@ class TestReports:
         for made in range(1, 4):
             for outlet in loop.outlets:
                 outlet.put(step(0, made))
+            assert stream.has_report
             assert list((await stream.report()).steps.step) == [made, made]
         loop.outlets[0].put(DONE)
         await stream.report()

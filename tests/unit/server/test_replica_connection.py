@@ -234,6 +234,7 @@ class TestReports:
     async def test_steps_are_told_to_all_and_are_events_for_those_who_want_them(self, channel, connection):
         wants, wants_not = Reader(connection), Reader(connection, has_steps=False)
         await settle()
+        assert [order.has_steps for order in channel.calls[0].generates] == [True, False]
         channel.calls[0].feed(pb.Report(steps=steps((1, 0, 2, 4), (2, 0, 3, 4), (2, 1, 1, 4))))
         await settle()
         assert (wants.steps, wants_not.steps) == ([(0, 2, 4)], [(0, 3, 4), (1, 1, 4)])
