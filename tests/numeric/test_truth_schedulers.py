@@ -109,10 +109,10 @@ def weights_loaded_once():
     """
     load, loaded = loading._load_weights, {}
 
-    def kept(part, dtype, device):
+    def kept(part, dtype, device, shard):
         key = OWNER.get(), part.name
         if key not in loaded:
-            loaded[key] = load(part, dtype, device)
+            loaded[key] = load(part, dtype, device, shard)
         return loaded[key]
 
     with pytest.MonkeyPatch.context() as patch:
