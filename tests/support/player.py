@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mii_serve.errors import EngineError
 from mii_serve.scheduler import Scheduler
-from mii_serve.types import BatchKey, EngineCapacity, GenerationParams, Picture, Request, SampleId, SampleProgress
+from mii_serve.types import BatchKey, BatchShape, EngineCapacity, GenerationParams, Picture, Request, SampleId, SampleProgress
 
 PICTURE = Picture(width=1, height=1, rgb=bytes(3), nsfw_content_detected=None)
 
@@ -42,9 +42,17 @@ def request(name: str, num_images: int = 1, num_calls: int = 2, **more) -> Reque
     return Request(id=name, params=params(num_images, **shape), num_calls=num_calls, **more)
 
 
-def scheduler_of(max_slots: int = 1, *, max_decodes: int = 4, max_waiting: int = 10_000, max_wait_s: float = 1e9) -> Scheduler:
-    capacity = EngineCapacity(max_slots=max_slots, max_decodes=max_decodes)
-    return Scheduler(capacity, max_waiting_samples=max_waiting, max_waiting_s=max_wait_s)
+def scheduler_of(
+    max_slots: int = 1,
+    *,
+    max_decodes: int = 4,
+    max_waiting: int = 10_000,
+    max_wait_s: float = 1e9,
+    batch_share: float = 0.0,
+    buckets: tuple[BatchShape, ...] = (),
+) -> Scheduler:
+    capacity = EngineCapacity(max_slots=max_slots, max_decodes=max_decodes, buckets=buckets)
+    return Scheduler(capacity, max_waiting_samples=max_waiting, max_waiting_s=max_wait_s, batch_share=batch_share)
 
 
 class Player:

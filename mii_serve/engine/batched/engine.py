@@ -139,6 +139,7 @@ class BatchedEngine:
             max_slots=self._max_slots,
             max_decodes=MAX_DECODES,
             max_latent_pixels_per_call=self._denoiser.max_latent_pixels_per_call,
+            buckets=self._denoiser.captured_buckets,
         )
 
     @property

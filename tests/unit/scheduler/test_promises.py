@@ -22,7 +22,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.max_slots, self.max_decodes = 3, 2
-        self.scheduler = scheduler_of(self.max_slots, max_decodes=self.max_decodes, max_waiting=20)
+        self.scheduler = scheduler_of(self.max_slots, max_decodes=self.max_decodes, max_waiting=20, batch_share=0.1)
         self.by_name: dict[str, Request] = {}
         self.player = Player(self.scheduler, {})
         self.done: Counter[SampleId] = Counter()
@@ -58,12 +58,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             preview_every=preview_every,
             deadline=None if patience is None else self.now + patience,
         )
-        waiting = self.scheduler.num_waiting
+        waiting = self.scheduler.num_waiting + self.scheduler.batch.num_waiting
         self.by_name[name] = asked
         try:
             position = self.scheduler.add(asked, self.now)
         except (QueueFullError, DeadlineExceededError):
-            assert self.scheduler.num_waiting == waiting
+            assert self.scheduler.num_waiting + self.scheduler.batch.num_waiting == waiting
             del self.by_name[name]
             self.by_name[f"refused {name}"] = asked
             return multiple()
@@ -143,10 +143,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             for index in range(asked.params.num_images_per_prompt):
                 assert self.done[SampleId(name, index)] == 1, "nothing is lost"
         assert not self.player.steps, "the engine holds nothing"
-        assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
+        batch = self.scheduler.batch
+        assert (self.scheduler.num_running, self.scheduler.num_waiting, batch.num_waiting, batch.num_parked) == (0, 0, 0, 0)
         leftovers = [self.scheduler._deadlines, self.scheduler._groups, self.scheduler._finished, self.scheduler._leaving]
-        queue = self.scheduler._queue
-        assert not any([*leftovers, queue._heap, queue._of_request, queue._last_tag])
+        queues = [self.scheduler._queue, batch.queue]
+        assert not any(leftovers) and not any(any([q._heap, q._of_request, q._last_tag, q._waiting]) for q in queues)
 
 
 TestScheduler = SchedulerMachine.TestCase
