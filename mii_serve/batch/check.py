@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from operator import attrgetter
+from typing import Any
 
 from mii_serve.batch.inputs import Content, InputFile, check_known, content_of, has_grown
 from mii_serve.batch.journal import DuplicateIdError, Journal, NewRow
 from mii_serve.batch.readers import Problem, Record
 from mii_serve.batch.settings import JobSettings
 from mii_serve.errors import InvalidRequestError
-from mii_serve.types import Capabilities
+from mii_serve.types import PARAMETERS, Capabilities, RequestedParams
 
 MAX_SHOWN = 20
 """Problems that are named one by one; the others are counted."""
 BLOCK = 500
-PROGRESS_EVERY = 20_000
+PROGRESS_EVERY = 100_000
+MAX_KNOWN = 4096
+"""Combinations of parameters whose work is remembered."""
 
 
 @dataclass(slots=True)
@@ -41,6 +45,38 @@ class InputRefusedError(InvalidRequestError):
         self.findings = findings
 
 
+class _Rules:
+    """The rules of a server for the rows of a job. Rows that differ in their texts and seeds alone are resolved once."""
+
+    def __init__(self, settings: JobSettings, capabilities: Capabilities) -> None:
+        self._defaults = settings.defaults
+        self._capabilities = capabilities
+        self._known: dict[tuple[Any, ...], int] = {}
+
+    def work_of(self, asked: RequestedParams) -> int:
+        """What the row costs.
+
+        Raises:
+            InvalidRequestError: naming the parameter and the rule.
+        """
+        key = _NUMBERS(asked)
+        if (work := self._known.get(key)) is None:
+            given = {name: value for name, value in self._defaults.items() if getattr(asked, name) is None}
+            params = self._capabilities.resolve(replace(asked, **given), fallback_seed=0)
+            work = params.num_inference_steps * params.work_per_call * params.num_images_per_prompt
+            if len(self._known) < MAX_KNOWN:
+                self._known[key] = work
+            return work
+        for parameter in _VARIABLE:
+            if (value := getattr(asked, parameter.name)) is not None:
+                parameter.checked(value, self._capabilities)
+        return work
+
+
+_VARIABLE = tuple(parameter for parameter in PARAMETERS if parameter.name in ("prompt", "negative_prompt", "seed"))
+_NUMBERS = attrgetter(*(parameter.name for parameter in PARAMETERS if parameter not in _VARIABLE))
+
+
 class InputCheck:
     """One pass over the files of an input."""
 
@@ -55,8 +91,7 @@ class InputCheck:
     ) -> None:
         """At most `max_errors` rows may be wrong; they count as failed. `on_progress` hears the number of rows read."""
         self._journal = journal
-        self._settings = settings
-        self._capabilities = capabilities
+        self._rules = _Rules(settings, capabilities)
         self._max_errors = max_errors
         self._on_progress = on_progress
         self._next_n = 0
@@ -129,13 +164,11 @@ class InputCheck:
             return
 
     def _new_rows(self, file: InputFile, number: int, before: Content | None) -> Iterator[NewRow]:
-        n = self._next_n
         for record in self._records(file, number, before):
             problem, row, work = record.problem, record.row, 0
             if row is not None:
                 try:
-                    params = self._settings.resolve(row, n, self._capabilities)
-                    work = params.num_inference_steps * params.work_per_call * params.num_images_per_prompt
+                    work = self._rules.work_of(row.params)
                 except InvalidRequestError as error:
                     problem = Problem(record.line, error.field, error.rule)
             if problem is not None:
@@ -148,7 +181,6 @@ class InputCheck:
                 work=work,
                 problem=None if problem is None else str(problem),
             )
-            n += 1
 
     def _records(self, file: InputFile, number: int, before: Content | None) -> Iterator[Record]:
         reader = file.open()

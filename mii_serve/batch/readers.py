@@ -123,7 +123,7 @@ class JsonLines:
 
 def _json_row(text: str) -> Row:
     try:
-        record = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        record = _JSON.decode(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise _BadLineError(error.colno, f"not JSON: {error.msg}") from None
     except RecursionError:
@@ -151,6 +151,9 @@ def _column_in(text: str, name: str) -> int | None:
     """Where a line has this member; None where it has not."""
     column = text.find(json.dumps(name)) if name else -1
     return column + 1 if column >= 0 else None
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
 
 
 class CsvFile:

@@ -55,7 +55,7 @@ def row_of(record: Mapping[str, Any]) -> Row:
     """
     if "custom_id" in record and "body" in record:
         return _openai_row(record)
-    return _row(record.get(ID), {name: value for name, value in record.items() if name != ID})
+    return _row(record.get(ID), record)
 
 
 def row_of_text(record: Mapping[str, str]) -> Row:
@@ -84,6 +84,8 @@ def _row(row_id: Any, members: Mapping[str, Any]) -> Row:
     given: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     for name, value in members.items():
+        if name == ID:
+            continue
         if name not in _KINDS:
             if (meant := near_parameter(name)) is not None:
                 raise RowError(name, f"no such parameter; did you mean {meant}? Rename it if it is something else")
@@ -104,8 +106,10 @@ def _checked_id(row_id: Any) -> str:
     text = str(row_id)
     if not 1 <= len(text) <= MAX_ID_CHARS:
         raise RowError(ID, f"must have 1 to {MAX_ID_CHARS} characters, got {len(text)}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise RowError(ID, "must be valid Unicode text without lone surrogates")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError(ID, "must be valid Unicode text without lone surrogates") from None
     return text
 
 

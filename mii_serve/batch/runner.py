@@ -42,8 +42,6 @@ from mii_serve.errors import (
 )
 from mii_serve.types import EffectiveParameters, RequestedParams
 
-GROUP_ROWS, GROUP_S = 32, 0.5
-"""A group of outcomes is committed when it has so many, or its first is so old."""
 SAFE_EVERY_S = 30.0
 """Between two moments at which all pictures so far are known to be on the disk."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
@@ -126,7 +124,7 @@ class JobRunner:
         self._unsafe: dict[int, list[str]] = {}
         self._num_failed = journal.counts().num_failed
         self._last_success = time.monotonic()
-        self._is_stopping = False
+        self._is_stopping = self._is_over = False
         self._work: asyncio.Task[None] | None = None
 
     def stop(self) -> None:
@@ -147,12 +145,13 @@ class JobRunner:
         feeding = asyncio.create_task(self._feed())
         workers = [asyncio.create_task(self._worker(client)) for _ in range(self._max_in_flight)]
         self._work = asyncio.create_task(_all((feeding, committing), workers))
-        end = End(Ending.COMPLETE)
+        end = End(Ending.STOPPED, "it failed")
         try:
             try:
                 if self._is_stopping:
                     self._work.cancel()
                 await self._work
+                end = End(Ending.COMPLETE)
             except asyncio.CancelledError:
                 if not self._is_stopping:
                     raise
@@ -164,10 +163,15 @@ class JobRunner:
         except (OSError, sqlite3.Error) as error:
             end = self._disk_trouble(error)
         finally:
-            await _cancel(feeding, committing, *workers)
+            await _cancel(feeding, *workers)
+            self._is_over = True
+            self._has_ended.set()
+            await asyncio.gather(committing, return_exceptions=True)  # cancelled, it could lose a group on its way
             try:
                 await self._commit()
                 await self._make_safe()
+                if end.ending is Ending.COMPLETE:
+                    assert not await self._in_journal(self._journal.next_open, -1, 1), "every row has ended"
             except (OSError, sqlite3.Error) as error:
                 end = self._disk_trouble(error)
             self._scribe.shutdown()
@@ -275,11 +279,9 @@ class JobRunner:
 
     async def _commit_groups(self) -> None:
         last_safe = time.monotonic()
-        while True:
+        while not self._is_over:
             await self._has_ended.wait()
-            if len(self._ended) < GROUP_ROWS:
-                await asyncio.sleep(GROUP_S)
-            await self._commit()
+            await self._commit()  # those that end meanwhile are the next group
             if time.monotonic() - last_safe > SAFE_EVERY_S:
                 last_safe = time.monotonic()
                 await self._make_safe()

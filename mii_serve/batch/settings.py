@@ -9,7 +9,7 @@ from typing import Any
 from mii_serve.batch.rows import Row
 from mii_serve.batch.seeds import seed_of_row
 from mii_serve.errors import ConfigError, InvalidRequestError
-from mii_serve.types import PARAMETER_NAMES, Capabilities, GenerationParams, ImageFormat, RequestedParams, ServerInfo
+from mii_serve.types import PARAMETER_NAMES, Capabilities, ImageFormat, RequestedParams, ServerInfo
 
 DEFAULT_NAMES = tuple(name for name in PARAMETER_NAMES if name not in ("prompt", "seed"))
 """Parameters that the job can set for all rows that do not name them."""
@@ -35,14 +35,6 @@ class JobSettings:
         if given["seed"] is None:
             given["seed"] = seed_of_row(self.seed, str(n) if row.id is None else row.id)
         return RequestedParams(**given)
-
-    def resolve(self, row: Row, n: int, capabilities: Capabilities) -> GenerationParams:
-        """The row's parameters with nothing left open.
-
-        Raises:
-            InvalidRequestError: naming the parameter and the rule.
-        """
-        return capabilities.resolve(self.requested(row, n), fallback_seed=0)
 
 
 @dataclass(frozen=True, slots=True)
