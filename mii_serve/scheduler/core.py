@@ -3,7 +3,7 @@
 The rules:
   - A slot holds one sample from its first UNet call until its picture is given to the decoder. Never more than `max_slots` are
     held, and no more pictures than that are in the decoder.
-  - A turn may be planned while the one before it runs: a plan counts the calls that it makes, not those that are known to be made.
+  - A turn may be planned while the one before it runs: a plan goes by the calls that are planned, not by those that are made.
   - A turn is one UNet call for all running samples of one batch key; keys take turns, the longest unserved one first.
   - Free slots go to the front of the queue (`queue.py`) between any two turns.
   - Finished samples are decoded a few at a time, oldest first, so that a burst of endings does not hold up the others.
@@ -54,7 +54,7 @@ class RunningSample:
 
 
 class Scheduler:
-    """Every `plan` has its `advance`, in the same order; one more turn may be planned before. Call anything else at any time."""
+    """Every `plan` has its `advance`, in the same order, and may come before the last one's. Call anything else at any time."""
 
     def __init__(self, capacity: EngineCapacity, *, max_waiting_samples: int, max_waiting_s: float) -> None:
         self._capacity = capacity
@@ -184,8 +184,8 @@ class Scheduler:
         return [(request_id, self._position(before)) for request_id, before in ahead if request_id not in started]
 
     def remaining_s(self, sample_id: SampleId) -> float | None:
-        """The estimated seconds for the UNet calls that a running sample has left; None before any turn was measured."""
-        running = self._running.get(sample_id)
+        """The estimated seconds for the UNet calls that a sample has left; None before any turn was measured."""
+        running = self._running.get(sample_id) or self._decoding.get(sample_id)
         if running is None:
             return None
         interval_s = self._step_time.interval_s(self._groups)
