@@ -167,16 +167,10 @@ class BatchedEngine:
         asked = warm_up_request(self)
         make_pictures(self, asked)
         for bucket in self._buckets:
-            make_pictures(
-                self,
-                replace(
-                    asked,
-                    guidance_scale=7.5 if bucket.num_rows > bucket.num_samples else 1.0,
-                    height=bucket.height * LATENT_SCALE,
-                    width=bucket.width * LATENT_SCALE,
-                ),
-                count=bucket.num_samples,
-            )
+            num_guided = bucket.num_rows - bucket.num_samples
+            size = {"height": bucket.height * LATENT_SCALE, "width": bucket.width * LATENT_SCALE}
+            guided, unguided = (replace(asked, guidance_scale=scale, **size) for scale in (7.5, 1.0))
+            make_pictures(self, *[guided if i < num_guided else unguided for i in range(bucket.num_samples)])
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
         turn = self.launch(plan).wait()
@@ -282,16 +276,17 @@ class BatchedEngine:
             stepped, inputs = self._inputs(sorted(due, key=lambda one: one.negative_prompt is None), failed)
             if not stepped:
                 return failed
-            model_input, prediction = self._denoiser.step(inputs, latent_shape)
+            has_outputs = bool(shown) or any(one.stepping.reads_prediction for one in stepped)
+            outputs = self._denoiser.step(inputs, latent_shape, has_outputs=has_outputs)
             state = self._denoiser.pool(latent_shape).state
-            for one, noise_pred in zip(stepped, prediction, strict=True):
-                with self._failing_alone(one, failed):
-                    one.stepping.after(one.step, state[one.slot], noise_pred)
+            if outputs is not None:
+                self._step_objects(stepped, state, outputs[1], failed)
         for one in stepped:
             one.step += 1
         results = {one.sample.id: failed.get(one.sample.id) or one.progress for one in due}
-        if rows := [row for row, one in enumerate(stepped) if one.sample.id in shown and one.sample.id not in failed]:
-            previewed = [stepped[row] for row in rows]
+        rows = [row for row, one in enumerate(stepped) if one.sample.id in shown and one.sample.id not in failed]
+        if rows and outputs is not None:
+            previewed, (model_input, prediction) = [stepped[row] for row in rows], outputs
             x0 = upload(torch.tensor([one.stepping.x0(one.step - 1) for one in previewed]), self._device)
             seen = torch.stack([model_input[row] for row in rows]), torch.stack([prediction[row] for row in rows])
             sampled = torch.stack([state[one.slot, 0] for one in previewed])
@@ -303,34 +298,45 @@ class BatchedEngine:
         pool, able, inputs = self._denoiser.pool(due[0].latent_shape), [], []
         timestep_rows = self._timesteps.rows([one.stepping.timestep(one.step) for one in due])
         for one, timestep_row in zip(due, timestep_rows, strict=True):
-            with self._failing_alone(one, failed):
-                input_scale, matrix, noise = one.stepping.before(one.step, pool.state[one.slot])
-                inputs.append(
-                    SampleInputs(
-                        slot=one.slot,
-                        timestep_row=timestep_row,
-                        prompt_row=one.prompt.row,
-                        negative_prompt_row=None if one.negative_prompt is None else one.negative_prompt.row,
-                        guidance_scale=one.sample.params.guidance_scale,
-                        guidance_rescale=one.sample.params.guidance_rescale,
-                        input_scale=input_scale,
-                        matrix=matrix,
-                        noise=noise,
-                    )
+            try:
+                input_scale, matrix, noise = one.stepping.before(one.step, pool.state, one.slot)
+            except Exception as error:
+                if not is_of_one_sample(error):
+                    raise
+                self._fail_alone(one, error, failed)
+                continue
+            inputs.append(
+                SampleInputs(
+                    slot=one.slot,
+                    timestep_row=timestep_row,
+                    prompt_row=one.prompt.row,
+                    negative_prompt_row=None if one.negative_prompt is None else one.negative_prompt.row,
+                    guidance_scale=one.sample.params.guidance_scale,
+                    guidance_rescale=one.sample.params.guidance_rescale,
+                    input_scale=input_scale,
+                    matrix=matrix,
+                    noise=noise,
                 )
-                able.append(one)
+            )
+            able.append(one)
         return able, inputs
 
-    @contextlib.contextmanager
-    def _failing_alone(self, one: BatchedSample, failed: Results) -> Iterator[None]:
-        """An error that the sample's own scheduler object raises in the block fails this sample only."""
-        try:
-            yield
-        except Exception as error:
-            if not is_of_one_sample(error):
-                raise
-            failed[one.sample.id] = replace(one.progress, error=sample_error(error, one.sample, one.step))
-            self._fail(one.sample.id)
+    def _step_objects(
+        self, stepped: Sequence[BatchedSample], states: torch.Tensor, prediction: torch.Tensor, failed: Results
+    ) -> None:
+        for row, one in enumerate(stepped):
+            if one.stepping.reads_prediction:
+                try:
+                    one.stepping.after(one.step, states, one.slot, prediction[row])
+                except Exception as error:
+                    if not is_of_one_sample(error):
+                        raise
+                    self._fail_alone(one, error, failed)
+
+    def _fail_alone(self, one: BatchedSample, error: Exception, failed: Results) -> None:
+        """An error that the sample's own scheduler object has raised fails this sample only."""
+        failed[one.sample.id] = replace(one.progress, error=sample_error(error, one.sample, one.step))
+        self._fail(one.sample.id)
 
     def _fail(self, sample_id: SampleId) -> None:
         self._forget(sample_id)
