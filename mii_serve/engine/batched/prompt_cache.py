@@ -104,8 +104,9 @@ class PromptCache:
         length = tokenizer.model_max_length
         tokens = tokenizer(padded, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         uses_mask = getattr(encoder.config, "use_attention_mask", None)
-        mask = upload(tokens.attention_mask, pipeline.device) if uses_mask else None
-        embeds: torch.Tensor = encoder(upload(tokens.input_ids, pipeline.device), attention_mask=mask)[0]
+        device = self.projected.device  # the pipeline takes long to tell its own
+        mask = upload(tokens.attention_mask, device) if uses_mask else None
+        embeds: torch.Tensor = encoder(upload(tokens.input_ids, device), attention_mask=mask)[0]
         return embeds
 
     def _project(self, embeds: torch.Tensor) -> torch.Tensor:
