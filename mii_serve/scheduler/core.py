@@ -1,7 +1,9 @@
 """Which samples run next. Pure: no clock, no device; time is an argument and the answer is a value.
 
 The rules:
-  - A slot holds one sample from its first UNet call until its picture is decoded. Never more than `max_slots` are held.
+  - A slot holds one sample from its first UNet call until its picture is given to the decoder. Never more than `max_slots` are
+    held, and no more pictures than that are in the decoder.
+  - A turn may be planned while the one before it runs: a plan goes by the calls that are planned, not by those that are made.
   - A turn is one UNet call for all running samples of one batch key; keys take turns, the longest unserved one first.
   - Free slots go to the front of the queue (`queue.py`) between any two turns.
   - Finished samples are decoded a few at a time, oldest first, so that a burst of endings does not hold up the others.
@@ -11,8 +13,10 @@ The rules:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from mii_serve.errors import DeadlineExceededError, EngineError, QueueFullError
 from mii_serve.scheduler.queue import QueuedSample, SampleQueue
@@ -33,16 +37,16 @@ class Position:
 
 @dataclass(slots=True, eq=False)
 class RunningSample:
-    """A sample that holds a slot. `preview_due_since` is the turn since which a preview of it is due."""
+    """A sample that has started: `num_planned` of its UNet calls are planned, and `step` of them are known to be made.
+
+    `preview_due_since` is the turn since which a preview of it is due.
+    """
 
     sample: Sample
     request: Request
+    num_planned: int = 0
     step: int = 0
     preview_due_since: int | None = None
-
-    @property
-    def has_made_all_calls(self) -> bool:
-        return self.step == self.request.num_calls
 
     @property
     def work_left(self) -> int:
@@ -50,7 +54,7 @@ class RunningSample:
 
 
 class Scheduler:
-    """Alternate `plan` and `advance`; call anything else at any time in between."""
+    """Every `plan` has its `advance`, in the same order, and may come before the last one's. Call anything else at any time."""
 
     def __init__(self, capacity: EngineCapacity, *, max_waiting_samples: int, max_waiting_s: float) -> None:
         self._capacity = capacity
@@ -58,14 +62,14 @@ class Scheduler:
         self._queue = SampleQueue()
         self._running: dict[SampleId, RunningSample] = {}
         self._groups: dict[BatchKey, dict[SampleId, RunningSample]] = {}  # the next one to have its turn comes first
-        self._finished: dict[SampleId, RunningSample] = {}
+        self._finished: dict[SampleId, RunningSample] = {}  # with a slot, and no call left to plan
+        self._decoding: dict[SampleId, RunningSample] = {}  # without a slot
         self._leaving: list[SampleId] = []
         self._deadlines: dict[str, float] = {}
         self._step_time = StepTimeEstimate()
         self._turn = 0
-        self._planned_key: BatchKey | None = None
+        self._planned: deque[tuple[BatchKey | None, int]] = deque()  # key and work of the turns that `advance` is to come for
         self._planned_shape: LatentShape = (0, 0)
-        self._planned_work = 0
 
     @property
     def num_running(self) -> int:
@@ -117,7 +121,7 @@ class Scheduler:
         """Forget a request; its running samples leave in the next plan. Unknown ids are ignored."""
         self._deadlines.pop(request_id, None)
         self._queue.remove(request_id)
-        for sample_id in [s for s in self._running if s.request_id == request_id]:
+        for sample_id in [s for s in (*self._running, *self._decoding) if s.request_id == request_id]:
             self._release(sample_id)
             self._leaving.append(sample_id)
 
@@ -132,42 +136,56 @@ class Scheduler:
         """The next turn, or None when there is nothing to do."""
         joins = self._fill_slots()
         leaves, self._leaving = tuple(self._leaving), []
-        key = self._planned_key = next(iter(self._groups), None)
+        key = next(iter(self._groups), None)
         group = list(self._groups[key].values()) if key is not None else []
         self._planned_shape = group[0].request.params.latent_shape if group else (0, 0)
         previews = self._due_previews(group)
         steps = tuple(running.sample.id for running in group)
-        self._planned_work = sum(running.request.params.work_per_call for running in group)
-        ending = [running for running in group if running.step + 1 == running.request.num_calls]
-        decodes = tuple(running.sample.id for running in [*self._finished.values(), *ending][: self._capacity.max_decodes])
+        if key is not None:
+            self._groups[key] = self._groups.pop(key)
+            for running in group:
+                self._count_planned(running)
+        room = min(self._capacity.max_decodes, self._capacity.max_slots - len(self._decoding))
+        decodes = tuple(islice(self._finished, max(0, room)))
+        for sample_id in decodes:
+            self._decoding[sample_id] = self._finished.pop(sample_id)
+            del self._running[sample_id]
         if not (steps or decodes or leaves):
             return None
+        self._planned.append((key, sum(running.request.params.work_per_call for running in group)))
         return StepPlan(joins=joins, steps=steps, previews=previews, decodes=decodes, leaves=leaves)
 
     def advance(self, progress: Iterable[SampleProgress], elapsed_s: float) -> None:
-        """Take in what the turn achieved and how long it took.
+        """Take in what the first turn that has not been advanced achieved, and how long it took.
 
         Raises:
             EngineError: a sample's count of UNet calls is not the scheduler's.
         """
         self._turn += 1
-        if (key := self._planned_key) is not None:
-            self._step_time.add_turn(key, self._planned_work, elapsed_s)
-            if key in self._groups:
-                self._groups[key] = self._groups.pop(key)
+        key, work = self._planned.popleft()
+        if key is not None:
+            self._step_time.add_turn(key, work, elapsed_s)
         for one in progress:
-            if (running := self._running.get(one.id)) is not None:
+            running = self._running.get(one.id) or self._decoding.get(one.id)
+            if running is not None:
                 self._take_progress(running, one)
+
+    def end(self, progress: SampleProgress) -> None:
+        """Forget a sample whose picture or error has come, also after its turn. Unknown ones are ignored."""
+        if progress.id in self._running or progress.id in self._decoding:
+            self._release(progress.id)
+            if progress.error is not None:
+                self._leaving.append(progress.id)  # a turn with it may have been planned already
 
     def positions(self) -> list[tuple[str, Position]]:
         """Where each request is of which no image has started. One pass over the queue; not for every turn."""
         ahead = self._queue.firsts()
-        started = {sample_id.request_id for sample_id in self._running}
+        started = {sample_id.request_id for sample_id in (*self._running, *self._decoding)}
         return [(request_id, self._position(before)) for request_id, before in ahead if request_id not in started]
 
     def remaining_s(self, sample_id: SampleId) -> float | None:
-        """The estimated seconds for the UNet calls that a running sample has left; None before any turn was measured."""
-        running = self._running.get(sample_id)
+        """The estimated seconds for the UNet calls that a sample has left; None before any turn was measured."""
+        running = self._running.get(sample_id) or self._decoding.get(sample_id)
         if running is None:
             return None
         interval_s = self._step_time.interval_s(self._groups)
@@ -185,7 +203,7 @@ class Scheduler:
     def _due_previews(self, group: list[RunningSample]) -> tuple[SampleId, ...]:
         waited_longest: tuple[int, int] | None = None
         for index, running in enumerate(group):
-            every, step = running.request.preview_every, running.step + 1
+            every, step = running.request.preview_every, running.num_planned + 1
             if every is None or step == running.request.num_calls:
                 continue
             if running.preview_due_since is None and step % every == 0:
@@ -198,24 +216,28 @@ class Scheduler:
         chosen.preview_due_since = None
         return (chosen.sample.id,)
 
+    def _count_planned(self, running: RunningSample) -> None:
+        running.num_planned += 1
+        if running.num_planned == running.request.num_calls:
+            self._leave_group(running)
+            self._finished[running.sample.id] = running
+
     def _take_progress(self, running: RunningSample, progress: SampleProgress) -> None:
         if progress.is_over:
-            self._release(progress.id)
+            self.end(progress)
             return
         running.step += 1
         if (progress.step, progress.num_steps) != (running.step, running.request.num_calls):
             planned = f"{running.step} of {running.request.num_calls}"
             raise EngineError(f"a sample is at step {progress.step} of {progress.num_steps}, planned was {planned}")
-        if running.has_made_all_calls:
-            self._leave_group(running)
-            self._finished[progress.id] = running
 
     def _release(self, sample_id: SampleId) -> None:
-        running = self._running.pop(sample_id)
+        running = self._running.pop(sample_id, None) or self._decoding.pop(sample_id)
         self._finished.pop(sample_id, None)
         self._leave_group(running)
         request_id = sample_id.request_id
-        if request_id not in self._queue and not any(other.request_id == request_id for other in self._running):
+        started = (*self._running, *self._decoding)
+        if request_id not in self._queue and not any(other.request_id == request_id for other in started):
             self._deadlines.pop(request_id, None)
 
     def _leave_group(self, running: RunningSample) -> None:

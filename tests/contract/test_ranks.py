@@ -10,8 +10,10 @@ from fake_engine import FakeEngine
 from mii_serve.config import DeployConfig
 from mii_serve.engine.kernels.shares import shares
 from mii_serve.engine.ranks.leader import lead
+from mii_serve.engine.turns import Turns
 from mii_serve.errors import ModelError
-from mii_serve.types import LATENT_SCALE, StepPlan
+from mii_serve.scheduler import Scheduler
+from mii_serve.types import LATENT_SCALE, Request, StepPlan
 
 REQUESTS = [
     {"seed": 1, "num_inference_steps": 8, "guidance_scale": 7.5, "scheduler": "pndm"},
@@ -43,6 +45,20 @@ def test_pictures_of_a_mixed_batch_are_the_references(ranked, references):
     samples = [sample(ranked, f"r{i}", **asked) for i, asked in enumerate(REQUESTS)]
     together = finish(ranked, *samples, late=1)
     assert max(most_different(together[one.id][-1].picture, true) for one, true in zip(samples, references, strict=True)) <= 1
+
+
+def test_launched_turns_make_the_references_pictures(ranked, references):
+    scheduler = Scheduler(ranked.capacity, max_waiting_samples=100, max_waiting_s=1e9)
+    for i, asked in enumerate(REQUESTS):
+        params = sample(ranked, **asked).params
+        scheduler.add(Request(id=f"r{i}", params=params, num_calls=ranked.check(params)), 0.0)
+    turns, pictures = Turns(ranked, on_decoded=lambda: None), {}
+    while (plan := scheduler.plan()) is not None or not turns.is_idle:
+        for result in turns.step(plan):
+            scheduler.advance(result.progress, result.elapsed_s)
+            pictures |= {made.id.request_id: made.picture for made in result.progress if made.picture is not None}
+    assert max(most_different(pictures[f"r{i}"], true) for i, true in enumerate(references)) <= 1
+    assert len(set(ranked.digests())) == 1
 
 
 def test_all_ranks_hold_the_same_bits_in_every_turn(ranked):

@@ -54,6 +54,7 @@ class Player:
         self.scheduler, self.num_calls = scheduler, num_calls
         self.steps: dict[SampleId, int] = {}
         self.joined: list[SampleId] = []
+        self.failed: set[SampleId] = set()
 
     def turn(self, elapsed_s: float = 1.0):
         plan = self.scheduler.plan()
@@ -70,10 +71,14 @@ class Player:
             self.joined.append(sample.id)
         made = {}
         for sample_id in plan.steps:
+            if sample_id not in self.steps:
+                assert sample_id in self.failed, "a turn that was planned before it failed"
+                continue
             self.steps[sample_id] += 1
             error = EngineError("as the test asked") if sample_id == failing else None
             made[sample_id] = self.progress(sample_id, error=error)
             if error:
+                self.failed.add(sample_id)
                 del self.steps[sample_id]
         for sample_id in plan.decodes:
             if sample_id in self.steps:

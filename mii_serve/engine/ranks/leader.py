@@ -22,6 +22,7 @@ from mii_serve.config import DeployConfig
 from mii_serve.engine.probe import Probe, UNetCall
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.engine.ranks.order import Order, OrderName, RankEngine, execute
+from mii_serve.engine.turns import Turn, TurnResult
 from mii_serve.engine.warmup import warm_up_request
 from mii_serve.errors import ConfigError, EngineError
 from mii_serve.logs import current_format, finish_logs
@@ -49,7 +50,8 @@ BLAME_S = 2.0
 
 
 class RankedEngine:
-    """Implements `mii_serve.engine.Engine` and `mii_serve.engine.probe.ProbedEngine` for the ranks of a group together.
+    """Implements `mii_serve.engine.Engine`, `mii_serve.engine.turns.LaunchingEngine` and
+    `mii_serve.engine.probe.ProbedEngine` for the ranks of a group together.
 
     A follower that ends by itself ends this process, in the same way: what the group holds is then lost. The other way round
     the followers end with this process (`mii_serve.parent`).
@@ -123,6 +125,19 @@ class RankedEngine:
         progress: tuple[SampleProgress, ...] = self.order("run", plan)
         return progress
 
+    def launch(self, plan: StepPlan) -> RankedTurn:
+        return RankedTurn(self, self.order("launch", plan))
+
+    def has_decoded(self) -> bool:
+        return False
+
+    def take_decoded(self) -> list[TurnResult]:
+        return []
+
+    @staticmethod
+    def on_decoded() -> None:
+        """Never called: ranks exchange pictures in the turn."""
+
     def digests(self) -> list[str]:
         """Of each rank's sampler states; equal where the bits are."""
         digests: list[str] = self.order("digests")
@@ -157,9 +172,15 @@ class RankedEngine:
             EngineError: it failed here, and the followers have been ended. If a follower was lost, this process ends instead.
         """
         order = Order(name, argument)
-        try:
+        with self.ending_all():
             self._hand_down(order)
             return execute(self._engine, self.group, order)
+
+    @contextlib.contextmanager
+    def ending_all(self) -> Iterator[None]:
+        """End the followers if the block fails, see `order`."""
+        try:
+            yield
         except Exception as error:
             self._wait_for_loss()
             self._is_closing = True
@@ -190,6 +211,21 @@ class RankedEngine:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 follower.process.wait(max(0.0, deadline - time.monotonic()))
                 threading.Event().wait()  # `_watch` ends this process
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankedTurn:
+    """Implements `mii_serve.engine.turns.Turn`. The followers wait for theirs by themselves."""
+
+    engine: RankedEngine
+    own: Turn
+
+    def is_done(self) -> bool:
+        return self.own.is_done()
+
+    def wait(self) -> TurnResult:
+        with self.engine.ending_all():
+            return self.own.wait()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
