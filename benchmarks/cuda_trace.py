@@ -134,6 +134,10 @@ class Trace(TorchDispatchMode):
         super().__exit__(*error)
         self._attention.__exit__(*error)
 
+    def begin(self) -> None:
+        """Forget what was recorded; what is allocated stays, and does not count."""
+        self.record, self._live_bytes = Record(), 0
+
     def launch(self, name: str, tensors: Sequence[torch.Tensor], *, flops: int = 0) -> None:
         """A kernel that PyTorch does not dispatch, which reads or writes each of the tensors once."""
         self._add(name, tensors[-1], sum(map(_bytes, tensors)), flops=flops)
@@ -173,7 +177,8 @@ class Trace(TorchDispatchMode):
         first = next(one for one in outputs if one.is_cuda)
         num_bytes = sum(_bytes(one) for one in (*inputs, *outputs) if one.is_cuda)
         flops = 0
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
+        counted = aten.addmm if name == "addmm_" else func._overloadpacket
+        if (count := flop_registry.get(counted)) is not None:
             flops = count(*args, **kwargs, out_val=made)
         if name == "native_group_norm":
             if _is_channels_last(args[0]):

@@ -27,6 +27,7 @@ PEAKS = {"A100": (312e12, 2.039e12), "H100": (989e12, 3.35e12), "H200": (989e12,
 
 TURNS: dict[str, Callable[[int], Record]] = {
     "native": traced_turns.native_turn,
+    "native, unfused": traced_turns.unfused_turn,
     "diffusers, NCHW": lambda n: traced_turns.diffusers_call(n, is_channels_last=False),
     "diffusers, NHWC": lambda n: traced_turns.diffusers_call(n, is_channels_last=True),
 }

@@ -16,6 +16,9 @@ from cuda_trace import Record, Trace
 from mii_serve.engine.batched.batch_inputs import MATRIX_SIZE, SampleInputs
 from mii_serve.engine.batched.denoiser import Denoiser
 from mii_serve.engine.kernels import KernelSet
+from mii_serve.engine.kernels.fused.forward import FusedKernels
+from mii_serve.engine.kernels.fused.triton_operations import Launch, TritonOperations
+from mii_serve.engine.kernels.fused.vae import FusedDecoder
 from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.samplers.table import INPUT_PLANES, STATE_PLANES
 
@@ -24,15 +27,36 @@ NUM_CHANNELS, NUM_TOKENS, TEXT_WIDTH = 4, 77, 768
 DTYPE = torch.float16
 
 
-def native_turn(num_samples: int) -> Record:
-    with fake_cuda.fake_cuda() as fake:
+def native_turn(num_samples: int, also: Launch | None = None) -> Record:
+    """With all fused kernels, of which `also` gets the launches."""
+    with fake_cuda.fake_cuda() as fake, Trace() as trace:
         unet = fake_cuda.unet(fake)
         fake_cuda.to_channels_last(unet)
-        return turn(NativeKernels(unet), num_samples)
+        kernels = FusedKernels(unet, TritonOperations(launcher(trace, also)))
+        return turn(kernels, num_samples, trace)
 
 
-def turn(kernels: KernelSet, num_samples: int) -> Record:
-    """One turn of so many guided samples; to be called within `fake_cuda`."""
+def unfused_turn(num_samples: int) -> Record:
+    """With torch's operations alone."""
+    with fake_cuda.fake_cuda() as fake, Trace() as trace:
+        unet = fake_cuda.unet(fake)
+        fake_cuda.to_channels_last(unet)
+        return turn(NativeKernels(unet), num_samples, trace)
+
+
+def launcher(trace: Trace, also: Launch | None = None) -> Launch:
+    """Counts a Triton kernel in the place of running it; each of its tensors is read or written once."""
+
+    def launch(kernel: Any, grid: Any, tile: Any, tensors: Any, numbers: Any, options: Any, flops: int = 0) -> None:
+        trace.launch(kernel.__name__, [tensor for tensor in tensors if tensor is not None], flops=flops)
+        if also is not None:
+            also(kernel, grid, tile, tensors, numbers, options)
+
+    return launch
+
+
+def turn(kernels: KernelSet, num_samples: int, trace: Trace) -> Record:
+    """One turn of so many guided samples, within `fake_cuda` and the trace."""
 
     def on_device(*size: int) -> Any:
         return torch.zeros(*size, dtype=DTYPE, device=fake_cuda.DEVICE)
@@ -55,8 +79,8 @@ def turn(kernels: KernelSet, num_samples: int) -> Record:
         )
         for i in range(num_samples)
     ]
-    with Trace() as trace:
-        denoiser.step(samples, LATENT_SHAPE)
+    trace.begin()
+    denoiser.step(samples, LATENT_SHAPE)
     return trace.record
 
 
@@ -77,17 +101,21 @@ def diffusers_call(num_samples: int, *, is_channels_last: bool) -> Record:
 
 def diffusers_decode() -> Record:
     """One picture by the VAE, as it is loaded."""
-    with fake_cuda.fake_cuda() as fake:
-        return _decode(fake_cuda.vae(fake))
+    with fake_cuda.fake_cuda() as fake, Trace() as trace:
+        return _decode(fake_cuda.vae(fake), trace)
 
 
-def native_decode() -> Record:
-    """One picture by the VAE, as our engines decode it."""
-    return diffusers_decode()
+def native_decode(also: Launch | None = None) -> Record:
+    """One picture by the VAE with all fused kernels, of which `also` gets the launches."""
+    with fake_cuda.fake_cuda() as fake, Trace() as trace:
+        vae = fake_cuda.vae(fake)
+        fake_cuda.to_channels_last(vae)
+        vae.decoder = FusedDecoder(vae.decoder, TritonOperations(launcher(trace, also)))
+        return _decode(vae, trace)
 
 
-def _decode(vae: Any) -> Record:
+def _decode(vae: Any, trace: Trace) -> Record:
     latents = torch.zeros(1, NUM_CHANNELS, *LATENT_SHAPE, dtype=DTYPE, device=fake_cuda.DEVICE)
-    with Trace() as trace:
-        vae.decode(latents, return_dict=False)
+    trace.begin()
+    vae.decode(latents, return_dict=False)
     return trace.record

@@ -331,6 +331,19 @@ def roofline() -> str:
     return f"v1-4, 512x512, fp16; torch {result['versions']['torch']}, traced and computed:\n\n" + "\n".join(tables)
 
 
+def kernel_resources() -> str:
+    result = read("kernel-resources.json")
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        about = {"kernel", "capability", "warps", "registers", "spilled_bytes", "shared_bytes"}
+        tile = ", ".join(f"{name} {value}" for name, value in row.items() if name not in about)
+        key = f"`{row['kernel']}`", f"{tile}; {row['warps']} warps"
+        taken = f"{row['registers']}, {row['spilled_bytes']}, {row['shared_bytes'] / 1024:.0f}"
+        cells.setdefault(key, list(key)).append(taken)
+    header = ["", "tile", *(f"{about}: registers, spilled bytes, shared KiB" for about in ("8.0", "9.0"))]
+    return f"triton {result['versions']['triton']}, compiled, not run:\n\n{markdown(header, cells.values())}"
+
+
 def _spread(seen: dict[str, float]) -> str:
     return f"{seen['median_s']:.2f} ({seen['min_s']:.2f}-{seen['max_s']:.2f})"
 
@@ -353,6 +366,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ranks,
         ranks_computed,
         roofline,
+        kernel_resources,
     )
 }
 
