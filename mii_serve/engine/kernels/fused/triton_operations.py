@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import linear
 
 from mii_serve.engine.kernels.fused import kernels, matmul_kernels, tiles
 from mii_serve.engine.kernels.fused.operations import Norm, TorchOperations
@@ -212,6 +213,13 @@ class TritonOperations(TorchOperations):
             flops=4 * num_rows * num_heads * num_queries * num_keys * head,
         )
         return made
+
+
+class TritonAfterLinear(TritonOperations):
+    """The same but for `linear_geglu`: cuBLAS multiplies, and a kernel does the rest."""
+
+    def linear_geglu(self, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return self.geglu(linear(tokens, weight, bias))
 
 
 def _blocks(number: int, size: int) -> int:
