@@ -127,7 +127,7 @@ class BatchedEngine:
             max_slots=self._max_slots,
             num_channels=self._num_channels,
             buckets=self._buckets,
-            has_other_ranks=group is not None,
+            group=group,
         )
         self._timer = StageTimer()
         self._samples: dict[SampleId, BatchedSample] = {}

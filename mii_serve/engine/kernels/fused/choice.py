@@ -1,30 +1,19 @@
-"""Decides which fused operation runs in which way on this device, from measurements that are kept on disk.
-
-A way must be right before it is timed, and the fastest right one of each shape is used. What was measured once on a kind of
-device, with these versions and these kernels, is not measured again.
-"""
+"""`Operations` that run each shape in the fastest way that was found right for it on this device."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import json
-import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mii_serve.engine.kernel_choices import OPERATIONS, TORCH, Choice, Shape
 from mii_serve.engine.kernels.fused.measuring import (
-    TORCH,
-    Measurement,
-    Shape,
     attention_shape,
     group_norm_shape,
     layer_norm_shape,
@@ -32,28 +21,6 @@ from mii_serve.engine.kernels.fused.measuring import (
     upsample_shape,
 )
 from mii_serve.engine.kernels.fused.operations import Norm, Operations, TorchOperations
-
-logger = logging.getLogger(__name__)
-
-OPERATIONS = ("group_norm", "upsample", "layer_norm", "linear_geglu", "attention")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """What was measured, and why what could not be used was refused."""
-
-    device: str
-    measurements: tuple[Measurement, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
-
-    def summary(self) -> str:
-        """One line: how many shapes of each operation run in which way."""
-        texts = []
-        for operation in OPERATIONS:
-            ways = Counter(one.fastest for one in self.measurements if one.operation == operation)
-            if ways:
-                texts.append(f"{operation} {', '.join(f'{way} {count}' for way, count in sorted(ways.items()))}")
-        return "; ".join((*texts, *(f"not {what} ({why})" for what, why in self.refused.items())))
 
 
 class ChosenOperations:
@@ -115,82 +82,6 @@ class ChosenOperations:
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return self._way(*attention_shape(query, key)).attention(query, key, value)
-
-
-# ---- on disk -------------------------------------------------------------------------------------------------------
-
-
-def choices_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mii_serve" / "kernels"
-
-
-class ChoiceFile:
-    """The choice for one kind of device, model and set of versions.
-
-    A folder that cannot be written costs the next start its time, and nothing else.
-    """
-
-    def __init__(self, about: Mapping[str, Any], folder: Path) -> None:
-        self._about = dict(about)
-        text = json.dumps(self._about, sort_keys=True)
-        self._path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-        self._trying = self._path.with_suffix(".trying")
-
-    def read(self) -> Choice | None:
-        try:
-            found = json.loads(self._path.read_text())
-            return choice_from(found) if found["about"] == self._about else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def write(self, choice: Choice) -> None:
-        _write(self._path, json.dumps({"about": self._about, **asdict(choice)}, indent=1) + "\n")
-
-    def ended_the_process(self) -> str | None:
-        """What was being tried when a start before this one ended without a result."""
-        try:
-            return self._trying.read_text().strip() or None
-        except OSError:
-            return None
-
-    def begin(self, what: str) -> None:
-        _write(self._trying, what)
-
-    def end(self) -> None:
-        with contextlib.suppress(OSError):
-            self._trying.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: several ranks may write it at once."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
-        part.replace(path)
-    except OSError as error:
-        logger.info("the choice of kernels is not kept: %s", error)
-
-
-def choice_from(found: Mapping[str, Any]) -> Choice:
-    """A choice as `ChoiceFile` wrote it.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is none.
-    """
-    measurements = tuple(
-        Measurement(
-            operation=one["operation"],
-            shape=tuple(map(int, one["shape"])),
-            size=int(one["size"]),
-            ms={str(way): float(ms) for way, ms in one["ms"].items()},
-        )
-        for one in found["measurements"]
-    )
-    if not all(TORCH in one.ms and one.operation in OPERATIONS for one in measurements):
-        raise ValueError("a measurement without torch's")
-    return Choice(device=str(found["device"]), measurements=measurements, refused=dict(found["refused"]))
 
 
 def source_digest() -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from mii_serve.engine.kernels.fused.choice import Choice, ChoiceFile, ChosenOperations, choices_folder, source_digest
+from mii_serve.engine.kernel_choices import Choice, ChoiceFile, choices_folder
+from mii_serve.engine.kernels.fused.choice import ChosenOperations, source_digest
 from mii_serve.engine.kernels.fused.forward import FusedKernels, why_not_fusible
 from mii_serve.engine.kernels.fused.measuring import MAX_ERROR, MeasuringOperations, error
 from mii_serve.engine.kernels.fused.operations import Operations

@@ -13,30 +13,13 @@ from typing import Any
 
 import torch
 
+from mii_serve.engine.kernel_choices import TORCH, Measurement, Shape
 from mii_serve.engine.kernels.fused.operations import Norm, Operations, TorchOperations
-
-TORCH = "torch"
-"""The way that every operation has, and that is right by definition."""
 
 MAX_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-4}
 """Root mean square of the difference from float32 over that of the right answer; rounding alone is a tenth of it."""
 
-Shape = tuple[int, ...]
 Cast = Callable[[Any], Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """One shape of one operation. `size` counts rows or tokens, `shape` is the rest; `ms` holds the ways that are right."""
-
-    operation: str
-    shape: Shape
-    size: int
-    ms: Mapping[str, float]
-
-    @property
-    def fastest(self) -> str:
-        return min(self.ms, key=lambda way: self.ms[way])
 
 
 @dataclass(slots=True, eq=False)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny_shape import TINY
 
-from mii_serve.engine.kernels.fused.choice import Choice, ChoiceFile, ChosenOperations
+from mii_serve.engine.kernel_choices import TORCH, Choice, ChoiceFile, Measurement, kept_choices
+from mii_serve.engine.kernels.fused.choice import ChosenOperations
 from mii_serve.engine.kernels.fused.forward import FusedKernels
 from mii_serve.engine.kernels.fused.install import Device, install, native_kernels
-from mii_serve.engine.kernels.fused.measuring import TORCH, Measurement
 from mii_serve.engine.kernels.fused.operations import TorchOperations
 from mii_serve.engine.kernels.fused.vae import FusedDecoder
 from mii_serve.engine.kernels.native import NativeKernels
@@ -202,4 +202,5 @@ def test_the_nearest_size_decides_and_most_shapes_for_one_that_was_not_measured(
 def test_a_file_about_something_else_is_not_read(tmp_path):
     file = ChoiceFile({"device": "a"}, tmp_path)
     file.write(Choice(device="a"))
+    assert kept_choices(tmp_path) == [Choice(device="a")]
     assert file.read() == Choice(device="a") and ChoiceFile({"device": "b"}, tmp_path).read() is None
