@@ -44,8 +44,11 @@ demo: $(INSTALLED)
 chromium: $(INSTALLED)
 	tools/install_chromium.sh $(BIN)/python
 
+# Half of the suite starts servers and waits for them, so that two processes share two cores well. A file stays in one process.
+TEST_PROCESSES ?= 2
+
 test: $(INSTALLED) $(CLIENTS) chromium
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not gpu and not slow" tests/unit tests/contract tests/integration

@@ -43,12 +43,13 @@ _COUNTS = [one.name for one in fields(Activity) if one.name not in ("uptime_s", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaInfo:
-    """One copy of the model; no activity while it is not ready."""
+    """One copy of the model; no activity while it is not ready. `devices` are as in `EngineDescription`."""
 
     index: int
     is_ready: bool
     num_restarts: int
     activity: Activity | None
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

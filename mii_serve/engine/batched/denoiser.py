@@ -19,6 +19,7 @@ from mii_serve.engine.batched.prompt_cache import PromptCache
 from mii_serve.engine.batched.slot_pool import SlotPool
 from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.kernels import KernelSet
+from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.errors import EngineError
 from mii_serve.samplers.update import step
 from mii_serve.types import LatentShape
@@ -47,12 +48,13 @@ class Denoiser:
         max_slots: int,
         num_channels: int,
         buckets: Sequence[BatchShape] = (),
-        has_other_ranks: bool = False,
+        group: RankGroup | None = None,
     ) -> None:
         """`prompts` and `timesteps` are the caches that the rows of `SampleInputs` point into.
 
-        With other ranks, which make the same calls, a call that does not fit is not made smaller: theirs would not be. They
-        divide a call by its shape alone, so that the rows of a bucket are fixed.
+        The ranks of a `group` make the same calls. They agree beforehand which buckets fit into the memory of each; a later
+        call that does not fit is not made smaller, as those of the others would not be. They divide a call by its shape alone,
+        so that the rows of a bucket are fixed.
         """
         self._kernels = kernels
         self._max_slots = max_slots
@@ -61,7 +63,7 @@ class Denoiser:
         self._timestep_embeds = timesteps.embeds
         self._device = self._prompts.device
         self._buckets = buckets
-        self._has_other_ranks = has_other_ranks
+        self._group = group
         self._pools: dict[LatentShape, SlotPool] = {}
         self._prepared: dict[BatchShape, Callable[[Sequence[SampleInputs]], StepOutputs]] = {}
         self._chosen: dict[BatchShape, BatchShape | None] = {}
@@ -91,13 +93,27 @@ class Denoiser:
         for bucket in self._buckets:
             if bucket in self._prepared or not self._has_room_for(bucket):
                 continue
+            if self._group is not None and not self._group.agree(self._fits(bucket, self._group)):
+                self._shrink(bucket.num_latent_pixels - 1)
+                continue
             try:
                 self._prepared[bucket] = self._capture(bucket)
                 self._chosen.clear()
             except torch.OutOfMemoryError as error:
-                if self._has_other_ranks:
+                if self._group is not None:
                     raise EngineError(f"out of memory with {bucket}; use a smaller max_slots") from error
                 self._shrink(bucket.num_latent_pixels - 1)
+
+    def _fits(self, bucket: BatchShape, group: RankGroup) -> bool:
+        """Whether this rank has memory for a call of this shape, tried without the others."""
+        inputs = BatchInputs(bucket, self._num_channels, self._device, has_fixed_rows=True)
+        inputs.fill((), self.pool((bucket.height, bucket.width)).padding_slot)
+        try:
+            with group.apart():
+                self._run(inputs)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def step(
         self, samples: Sequence[SampleInputs], latent_shape: LatentShape, *, has_outputs: bool = True
@@ -120,7 +136,7 @@ class Denoiser:
                 if called is not None:
                     outputs.append(called)
             except torch.OutOfMemoryError:
-                if len(batch) == 1 or self._has_other_ranks:
+                if len(batch) == 1 or self._group is not None:
                     raise
                 self._shrink(batch_shape(batch[: len(batch) // 2], latent_shape).num_latent_pixels)
                 continue
@@ -159,7 +175,7 @@ class Denoiser:
         if shape not in self._chosen:
             if len(self._chosen) >= MAX_KEPT_INPUTS:
                 self._chosen.clear()
-            self._chosen[shape] = choose_bucket(self._prepared, shape, has_fixed_rows=self._has_other_ranks)
+            self._chosen[shape] = choose_bucket(self._prepared, shape, has_fixed_rows=self._group is not None)
         return self._chosen[shape]
 
     def _inputs_of(self, shape: BatchShape) -> BatchInputs:
@@ -190,7 +206,7 @@ class Denoiser:
     def _capture(self, bucket: BatchShape) -> Callable[[Sequence[SampleInputs]], StepOutputs]:
         """A function that steps a batch of this shape. Its outputs are overwritten by the next replay of any bucket."""
         pool = self.pool((bucket.height, bucket.width))
-        inputs = BatchInputs(bucket, self._num_channels, self._device, has_fixed_rows=self._has_other_ranks)
+        inputs = BatchInputs(bucket, self._num_channels, self._device, has_fixed_rows=self._group is not None)
         inputs.fill((), pool.padding_slot)
         replay, (model_input, prediction) = self._record(inputs)
 

@@ -129,7 +129,7 @@ class BatchedEngine:
             max_slots=self._max_slots,
             num_channels=self._num_channels,
             buckets=self._buckets,
-            has_other_ranks=group is not None,
+            group=group,
         )
         self._stage_seconds: dict[str, float] = {}
         self._samples: dict[SampleId, BatchedSample] = {}

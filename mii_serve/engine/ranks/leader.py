@@ -58,7 +58,14 @@ class RankedEngine:
     """
 
     def __init__(
-        self, engine: RankEngine, group: RankGroup, followers: Sequence[Follower], rendezvous: int, parallelism: str
+        self,
+        engine: RankEngine,
+        group: RankGroup,
+        followers: Sequence[Follower],
+        *,
+        rendezvous: int,
+        parallelism: str,
+        devices: tuple[str, ...],
     ) -> None:
         """`rendezvous` is the descriptor of the file through which the ranks have met; closed with the engine."""
         self._engine = engine
@@ -66,6 +73,7 @@ class RankedEngine:
         self._followers = followers
         self._rendezvous = rendezvous
         self._parallelism = parallelism
+        self._devices = devices
         self._is_closing = False
         self.capabilities: Capabilities = engine.capabilities
         for follower in followers:
@@ -77,7 +85,9 @@ class RankedEngine:
 
     @property
     def description(self) -> EngineDescription:
-        return replace(self._engine.description, num_ranks=self.group.size, parallelism=self._parallelism)
+        return replace(
+            self._engine.description, num_ranks=self.group.size, parallelism=self._parallelism, devices=self._devices
+        )
 
     @property
     def capacity(self) -> EngineCapacity:
@@ -322,12 +332,15 @@ def lead(config: DeployConfig, build_rank: Callable[[RankGroup], RankEngine]) ->
             with contextlib.suppress(OSError):  # it has ended, and `built` says so
                 follower.send({**order, "rank": follower.rank})
         engine = build_rank(group)
+        devices = list(engine.description.devices)
         for follower in followers:
-            if (other := follower.built()) != engine.description:
+            other = follower.built()
+            if replace(other, devices=engine.description.devices) != engine.description:
                 raise EngineError(f"rank {follower.rank} has the engine {other}, and rank 0 has {engine.description}")
+            devices += other.devices
         group.connect(f"/proc/self/fd/{rendezvous}", torch.device(engine.description.device), timeout_s)
         undo.pop_all()
-    return RankedEngine(engine, group, followers, rendezvous, config.parallelism)
+    return RankedEngine(engine, group, followers, rendezvous=rendezvous, parallelism=config.parallelism, devices=tuple(devices))
 
 
 def _gpus(config: DeployConfig) -> list[str]:

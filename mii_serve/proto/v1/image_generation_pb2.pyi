@@ -283,16 +283,18 @@ class GetServerInfoResponse(_message.Message):
         max_images_per_prompt: int
         def __init__(self, max_prompt_chars: _Optional[int] = ..., max_num_inference_steps: _Optional[int] = ..., max_guidance_scale: _Optional[float] = ..., min_size_px: _Optional[int] = ..., max_size_px: _Optional[int] = ..., max_images_per_prompt: _Optional[int] = ...) -> None: ...
     class Replica(_message.Message):
-        __slots__ = ("index", "is_ready", "num_restarts", "activity")
+        __slots__ = ("index", "is_ready", "num_restarts", "activity", "devices")
         INDEX_FIELD_NUMBER: _ClassVar[int]
         IS_READY_FIELD_NUMBER: _ClassVar[int]
         NUM_RESTARTS_FIELD_NUMBER: _ClassVar[int]
         ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+        DEVICES_FIELD_NUMBER: _ClassVar[int]
         index: int
         is_ready: bool
         num_restarts: int
         activity: GetServerInfoResponse.Activity
-        def __init__(self, index: _Optional[int] = ..., is_ready: _Optional[bool] = ..., num_restarts: _Optional[int] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ...) -> None: ...
+        devices: _containers.RepeatedScalarFieldContainer[str]
+        def __init__(self, index: _Optional[int] = ..., is_ready: _Optional[bool] = ..., num_restarts: _Optional[int] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., devices: _Optional[_Iterable[str]] = ...) -> None: ...
     class Activity(_message.Message):
         __slots__ = ("uptime_s", "max_slots", "num_running", "num_waiting", "num_steps", "num_images", "num_requests", "num_cancelled_requests", "num_turns", "num_graph_misses", "max_cells_per_call")
         UPTIME_S_FIELD_NUMBER: _ClassVar[int]
