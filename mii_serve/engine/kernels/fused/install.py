@@ -82,7 +82,7 @@ def install(model: LoadedModel, device: Device, *, num_samples: tuple[int, ...],
     latent_shape = model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE
     with torch.inference_mode(False), torch.no_grad():
         unet.to(memory_format=torch.channels_last)
-        inputs = _Inputs(unet, latent_shape)
+        inputs = PassInputs(unet, latent_shape)
         expected = inputs.prediction(NativeKernels(unet), 1)
         choice = _choice(pipeline, device, inputs, num_samples, folder)
         operations = ChosenOperations(choice, device.ways)
@@ -123,7 +123,7 @@ def this_device(device: torch.device) -> Device:
     return Device(about=about, ways=ways, time_ms=_time_ms)
 
 
-def _choice(pipeline: Any, device: Device, inputs: _Inputs, num_samples: tuple[int, ...], folder: Path) -> Choice:
+def _choice(pipeline: Any, device: Device, inputs: PassInputs, num_samples: tuple[int, ...], folder: Path) -> Choice:
     unet, vae = pipeline.unet, pipeline.vae
     shapes = str([(name, tuple(one.shape)) for part in (unet, vae) for name, one in part.state_dict().items()])
     model = {
@@ -170,8 +170,8 @@ def _fuse_decoder(vae: Any, operations: Operations, latent_shape: tuple[int, int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Inputs:
-    """Random inputs of a pass, the same ones each time."""
+class PassInputs:
+    """Random inputs of a pass through the UNet, the same ones each time."""
 
     unet: Any
     latent_shape: tuple[int, int]
