@@ -1,4 +1,4 @@
-"""Runs the Triton kernels in Triton's interpreter on a CPU, at real channel counts and few pixels, with their own tiles.
+"""Cases for the Triton kernels, at real channel counts and few pixels, with their own tiles; run in the interpreter on a CPU.
 
 A script, because the interpreter is chosen by `TRITON_INTERPRET=1` before Triton is imported. It writes a JSON object: for each
 case how far the kernel is from float32 or float64, and how far its twin in torch is, as root mean square over the right
@@ -25,7 +25,8 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 def half(*size: int, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
-    return (torch.randn(size, generator=GENERATOR) * scale + mean).half()
+    made = (torch.randn(size, generator=GENERATOR, device="cpu") * scale + mean).half()
+    return made.to(torch.get_default_device())
 
 
 def image(channels: int, height: int, width: int, rows: int = 1, mean: float = 0.0) -> torch.Tensor:
@@ -129,6 +130,7 @@ def attention(head: int, num_queries: int, num_keys: int | None = None, heads: i
 
 
 def cases() -> Iterator[tuple[str, Case]]:
+    """Their tensors are on torch's default device."""
     summed = {"residual": image(1280, 8, 8), "other": image(640, 8, 8), "bias": half(1, 1280)}
     yield "group norm, whole, all that can be added", group_norm(image(1280, 8, 8), **summed, has_after=True)
     yield "group norm, whole, two rows, bias of a row, odd size", alone(image(320, 5, 7, rows=2), half(2, 320))
