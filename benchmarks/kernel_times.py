@@ -93,6 +93,7 @@ def measure(
             kernels = FusedKernels(pipeline.unet, measuring)
             for index, count in enumerate(num_samples):
                 inputs.prediction(kernels, count)
+                inputs.sample(measuring, device.samplers, count)
                 if index == 0:
                     decoder = FusedDecoder(pipeline.vae.decoder, measuring)
                     decoder(inputs.latents(1, pipeline.vae.config.latent_channels))

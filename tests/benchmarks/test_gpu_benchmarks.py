@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import kernel_times
@@ -40,22 +41,21 @@ def test_gpu_tests_run_in_order_and_what_passed_is_not_run_again(tmp_path):
 
 
 class TestKernelTimes:
-    def measure(self, out: Path, budget_s: float = 600.0, **about: str) -> dict:
-        return kernel_times.measure(
-            tiny_model(), fast_device()[0], about={"device": "d", **about}, out=out, budget_s=budget_s, num_samples=(1, 2)
-        )
+    def measure(self, out: Path, budget_s: float = 600.0, *, commit: str = "a", has_clock: bool = True) -> dict:
+        device = fast_device()[0] if has_clock else replace(fast_device()[0], time_ms=None)
+        about = {"device": "d", "commit": commit}
+        return kernel_times.measure(tiny_model(), device, about=about, out=out, budget_s=budget_s, num_samples=(1, 2))
 
-    def test_every_shape_is_kept_and_none_is_measured_again(self, tmp_path, monkeypatch):
+    def test_every_shape_is_kept_and_none_is_measured_again(self, tmp_path):
         out = tmp_path / "times.json"
         found = self.measure(out)
         assert {one["operation"] for one in found["measurements"]} == {
-            "group_norm", "upsample", "layer_norm", "linear_geglu", "attention",
+            "group_norm", "upsample", "layer_norm", "linear_geglu", "attention", "sampler",
         }  # fmt: skip
         assert {one["fastest"] for one in found["measurements"]} == {"fast"}
         assert "cudnn" in json.dumps(found["refused"]), "an attention that is not there is named"
         assert "fast 500.0, torch 1000.0" in kernel_times.table(found)
-        monkeypatch.setattr(kernel_times.MeasuringOperations, "_ways_of", None)  # fails if it is called
-        assert self.measure(out) == found
+        assert self.measure(out, has_clock=False) == found
 
     def test_what_there_was_no_time_for_is_measured_by_the_next_run(self, tmp_path):
         out, whole = tmp_path / "times.json", self.measure(tmp_path / "whole.json")

@@ -10,6 +10,7 @@ from tiny_shape import TINY
 
 from mii_serve.engine.kernels.fused.install import Device
 from mii_serve.engine.kernels.fused.operations import TorchOperations
+from mii_serve.engine.kernels.sampler import TorchSampler
 from mii_serve.models import LoadedModel
 from mii_serve.models.random_init import build_random_pipeline
 from mii_serve.models.source import DEMO_FOLDER
@@ -59,6 +60,18 @@ class Way(TorchOperations):
         return self._run("attention", *arguments, **named)
 
 
+class Sampler(TorchSampler):
+    """Torch's, at another price; wrong where asked for."""
+
+    def __init__(self, clock: Clock, price: float, *, is_wrong: bool = False) -> None:
+        self._clock, self._price, self._is_wrong = clock, price, is_wrong
+
+    def end(self, *arguments: Any, **named: Any) -> Any:
+        made = super().end(*arguments, **named)
+        self._clock.price = self._price
+        return made * 1.01 if self._is_wrong else made
+
+
 def tiny_model() -> LoadedModel:
     pipeline = build_random_pipeline(
         TINY,
@@ -71,8 +84,10 @@ def tiny_model() -> LoadedModel:
     return LoadedModel(pipeline=pipeline, name="tiny", revision="", defaults=defaults, limits=Limits())
 
 
-def fast_device(**faults: str) -> tuple[Device, Way]:
+def fast_device(*, wrong: str = "", failing: str = "") -> tuple[Device, Way]:
     """A device with one way beside torch's, at half the price."""
     clock = Clock()
-    way = Way(clock, 0.5, **faults)
-    return Device(about={"device": "double", "torch": "1"}, ways={"fast": way}, time_ms=clock.time_ms), way
+    way = Way(clock, 0.5, wrong=wrong, failing=failing)
+    samplers = {"fast": Sampler(clock, 0.5, is_wrong=wrong == "sampler")}
+    about = {"device": "double", "torch": "1"}
+    return Device(about=about, ways={"fast": way}, samplers=samplers, time_ms=clock.time_ms), way

@@ -21,7 +21,9 @@ from mii_serve.engine.kernels.fused.measuring import MAX_ERROR, MeasuringOperati
 from mii_serve.engine.kernels.fused.operations import Operations
 from mii_serve.engine.kernels.fused.vae import FusedDecoder, why_vae_not_fusible
 from mii_serve.engine.kernels.native import NativeKernels
+from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
 from mii_serve.models import LoadedModel
+from mii_serve.samplers.table import INPUT_PLANES, STATE_PLANES
 from mii_serve.types import LATENT_SCALE
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Device:
 
     about: Mapping[str, Any]
     ways: Mapping[str, Operations]
+    samplers: Mapping[str, SamplerKernels]
     time_ms: Callable[[Callable[[], object]], float]
 
     @property
@@ -86,7 +89,7 @@ def install(model: LoadedModel, device: Device, *, num_samples: tuple[int, ...],
         expected = inputs.prediction(NativeKernels(unet), 1)
         choice = _choice(pipeline, device, inputs, num_samples, folder)
         operations = ChosenOperations(choice, device.ways)
-        fused = FusedKernels(unet, operations)
+        fused = FusedKernels(unet, operations, sampler=device.samplers.get(choice.usual("sampler")))
         found = error(inputs.prediction(fused, 1), expected)
         if not found <= MAX_PASS_ERROR:
             logger.warning("the fused kernels are not used: a whole pass is %.2g off", found)
@@ -106,6 +109,7 @@ def this_device(device: torch.device) -> Device:
     """
     import triton
 
+    from mii_serve.engine.kernels.fused.sampler import FusedSampler
     from mii_serve.engine.kernels.fused.triton_operations import TritonAfterLinear, TritonOperations
 
     seen = torch.cuda.get_device_properties(device)
@@ -120,7 +124,7 @@ def this_device(device: torch.device) -> Device:
         "kernels": source_digest(),
     }
     ways = {"triton": TritonOperations(), "linear, then triton": TritonAfterLinear()}
-    return Device(about=about, ways=ways, time_ms=_time_ms)
+    return Device(about=about, ways=ways, samplers={"triton": FusedSampler()}, time_ms=_time_ms)
 
 
 def _choice(pipeline: Any, device: Device, inputs: PassInputs, num_samples: tuple[int, ...], folder: Path) -> Choice:
@@ -142,6 +146,7 @@ def _choice(pipeline: Any, device: Device, inputs: PassInputs, num_samples: tupl
     for count in num_samples:
         try:
             inputs.prediction(kernels, count)
+            inputs.sample(measuring, device.samplers, count)
         except torch.OutOfMemoryError:
             logger.info("calls for %d samples do not fit into memory beside their check; the shapes before decide", count)
     if why_vae_not_fusible(vae) is None:
@@ -192,6 +197,31 @@ class PassInputs:
             kernels.project_prompts(embeds.to(unet.device, unet.dtype)),
             torch.arange(2 * num_samples, device=unet.device) % num_samples,
         )
+
+    def sample(self, measuring: MeasuringOperations, samplers: Mapping[str, SamplerKernels], num_samples: int) -> None:
+        """Measure what is done around the UNet call."""
+        generator = torch.Generator().manual_seed(2)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator).to(self.unet.device)
+
+        size = self.unet.config.in_channels, *self.latent_shape
+        state, noise = random(num_samples + 1, STATE_PLANES, *size), random(num_samples, *size)
+        noise_pred = random(2 * num_samples, *size).to(self.unet.dtype, memory_format=torch.channels_last)
+        matrices, scale = random(num_samples, STATE_PLANES, INPUT_PLANES), random(num_samples).abs()
+        slots = torch.arange(num_samples, 0, -1, device=self.unet.device)
+        rescale = scale.clamp(max=1.0) * (slots % 2)
+
+        def call(way: SamplerKernels, cast: Callable[[Any], Any]) -> tuple[torch.Tensor, ...]:
+            stepped = state.clone()
+            model_input, latents = way.begin(stepped, slots, scale, self.unet.dtype)
+            named = {"guidance_scale": 7.5 * scale, "guidance_rescale": rescale, "noise": noise, "matrices": matrices}
+            rows = num_samples + slots - 1
+            prediction = way.end(stepped, slots, cast(noise_pred), rows, **named, is_guided=True)
+            return model_input, latents, prediction, stepped
+
+        shape = "sampler", (self.latent_shape[0] * self.latent_shape[1],), num_samples
+        measuring.measured(*shape, call, TorchSampler(), samplers.items())
 
 
 def _time_ms(call: Callable[[], object]) -> float:

@@ -94,14 +94,25 @@ class MeasuringOperations:
         return made
 
     def _measured(self, operation: str, shape: Shape, size: int, call: Callable[[Operations, Cast], Any]) -> Any:
-        own = TorchOperations()
+        return self.measured(operation, shape, size, call, TorchOperations(), self._ways_of(operation))
+
+    def measured(
+        self,
+        operation: str,
+        shape: Shape,
+        size: int,
+        call: Callable[[Any, Cast], Any],
+        own: Any,
+        ways: Iterable[tuple[str, Any]],
+    ) -> Any:
+        """What `call` makes with `own`, torch's way; the first time for a shape, the other ways are compared and timed."""
         made = call(own, _as_it_is)
         if (operation, shape, size) in self._known:
             return made
         self._known.add((operation, shape, size))
         true, dtype = call(own, _in_float32), _tensors(made)[0].dtype
         ms = {TORCH: self.time_ms(lambda: call(own, _as_it_is))}
-        for name, way in self._ways_of(operation):
+        for name, way in ways:
             what = f"{operation}: {name}"
             if what in self.refused:
                 continue

@@ -19,6 +19,7 @@ from mii_serve.engine.kernels.fused.install import Device, install, native_kerne
 from mii_serve.engine.kernels.fused.operations import TorchOperations
 from mii_serve.engine.kernels.fused.vae import FusedDecoder
 from mii_serve.engine.kernels.native import NativeKernels
+from mii_serve.engine.kernels.sampler import TorchSampler
 from mii_serve.models import LoadedModel
 
 NAMES = ("group_norm", "upsample", "layer_norm", "linear_geglu", "attention")
@@ -43,23 +44,27 @@ def test_the_fastest_way_that_is_right_is_used(model, tmp_path):
     installed = put_under(model, device, tmp_path)
     assert isinstance(installed.kernels, FusedKernels) and isinstance(model.pipeline.vae.decoder, FusedDecoder)
     assert set(way.calls) == set(NAMES)
-    assert all(f"{name} fast " in installed.about for name in NAMES) and "torch" not in installed.about
+    assert all(f"{name} fast " in installed.about for name in (*NAMES, "sampler")) and "torch" not in installed.about
+    assert installed.kernels.sampler is device.samplers["fast"]
 
 
 def test_a_slower_way_is_not_used(model, tmp_path):
     clock = Clock()
     slow = Way(clock, 2.0)
-    installed = put_under(model, Device(about={"device": "d"}, ways={"slow": slow}, time_ms=clock.time_ms), tmp_path)
+    installed = put_under(
+        model, Device(about={"device": "d"}, ways={"slow": slow}, samplers={}, time_ms=clock.time_ms), tmp_path
+    )
     assert "slow" not in installed.about
     before = len(slow.calls)
     model.pipeline.vae.decode(torch.randn(1, model.pipeline.vae.config.latent_channels, 8, 8))
     assert len(slow.calls) == before
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "attention"])
+@pytest.mark.parametrize("name", ["layer_norm", "attention", "sampler"])
 def test_a_wrong_way_is_refused_with_the_reason(model, tmp_path, name):
     installed = put_under(model, fast_device(wrong=name)[0], tmp_path)
     assert f"not {name}: fast (0.01 off for " in installed.about
+    assert (type(installed.kernels.sampler) is TorchSampler) == (name == "sampler")
     assert f"{name} torch " in installed.about and "group_norm fast " in installed.about
 
 
