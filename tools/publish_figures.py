@@ -344,6 +344,33 @@ def kernel_resources() -> str:
     return f"triton {result['versions']['triton']}, compiled, not run:\n\n{markdown(header, cells.values())}"
 
 
+def kernel_times() -> str:
+    """A table for each GPU that was measured."""
+    tables = []
+    for file in sorted(RESULTS.glob("kernel-times-*.json")):
+        result = json.loads(file.read_text())
+        cells = []
+        for row in result["measurements"]:
+            ways = sorted(row["ms"].items(), key=lambda way: way[1])
+            shape = "×".join(map(str, (row["size"], *row["shape"])))
+            cells.append([f"`{row['operation']}` {shape}", ", ".join(f"{way} {1000 * ms:.1f}" for way, ms in ways)])
+        refused = "".join(f"Not {what}: {why}.\n" for what, why in result["refused"].items())
+        tables.append(f"{result['device']}, measured:\n\n{markdown(['shape', 'µs, the fastest first'], cells)}\n{refused}")
+    return "\n".join(tables) or NOT_YET
+
+
+def gpu_tests() -> str:
+    """What the tests on each GPU found."""
+    lines = []
+    for file in sorted(RESULTS.glob("gpu-tests-*.json")):
+        result = json.loads(file.read_text())
+        outcomes = [row["outcome"] for row in result["tests"].values()]
+        counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
+        lines.append(f"{result['device']}, commit {str(result['commit'])[:12]}: {counts}.\n")
+        lines += [f"- {row['outcome']}: `{name}`\n" for name, row in result["tests"].items() if row["outcome"] == "failed"]
+    return "".join(lines) or NOT_YET
+
+
 def _spread(seen: dict[str, float]) -> str:
     return f"{seen['median_s']:.2f} ({seen['min_s']:.2f}-{seen['max_s']:.2f})"
 
@@ -366,6 +393,8 @@ TABLES: dict[str, Callable[[], str]] = {
         ranks,
         ranks_computed,
         roofline,
+        kernel_times,
+        gpu_tests,
         kernel_resources,
     )
 }
