@@ -60,6 +60,9 @@ CPU_DECODES, CUDA_DECODES = 4, 2
 """Pictures decoded in one VAE call, which a turn may have to wait for; it needs far more memory per sample than the UNet. On
 CUDA not measured yet."""
 
+MAX_BEHIND = 8
+"""Batches that wait for the decoder. Previews are left out while there are so many; of pictures the slots bound the number."""
+
 Results = dict[SampleId, SampleProgress]
 
 
@@ -294,7 +297,7 @@ class BatchedEngine:
             one.step += 1
         results = {one.sample.id: failed.get(one.sample.id) or one.progress for one in due}
         rows = [row for row, one in enumerate(stepped) if one.sample.id in shown and one.sample.id not in failed]
-        if rows and outputs is not None:
+        if rows and outputs is not None and self._tail.num_pending < MAX_BEHIND:
             previewed, (model_input, prediction) = [stepped[row] for row in rows], outputs
             x0 = upload(torch.tensor([one.stepping.x0(one.step - 1) for one in previewed]), self._device)
             seen = torch.stack([model_input[row] for row in rows]), torch.stack([prediction[row] for row in rows])
