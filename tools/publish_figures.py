@@ -68,6 +68,14 @@ def scheduler() -> str:
     return f"`plan` and `advance` together, in microseconds:\n\n{markdown(['', 'median', 'p99'], cells)}"
 
 
+def host_cost() -> str:
+    result = read("host-cost.json")
+    cells = [[row["num_samples"], row["cpu_ms"]["median"], row["cpu_ms"]["least"]] for row in result["rows"]]
+    table = markdown(["guided samples", "median", "least"], cells)
+    about = f"median and least of {result['runs']} runs of {result['turns']} turns on one core, {result['device']}"
+    return f"Milliseconds of processor time a turn ({about}):\n\n{table}"
+
+
 def front() -> str:
     result = read("front-cost.json")
     requests, steps = result["requests"], result["steps"]
@@ -384,6 +392,7 @@ TABLES: dict[str, Callable[[], str]] = {
         inflight,
         savings,
         scheduler,
+        host_cost,
         front,
         overload,
         engines,

@@ -20,6 +20,7 @@ def test_there_are_tables_to_check():
     for name in (
         "engines",
         "front",
+        "host_cost",
         "inflight",
         "kernel_resources",
         "overload",
