@@ -315,6 +315,43 @@ def ranks_computed() -> str:
     return markdown(["guided samples", *of_rows, "each rank sums, `tensor`"], cells)
 
 
+def roofline() -> str:
+    result = read("roofline.json")
+    tables = []
+    for what, title in (("turn", "A turn"), ("decode", "The VAE, one picture")):
+        rows = [row for row in result["rows"] if row["what"] == what]
+        cells = [
+            [
+                row["row"],
+                row["num_samples"],
+                row["kernels"],
+                f"{row['gflop']:.0f}",
+                f"{row['gb']:.2f}",
+                row["layout_conversions"],
+                f"{row['peak_activations_gib']:.2f}",
+                *(f"{value:.1f}" for value in row["bound_ms"].values()),
+            ]
+            for row in rows
+        ]
+        devices = [f"{device}, ms" for device in rows[0]["bound_ms"]]
+        header = [title, "samples", "kernels", "GFLOP", "GB", "layout conversions", "activations, GiB", *devices]
+        tables.append(markdown(header, cells))
+    return f"v1-4, 512x512, fp16; torch {result['versions']['torch']}, traced and computed:\n\n" + "\n".join(tables)
+
+
+def kernel_resources() -> str:
+    result = read("kernel-resources.json")
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        about = {"kernel", "capability", "warps", "registers", "spilled_bytes", "shared_bytes"}
+        tile = ", ".join(f"{name} {value}" for name, value in row.items() if name not in about)
+        key = f"`{row['kernel']}`", f"{tile}; {row['warps']} warps"
+        taken = f"{row['registers']}, {row['spilled_bytes']}, {row['shared_bytes'] / 1024:.0f}"
+        cells.setdefault(key, list(key)).append(taken)
+    header = ["", "tile", *(f"{about}: registers, spilled bytes, shared KiB" for about in ("8.0", "9.0"))]
+    return f"triton {result['versions']['triton']}, compiled, not run:\n\n{markdown(header, cells.values())}"
+
+
 def _spread(seen: dict[str, float]) -> str:
     return f"{seen['median_s']:.2f} ({seen['min_s']:.2f}-{seen['max_s']:.2f})"
 
@@ -337,6 +374,8 @@ TABLES: dict[str, Callable[[], str]] = {
         start,
         ranks,
         ranks_computed,
+        roofline,
+        kernel_resources,
     )
 }
 

@@ -111,6 +111,7 @@ class ReplicaService(ReplicaServicer):
                 is_default_scheduler_compiled=scheduler.is_compiled,
                 num_ranks=described.num_ranks,
                 parallelism=described.parallelism,
+                engine_kernels=described.kernels,
                 activity=activity,
                 replicas=(own,),
             )

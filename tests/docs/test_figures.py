@@ -17,5 +17,18 @@ def test_no_table_differs_from_its_file():
 
 def test_there_are_tables_to_check():
     pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
-    for name in ("engines", "front", "host_cost", "inflight", "overload", "peers", "savings", "scheduler", "start", "threads"):
+    for name in (
+        "engines",
+        "front",
+        "host_cost",
+        "inflight",
+        "kernel_resources",
+        "overload",
+        "peers",
+        "roofline",
+        "savings",
+        "scheduler",
+        "start",
+        "threads",
+    ):
         assert f"<!-- figures: {name} -->\n\n" in pages

@@ -12,6 +12,7 @@ import torch
 from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.batched.buckets import declare_buckets
 from mii_serve.engine.factory import native_engine
+from mii_serve.engine.kernels.shares import shares
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.errors import EngineError
 from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
@@ -99,19 +100,20 @@ def test_a_rank_does_not_go_on_with_smaller_calls_than_the_others(demo, memory_f
         draw(engine)
 
 
-@pytest.mark.parametrize(
-    ("max_samples", "num_refused", "num_rows"),
-    [(2, 0, 5), (8, 2, 14), (2, 1, 5), (8, 1, 16)],
-    ids=["here", "there", "both", "once"],
-)
-def test_ranks_leave_out_the_buckets_that_do_not_fit_on_one_of_them(demo, memory_for, max_samples, num_refused, num_rows):
-    """`num_rows` are those of the last bucket that did not fit."""
+@pytest.mark.parametrize(("max_samples", "num_refused"), [(2, 0), (8, 2), (2, 1)], ids=["here", "there", "both"])
+def test_ranks_leave_out_the_buckets_that_do_not_fit_on_one_of_them(demo, memory_for, max_samples, num_refused):
     buckets = declare_buckets(8, 8, 8)
     memory_for(max_samples)
     engine = native_engine(demo, max_slots=8, buckets=buckets, group=(group := LoneRank(num_refused)))
     engine._denoiser.prepare()
-    assert set(engine._denoiser._prepared) == {bucket for bucket in buckets if bucket.num_rows < num_rows}
-    assert engine.capacity.max_latent_pixels_per_call == num_rows * 8 * 8 - 1
+    bound = engine.capacity.max_latent_pixels_per_call
+    prepared = set(engine._denoiser._prepared)
+    assert prepared == {bucket for bucket in buckets if bucket.num_latent_pixels <= bound}
+    own = {bucket: len(shares(bucket.num_samples, bucket.num_rows, 2)[0].samples) for bucket in buckets}
+    assert max(own[bucket] for bucket in prepared) <= max_samples
+    left_out = [bucket for bucket in buckets if bucket not in prepared]
+    assert bound == left_out[-1].num_latent_pixels - 1
+    assert left_out[-1].num_latent_pixels == buckets[num_refused - 1].num_latent_pixels or own[left_out[-1]] > max_samples
     assert group.num_exchanged == 0, "a rank that fails would leave the other waiting"
 
 

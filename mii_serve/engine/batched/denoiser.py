@@ -52,9 +52,9 @@ class Denoiser:
     ) -> None:
         """`prompts` and `timesteps` are the caches that the rows of `SampleInputs` point into.
 
-        The ranks of a `group` make the same calls. They agree beforehand which buckets fit into the memory of each; a later
-        call that does not fit is not made smaller, as those of the others would not be. They divide a call by its shape alone,
-        so that the rows of a bucket are fixed.
+        The ranks of a `group` make the same calls, and divide each by its shape alone, so that the rows of a bucket are fixed.
+        They agree beforehand which buckets fit into the memory of each; a later call that does not fit is not made smaller, as
+        those of the others would not be.
         """
         self._kernels = kernels
         self._max_slots = max_slots

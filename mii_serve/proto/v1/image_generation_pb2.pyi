@@ -239,7 +239,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity", "replicas", "engine_note", "default_scheduler_class", "default_scheduler_options", "is_default_scheduler_compiled", "num_ranks", "parallelism")
+    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity", "replicas", "engine_note", "default_scheduler_class", "default_scheduler_options", "is_default_scheduler_compiled", "num_ranks", "parallelism", "engine_kernels")
     class SchedulersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -339,6 +339,7 @@ class GetServerInfoResponse(_message.Message):
     IS_DEFAULT_SCHEDULER_COMPILED_FIELD_NUMBER: _ClassVar[int]
     NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
     PARALLELISM_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_KERNELS_FIELD_NUMBER: _ClassVar[int]
     version: str
     deployment_name: str
     model: str
@@ -358,4 +359,5 @@ class GetServerInfoResponse(_message.Message):
     is_default_scheduler_compiled: bool
     num_ranks: int
     parallelism: str
-    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[GetServerInfoResponse.Replica, _Mapping]]] = ..., engine_note: _Optional[str] = ..., default_scheduler_class: _Optional[str] = ..., default_scheduler_options: _Optional[_Mapping[str, str]] = ..., is_default_scheduler_compiled: _Optional[bool] = ..., num_ranks: _Optional[int] = ..., parallelism: _Optional[str] = ...) -> None: ...
+    engine_kernels: str
+    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[GetServerInfoResponse.Replica, _Mapping]]] = ..., engine_note: _Optional[str] = ..., default_scheduler_class: _Optional[str] = ..., default_scheduler_options: _Optional[_Mapping[str, str]] = ..., is_default_scheduler_compiled: _Optional[bool] = ..., num_ranks: _Optional[int] = ..., parallelism: _Optional[str] = ..., engine_kernels: _Optional[str] = ...) -> None: ...
