@@ -115,7 +115,7 @@ def native_engine(
     group: RankGroup | None = None,
 ) -> BatchedEngine:
     """The batched engine with our own kernels. `why_unsupported` returns None for the model's UNet; see `BatchedEngine`."""
-    installed = native_kernels(model, max_slots=max_slots or CUDA_SLOTS)
+    installed = native_kernels(model, max_slots=max_slots or MAX_SLOTS)
     kernels = _on_ranks(installed.kernels, group)
     engine = BatchedEngine(model, kernels, max_slots=max_slots, buckets=buckets, note=note, group=group)
     engine.description = replace(engine.description, kernels=installed.about)
