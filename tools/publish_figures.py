@@ -68,6 +68,25 @@ def scheduler() -> str:
     return f"`plan` and `advance` together, in microseconds:\n\n{markdown(['', 'median', 'p99'], cells)}"
 
 
+def batch() -> str:
+    result = read("batch-share.json")
+    rows = {(row["has_buckets"], row["rate"], row["flood"]): row for row in result["rows"]}
+    cells = []
+    for has_buckets, rate in dict.fromkeys((row["has_buckets"], row["rate"]) for row in result["rows"]):
+        floods = [rows[has_buckets, rate, flood] for flood in (None, "low", "batch")]
+        seen = [f"{row['p50_s']:.2f} / {row['p95_s']:.2f}" for row in floods]
+        per_s = [f"{row['batch_per_s']:.2f}" for row in floods[1:]]
+        cells.append([f"{rate:g}/s{', buckets' if has_buckets else ''}", *seen, *per_s])
+    header = ["requests", "none", "low", "batch", "images/s of the flood, low", "batch"]
+    about = (
+        f"{result['num_slots']} slots, {result['seconds']:g} s of virtual time, a turn of n images takes "
+        f"{1e3 * result['turn_s']:g} + {1e3 * result['image_s']:g} n ms, `batch_share` {result['batch_share']:g}"
+    )
+    return (
+        f"Latency of the other requests, p50 / p95 in seconds, by the flood's priority ({about}):\n\n{markdown(header, cells)}"
+    )
+
+
 def front() -> str:
     result = read("front-cost.json")
     requests, steps = result["requests"], result["steps"]
@@ -357,6 +376,7 @@ TABLES: dict[str, Callable[[], str]] = {
         inflight,
         savings,
         scheduler,
+        batch,
         front,
         overload,
         engines,
