@@ -93,8 +93,8 @@ def _show(machine: Machine) -> None:
         _show_line(console, not is_missing, f"{extra}: {'not installed' if is_missing else 'installed'}", remedy)
     if kept := kept_choices():
         console.print("\nfused kernels, as measured by the native engine", style="bold")
-        for one in kept:
-            console.print(Text(f"  {one.device}: {one.summary()}"))
+        for choice in kept:
+            console.print(Text(f"  {choice.device}: {choice.summary()}"))
     console.print(f"\nauto takes: {preferred(machine)}", style="bold")
 
 

@@ -1,7 +1,7 @@
 """Which fused operation runs in which way on a kind of device: what was measured, and the files that keep it. No torch.
 
-What was measured once on a kind of device, with the same versions and kernels, is not measured again; `mii_serve doctor` shows it.
-The kernels, and what measures them, are in `kernels/fused`.
+What was measured once on a kind of device, with the same versions and kernels, is not measured again; `mii_serve doctor` shows
+it. The kernels, and what measures them, are in `kernels/fused`.
 """
 
 from __future__ import annotations

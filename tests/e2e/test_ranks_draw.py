@@ -1,12 +1,14 @@
-"""A replica of four ranks, asked over gRPC for many different pictures at once, draws the reference's."""
+"""A replica of four ranks, asked over gRPC for many pictures at once, draws the reference's and leaves no process behind."""
 
 from __future__ import annotations
 
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
-from deployments import deployed
+from deployments import deployed, until
 from diffusers import UNet2DConditionModel
 from drawing import finish, most_different, real_engine, sample
 from patience import PATIENCE_S
@@ -46,6 +48,11 @@ def test_requests_that_share_calls_are_drawn_as_the_reference_draws_each(model):
     with deployed(model, *settings) as deployment, Client(deployment.grpc) as client, ThreadPoolExecutor(5) as callers:
         drawn = list(callers.map(lambda asked: client.generate(**asked, timeout=PATIENCE_S), REQUESTS))
         info = client.server_info()
+        [rank_0] = deployment.replica_pids()
+        ranks = [psutil.Process(rank_0), *psutil.Process(rank_0).children()]
+        assert deployment.stop(signal.SIGTERM) == 0
+        until(lambda: not any(rank.is_running() for rank in ranks), "no rank is left")
+    assert len(ranks) == NUM_RANKS
     assert (info.num_ranks, info.parallelism, info.device) == (NUM_RANKS, "rows", "cpu")
     [replica] = info.replicas
     assert replica.devices == ("cpu, 1 thread",) * NUM_RANKS

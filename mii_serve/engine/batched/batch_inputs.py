@@ -80,14 +80,15 @@ class BatchInputs:
         Old noise is left where it is: the matrix of a sample that draws none multiplies it by zero.
         """
         host, n = self._host, len(samples)
-        guided = [i for i, sample in enumerate(samples) if sample.negative_prompt_row is not None]
+        negatives = [(i, row) for i, sample in enumerate(samples) if (row := sample.negative_prompt_row) is not None]
+        guided = [i for i, _ in negatives]
         first = self.shape.num_samples if self.has_fixed_rows else n
         second = slice(first, first + len(guided))
         host.memory[:] = 0
         host.slots[:n], host.slots[n:] = [sample.slot for sample in samples], padding_slot
         host.timestep_rows[:n] = [sample.timestep_row for sample in samples]
         host.prompt_rows[:n], host.sample_of_row[:n] = [sample.prompt_row for sample in samples], host.own_rows[:n]
-        host.prompt_rows[second] = [samples[i].negative_prompt_row for i in guided]
+        host.prompt_rows[second] = [row for _, row in negatives]
         host.sample_of_row[second] = guided
         host.uncond_row[:] = host.own_rows
         host.uncond_row[guided] = np.arange(second.start, second.stop)

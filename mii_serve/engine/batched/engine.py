@@ -170,9 +170,9 @@ class BatchedEngine:
         make_pictures(self, asked)
         for bucket in self._buckets:
             num_guided = bucket.num_rows - bucket.num_samples
-            size = {"height": bucket.height * LATENT_SCALE, "width": bucket.width * LATENT_SCALE}
-            guided, unguided = (replace(asked, guidance_scale=scale, **size) for scale in (7.5, 1.0))
-            make_pictures(self, *[guided if i < num_guided else unguided for i in range(bucket.num_samples)])
+            sized = replace(asked, height=bucket.height * LATENT_SCALE, width=bucket.width * LATENT_SCALE)
+            scales = [7.5 if i < num_guided else 1.0 for i in range(bucket.num_samples)]
+            make_pictures(self, *[replace(sized, guidance_scale=scale) for scale in scales])
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
         turn = self.launch(plan).wait()

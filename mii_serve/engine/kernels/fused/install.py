@@ -67,7 +67,7 @@ def native_kernels(model: LoadedModel, *, max_slots: int) -> Installed:
         return Installed(NativeKernels(unet), reason)
     try:
         return install(model, device, num_samples=(1, max_slots), folder=choices_folder())
-    except Exception as failure:  # noqa: BLE001 - whatever it is, the model's own modules are still there
+    except Exception as failure:
         reason = f"not fused: {type(failure).__name__}: {failure}".splitlines()[0][:200]
         logger.warning("%s", reason, exc_info=True)
         return Installed(NativeKernels(unet), reason)
