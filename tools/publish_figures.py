@@ -87,6 +87,22 @@ def batch() -> str:
     )
 
 
+def batch_job() -> str:
+    result = read("batch-job.json")
+    kills, million = result["kills"], result["million"]
+    cells = [
+        [f"rows of a job that was killed {kills['kills']} times", f"{kills['rows']:,}"],
+        ["rows in its index, lines, files", f"{kills['rows_in_index']:,}, {kills['lines_in_index']:,}, {kills['files']:,}"],
+        ["pictures that are not what the index says", kills["wrong_pictures"]],
+        [f"made again per kill ({kills['in_flight']} in flight)", kills["made_again_per_kill"]],
+        [f"seconds until the first picture, {million['rows']:,} rows", million["first"]["seconds_to_first_picture"]],
+        ["the same when the job goes on", million["again"]["seconds_to_first_picture"]],
+        ["most memory, MiB", max(million["first"]["peak_mib"], million["again"]["peak_mib"])],
+        ["journal, MiB", million["journal_mib"]],
+    ]
+    return markdown(["", result["device"]], cells)
+
+
 def front() -> str:
     result = read("front-cost.json")
     requests, steps = result["requests"], result["steps"]
@@ -377,6 +393,7 @@ TABLES: dict[str, Callable[[], str]] = {
         savings,
         scheduler,
         batch,
+        batch_job,
         front,
         overload,
         engines,

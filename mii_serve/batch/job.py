@@ -15,6 +15,7 @@ from mii_serve.batch.output import ERRORS, INDEX, STDIN_COPY, OutputFolder, chec
 from mii_serve.batch.report import Report
 from mii_serve.batch.runner import End, Ending
 from mii_serve.batch.settings import JobSettings, Maker, check_defaults, check_maker, check_unchanged
+from mii_serve.batch.shards import Shards
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types import Capabilities, ServerInfo
 
@@ -77,6 +78,7 @@ def open_job(
         _look_again(journal, output)
         if retry_failed:
             journal.reopen_failed()
+        Shards(journal, output).unpack_where_open()
         if journal.counts().num_open:
             output.remove(INDEX, ERRORS)  # they are not those of all rows
         known = {file.name: file for file in inputs}

@@ -310,6 +310,9 @@ class Journal:
     def add_shard(self, number: int, num_bytes: int, sha256: str) -> None:
         self._database.execute("INSERT OR REPLACE INTO shard VALUES(?, ?, ?)", (number, num_bytes, sha256))
 
+    def remove_shard(self, number: int) -> None:
+        self._database.execute("DELETE FROM shard WHERE number = ?", (number,))
+
     def num_open_between(self, first: int, last: int) -> int:
         query = "SELECT count(*) FROM row WHERE state = 0 AND n BETWEEN ? AND ?"
         count: int = self._database.execute(query, (first, last)).fetchone()[0]

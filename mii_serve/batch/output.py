@@ -20,12 +20,13 @@ JOURNAL = "journal.db"
 INDEX, ERRORS, MANIFEST = "index.jsonl", "errors.jsonl", "manifest.json"
 STDIN_COPY = "input.jsonl"
 PICTURES, PARTS, SHARDS = "pictures", "parts", "shards"
-ROWS_PER_FOLDER = 1000
 SUFFIXES = {ImageFormat.PNG: "png", ImageFormat.JPEG: "jpg", ImageFormat.WEBP: "webp"}
 
 
 class OutputFolder:
     """Writes below one folder. Half-written files are in a folder of their own, which is emptied when a job goes on."""
+
+    ROWS_PER_FOLDER = 1000
 
     def __init__(self, path: Path, image_format: ImageFormat) -> None:
         self.path = path
@@ -59,7 +60,7 @@ class OutputFolder:
     def name_of(self, n: int, i: int, num_images: int) -> str:
         """The path of a picture below the folder, with forward slashes."""
         image = "" if num_images == 1 else f"-{i}"
-        return f"{PICTURES}/{n // ROWS_PER_FOLDER:03d}/{n:06d}{image}.{self._suffix}"
+        return f"{PICTURES}/{n // self.ROWS_PER_FOLDER:03d}/{n:06d}{image}.{self._suffix}"
 
     def write_pictures(self, n: int, files: Sequence[bytes]) -> list[tuple[int, str]]:
         """Write the pictures of a row, over any that were there. Returns the bytes and SHA-256 of each.
@@ -84,6 +85,16 @@ class OutputFolder:
             with contextlib.suppress(OSError):
                 half.unlink(missing_ok=True)
             raise
+
+    def write_whole(self, name: str, content: bytes) -> None:
+        """Write a file and return when it is on the disk."""
+        half = self.path / PARTS / Path(name).name
+        with half.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(self.path / name)
+        _sync((self.path / name).parent)
 
     def is_intact(self, name: str, num_bytes: int, sha256: str) -> bool:
         """Whether a file is what was written."""

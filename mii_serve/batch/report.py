@@ -13,6 +13,7 @@ from mii_serve.batch.journal import Journal, JournalRow, RowState
 from mii_serve.batch.output import ERRORS, INDEX, MANIFEST, OutputFolder
 from mii_serve.batch.readers import Reader
 from mii_serve.batch.settings import JobSettings, Maker
+from mii_serve.batch.shards import Shards, shard_name
 
 
 class Report:
@@ -30,7 +31,11 @@ class Report:
 
     def write_index(self) -> None:
         """One line for each picture, and one for each row that failed, in the order of the rows."""
-        self._output.write_lines(INDEX, self._pictures())
+        if self._settings.shards == "webdataset":
+            Shards(self._journal, self._output).pack(self._pictures())
+            self._output.write_lines(INDEX, map(self._in_shard, self._pictures()))
+        else:
+            self._output.write_lines(INDEX, self._pictures())
         self._output.write_lines(ERRORS, self._errors())
 
     def write_manifest(self, state: str, reason: str = "") -> None:
@@ -83,6 +88,10 @@ class Report:
                 "sha256": picture.sha256,
                 **({"extra": dict(asked.extra)} if asked.extra else {}),
             }
+
+    def _in_shard(self, line: dict[str, Any]) -> dict[str, Any]:
+        shard = shard_name(line["row"] // self._output.ROWS_PER_FOLDER)
+        return {**line, "file": shard, "member": line["file"].rpartition("/")[2]}
 
     def _errors(self) -> Iterator[dict[str, Any]]:
         for row in self._journal.all_rows():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mii_serve.batch.rows import Row
 from mii_serve.batch.seeds import seed_of_row
 from mii_serve.errors import ConfigError, InvalidRequestError
 from mii_serve.types import PARAMETER_NAMES, Capabilities, ImageFormat, RequestedParams, ServerInfo
 
+Packing = Literal["folder", "webdataset"]
+"""Whether pictures stay files, or are packed into tar files in the end."""
 DEFAULT_NAMES = tuple(name for name in PARAMETER_NAMES if name not in ("prompt", "seed"))
 """Parameters that the job can set for all rows that do not name them."""
 
@@ -22,6 +24,7 @@ class JobSettings:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     format: ImageFormat = ImageFormat.PNG
+    shards: Packing = "folder"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "format": self.format.value, "defaults": dict(self.defaults)}

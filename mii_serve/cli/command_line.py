@@ -232,6 +232,12 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, metavar="FOLDER", help="folder of the job; new, or that of a job to continue")
     add("--target", metavar="HOST:PORT", help="use this server; without it, start one and stop it at the end")
     add("--format", choices=("png", "jpeg", "webp"), default="png", help="format of the images, default png")
+    add(
+        "--shards",
+        choices=("folder", "webdataset"),
+        default="folder",
+        help="leave images in folders (default), or pack them in tar files for WebDataset in the end",
+    )
     add("--seed", type=int, default=0, metavar="N", help="seed of the job: rows without a seed get one from it; default 0")
     add(
         "--max-errors",
@@ -371,7 +377,9 @@ def _batch(values: dict[str, Any]) -> int:
         is_json=values["json"],
     )
     defaults = {name: values[name] for name in DEFAULT_NAMES if values[name] is not None}
-    settings = JobSettings(defaults=defaults, seed=values["seed"], format=ImageFormat(values["format"]))
+    settings = JobSettings(
+        defaults=defaults, seed=values["seed"], format=ImageFormat(values["format"]), shards=values["shards"]
+    )
     own: dict[str, Any] = {name: values[name] for name in ("model", "replicas", "engine", "dtype") if name in values}
     return run(flags, settings, None if values["target"] is None else _connection(values), own)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,9 @@ from commands import Run
 from scripted_server import RunningServer, running
 
 from mii_serve.batch.journal import Journal
+from mii_serve.batch.output import OutputFolder
 from mii_serve.batch.seeds import seed_of_row
+from mii_serve.batch.shards import Shards
 from mii_serve.errors import (
     EngineError,
     InvalidRequestError,
@@ -109,6 +112,53 @@ def test_parquet_is_read_where_its_extra_is_installed(run: Run, server: RunningS
     parquet.write_table(pytest.importorskip("pyarrow").table(columns), "in.parquet")
     assert job(run, server, given=Path("in.parquet")).code == 0
     assert [line["seed"] for line in assert_whole(OUT, 2)] == [7, seed_of_row(0, "1")]
+
+
+def shard(number: int) -> dict[str, bytes]:
+    with tarfile.open(OUT / "shards" / f"{number:05d}.tar") as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+@pytest.fixture
+def small_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OutputFolder, "ROWS_PER_FOLDER", 100)
+
+
+@pytest.mark.usefixtures("small_folders")
+def test_pictures_are_packed_for_webdataset_and_taken_out_again_where_rows_are_left(run: Run, server: RunningServer):
+    server.servicer.script = refused("a circle, number 1", PoisonedRequestError("crashed"))
+    jsonl(Path("in.jsonl"), 110)
+    assert job(run, server, "--shards", "webdataset").code == 3
+    assert [len(shard(number)) for number in (0, 1)] == [3 * 99, 3 * 10]
+    assert not list((OUT / "pictures").rglob("*.png"))
+    before = shard(1)
+    (OUT / "parts" / "00000.tar").write_bytes(b"torn")
+    server.servicer.script = pictures
+    assert job(run, server, "--shards", "webdataset", "--retry-failed").code == 0
+    members = shard(0)
+    assert list(members)[:6] == ["000000.png", "000000.json", "000000.txt", "000001.png", "000001.json", "000001.txt"]
+    assert len(members) == 300 and shard(1) == before
+    line = lines_of(OUT / "index.jsonl")[1]
+    assert (line["file"], line["member"]) == ("shards/00000.tar", "000001.png")
+    assert members["000001.png"] == picture(line["prompt"], line["seed"])
+    assert json.loads(members["000001.json"])["sha256"] == line["sha256"]
+    assert members["000001.txt"].decode() == line["prompt"] == "a circle, number 1"
+    assert len(server.servicer.requests) == 111, "what was packed is not made again"
+
+
+@pytest.mark.usefixtures("small_folders")
+def test_a_failure_while_shards_are_packed_costs_no_picture(run: Run, server: RunningServer, monkeypatch: pytest.MonkeyPatch):
+    jsonl(Path("in.jsonl"), 110)
+
+    def fail(self: Shards, number: int) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Shards, "_remove_pictures", fail)
+        assert job(run, server, "--shards", "webdataset").code == 1
+    assert job(run, server, "--shards", "webdataset").code == 0
+    assert [len(shard(number)) for number in (0, 1)] == [300, 30]
+    assert len(server.servicer.requests) == 110
 
 
 # ---- what is refused before anything is made ---------------------------------------------------------------------
@@ -283,12 +333,9 @@ def test_a_finished_job_makes_nothing_again_and_appended_rows_are_made(run: Run,
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (
-            lambda given: given.write_text(given.read_text().replace("number 1", "number x")),
-            "in.jsonl has changed since this job",
-        ),
-        (lambda given: given.write_text(given.read_text()[:-30]), "in.jsonl has changed since this job"),
-        (lambda given: given.write_text(given.read_text() + "{}"), "1 row cannot be used"),
+        (lambda text: text.replace("number 1", "number x"), "in.jsonl has changed since this job began"),
+        (lambda text: text[:-30], "in.jsonl has changed since this job began"),
+        (lambda text: text + "{}", "1 row cannot be used"),
     ],
     ids=["changed", "shorter", "wrong row appended"],
 )
