@@ -175,6 +175,7 @@ class DeployConfig(BaseSettings):
     deployment_name: str = Field("mii-serve", min_length=1, max_length=64)
     max_waiting_samples: int = Field(4096, ge=1)
     max_waiting_s: float = Field(600.0, gt=0)
+    batch_share: float = Field(0.02, ge=0, le=0.5)
     replica_wait_s: float = Field(120.0, gt=0)
     hang_timeout_s: float = Field(300.0, gt=0)
     startup_timeout_s: float = Field(900.0, gt=0)

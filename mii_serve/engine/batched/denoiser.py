@@ -71,6 +71,11 @@ class Denoiser:
         """Of rows × latent height × latent width; becomes smaller when a call runs out of memory."""
         self.num_graph_misses = 0
 
+    @property
+    def captured_buckets(self) -> tuple[BatchShape, ...]:
+        """The buckets that a batch can be padded to; none where nothing is gained by it."""
+        return tuple(self._prepared) if self._device.type == "cuda" else ()
+
     def pool(self, latent_shape: LatentShape) -> SlotPool:
         """The slots of the samples of a latent shape."""
         if (pool := self._pools.get(latent_shape)) is None:
