@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--ranks", type=int, default=2, help="N, of rows and tensor")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="which are measured, in turn")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4, 8], help="guided samples in a call")
     parser.add_argument("--calls", type=int, default=8, help="in one turn of a process")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each process")
@@ -169,7 +170,7 @@ def main() -> None:
     skipped: dict[str, str] = {}
     about: dict[str, Any] = {}
     try:
-        for mode in MODES:
+        for mode in arguments.modes:
             processes[mode] = Process(mode, sys.argv[1:])
             first = processes[mode].answer()
             if "skipped" in first:

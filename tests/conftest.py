@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 
+from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
 
 wait_briefly()  # before any test imports torch, and for every process that tests start
@@ -9,3 +13,13 @@ wait_briefly()  # before any test imports torch, and for every process that test
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite the files the contract tests compare with")
+
+
+@pytest.fixture(autouse=True)
+def own_import_path() -> Iterator[None]:
+    """`mii_serve` called in this process sets a variable for those to come; benchmarks import each other, and need it unset."""
+    before = os.environ.pop(SAFE_PATH, None)
+    yield
+    os.environ.pop(SAFE_PATH, None)
+    if before is not None:
+        os.environ[SAFE_PATH] = before

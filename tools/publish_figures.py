@@ -68,6 +68,14 @@ def scheduler() -> str:
     return f"`plan` and `advance` together, in microseconds:\n\n{markdown(['', 'median', 'p99'], cells)}"
 
 
+def host_cost() -> str:
+    result = read("host-cost.json")
+    cells = [[row["num_samples"], row["cpu_ms"]["median"], row["cpu_ms"]["least"]] for row in result["rows"]]
+    table = markdown(["guided samples", "median", "least"], cells)
+    about = f"median and least of {result['runs']} runs of {result['turns']} turns on one core, {result['device']}"
+    return f"Milliseconds of processor time a turn ({about}):\n\n{table}"
+
+
 def batch() -> str:
     result = read("batch-share.json")
     rows = {(row["has_buckets"], row["rate"], row["flood"]): row for row in result["rows"]}
@@ -342,6 +350,70 @@ def ranks_computed() -> str:
     return markdown(["guided samples", *of_rows, "each rank sums, `tensor`"], cells)
 
 
+def roofline() -> str:
+    result = read("roofline.json")
+    tables = []
+    for what, title in (("turn", "A turn"), ("decode", "The VAE, one picture")):
+        rows = [row for row in result["rows"] if row["what"] == what]
+        cells = [
+            [
+                row["row"],
+                row["num_samples"],
+                row["kernels"],
+                f"{row['gflop']:.0f}",
+                f"{row['gb']:.2f}",
+                row["layout_conversions"],
+                f"{row['peak_activations_gib']:.2f}",
+                *(f"{value:.1f}" for value in row["bound_ms"].values()),
+            ]
+            for row in rows
+        ]
+        devices = [f"{device}, ms" for device in rows[0]["bound_ms"]]
+        header = [title, "samples", "kernels", "GFLOP", "GB", "layout conversions", "activations, GiB", *devices]
+        tables.append(markdown(header, cells))
+    return f"v1-4, 512x512, fp16; torch {result['versions']['torch']}, traced and computed:\n\n" + "\n".join(tables)
+
+
+def kernel_resources() -> str:
+    result = read("kernel-resources.json")
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        about = {"kernel", "capability", "warps", "registers", "spilled_bytes", "shared_bytes"}
+        tile = ", ".join(f"{name} {value}" for name, value in row.items() if name not in about)
+        key = f"`{row['kernel']}`", f"{tile}; {row['warps']} warps"
+        taken = f"{row['registers']}, {row['spilled_bytes']}, {row['shared_bytes'] / 1024:.0f}"
+        cells.setdefault(key, list(key)).append(taken)
+    header = ["", "tile", *(f"{about}: registers, spilled bytes, shared KiB" for about in ("8.0", "9.0"))]
+    return f"triton {result['versions']['triton']}, compiled, not run:\n\n{markdown(header, cells.values())}"
+
+
+def kernel_times() -> str:
+    """A table for each GPU that was measured."""
+    tables = []
+    for file in sorted(RESULTS.glob("kernel-times-*.json")):
+        result = json.loads(file.read_text())
+        cells = []
+        for row in result["measurements"]:
+            ways = sorted(row["ms"].items(), key=lambda way: way[1])
+            shape = "×".join(map(str, (row["size"], *row["shape"])))
+            cells.append([f"`{row['operation']}` {shape}", ", ".join(f"{way} {1000 * ms:.1f}" for way, ms in ways)])
+        refused = "".join(f"Not {what}: {why}.\n" for what, why in result["refused"].items())
+        tables.append(f"{result['device']}, measured:\n\n{markdown(['shape', 'µs, the fastest first'], cells)}\n{refused}")
+    return "\n".join(tables) or NOT_YET
+
+
+def gpu_tests() -> str:
+    """What the tests on each GPU found."""
+    lines = []
+    for file in sorted(RESULTS.glob("gpu-tests-*.json")):
+        result = json.loads(file.read_text())
+        outcomes = [row["outcome"] for row in result["tests"].values()]
+        counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
+        lines.append(f"{result['device']}, commit {str(result['commit'])[:12]}: {counts}.\n")
+        lines += [f"- {row['outcome']}: `{name}`\n" for name, row in result["tests"].items() if row["outcome"] == "failed"]
+    return "".join(lines) or NOT_YET
+
+
 def _spread(seen: dict[str, float]) -> str:
     return f"{seen['median_s']:.2f} ({seen['min_s']:.2f}-{seen['max_s']:.2f})"
 
@@ -355,6 +427,7 @@ TABLES: dict[str, Callable[[], str]] = {
         inflight,
         savings,
         scheduler,
+        host_cost,
         batch,
         batch_job,
         front,
@@ -365,6 +438,10 @@ TABLES: dict[str, Callable[[], str]] = {
         start,
         ranks,
         ranks_computed,
+        roofline,
+        kernel_times,
+        gpu_tests,
+        kernel_resources,
     )
 }
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mii_serve.cli.exits import ExitCode
+from mii_serve.engine.kernel_choices import kept_choices
 from mii_serve.engine.machine import PACKAGES, Machine, inspect_machine
 from mii_serve.engine.requirements import first_missing, preferred, requirements
 from mii_serve.extras import how_to_get
@@ -54,6 +55,7 @@ def as_json(machine: Machine) -> dict[str, Any]:
             extra: {"is_installed": not _missing(machine, packages), "remedy": remedy if _missing(machine, packages) else ""}
             for extra, (packages, remedy) in EXTRAS.items()
         },
+        "fused_kernels": [{"device": one.device, "chosen": one.summary()} for one in kept_choices()],
         "auto": preferred(machine),
         "max_gpu_ranks": _max_gpu_ranks(machine),
     }
@@ -89,6 +91,10 @@ def _show(machine: Machine) -> None:
     for extra, (packages, remedy) in EXTRAS.items():
         is_missing = _missing(machine, packages)
         _show_line(console, not is_missing, f"{extra}: {'not installed' if is_missing else 'installed'}", remedy)
+    if kept := kept_choices():
+        console.print("\nfused kernels, as measured by the native engine", style="bold")
+        for choice in kept:
+            console.print(Text(f"  {choice.device}: {choice.summary()}"))
     console.print(f"\nauto takes: {preferred(machine)}", style="bold")
 
 

@@ -68,14 +68,15 @@ def _replica_table(info: ServerInfo) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("replica", "state", "restarts", "slots", "waiting", "images", "images per call", "up for"):
-        table.add_column(name, justify="left" if name in ("replica", "state") else "right", no_wrap=True)
+    for name in ("replica", "state", "restarts", "slots", "waiting", "images", "images per call", "up for", "devices"):
+        is_text = name in ("replica", "state", "devices")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "devices")
     for replica in info.replicas:
         state, activity = "ready" if replica.is_ready else "not ready", replica.activity
         row = [str(replica.index), state, str(replica.num_restarts)]
         if activity is not None:
             row += [f"{activity.num_running} of {activity.max_slots}", str(activity.num_waiting), str(activity.num_images)]
-            row += [_occupancy(activity), str(timedelta(seconds=round(activity.uptime_s)))]
+            row += [_occupancy(activity), str(timedelta(seconds=round(activity.uptime_s))), "\n".join(replica.devices)]
         table.add_row(*row)
     return table
 
@@ -102,6 +103,7 @@ def _rows(info: ServerInfo) -> list[tuple[str, str]]:
         ("model", f"{info.model} {info.model_revision}".rstrip()),
         ("engine", f"{info.engine} {info.dtype} on {info.device}{_ranks(info)}"),
         *([("", info.engine_note)] if info.engine_note else []),
+        *([("kernels", info.engine_kernels)] if info.engine_kernels else []),
         ("safety checker", "on" if info.has_safety_checker else "none: images are not checked"),
         (
             "defaults",

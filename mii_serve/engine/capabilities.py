@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from mii_serve.errors import InvalidRequestError, ModelError
 from mii_serve.models import LoadedModel
 from mii_serve.models.loading import TORCH_DTYPES
@@ -29,7 +31,17 @@ def description_of(model: LoadedModel, engine: EngineName, note: str) -> EngineD
         model_revision=model.revision,
         has_safety_checker=pipeline.safety_checker is not None,
         note=note,
+        devices=(_device_name(pipeline.device),),
     )
+
+
+def _device_name(device: torch.device) -> str:
+    """Of a GPU its name and the driver's id for it, which no CUDA_VISIBLE_DEVICES changes; of a CPU the number of threads."""
+    if device.type != "cuda":
+        num_threads = torch.get_num_threads()
+        return f"{device}, {num_threads} thread{'s' if num_threads > 1 else ''}"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} GPU-{properties.uuid}"
 
 
 def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Callable[[str, int], object]) -> Capabilities:

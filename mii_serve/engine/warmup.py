@@ -21,24 +21,25 @@ def warm_up_request(engine: Engine) -> RequestedParams:
     raise EngineError("the model's default scheduler cannot make a picture")
 
 
-def make_pictures(engine: Engine, asked: RequestedParams, *, count: int = 1) -> None:
-    """Run `count` samples together from their first call to their pictures; they must fit into the engine.
+def make_pictures(engine: Engine, *asked: RequestedParams) -> None:
+    """Run samples with equal numbers of UNet calls together to their last call, and decode as many as are decoded in one go.
+
+    They must fit into the engine.
 
     Raises:
         EngineError: the engine failed, or a picture is empty or not finite.
     """
-    params = engine.capabilities.resolve(asked, fallback_seed=0)
-    samples = tuple(Sample(id=SampleId("warm-up", i), params=params) for i in range(count))
+    resolved = [engine.capabilities.resolve(one, fallback_seed=0) for one in asked]
+    samples = tuple(Sample(id=SampleId("warm-up", i), params=params) for i, params in enumerate(resolved))
     ids = tuple(sample.id for sample in samples)
-    for step in range(engine.check(params)):
+    for step in range(engine.check(resolved[0])):
         for progress in engine.run(StepPlan(joins=() if step else samples, steps=ids)):
             _raise_error(progress)
-    decodes = engine.capacity.max_decodes
-    for start in range(0, count, decodes):
-        for progress in engine.run(StepPlan(decodes=ids[start : start + decodes])):
-            _raise_error(progress)
-            if progress.picture is None or not progress.picture.rgb:
-                raise EngineError("a warm-up picture is empty")
+    decodes = ids[: engine.capacity.max_decodes]
+    for progress in engine.run(StepPlan(decodes=decodes, leaves=ids[len(decodes) :])):
+        _raise_error(progress)
+        if progress.picture is None or not progress.picture.rgb:
+            raise EngineError("a warm-up picture is empty")
 
 
 def _raise_error(progress: SampleProgress) -> None:

@@ -77,7 +77,8 @@ class Description:
         owner = info.model.rpartition("/")[0]
         ranks = {"num_ranks": info.num_ranks, "parallelism": info.parallelism} if info.num_ranks > 1 else {}
         names = {"model_type": "stable-diffusion", "model_provider_name": owner or "mii_serve", "model_name": info.model}
-        return JSONResponse(names | ranks)
+        kernels = {"engine_kernels": info.engine_kernels} if info.engine_kernels else {}
+        return JSONResponse(names | ranks | kernels)
 
 
 def _refusal(error: MiiServeError) -> Response:

@@ -364,6 +364,7 @@ def encode_server_info(info: ServerInfo) -> pb.GetServerInfoResponse:
             is_ready=replica.is_ready,
             num_restarts=replica.num_restarts,
             activity=None if replica.activity is None else _encode_activity(replica.activity),
+            devices=replica.devices,
         )
         for replica in info.replicas
     ]
@@ -385,6 +386,7 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
             is_ready=replica.is_ready,
             num_restarts=replica.num_restarts,
             activity=_decode_activity(replica.activity) if replica.HasField("activity") else None,
+            devices=tuple(replica.devices),
         )
         for replica in message.replicas
     )

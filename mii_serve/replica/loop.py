@@ -1,21 +1,25 @@
-"""The replica's loop: `plan`, `run`, `advance`, again and again, and the events of each request.
+"""The replica's loop: `plan`, launch, `advance`, again and again, and the events of each request.
 
 All state lives on one asyncio loop; the engine runs in a thread of its own, images are encoded in a few more, and neither
-stops the loop. A request that is dropped gives its slots back at the next turn. When the engine fails, everything in flight
-ends in a typed error and the loop stops for good: what the device holds is then unknown.
+stops the loop. Where the device works by itself, the next turn is planned and launched while one runs (`engine/turns.py`). A
+request that is dropped gives its slots back at the next turn that is planned. When the engine fails, everything in flight ends
+in a typed error and the loop stops for good: what the device holds is then unknown.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections import deque
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from mii_serve.engine import Engine
+from mii_serve.engine.turns import TurnResult, Turns
 from mii_serve.errors import (
     DeadlineExceededError,
     EngineError,
@@ -36,6 +40,7 @@ from mii_serve.types import (
     EffectiveParameters,
     Event,
     ImageReady,
+    LatentShape,
     OutputOptions,
     Picture,
     Preview,
@@ -107,6 +112,10 @@ class ReplicaLoop:
         self.metrics.engine(described.engine, described.dtype, is_fallback=is_fallback, num_ranks=num_ranks)
         self._generations: dict[str, _Generation] = {}
         self._wake = asyncio.Event()
+        self._turns = Turns(engine, self._wake_from_thread)
+        self._asyncio: asyncio.AbstractEventLoop | None = None
+        self._planned: deque[tuple[LatentShape, int]] = deque()
+        """The shape of each turn that has not ended, and how many samples it steps."""
         self._failure: MiiServeError | None = None
         self._engine_thread = engine_thread
         self._encoders = ThreadPoolExecutor(NUM_ENCODING_THREADS, thread_name_prefix="encode")
@@ -220,27 +229,20 @@ class ReplicaLoop:
         Raises:
             EngineError: the engine failed; this loop is finished.
         """
-        loop = asyncio.get_running_loop()
+        loop = self._asyncio = asyncio.get_running_loop()
         try:
             while True:
+                self._wake.clear()
                 self._expire()
-                plan = self._scheduler.plan()
-                if plan is None:
-                    self._wake.clear()
+                if (plan := self._scheduler.plan()) is not None:
+                    self._planned.append((self._scheduler.planned_shape, len(plan.steps)))
+                    for sample in plan.joins:
+                        self._report_start(sample.id)
+                elif self._turns.is_idle:
                     await self._wake.wait()
                     continue
-                for sample in plan.joins:
-                    self._report_start(sample.id)
-                start = time.monotonic()
-                progress = await loop.run_in_executor(self._engine_thread, self._engine.run, plan)
-                self._scheduler.advance(progress, time.monotonic() - start)
-                stages = self._engine.stage_seconds()
-                self._measure(len(plan.steps), stages)
-                self._num_turns += bool(plan.steps)
-                self._num_steps += len(plan.steps)
-                for sample_progress in progress:
-                    self._trace(sample_progress, start, stages)
-                    self._report(sample_progress)
+                for result in await loop.run_in_executor(self._engine_thread, self._turns.step, plan):
+                    self._take_in(result)
                 self._report_positions()
         except EngineError as error:
             logger.exception("the engine failed with %d requests in flight", len(self._generations))
@@ -250,15 +252,37 @@ class ReplicaLoop:
             self._fail_all(UnavailableError("the replica is stopping"))
             self._encoders.shutdown(wait=True)
 
-    def _measure(self, batch: int, stages: dict[str, float]) -> None:
-        height, width = self._scheduler.planned_shape
+    def _wake_from_thread(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            if self._asyncio is not None:
+                self._asyncio.call_soon_threadsafe(self._wake.set)
+
+    def _take_in(self, result: TurnResult) -> None:
+        if result.is_turn:
+            shape, num_steps = self._planned.popleft()
+            self._scheduler.advance(result.progress, result.elapsed_s)
+            self._num_turns += bool(num_steps)
+            self._num_steps += num_steps
+            self._measure_turn(shape, num_steps, result)
+        else:
+            for progress in result.progress:
+                if progress.is_over:
+                    self._scheduler.end(progress)
+            for stage, seconds in result.stages.items():
+                self.metrics.stage(stage, seconds)
+        for progress in result.progress:
+            self._trace(progress, result.started_at, result.stages)
+            self._report(progress, has_stepped=result.is_turn)
+
+    def _measure_turn(self, latent_shape: LatentShape, num_steps: int, result: TurnResult) -> None:
+        height, width = latent_shape
         shape_px = height * LATENT_SCALE, width * LATENT_SCALE
-        self.metrics.turn(self._engine.description.engine, shape_px, batch, stages)
+        self.metrics.turn(self._engine.description.engine, shape_px, num_steps, result.stages)
         num_misses = self._engine.num_graph_misses
         self.metrics.graph_misses.inc(num_misses - self._num_graph_misses)
         self._num_graph_misses = num_misses
 
-    def _trace(self, progress: SampleProgress, start: float, stages: dict[str, float]) -> None:
+    def _trace(self, progress: SampleProgress, start: float, stages: Mapping[str, float]) -> None:
         if generation := self._generations.get(progress.id.request_id):
             generation.trace.advanced(progress.id.image_index, start, stages, is_over=progress.is_over)
 
@@ -293,16 +317,18 @@ class ReplicaLoop:
             generation.trace.joined(sample_id.image_index, now)
             generation.outlet.put(Started(image_index=sample_id.image_index))
 
-    def _report(self, progress: SampleProgress) -> None:
+    def _report(self, progress: SampleProgress, *, has_stepped: bool) -> None:
         generation = self._generations.get(progress.id.request_id)
         if generation is None:
             return
         if progress.error is not None:
             self._fail(generation, progress.error)
             return
-        index, left_s = progress.id.image_index, 0.0 if progress.is_over else self._scheduler.remaining_s(progress.id)
-        step = Step(image_index=index, step=progress.step, num_steps=progress.num_steps, estimated_left_s=left_s)
-        generation.outlet.put(step)
+        index = progress.id.image_index
+        if has_stepped:
+            left_s = 0.0 if progress.is_over else self._scheduler.remaining_s(progress.id)
+            step = Step(image_index=index, step=progress.step, num_steps=progress.num_steps, estimated_left_s=left_s)
+            generation.outlet.put(step)
         if (preview := progress.preview) is not None:
             before = generation.encoding.get(index)
             self._start(generation, index, self._send_preview(generation, index, progress.step, preview, before))

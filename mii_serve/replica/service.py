@@ -24,7 +24,7 @@ from mii_serve.proto.replica.replica_pb2_grpc import ReplicaServicer, add_Replic
 from mii_serve.proto.status import status_of
 from mii_serve.proto.v1.image_generation_pb2 import GetServerInfoResponse
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.types import Done, Event, ImageReady, Preview, Queued, RequestedParams, ServerInfo, Started, Step
+from mii_serve.types import Done, Event, ImageReady, Preview, Queued, ReplicaInfo, RequestedParams, ServerInfo, Started, Step
 
 if TYPE_CHECKING:  # grpc's classes are generic in their type stubs only
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -90,7 +90,8 @@ class ReplicaService(ReplicaServicer):
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> GetServerInfoResponse:  # noqa: N802
         engine, scheduler = self._loop.engine, self._default_scheduler
-        described, capabilities = engine.description, engine.capabilities
+        described, capabilities, activity = engine.description, engine.capabilities, self._loop.activity()
+        own = ReplicaInfo(index=0, is_ready=True, num_restarts=0, activity=activity, devices=described.devices)
         return encode_server_info(
             ServerInfo(
                 version=mii_serve.__version__,
@@ -110,7 +111,9 @@ class ReplicaService(ReplicaServicer):
                 is_default_scheduler_compiled=scheduler.is_compiled,
                 num_ranks=described.num_ranks,
                 parallelism=described.parallelism,
-                activity=self._loop.activity(),
+                engine_kernels=described.kernels,
+                activity=activity,
+                replicas=(own,),
             )
         )
 

@@ -1,8 +1,11 @@
 """Batch requests: work that gives way to all other work, and fills what the others leave idle.
 
 The rules:
-  - A batch sample keeps its slot and its latents, and makes no step in a turn in which a sample of another priority runs.
-  - It fills the padding of a captured batch shape, which costs the others nothing; but not with its last call.
+  - A batch sample keeps its slot and its latents, and makes no step in a turn in which a sample of another priority runs, or
+    beside which the picture of one is decoded.
+  - It fills the padding of a captured batch shape, which costs the others nothing; but not with its last call, and without
+    previews.
+  - It makes its last call when the decoder has room for its picture: none holds a slot, or keeps the decoder busy, for long.
   - It leaves its slot when another sample waits for one, the one with the fewest steps first; it starts again later, before
     other batch samples.
   - While others run, batch work earns a share of what they do. A sample whose remaining work has been earned is paid for: it
@@ -15,7 +18,7 @@ from collections.abc import Sequence
 
 from mii_serve.scheduler.queue import SampleQueue
 from mii_serve.scheduler.running import Groups, RunningSample
-from mii_serve.types import BatchShape, Request, choose_bucket
+from mii_serve.types import BatchShape, EngineCapacity, Request, choose_bucket
 
 DECODE_CALLS = 2
 """What decoding an image costs, in guided UNet calls of that image; for Stable Diffusion v1 by count of operations."""
@@ -66,24 +69,38 @@ class BatchWork:
 
     def to_leave(self, count: int) -> list[RunningSample]:
         """As many samples that lose least by leaving their slots."""
-        return sorted(self.parked.all(), key=lambda running: running.step)[: max(0, count)]
+        return sorted(self.parked.all(), key=_num_planned)[: max(0, count)]
+
+    def alone(self, num_last_calls: int) -> list[RunningSample]:
+        """The samples that step where no others run, at most so many of them for the last time.
+
+        It is the turn of the key that has waited longest of those with such samples.
+        """
+        for key in self.parked.keys:
+            group = self.parked.of(key)
+            ending = [running for running in group if running.num_to_plan == 1]
+            stays = {running.sample.id for running in ending[max(0, num_last_calls) :]}
+            if stepping := [running for running in group if running.sample.id not in stays]:
+                self.parked.had_turn(key)
+                return stepping
+        return []
 
     def put_back(self, running: RunningSample) -> None:
         self.num_restarted += 1
         self.queue.put_back(running.sample, running.request)
 
-    def filling(self, group: Sequence[RunningSample], buckets: Sequence[BatchShape]) -> list[RunningSample]:
+    def filling(self, group: Sequence[RunningSample], capacity: EngineCapacity) -> list[RunningSample]:
         """The parked samples that fit into the padding of this group's batch, the most advanced ones first."""
-        if not group or not buckets:
+        if not group or not capacity.buckets:
             return []
-        shape = _shape_of(group)
-        if (bucket := choose_bucket(buckets, shape)) is None:
+        has_fixed_rows = capacity.has_fixed_rows
+        if (bucket := choose_bucket(capacity.buckets, _shape_of(group), has_fixed_rows=has_fixed_rows)) is None:
             return []
         found: list[RunningSample] = []
         candidates = self.parked.of(group[0].request.params.batch_key)
-        for running in sorted(candidates, key=lambda running: running.step, reverse=True):
-            is_last_call = running.step + 1 == running.request.num_calls  # the image would have to be decoded
-            if not is_last_call and bucket.holds(_shape_of([*group, *found, running])):
+        for running in sorted(candidates, key=_num_planned, reverse=True):
+            is_last_call = running.num_to_plan == 1  # the image would have to be decoded
+            if not is_last_call and bucket.holds(_shape_of([*group, *found, running]), has_fixed_rows=has_fixed_rows):
                 found.append(running)
         return found
 
@@ -94,8 +111,12 @@ class BatchWork:
         return True
 
 
+def _num_planned(running: RunningSample) -> int:
+    return running.num_planned
+
+
 def _cost(running: RunningSample) -> int:
-    return _cost_of(running.request, running.request.num_calls - running.step)
+    return _cost_of(running.request, running.num_to_plan)
 
 
 def _cost_of(request: Request, num_calls: int) -> int:

@@ -1,7 +1,9 @@
 """Which samples run next. Pure: no clock, no device; time is an argument and the answer is a value.
 
 The rules:
-  - A slot holds one sample from its first UNet call until its picture is decoded. Never more than `max_slots` are held.
+  - A slot holds one sample from its first UNet call until its picture is given to the decoder. Never more than `max_slots` are
+    held, and no more pictures than that are in the decoder.
+  - A turn may be planned while the one before it runs: a plan goes by the calls that are planned, not by those that are made.
   - A turn is one UNet call for all running samples of one batch key; keys take turns, the longest unserved one first.
   - Free slots go to the front of the queue (`queue.py`) between any two turns.
   - Finished samples are decoded a few at a time, oldest first, so that a burst of endings does not hold up the others.
@@ -12,8 +14,10 @@ The rules:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from mii_serve.errors import DeadlineExceededError, EngineError, QueueFullError
 from mii_serve.scheduler.batch import BatchWork
@@ -35,7 +39,7 @@ class Position:
 
 
 class Scheduler:
-    """Alternate `plan` and `advance`; call anything else at any time in between."""
+    """Every `plan` has its `advance`, in the same order, and may come before the last one's. Call anything else at any time."""
 
     def __init__(
         self, capacity: EngineCapacity, *, max_waiting_samples: int, max_waiting_s: float, batch_share: float = 0.0
@@ -48,15 +52,14 @@ class Scheduler:
         self._running: dict[SampleId, RunningSample] = {}
         self._num_others = 0  # running samples that are not of batch requests
         self._groups = Groups()  # of all that do not give way
-        self._finished: dict[SampleId, RunningSample] = {}
+        self._finished: dict[SampleId, RunningSample] = {}  # with a slot, and no call left to plan
+        self._decoding: dict[SampleId, RunningSample] = {}  # without a slot
         self._leaving: list[SampleId] = []
         self._deadlines: dict[str, float] = {}
         self._step_time = StepTimeEstimate()
         self._turn = 0
-        self._planned_key: BatchKey | None = None
-        self._planned_groups = self._groups
+        self._planned: deque[tuple[BatchKey | None, int]] = deque()  # key and work of the turns that `advance` is to come for
         self._planned_shape: LatentShape = (0, 0)
-        self._planned_work = 0
 
     @property
     def num_running(self) -> int:
@@ -69,7 +72,10 @@ class Scheduler:
 
     @property
     def queued_work_s(self) -> float:
-        """The estimated seconds that all waiting and running samples take; 0 before any turn was measured."""
+        """The estimated seconds that all waiting and running samples take, without those of batch requests.
+
+        0 before any turn was measured.
+        """
         work = sum(waiting.work for waiting in self._queue.all()) + sum(running.work_left for running in self._others())
         return self._step_time.seconds_for(work) or 0.0
 
@@ -114,7 +120,7 @@ class Scheduler:
         self._deadlines.pop(request_id, None)
         self._queue.remove(request_id)
         self.batch.queue.remove(request_id)
-        for sample_id in [s for s in self._running if s.request_id == request_id]:
+        for sample_id in [s for s in (*self._running, *self._decoding) if s.request_id == request_id]:
             self._release(sample_id)
             self._leaving.append(sample_id)
 
@@ -129,43 +135,59 @@ class Scheduler:
         """The next turn, or None when there is nothing to do."""
         joins = self._fill_slots()
         leaves, self._leaving = tuple(self._leaving), []
-        group = self._group_to_step()
+        group, filling, work = self._samples_to_step()
         self._planned_shape = group[0].request.params.latent_shape if group else (0, 0)
+        key = group[0].request.params.batch_key if group else None
         previews = due_previews(group, self._turn)
-        steps = tuple(running.sample.id for running in group)
-        ending = [running for running in group if running.step + 1 == running.request.num_calls]
-        decodes = tuple(running.sample.id for running in [*self._finished.values(), *ending][: self._capacity.max_decodes])
-        if not (steps or decodes or leaves):
+        stepping = [*group, *filling]
+        for running in stepping:
+            self._count_planned(running)
+        room = min(self._capacity.max_decodes, self._capacity.max_slots - len(self._decoding))
+        decodes = tuple(islice(self._finished, max(0, room)))
+        for sample_id in decodes:
+            del self._finished[sample_id]
+            self._decoding[sample_id] = self._give_up_slot(sample_id)
+        if not (joins or stepping or decodes or leaves):
             return None
+        self._planned.append((key, work))
+        steps = tuple(running.sample.id for running in stepping)
         return StepPlan(joins=joins, steps=steps, previews=previews, decodes=decodes, leaves=leaves)
 
     def advance(self, progress: Iterable[SampleProgress], elapsed_s: float) -> None:
-        """Take in what the turn achieved and how long it took.
+        """Take in what the first turn that has not been advanced achieved, and how long it took.
 
         Raises:
             EngineError: a sample's count of UNet calls is not the scheduler's.
         """
         self._turn += 1
-        if (key := self._planned_key) is not None:
-            self._step_time.add_turn(key, self._planned_work, elapsed_s)
-            self._planned_groups.had_turn(key)
+        key, work = self._planned.popleft()
+        if key is not None:
+            self._step_time.add_turn(key, work, elapsed_s)
         for one in progress:
-            if (running := self._running.get(one.id)) is not None:
+            running = self._running.get(one.id) or self._decoding.get(one.id)
+            if running is not None:
                 self._take_progress(running, one)
+
+    def end(self, progress: SampleProgress) -> None:
+        """Forget a sample whose picture or error has come, also after its turn. Unknown ones are ignored."""
+        if progress.id in self._running or progress.id in self._decoding:
+            self._release(progress.id)
+            if progress.error is not None:
+                self._leaving.append(progress.id)  # a turn with it may have been planned already
 
     def positions(self) -> list[tuple[str, Position]]:
         """Where each request is of which no image has started. One pass over the queue; not for every turn."""
-        started = {sample_id.request_id for sample_id in self._running}
+        started = {sample_id.request_id for sample_id in (*self._running, *self._decoding)}
         positions = [(request_id, self._position(ahead)) for request_id, ahead in self._queue.firsts()]
         positions += [(request_id, Position(len(ahead), None)) for request_id, ahead in self.batch.queue.firsts()]
         return [(request_id, position) for request_id, position in positions if request_id not in started]
 
     def remaining_s(self, sample_id: SampleId) -> float | None:
-        """The estimated seconds for the UNet calls that a running sample has left.
+        """The estimated seconds for the UNet calls that a sample has left.
 
         None before any turn was measured, and for a sample that gives way.
         """
-        running = self._running.get(sample_id)
+        running = self._running.get(sample_id) or self._decoding.get(sample_id)
         if running is None or running.gives_way:
             return None
         interval_s = self._step_time.interval_s(self._groups.keys)
@@ -174,6 +196,9 @@ class Scheduler:
     def _fill_slots(self) -> tuple[Sample, ...]:
         """Give free slots to the waiting samples, and those of batch samples to others."""
         joins = []
+        # Before any leaves its slot, so that none that leaves is paid for: it would join again in the same plan.
+        while self._has_others and (paid := self.batch.pay()) is not None:
+            self._groups.add(paid)
         for running in self.batch.to_leave(len(self._queue) - self._num_free):
             self._leave_slot(running)
         if self._num_free and self._has_others and self.batch.pay_for_first():
@@ -193,46 +218,48 @@ class Scheduler:
         self._groups_of(running).add(running)
         return sample
 
+    def _give_up_slot(self, sample_id: SampleId) -> RunningSample:
+        running = self._running.pop(sample_id)
+        self._num_others -= not running.is_batch
+        return running
+
     def _leave_slot(self, running: RunningSample) -> None:
         """Let a batch sample wait again for a slot."""
-        del self._running[running.sample.id]
+        self._give_up_slot(running.sample.id)
         self.batch.parked.remove(running)
         self.batch.put_back(running)
         self._leaving.append(running.sample.id)
 
-    def _group_to_step(self) -> list[RunningSample]:
-        """The samples that step in this turn; the group that has waited longest of those whose turn it may be."""
+    def _samples_to_step(self) -> tuple[list[RunningSample], list[RunningSample], int]:
+        """The group that has waited longest of those whose turn it may be, the batch samples that fill its padding, and the
+        work by which the turn is measured."""
         if not self._has_others:
-            return self._batch_group()
-        while (paid := self.batch.pay()) is not None:
-            self._groups.add(paid)
-        self._planned_groups, self._planned_key = self._groups, self._groups.first_key
-        group = [] if self._planned_key is None else self._groups.of(self._planned_key)
-        self._planned_work = sum(running.request.params.work_per_call for running in group)
+            return self._batch_group(), [], 0  # how long a turn takes is measured where somebody waits for it
+        if (key := self._groups.first_key) is None:
+            return [], [], 0
+        self._groups.had_turn(key)
+        group = self._groups.of(key)
         self.batch.earn(sum(running.request.params.work_per_call for running in group if not running.is_batch))
-        return [*group, *self.batch.filling(group, self._capacity.buckets)]
+        work = sum(running.request.params.work_per_call for running in group)
+        return group, self.batch.filling(group, self._capacity), work
 
     def _batch_group(self) -> list[RunningSample]:
-        """What batch samples do while no others run: their last call only in the turn that decodes them, so that none holds
-        up the decoding of others."""
+        """What batch samples do while no others run. They make their last call only in the turn in which their pictures are
+        given to the decoder, and do not fill it, so that none holds up the pictures of others."""
         for running in self._groups.all():  # nobody is there to give way to
             running.is_paid = False
             self._groups.remove(running)
             self.batch.parked.add(running)
-        self._planned_groups, self._planned_key = self.batch.parked, self.batch.parked.first_key
-        group = [] if self._planned_key is None else self.batch.parked.of(self._planned_key)
-        self._planned_work = 0  # how long a turn takes is measured where somebody waits for it
-        ending = [running for running in group if running.step + 1 == running.request.num_calls]
-        stays = {running.sample.id for running in ending[max(0, self._capacity.max_decodes - len(self._finished)) :]}
-        return [running for running in group if running.sample.id not in stays]
+        num_decodes = min(self._capacity.max_decodes, self._capacity.max_slots)
+        return self.batch.alone(num_decodes - len(self._finished) - len(self._decoding))
 
     def _groups_of(self, running: RunningSample) -> Groups:
         return self.batch.parked if running.gives_way else self._groups
 
     @property
     def _has_others(self) -> bool:
-        """Whether a sample that is not of a batch request runs or waits."""
-        return bool(self._num_others or len(self._queue))
+        """Whether a sample that is not of a batch request runs or waits, or its picture is being decoded."""
+        return bool(self._num_others or len(self._queue)) or any(not one.is_batch for one in self._decoding.values())
 
     @property
     def _num_free(self) -> int:
@@ -242,26 +269,28 @@ class Scheduler:
         """The running samples that are not of batch requests."""
         return [running for running in self._running.values() if not running.is_batch]
 
+    def _count_planned(self, running: RunningSample) -> None:
+        running.num_planned += 1
+        if not running.num_to_plan:
+            self._groups_of(running).remove(running)
+            self._finished[running.sample.id] = running
+
     def _take_progress(self, running: RunningSample, progress: SampleProgress) -> None:
         if progress.is_over:
-            self._release(progress.id)
+            self.end(progress)
             return
         running.step += 1
         if (progress.step, progress.num_steps) != (running.step, running.request.num_calls):
             planned = f"{running.step} of {running.request.num_calls}"
             raise EngineError(f"a sample is at step {progress.step} of {progress.num_steps}, planned was {planned}")
-        if running.has_made_all_calls:
-            self._groups_of(running).remove(running)
-            self._finished[progress.id] = running
 
     def _release(self, sample_id: SampleId) -> None:
-        running = self._running.pop(sample_id)
-        self._num_others -= not running.is_batch
+        running = self._give_up_slot(sample_id) if sample_id in self._running else self._decoding.pop(sample_id)
         self._finished.pop(sample_id, None)
         self._groups_of(running).remove(running)
         request_id = sample_id.request_id
         is_waiting = request_id in self._queue or request_id in self.batch.queue
-        if not is_waiting and not any(other.request_id == request_id for other in self._running):
+        if not is_waiting and not any(other.request_id == request_id for other in (*self._running, *self._decoding)):
             self._deadlines.pop(request_id, None)
 
     def _position(self, ahead: list[QueuedSample]) -> Position:

@@ -10,20 +10,23 @@ from mii_serve.types import BatchKey, Priority, Request, Sample, SampleId
 
 @dataclass(slots=True, eq=False)
 class RunningSample:
-    """A sample that holds a slot. `preview_due_since` is the turn since which a preview of it is due.
+    """A sample that has started: `num_planned` of its UNet calls are planned, and `step` of them are known to be made.
 
-    `is_paid`: a sample of a batch request whose work is taken from the share of batch requests.
+    `preview_due_since` is the turn since which a preview of it is due. `is_paid`: a sample of a batch request whose work is
+    taken from the share of batch requests.
     """
 
     sample: Sample
     request: Request
+    num_planned: int = 0
     step: int = 0
     preview_due_since: int | None = None
     is_paid: bool = False
 
     @property
-    def has_made_all_calls(self) -> bool:
-        return self.step == self.request.num_calls
+    def num_to_plan(self) -> int:
+        """The UNet calls that are not planned yet."""
+        return self.request.num_calls - self.num_planned
 
     @property
     def work_left(self) -> int:
@@ -81,7 +84,7 @@ def due_previews(group: Sequence[RunningSample], turn: int) -> tuple[SampleId, .
     """The one preview of this turn: that of the sample which has waited longest for it."""
     waited_longest: tuple[int, int] | None = None
     for index, running in enumerate(group):
-        every, step = running.request.preview_every, running.step + 1
+        every, step = running.request.preview_every, running.num_planned + 1
         if every is None or step == running.request.num_calls:
             continue
         if running.preview_due_since is None and step % every == 0:

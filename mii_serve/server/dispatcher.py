@@ -217,6 +217,7 @@ class Dispatcher:
                 is_ready=info is not None,
                 num_restarts=replica.num_restarts,
                 activity=None if info is None else info.activity,
+                devices=() if info is None else info.replicas[0].devices,
             )
             for replica, info in zip(replicas, answers, strict=True)
         )

@@ -29,7 +29,8 @@ class EngineDescription:
     """The engine that runs, as every answer names it.
 
     `note` says why it is this engine where `auto` would have preferred another; empty when there is nothing to say.
-    `num_ranks` devices compute each UNet call together; `parallelism` is what they split, empty with one.
+    `num_ranks` devices compute each UNet call together; `parallelism` is what they split, empty with one. `devices` says which
+    they are, one text for each rank. `kernels` says which fused kernels run and why others do not, empty where none could.
     """
 
     engine: str
@@ -39,8 +40,10 @@ class EngineDescription:
     model_revision: str
     has_safety_checker: bool
     note: str = ""
+    kernels: str = ""
     num_ranks: int = 1
     parallelism: str = ""
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,12 +43,13 @@ _COUNTS = [one.name for one in fields(Activity) if one.name not in ("uptime_s", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaInfo:
-    """One copy of the model; no activity while it is not ready."""
+    """One copy of the model; no activity while it is not ready. `devices` are as in `EngineDescription`."""
 
     index: int
     is_ready: bool
     num_restarts: int
     activity: Activity | None
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class ServerInfo:
     `schedulers` maps every accepted name to the name the server answers with. `activity` is that of all replicas together.
     `engine_note` says why this engine runs and not the preferred one, where that could not. `default_scheduler_class` and its
     options are what a request that names no scheduler gets, as in `EffectiveParameters`. `num_ranks` and `parallelism` are as
-    in `EngineDescription`.
+    in `EngineDescription`, and `engine_kernels` is its `kernels`.
     """
 
     version: str
@@ -80,6 +81,7 @@ class ServerInfo:
     is_default_scheduler_compiled: bool = True
     num_ranks: int = 1
     parallelism: str = ""
+    engine_kernels: str = ""
 
     @property
     def capabilities(self) -> Capabilities:

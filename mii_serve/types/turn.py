@@ -115,3 +115,5 @@ class EngineCapacity:
     max_latent_pixels_per_call: int | None = None
     buckets: tuple[BatchShape, ...] = ()
     """The captured batch shapes. A batch is padded to the smallest one that holds it, so samples that fill it cost nothing."""
+    has_fixed_rows: bool = False
+    """Of the buckets, see `BatchShape.holds`."""

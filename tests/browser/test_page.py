@@ -17,6 +17,7 @@ from outside import ROOT
 from patience import PATIENCE_S
 from PIL import Image
 from playwright.async_api import Page, expect
+from servers import Turnstile
 from sites import DESKTOP, PHONE, Site, UnhurriedEngine, site_of
 
 from mii_serve.gateway.page import messages
@@ -115,15 +116,16 @@ async def test_what_is_left_open_is_the_servers_default_and_told(site: Site):
 async def test_progress_is_told_and_the_film_shows_how_it_went(unhurried_site: Site):
     site, engine = unhurried_site, unhurried_site.server.engine
     page = await site.open()
-    engine.gate.clear()
+    engine.gate = turns = Turnstile()
     await draw(page, "a red circle", num_inference_steps="12")
     await expect(page.locator("#running")).to_be_visible()
     await expect(page.locator("#slots-text")).to_have_text("1 of 2")
     await expect(page.locator("#slots i.on")).to_have_count(1)
     await expect(page.locator("#count-step")).to_have_text("0")
     assert await page.locator("#frames canvas").count() == 1, "before the first preview there is noise"
-    engine.gate.set()
+    turns.let(3)
     await expect(page.locator("#frames img")).to_have_attribute("alt", re.compile(r"^a red circle \(unfinished, step \d+\)$"))
+    turns.set()
     await expect(page.locator("#inspector")).to_be_visible()
     assert await page.locator("#progress").evaluate("element => element.value") == 1
     await expect(page.locator("#live")).to_have_text(re.compile(r"^Finished: 1 picture in "))

@@ -272,7 +272,7 @@ def test_what_is_wrong_only_in_a_batch_is_found_there(short_truth):
 
 def test_a_stage_that_fails_instead_of_answering_is_named(short_truth):
     engine = native()
-    engine._denoiser.step = lambda moves, shape: torch.empty(1, 2) @ torch.empty(3, 4)
+    engine._denoiser.step = lambda inputs, shape, has_outputs=True: torch.empty(1, 2) @ torch.empty(3, 4)
     report = verify(engine, short_truth)
     assert report.first_failure.stage is Stage.UNET
     assert "no answer, RuntimeError" in report.first_failure.faults[0]

@@ -16,8 +16,8 @@ from patience import PATIENCE_S
 
 from mii_serve.client import Client, GenerationResult
 
-NUM_REQUESTS = 60
-NUM_KILLS = 6
+NUM_REQUESTS = 40
+NUM_KILLS = 4
 NUM_CALLERS = 12
 TOLERANCE = 1
 """In 1/255: what the rest of a batch may change in FP32."""

@@ -11,7 +11,7 @@ import urllib.request
 
 import psutil
 import pytest
-from deployments import ENDLESS, deployed, finished, read_line, start, until
+from deployments import deployed, finished, read_line, start, until
 from patience import PATIENCE_S
 
 from mii_serve.client import Client, Restarted
@@ -50,17 +50,6 @@ def test_running_work_is_finished_before_the_end():
         assert stream.result().images
         stopper.join(PATIENCE_S)
         assert code == [0]
-
-
-def test_a_second_signal_ends_at_once():
-    with deployed("demo") as running, Client(running.grpc) as client:
-        stream = client.stream("a red circle", **ENDLESS)
-        next(iter(stream))
-        running.process.send_signal(signal.SIGINT)
-        running.process.send_signal(signal.SIGTERM)  # two of a kind could arrive as one
-        assert running.process.wait(PATIENCE_S) == 0
-        with pytest.raises(UnavailableError):
-            stream.result()
 
 
 def test_a_killed_replica_is_replaced_and_its_request_made_again():

@@ -40,8 +40,10 @@ async def test_openais_client(served, name):
     assert seen["stability"] and seen["request_id"]
     assert seen["url"] == ["image/png", "89504e47", None]
     assert (seen["without_version"], seen["azure"], seen["models"]) == (1, 1, ["fake"])
-    kinds = ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
-    assert [(kind, index) for kind, index, _ in seen["events"]] == list(zip(kinds, (0, 1, None), strict=True))
+    *partials, last = [(kind, index) for kind, index, _ in seen["events"]]
+    # an engine without a model is faster than any reader: of previews that are not read yet, the latest is kept
+    assert partials in ([("image_generation.partial_image", index) for index in range(num)] for num in (1, 2))
+    assert last == ("image_generation.completed", None)
     assert {start for _, _, start in seen["events"]} == {"iVBO"}
     assert seen["errors"] == {
         "size": ["BadRequestError", 400, "invalid_value"],

@@ -32,7 +32,7 @@ def request(*prompts: str, negative: list[str] | None = None, **kwargs: object) 
     message = mii.PictureRequest(prompt=prompts, second=texts)
     for name, of in kwargs.items():
         message.query_kwargs[name].CopyFrom(value(of))
-    return message.SerializeToString()
+    return message.SerializeToString(deterministic=True)
 
 
 def old_request(*prompts: str, **kwargs: object) -> bytes:

@@ -117,14 +117,17 @@ async def test_every_refusal_names_the_member(served):
 
 
 @pytest.mark.parametrize("num_partials", [0, 1, 3])
-async def test_a_stream_shows_as_many_partial_images_as_were_asked_for(served, num_partials):
+async def test_a_stream_shows_at_most_as_many_partial_images_as_were_asked_for(served, num_partials):
+    """All of them, unless the engine is faster than the reader: of previews that are not read yet, the latest is kept."""
     body = {"prompt": "a", "stream": True, "partial_images": num_partials, "num_inference_steps": 20, "seed": 3}
     answer = await served.post(PATH, {**body, "output_format": "jpeg"})
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
     events = events_of(answer.text)
-    names = ["image_generation.partial_image"] * num_partials + ["image_generation.completed"]
+    num_shown = len(events) - 1
+    assert min(1, num_partials) <= num_shown <= num_partials
+    names = ["image_generation.partial_image"] * num_shown + ["image_generation.completed"]
     assert [name for name, _ in events] == names == [value["type"] for _, value in events]
-    assert [value["partial_image_index"] for _, value in events[:-1]] == list(range(num_partials))
+    assert [value["partial_image_index"] for _, value in events[:-1]] == list(range(num_shown))
     for _, value in events:
         assert picture(value["b64_json"]).format == "JPEG"
         assert (value["size"], value["output_format"], value["background"]) == ("64x64", "jpeg", "opaque")

@@ -389,15 +389,16 @@ class TestBlocked:
         assert answer.headers["x-mii-blocked"] == "output"
 
 
-async def test_info_shows_the_ranks_of_a_replica(served, monkeypatch):
+async def test_info_shows_the_ranks_of_a_replica_and_its_kernels(served, monkeypatch):
     described = await served.server.dispatcher.server_info()
 
     async def server_info():
-        return replace(described, num_ranks=2, parallelism="rows")
+        return replace(described, num_ranks=2, parallelism="rows", engine_kernels="fused: attention triton 8")
 
     monkeypatch.setattr(served.server.dispatcher, "server_info", server_info)
     said = (await served.client.get("/info")).json()
     assert (said["model_name"], said["num_ranks"], said["parallelism"]) == ("fake", 2, "rows")
+    assert said["engine_kernels"] == "fused: attention triton 8"
 
 
 async def test_probes_the_description_and_unknown_routes(served):

@@ -13,7 +13,7 @@ MIN_RIGHT = {"held_out_triples": 0.95, "held_out_pairs": 0.95, "counts": 0.80, "
 MIN_RIGHT_PNDM = 0.75
 MIN_FLAGGED = 0.95
 MAX_FALSE_ALARMS = 0.02
-NUM_PROMPTS, NUM_PROMPTS_PNDM = 48, 32
+NUM_PROMPTS, NUM_PROMPTS_PNDM = 24, 12
 """Of each row: the first of those that its documented grade comes from. A picture of 50 steps takes three times as long."""
 
 

@@ -15,13 +15,13 @@ class Failing(ObjectStepping):
 
     where = ""
 
-    def before(self, step, state):
+    def before(self, step, states, slot):
         self._fail_if("before", step)
-        return super().before(step, state)
+        return super().before(step, states, slot)
 
-    def after(self, step, state, noise_pred):
+    def after(self, step, states, slot, noise_pred):
         self._fail_if("after", step)
-        super().after(step, state, noise_pred)
+        super().after(step, states, slot, noise_pred)
 
     def _fail_if(self, where, step):
         if step == 1 and where == self.where:

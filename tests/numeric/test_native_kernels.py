@@ -1,4 +1,4 @@
-"""Each saving of `NativeKernels` changes nothing: compared with `UNet2DConditionModel.forward` on the same weights."""
+"""Each saving of `NativeKernels`, and of `FusedKernels`, changes nothing: compared with `UNet2DConditionModel.forward`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
+from mii_serve.engine.kernels.fused.forward import FusedKernels, why_not_fusible
+from mii_serve.engine.kernels.fused.operations import TorchOperations
 from mii_serve.engine.kernels.native import NEUTRAL_OPTIONS, NativeKernels, why_unsupported
 
 TOLERANCE = 2e-6
@@ -60,17 +62,30 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * theirs.abs().max().item())
 
 
+def fused(unet: UNet2DConditionModel) -> FusedKernels:
+    """With torch's operations in the place of the Triton kernels."""
+    assert why_not_fusible(unet) is None
+    return FusedKernels(unet.to(memory_format=torch.channels_last), TorchOperations())
+
+
+each_set = pytest.mark.parametrize("kernels", [NativeKernels, fused], ids=["native", "fused"])
+
+
+@each_set
 @pytest.mark.parametrize("size", [(8, 8), (12, 8), (9, 7)], ids=str)
-def test_all_savings_together(unet, size):
+def test_all_savings_together(unet, size, kernels):
     latents, embeds = inputs(unet, size)
-    ours = NativeKernels(unet)
+    ours = kernels(unet)
+    latents = latents.contiguous(memory_format=torch.channels_last)
     made = ours.predict_noise(latents, ours.embed_timesteps(TIMES), ours.project_prompts(embeds), SAMPLE_OF_ROW)
     assert_close(made, unet(latents[SAMPLE_OF_ROW], TIMES[SAMPLE_OF_ROW], encoder_hidden_states=embeds).sample)
 
 
-def test_without_a_pair_nothing_is_shared(unet):
+@each_set
+def test_without_a_pair_nothing_is_shared(unet, kernels):
     latents, embeds = inputs(unet)
-    ours = NativeKernels(unet)
+    ours = kernels(unet)
+    latents = latents.contiguous(memory_format=torch.channels_last)
     made = ours.predict_noise(latents, ours.embed_timesteps(TIMES), ours.project_prompts(embeds[:3]))
     assert_close(made, unet(latents, TIMES, encoder_hidden_states=embeds[:3]).sample)
 

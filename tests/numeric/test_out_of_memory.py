@@ -12,6 +12,8 @@ import torch
 from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.batched.buckets import declare_buckets
 from mii_serve.engine.factory import native_engine
+from mii_serve.engine.kernels.shares import shares
+from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.errors import EngineError
 from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
 
@@ -74,24 +76,45 @@ def test_when_not_even_one_sample_fits_the_engine_fails(demo, memory_for):
         draw(native_engine(demo, max_slots=8))
 
 
-class LoneRank:
-    """Of two ranks, the one that the test looks at."""
+class LoneRank(RankGroup):
+    """Of two ranks, the one that the test looks at. The other finds that so many of the first calls do not fit."""
 
-    rank, size = 0, 2
+    def __init__(self, num_refused: int = 0) -> None:
+        super().__init__(0, 2)
+        self.num_exchanged = 0
+        self._num_refused = num_refused
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.num_exchanged += not self._is_apart
         return torch.cat((tensor, tensor))
 
     def gather_objects(self, one: object) -> list[object]:
-        return [one]
+        self._num_refused -= 1
+        return [one, self._num_refused < 0]
 
 
-@pytest.mark.parametrize("buckets", [(), declare_buckets(8, 8, 8)], ids=["as they come", "captured"])
-def test_a_rank_does_not_go_on_with_smaller_calls_than_the_others(demo, memory_for, buckets):
+def test_a_rank_does_not_go_on_with_smaller_calls_than_the_others(demo, memory_for):
     memory_for(1)
-    engine = native_engine(demo, max_slots=8, buckets=buckets, group=LoneRank())
+    engine = native_engine(demo, max_slots=8, group=LoneRank())
     with pytest.raises(EngineError, match="out of memory"):
-        engine.warmup() if buckets else draw(engine)
+        draw(engine)
+
+
+@pytest.mark.parametrize(("max_samples", "num_refused"), [(2, 0), (8, 2), (2, 1)], ids=["here", "there", "both"])
+def test_ranks_leave_out_the_buckets_that_do_not_fit_on_one_of_them(demo, memory_for, max_samples, num_refused):
+    buckets = declare_buckets(8, 8, 8)
+    memory_for(max_samples)
+    engine = native_engine(demo, max_slots=8, buckets=buckets, group=(group := LoneRank(num_refused)))
+    engine._denoiser.prepare()
+    bound = engine.capacity.max_latent_pixels_per_call
+    prepared = set(engine._denoiser._prepared)
+    assert prepared == {bucket for bucket in buckets if bucket.num_latent_pixels <= bound}
+    own = {bucket: len(shares(bucket.num_samples, bucket.num_rows, 2)[0].samples) for bucket in buckets}
+    assert max(own[bucket] for bucket in prepared) <= max_samples
+    left_out = [bucket for bucket in buckets if bucket not in prepared]
+    assert bound == left_out[-1].num_latent_pixels - 1
+    assert left_out[-1].num_latent_pixels == buckets[num_refused - 1].num_latent_pixels or own[left_out[-1]] > max_samples
+    assert group.num_exchanged == 0, "a rank that fails would leave the other waiting"
 
 
 def test_sizes_that_do_not_fit_are_left_out_of_the_buckets(demo, memory_for):

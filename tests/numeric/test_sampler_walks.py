@@ -12,6 +12,9 @@ from mii_serve.errors import InvalidRequestError
 from mii_serve.samplers.build import step_kwargs, try_scheduler
 from mii_serve.samplers.names import SAMPLERS
 
+LARGE = {"lms": (200,)}
+"""Where not the largest numbers of all: lms integrates a polynomial for each step."""
+
 
 def walk(name: str, num_inference_steps: int) -> torch.Tensor:
     scheduler = SD_V1.make(name, num_inference_steps, torch.device("cpu"))
@@ -31,7 +34,7 @@ def test_what_passes_the_trial_ends_finite_and_the_rest_names_the_field(name):
     for num_inference_steps in (1, 2, 3, 4, 5, 10, 50):
         try_scheduler(SD_V1, name, num_inference_steps)  # the usual numbers work with every sampler
         assert walk(name, num_inference_steps).isfinite().all()
-    for num_inference_steps in (1000, 999):
+    for num_inference_steps in LARGE.get(name, (1000, 999)):
         try:
             try_scheduler(SD_V1, name, num_inference_steps)
         except InvalidRequestError as error:

@@ -20,9 +20,9 @@ def worst_bucket(engine: BatchedEngine) -> tuple[float, int]:
             pool = denoiser.pool(latent_shape)
             start = torch.randn(pool.state.shape, generator=torch.Generator().manual_seed(0)).to(pool.state.device)
             num_guided = size.num_rows - size.num_samples
-            samples = [_sample(slot, is_guided=slot < num_guided) for slot in range(size.num_samples)]
+            samples = [sample_inputs(slot, is_guided=slot < num_guided) for slot in range(size.num_samples)]
             pool.state.copy_(start)
-            replayed, state = prepared(samples), pool.state.clone()
+            replayed, state = [output.clone() for output in prepared(samples)], pool.state.clone()
             pool.state.copy_(start)
             kept, denoiser._prepared = denoiser._prepared, {}
             try:
@@ -37,7 +37,7 @@ def worst_bucket(engine: BatchedEngine) -> tuple[float, int]:
     return worst, len(denoiser._prepared)
 
 
-def _sample(slot: int, *, is_guided: bool) -> SampleInputs:
+def sample_inputs(slot: int, *, is_guided: bool) -> SampleInputs:
     """Of the first timestep and the first two prompts the engine knows, by a step that keeps numbers small."""
     return SampleInputs(
         slot=slot,

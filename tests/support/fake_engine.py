@@ -49,6 +49,7 @@ class FakeEngine:
         self._clock = StageTimer()
         self._fails_next = False
         self._fails_sample: str | None = None
+        self._failed: set[SampleId] = set()  # a turn with them may have been planned before
         self.gate = threading.Event()
         self.gate.set()
         self.plans: list[StepPlan] = []
@@ -102,7 +103,8 @@ class FakeEngine:
         for sample in plan.joins:
             self._running[sample.id] = FakeSample(sample)
         with self._clock.time("denoise"):
-            made = {sample_id: self._step(self._running[sample_id], sample_id in plan.previews) for sample_id in plan.steps}
+            able = [sample_id for sample_id in plan.steps if sample_id not in self._failed]
+            made = {sample_id: self._step(self._running[sample_id], sample_id in plan.previews) for sample_id in able}
         for sample_id in plan.decodes:
             if (running := self._running.pop(sample_id, None)) is not None:
                 made[sample_id] = replace(_progress(running), picture=_flat_picture(running.sample))
@@ -115,6 +117,7 @@ class FakeEngine:
         sample = running.sample
         if self._fails_sample in (sample.id.request_id, sample.id.request_id.rpartition(" ")[0]):
             del self._running[sample.id]
+            self._failed.add(sample.id)
             return replace(_progress(running), error=EngineError("told to fail"))
         running.step += 1
         return replace(_progress(running), preview=_flat_picture(sample) if is_shown else None)

@@ -14,19 +14,21 @@ import torch
 
 from mii_serve.engine.batched.batch_inputs import BatchInputs, SampleInputs, batch_shape
 from mii_serve.engine.batched.buckets import BatchShape, choose_bucket
-from mii_serve.engine.batched.guidance import guide
 from mii_serve.engine.batched.prompt_cache import PromptCache
 from mii_serve.engine.batched.slot_pool import SlotPool
 from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.kernels import KernelSet
+from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.errors import EngineError
-from mii_serve.samplers.update import step
 from mii_serve.types import LatentShape
 
 logger = logging.getLogger(__name__)
 
 StepOutputs = tuple[torch.Tensor, torch.Tensor]
 """The UNet's input and its prediction after guidance, both N × channels × height × width in float32."""
+
+MAX_KEPT_INPUTS = 64
+"""Batch shapes without a bucket whose input tensors are kept."""
 
 NUM_RUNS_BEFORE_CAPTURE = 2
 """Libraries choose their kernels and allocate their workspace in the first calls."""
@@ -44,11 +46,13 @@ class Denoiser:
         max_slots: int,
         num_channels: int,
         buckets: Sequence[BatchShape] = (),
-        has_other_ranks: bool = False,
+        group: RankGroup | None = None,
     ) -> None:
         """`prompts` and `timesteps` are the caches that the rows of `SampleInputs` point into.
 
-        With other ranks, which make the same calls, a call that does not fit is not made smaller: theirs would not be.
+        The ranks of a `group` make the same calls, and divide each by its shape alone, so that the rows of a bucket are fixed.
+        They agree beforehand which buckets fit into the memory of each; a later call that does not fit is not made smaller, as
+        those of the others would not be.
         """
         self._kernels = kernels
         self._max_slots = max_slots
@@ -57,9 +61,11 @@ class Denoiser:
         self._timestep_embeds = timesteps.embeds
         self._device = self._prompts.device
         self._buckets = buckets
-        self._has_other_ranks = has_other_ranks
+        self._group = group
         self._pools: dict[LatentShape, SlotPool] = {}
         self._prepared: dict[BatchShape, Callable[[Sequence[SampleInputs]], StepOutputs]] = {}
+        self._chosen: dict[BatchShape, BatchShape | None] = {}
+        self._kept_inputs: dict[BatchShape, BatchInputs] = {}
         self._graph_memory: Any = None
         self.max_latent_pixels_per_call = kernels.max_latent_pixels_per_call
         """Of rows × latent height × latent width; becomes smaller when a call runs out of memory."""
@@ -90,15 +96,34 @@ class Denoiser:
         for bucket in self._buckets:
             if bucket in self._prepared or not self._has_room_for(bucket):
                 continue
+            if self._group is not None and not self._group.agree(self._fits(bucket, self._group)):
+                self._shrink(bucket.num_latent_pixels - 1)
+                continue
             try:
                 self._prepared[bucket] = self._capture(bucket)
+                self._chosen.clear()
             except torch.OutOfMemoryError as error:
-                if self._has_other_ranks:
+                if self._group is not None:
                     raise EngineError(f"out of memory with {bucket}; use a smaller max_slots") from error
                 self._shrink(bucket.num_latent_pixels - 1)
 
-    def step(self, samples: Sequence[SampleInputs], latent_shape: LatentShape) -> StepOutputs:
+    def _fits(self, bucket: BatchShape, group: RankGroup) -> bool:
+        """Whether this rank has memory for a call of this shape, tried without the others."""
+        inputs = BatchInputs(bucket, self._num_channels, self._device, has_fixed_rows=True)
+        inputs.fill((), self.pool((bucket.height, bucket.width)).padding_slot)
+        try:
+            with group.apart():
+                self._run(inputs)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def step(
+        self, samples: Sequence[SampleInputs], latent_shape: LatentShape, *, has_outputs: bool = True
+    ) -> StepOutputs | None:
         """Step the samples in as few UNet calls as memory allows, halving them until it does. Guided samples come first.
+
+        The outputs are the caller's; without them it returns None and copies nothing.
 
         Raises:
             torch.OutOfMemoryError: not even one sample fits.
@@ -110,15 +135,17 @@ class Denoiser:
         while num_stepped < len(samples):
             batch = self._first_batch(samples[num_stepped:], latent_shape)
             try:
-                outputs.append(self._call(batch, latent_shape))
+                called = self._call(batch, latent_shape, has_outputs=has_outputs)
+                if called is not None:
+                    outputs.append(called)
             except torch.OutOfMemoryError:
-                if len(batch) == 1 or self._has_other_ranks:
+                if len(batch) == 1 or self._group is not None:
                     raise
                 self._shrink(batch_shape(batch[: len(batch) // 2], latent_shape).num_latent_pixels)
                 continue
             num_stepped += len(batch)
-        if len(outputs) == 1:
-            return outputs[0]
+        if len(outputs) <= 1:
+            return outputs[0] if outputs else None
         model_inputs, predictions = zip(*outputs, strict=True)
         return torch.cat(model_inputs), torch.cat(predictions)
 
@@ -131,46 +158,72 @@ class Denoiser:
             count -= 1
         return samples[:count]
 
-    def _call(self, samples: Sequence[SampleInputs], latent_shape: LatentShape) -> StepOutputs:
+    def _call(
+        self, samples: Sequence[SampleInputs], latent_shape: LatentShape, *, has_outputs: bool = True
+    ) -> StepOutputs | None:
         shape = batch_shape(samples, latent_shape)
-        if (bucket := choose_bucket(self._prepared, shape)) is not None:
+        if (bucket := self._bucket_of(shape)) is not None:
             model_input, prediction = self._prepared[bucket](samples)
-            return model_input[: len(samples)], prediction[: len(samples)]
+            # Copies: the next replay of any bucket overwrites what this one has made.
+            return (model_input[: len(samples)].clone(), prediction[: len(samples)].clone()) if has_outputs else None
         self.num_graph_misses += bool(self._buckets)
-        inputs = BatchInputs(shape, self._num_channels, self._device)
+        inputs = self._inputs_of(shape)
         inputs.fill(samples, self.pool(latent_shape).padding_slot)
-        return self._run(inputs)
+        outputs = self._run(inputs)
+        return outputs if has_outputs else None
+
+    def _bucket_of(self, shape: BatchShape) -> BatchShape | None:
+        if not self._prepared:
+            return None
+        if shape not in self._chosen:
+            if len(self._chosen) >= MAX_KEPT_INPUTS:
+                self._chosen.clear()
+            self._chosen[shape] = choose_bucket(self._prepared, shape, has_fixed_rows=self._group is not None)
+        return self._chosen[shape]
+
+    def _inputs_of(self, shape: BatchShape) -> BatchInputs:
+        if (kept := self._kept_inputs.get(shape)) is None:
+            if len(self._kept_inputs) >= MAX_KEPT_INPUTS:
+                self._kept_inputs.clear()
+            kept = self._kept_inputs[shape] = BatchInputs(shape, self._num_channels, self._device, has_fixed_rows=True)
+        return kept
 
     def _run(self, inputs: BatchInputs) -> StepOutputs:
         """The step itself: reads and writes tensors on the device, nothing else."""
         shape = inputs.shape
         state = self._pools[shape.height, shape.width].state
-        before = state[inputs.slots]
-        model_input = before[:, 0] * inputs.input_scale[:, None, None, None]
-        has_guided = shape.num_rows > shape.num_samples
+        sampler = self._kernels.sampler
+        model_input, latents = sampler.begin(state, inputs.slots, inputs.input_scale, self._prompts.dtype)
         noise_pred = self._kernels.predict_noise(
-            model_input.to(self._prompts.dtype, memory_format=torch.channels_last),
+            latents,
             self._timestep_embeds[inputs.timestep_rows],
             self._prompts[inputs.prompt_rows],
-            inputs.sample_of_row if has_guided else None,
-        ).float()
-        prediction = noise_pred[: shape.num_samples]
-        if has_guided:
-            prediction = guide(noise_pred[inputs.uncond_row], prediction, inputs.guidance_scale, inputs.guidance_rescale)
-        state[inputs.slots] = step(before, prediction, inputs.noise, inputs.matrices)
+            inputs.sample_of_row if inputs.may_be_guided else None,
+        )
+        prediction = sampler.end(
+            state,
+            inputs.slots,
+            noise_pred,
+            inputs.uncond_row,
+            inputs.guidance_scale,
+            inputs.guidance_rescale,
+            inputs.noise,
+            inputs.matrices,
+            is_guided=inputs.may_be_guided,
+        )
         return model_input, prediction
 
     def _capture(self, bucket: BatchShape) -> Callable[[Sequence[SampleInputs]], StepOutputs]:
-        """A function that steps a batch of this shape. Its outputs are copies, which no later replay overwrites."""
+        """A function that steps a batch of this shape. Its outputs are overwritten by the next replay of any bucket."""
         pool = self.pool((bucket.height, bucket.width))
-        inputs = BatchInputs(bucket, self._num_channels, self._device)
+        inputs = BatchInputs(bucket, self._num_channels, self._device, has_fixed_rows=self._group is not None)
         inputs.fill((), pool.padding_slot)
         replay, (model_input, prediction) = self._record(inputs)
 
         def step_batch(samples: Sequence[SampleInputs]) -> StepOutputs:
             inputs.fill(samples, pool.padding_slot)
             replay()
-            return model_input.clone(), prediction.clone()
+            return model_input, prediction
 
         return step_batch
 
@@ -204,6 +257,7 @@ class Denoiser:
     def _shrink(self, max_latent_pixels: int) -> None:
         self.max_latent_pixels_per_call = min(max_latent_pixels, self.max_latent_pixels_per_call or max_latent_pixels)
         self._prepared = {bucket: step_batch for bucket, step_batch in self._prepared.items() if self._has_room_for(bucket)}
+        self._chosen.clear()
         logger.warning("out of memory; UNet calls are now at most %d rows × latent pixels", self.max_latent_pixels_per_call)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ within one level of 255 of the reference's in float32.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,21 +17,25 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from mii_serve.engine.batched.batch_inputs import SampleInputs
 from mii_serve.engine.batched.buckets import BatchShape, declare_buckets
+from mii_serve.engine.batched.decoding import Decoding, Undecoded
 from mii_serve.engine.batched.denoiser import Denoiser
+from mii_serve.engine.batched.launched import LaunchedTurn
 from mii_serve.engine.batched.probe import BatchedProbe
 from mii_serve.engine.batched.prompt_cache import Prompt, PromptCache
+from mii_serve.engine.batched.slot_search import NUM_SAMPLES, find_slots
 from mii_serve.engine.batched.stepping import ObjectStepping, Stepping, TableStepping
+from mii_serve.engine.batched.tail import Tail
 from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.capabilities import capabilities_of, description_of
-from mii_serve.engine.decode import decode, is_finite
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.ranks.group import RankGroup
-from mii_serve.engine.sample_errors import is_of_one_sample, not_finite, sample_error
+from mii_serve.engine.sample_errors import is_of_one_sample, sample_error
 from mii_serve.engine.stage_timer import StageTimer
+from mii_serve.engine.turns import TurnResult
+from mii_serve.engine.upload import upload
 from mii_serve.engine.warmup import make_pictures, warm_up_request
-from mii_serve.errors import EngineError, NotFiniteError
+from mii_serve.errors import EngineError
 from mii_serve.models import LoadedModel
-from mii_serve.safety.checker import checked_pictures
 from mii_serve.samplers.build import ModelSchedulers
 from mii_serve.samplers.sampling import Samplings, Uncompiled
 from mii_serve.samplers.update import estimate_x0
@@ -40,7 +44,6 @@ from mii_serve.types import (
     EngineCapacity,
     GenerationParams,
     LatentShape,
-    Picture,
     Sample,
     SampleId,
     SampleProgress,
@@ -48,14 +51,19 @@ from mii_serve.types import (
     StepPlan,
 )
 
-CPU_SLOTS, CUDA_SLOTS = 8, 16
-"""Default number of samples at once. On a CPU 16 are no faster than 8 (`benchmarks/engines.py`); on CUDA not measured yet."""
+MAX_SLOTS = NUM_SAMPLES[-1]
+"""The most samples at once, unless more are asked for; warm-up may find that fewer are as good."""
+CPU_SLOTS = 8
+"""On a CPU that is too slow to look for a better number."""
 
-MAX_DECODES = 4
-"""Pictures decoded in one VAE call, which needs far more memory per sample than the UNet."""
+CPU_DECODES, CUDA_DECODES = 4, 2
+"""Pictures decoded in one VAE call, which a turn may have to wait for; it needs far more memory per sample than the UNet. On
+CUDA not measured yet."""
+
+MAX_BEHIND = 8
+"""Batches that wait for the decoder. Previews are left out while there are so many; of pictures the slots bound the number."""
 
 Results = dict[SampleId, SampleProgress]
-Pictures = dict[SampleId, Picture | NotFiniteError]
 
 
 @dataclass(slots=True, eq=False)
@@ -83,7 +91,7 @@ class BatchedSample:
 
 
 class BatchedEngine:
-    """Implements `mii_serve.engine.Engine` and `mii_serve.engine.probe.ProbedEngine`."""
+    """Implements `mii_serve.engine.Engine`, and in addition `turns.LaunchingEngine` and `probe.ProbedEngine`."""
 
     def __init__(
         self,
@@ -96,6 +104,7 @@ class BatchedEngine:
         group: RankGroup | None = None,
     ) -> None:
         """`kernels` compute the model's UNet, and are closed with the engine. `max_slots` is the number of samples at once.
+        When left out: what warm-up finds; the ranks of a group do not look for it, as each would find another number.
 
         `buckets` are the batch shapes to capture at warm-up. When left out: on CUDA those that `declare_buckets` declares for
         the model's default size, on a CPU none. `note` becomes the description's. With a `group` this is one of its ranks,
@@ -111,7 +120,8 @@ class BatchedEngine:
         self._num_channels = pipeline.unet.config.in_channels
         self._schedulers = ModelSchedulers(pipeline.scheduler)
         self._samplings = Samplings(self._schedulers)
-        self._max_slots = max_slots or (CUDA_SLOTS if self._device.type == "cuda" else CPU_SLOTS)
+        self._looks_for_slots = max_slots is None and group is None
+        self._max_slots = max_slots or (MAX_SLOTS if self._looks_for_slots or self._device.type == "cuda" else CPU_SLOTS)
         self.capabilities = capabilities_of(model, self._schedulers, self._samplings.of)
         if buckets is None:
             latent_shape = model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE
@@ -127,19 +137,22 @@ class BatchedEngine:
             max_slots=self._max_slots,
             num_channels=self._num_channels,
             buckets=self._buckets,
-            has_other_ranks=group is not None,
+            group=group,
         )
-        self._timer = StageTimer()
+        self._stage_seconds: dict[str, float] = {}
         self._samples: dict[SampleId, BatchedSample] = {}
+        self._failed: set[SampleId] = set()  # turns with them may have been planned already
+        self._tail = Tail(self._device)
         self.description = description_of(model, kernels.name, note)
 
     @property
     def capacity(self) -> EngineCapacity:
         return EngineCapacity(
             max_slots=self._max_slots,
-            max_decodes=MAX_DECODES,
+            max_decodes=CUDA_DECODES if self._device.type == "cuda" else CPU_DECODES,
             max_latent_pixels_per_call=self._denoiser.max_latent_pixels_per_call,
             buckets=self._denoiser.captured_buckets,
+            has_fixed_rows=self._group is not None,
         )
 
     @property
@@ -147,7 +160,8 @@ class BatchedEngine:
         return self._denoiser.num_graph_misses
 
     def stage_seconds(self) -> dict[str, float]:
-        return self._timer.take()
+        seconds, self._stage_seconds = self._stage_seconds, {}
+        return seconds
 
     def check(self, params: GenerationParams) -> int:
         return self._samplings.of(params.scheduler, params.num_inference_steps).num_calls
@@ -157,34 +171,57 @@ class BatchedEngine:
         return self._schedulers.describe(params.scheduler, is_compiled=is_compiled)
 
     def warmup(self) -> None:
-        """Capture the buckets, and make pictures through each of them."""
+        """Capture the buckets, make pictures through each of them, and find the number of slots."""
         with torch.inference_mode():
             self._denoiser.prepare()
         asked = warm_up_request(self)
         make_pictures(self, asked)
         for bucket in self._buckets:
-            make_pictures(
-                self,
-                replace(
-                    asked,
-                    guidance_scale=7.5 if bucket.num_rows > bucket.num_samples else 1.0,
-                    height=bucket.height * LATENT_SCALE,
-                    width=bucket.width * LATENT_SCALE,
-                ),
-                count=bucket.num_samples,
-            )
+            num_guided = bucket.num_rows - bucket.num_samples
+            sized = replace(asked, height=bucket.height * LATENT_SCALE, width=bucket.width * LATENT_SCALE)
+            scales = [7.5 if i < num_guided else 1.0 for i in range(bucket.num_samples)]
+            make_pictures(self, *[replace(sized, guidance_scale=scale) for scale in scales])
+        if self._looks_for_slots:
+            params = self.capabilities.resolve(asked, fallback_seed=0)
+            otherwise = MAX_SLOTS if self._device.type == "cuda" else CPU_SLOTS
+            self._max_slots = find_slots(self, params, otherwise=otherwise)
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
-        try:
-            with torch.inference_mode():
-                for sample_id in plan.leaves:
-                    self._forget(sample_id)
-                self._join(plan.joins)
-                results = self._step(plan.steps, plan.previews)
-                results.update(self._finish(plan.decodes))
-                return tuple(results.values())
-        except Exception as error:
-            raise EngineError(f"the engine {self.description.engine} failed: {type(error).__name__}: {error}") from error
+        turn = self.launch(plan).wait()
+        with self._engine_errors(), torch.inference_mode():
+            results = {one.id: one for one in turn.progress}
+            for decoded in (turn, *self._taken(self._tail.drain())):
+                for stage, seconds in decoded.stages.items():
+                    self._stage_seconds[stage] = self._stage_seconds.get(stage, 0.0) + seconds
+                _add_decoded(results, () if decoded is turn else decoded.progress)
+        return tuple(results.values())
+
+    def launch(self, plan: StepPlan) -> LaunchedTurn:
+        with self._engine_errors(), torch.inference_mode():
+            turn = LaunchedTurn(self._device)
+            self._failed.difference_update(plan.leaves)
+            for sample_id in plan.leaves:
+                self._forget(sample_id)
+            self._join(plan.joins, turn.timer)
+            results = self._step(plan.steps, plan.previews, turn.timer)
+            self._decode_finished(plan.decodes, results, turn.timer)
+            turn.end(tuple(results.values()))
+            return turn
+
+    @property
+    def on_decoded(self) -> Callable[[], None]:
+        return self._tail.on_ready
+
+    @on_decoded.setter
+    def on_decoded(self, notify: Callable[[], None]) -> None:
+        self._tail.on_ready = notify
+
+    def has_decoded(self) -> bool:
+        return self._tail.has_ready()
+
+    def take_decoded(self) -> list[TurnResult]:
+        with self._engine_errors(), torch.inference_mode():
+            return self._taken(self._tail.take())
 
     def probe(self) -> BatchedProbe:
         return BatchedProbe(self._pipeline, self._prompts, self._timesteps, self._denoiser, self.capacity)
@@ -194,8 +231,16 @@ class BatchedEngine:
         return self._denoiser.states()
 
     def close(self) -> None:
+        self._tail.close()
         self._samples.clear()
         self._kernels.close()
+
+    @contextlib.contextmanager
+    def _engine_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise EngineError(f"the engine {self.description.engine} failed: {type(error).__name__}: {error}") from error
 
     def _forget(self, sample_id: SampleId) -> None:
         if (one := self._samples.pop(sample_id, None)) is not None:
@@ -203,16 +248,17 @@ class BatchedEngine:
             self._denoiser.pool(one.latent_shape).release(one.slot)
             self._denoiser.free_unused(one.latent_shape)
 
-    def _join(self, joins: Sequence[Sample]) -> None:
+    def _join(self, joins: Sequence[Sample], timer: StageTimer) -> None:
         if not joins:
             return
         texts = [sample.params.prompt for sample in joins]
         texts += [sample.params.negative_prompt for sample in joins if sample.params.is_guided]
-        with self._timer.time("encode"):
+        with timer.time("encode"):
             prompts = self._prompts.acquire(texts)
         negative_prompts = iter(prompts[len(joins) :])
         for sample, prompt in zip(joins, prompts, strict=False):  # the negative ones follow
             params = sample.params
+            self._failed.discard(sample.id)
             generator = torch.Generator("cpu").manual_seed(sample.seed)
             stepping = self._stepping(params, generator)
             # In float32 whatever the UNet's dtype, so that every engine starts from the same noise.
@@ -223,7 +269,7 @@ class BatchedEngine:
                 stepping=stepping,
                 prompt=prompt,
                 negative_prompt=next(negative_prompts) if params.is_guided else None,
-                slot=self._denoiser.pool(params.latent_shape).acquire(latents.to(self._device)),
+                slot=self._denoiser.pool(params.latent_shape).acquire(upload(latents, self._device)),
             )
 
     def _stepping(self, params: GenerationParams, generator: torch.Generator) -> Stepping:
@@ -233,128 +279,147 @@ class BatchedEngine:
         scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device)
         return ObjectStepping(scheduler, generator)
 
-    def _step(self, ids: Sequence[SampleId], shown: Sequence[SampleId]) -> Results:
-        if not ids:
+    def _step(self, ids: Sequence[SampleId], shown: Sequence[SampleId], timer: StageTimer) -> Results:
+        due = [self._samples[sample_id] for sample_id in ids if sample_id not in self._failed]
+        if not due:
             return {}
-        due = [self._samples[sample_id] for sample_id in ids]
         assert len({one.sample.params.batch_key for one in due}) == 1, "these samples cannot share a UNet call"
         latent_shape = due[0].latent_shape
         failed: Results = {}
-        with self._timer.time("denoise"):
+        with timer.time("denoise"):
             stepped, inputs = self._inputs(sorted(due, key=lambda one: one.negative_prompt is None), failed)
             if not stepped:
                 return failed
-            model_input, prediction = self._denoiser.step(inputs, latent_shape)
+            has_outputs = bool(shown) or any(one.stepping.reads_prediction for one in stepped)
+            outputs = self._denoiser.step(inputs, latent_shape, has_outputs=has_outputs)
             state = self._denoiser.pool(latent_shape).state
-            for one, noise_pred in zip(stepped, prediction, strict=True):
-                with self._failing_alone(one, failed):
-                    one.stepping.after(one.step, state[one.slot], noise_pred)
+            if outputs is not None:
+                self._step_objects(stepped, state, outputs[1], failed)
         for one in stepped:
             one.step += 1
-        previews: Pictures = {}
-        if rows := [row for row, one in enumerate(stepped) if one.sample.id in shown and one.sample.id not in failed]:
-            previewed = [stepped[row] for row in rows]
-            x0 = torch.tensor([one.stepping.x0(one.step - 1) for one in previewed], device=self._device)
-            previews = self._pictures(previewed, estimate_x0(model_input[rows], prediction[rows], x0))
-        return {one.sample.id: failed.get(one.sample.id) or self._progress(one, previews.get(one.sample.id)) for one in due}
+        results = {one.sample.id: failed.get(one.sample.id) or one.progress for one in due}
+        rows = [row for row, one in enumerate(stepped) if one.sample.id in shown and one.sample.id not in failed]
+        if rows and outputs is not None and self._tail.num_pending < MAX_BEHIND:
+            previewed, (model_input, prediction) = [stepped[row] for row in rows], outputs
+            x0 = upload(torch.tensor([one.stepping.x0(one.step - 1) for one in previewed]), self._device)
+            seen = torch.stack([model_input[row] for row in rows]), torch.stack([prediction[row] for row in rows])
+            sampled = torch.stack([state[one.slot, 0] for one in previewed])
+            self._decode(previewed, estimate_x0(*seen, x0), results, timer, sampled=sampled)
+        return results
 
     def _inputs(self, due: Sequence[BatchedSample], failed: Results) -> tuple[list[BatchedSample], list[SampleInputs]]:
         """The samples that can make their next step, and the inputs of it; the others are added to `failed`."""
         pool, able, inputs = self._denoiser.pool(due[0].latent_shape), [], []
         timestep_rows = self._timesteps.rows([one.stepping.timestep(one.step) for one in due])
         for one, timestep_row in zip(due, timestep_rows, strict=True):
-            with self._failing_alone(one, failed):
-                input_scale, matrix, noise = one.stepping.before(one.step, pool.state[one.slot])
-                inputs.append(
-                    SampleInputs(
-                        slot=one.slot,
-                        timestep_row=timestep_row,
-                        prompt_row=one.prompt.row,
-                        negative_prompt_row=None if one.negative_prompt is None else one.negative_prompt.row,
-                        guidance_scale=one.sample.params.guidance_scale,
-                        guidance_rescale=one.sample.params.guidance_rescale,
-                        input_scale=input_scale,
-                        matrix=matrix,
-                        noise=noise,
-                    )
+            try:
+                input_scale, matrix, noise = one.stepping.before(one.step, pool.state, one.slot)
+            except Exception as error:
+                if not is_of_one_sample(error):
+                    raise
+                self._fail_alone(one, error, failed)
+                continue
+            inputs.append(
+                SampleInputs(
+                    slot=one.slot,
+                    timestep_row=timestep_row,
+                    prompt_row=one.prompt.row,
+                    negative_prompt_row=None if one.negative_prompt is None else one.negative_prompt.row,
+                    guidance_scale=one.sample.params.guidance_scale,
+                    guidance_rescale=one.sample.params.guidance_rescale,
+                    input_scale=input_scale,
+                    matrix=matrix,
+                    noise=noise,
                 )
-                able.append(one)
+            )
+            able.append(one)
         return able, inputs
 
-    @contextlib.contextmanager
-    def _failing_alone(self, one: BatchedSample, failed: Results) -> Iterator[None]:
-        """An error that the sample's own scheduler object raises in the block fails this sample only."""
-        try:
-            yield
-        except Exception as error:
-            if not is_of_one_sample(error):
-                raise
-            failed[one.sample.id] = replace(one.progress, error=sample_error(error, one.sample, one.step))
-            self._forget(one.sample.id)
+    def _step_objects(
+        self, stepped: Sequence[BatchedSample], states: torch.Tensor, prediction: torch.Tensor, failed: Results
+    ) -> None:
+        for row, one in enumerate(stepped):
+            if one.stepping.reads_prediction:
+                try:
+                    one.stepping.after(one.step, states, one.slot, prediction[row])
+                except Exception as error:
+                    if not is_of_one_sample(error):
+                        raise
+                    self._fail_alone(one, error, failed)
 
-    def _progress(self, one: BatchedSample, preview: Picture | NotFiniteError | None) -> SampleProgress:
-        """Where only the preview is not finite, as in a v-prediction model's first step, it is left out."""
-        if not isinstance(preview, NotFiniteError):
-            return replace(one.progress, preview=preview)
-        if is_finite(self._denoiser.pool(one.latent_shape).state[one.slot, 0]):
-            return one.progress
-        self._forget(one.sample.id)
-        return replace(one.progress, error=preview)
+    def _fail_alone(self, one: BatchedSample, error: Exception, failed: Results) -> None:
+        """An error that the sample's own scheduler object has raised fails this sample only."""
+        failed[one.sample.id] = replace(one.progress, error=sample_error(error, one.sample, one.step))
+        self._fail(one.sample.id)
 
-    def _finish(self, ids: Sequence[SampleId]) -> Results:
-        """Decode samples that have made all their calls, those of one latent shape together."""
+    def _fail(self, sample_id: SampleId) -> None:
+        self._forget(sample_id)
+        self._failed.add(sample_id)
+
+    def _decode_finished(self, ids: Sequence[SampleId], results: Results, timer: StageTimer) -> None:
+        """Begin to decode samples that have made all their calls, those of one latent shape together. Their slots are free."""
         by_shape: dict[LatentShape, list[BatchedSample]] = {}
         for sample_id in ids:
             if (one := self._samples.get(sample_id)) is not None:
                 by_shape.setdefault(one.latent_shape, []).append(one)
-        results: Results = {}
         for latent_shape, finished in by_shape.items():
-            slots = torch.tensor([one.slot for one in finished], device=self._device)
-            pictures = self._pictures(finished, self._denoiser.pool(latent_shape).state[slots, 0])
-            for sample_id, picture in pictures.items():
-                progress = self._samples[sample_id].progress
-                if isinstance(picture, Picture):
-                    results[sample_id] = replace(progress, picture=picture)
-                else:
-                    results[sample_id] = replace(progress, error=picture)
-        for sample_id in results:
-            self._forget(sample_id)
-        return results
+            state = self._denoiser.pool(latent_shape).state
+            latents = torch.stack([state[one.slot, 0] for one in finished])
+            for one in finished:
+                self._forget(one.sample.id)
+            self._decode(finished, latents, results, timer)
 
-    def _pictures(self, samples: Sequence[BatchedSample], latents: torch.Tensor) -> Pictures:
-        """The picture of each sample, or why it has none. `latents` is N × channels × height × width in float32.
+    def _decode(
+        self,
+        samples: Sequence[BatchedSample],
+        latents: torch.Tensor,
+        results: Results,
+        timer: StageTimer,
+        sampled: torch.Tensor | None = None,
+    ) -> None:
+        """Begin to decode latents that show the samples; as previews where there are `sampled`, their true ones.
 
-        In a group, sample i is decoded on rank i mod N, and all ranks get all pictures.
+        In a group, sample i is decoded on rank i mod N at once, and all ranks get all pictures in the `results`.
         """
-        if self._group is None:
-            return self._decoded(samples, latents)
-        own = slice(self._group.rank, None, self._group.size)
-        decoded = self._decoded(samples[own], latents[own]) if samples[own] else {}
-        with self._timer.time("decode"):
-            of_all: Pictures = {key: one for part in self._group.gather_objects(decoded) for key, one in part.items()}
-        return {one.sample.id: of_all[one.sample.id] for one in samples}
-
-    def _decoded(self, samples: Sequence[BatchedSample], latents: torch.Tensor) -> Pictures:
-        with self._timer.time("decode"):
-            decoded = decode(self._pipeline.vae, latents)
-        results: Pictures = {
-            one.sample.id: not_finite(fault, step=one.step, pipeline=self._pipeline)
-            for one, fault in zip(samples, decoded.faults, strict=True)
-            if fault is not None
-        }
-        good = [samples[index] for index in decoded.good]
-        if not good:
-            return results
-        with self._timer.time("safety"):
-            images, flags = checked_pictures(self._pipeline, decoded.good_images)
-        return results | {
-            one.sample.id: Picture(
-                width=image.width,
-                height=image.height,
-                rgb=image.convert("RGB").tobytes(),
-                nsfw_content_detected=None if flags is None else flags[index],
+        wanted = [
+            Undecoded(
+                progress=one.progress,
+                is_preview=sampled is not None,
                 dropped_prompt=one.prompt.dropped,
                 dropped_negative_prompt=one.negative_prompt.dropped if one.negative_prompt else "",
             )
-            for index, (one, image) in enumerate(zip(good, images, strict=True))
-        }
+            for one in samples
+        ]
+        if self._group is None:
+            self._tail.add(Decoding(self._pipeline, wanted, latents, sampled))
+            return
+        own = slice(self._group.rank, None, self._group.size)
+        decoded: tuple[SampleProgress, ...] = ()
+        with timer.time("decode"):
+            if wanted[own]:
+                decoding = Decoding(self._pipeline, wanted[own], latents[own], None if sampled is None else sampled[own])
+                decoding.finish()
+                decoded = decoding.result().progress
+            of_all = {one.id: one for part in self._group.gather_objects(decoded) for one in part}
+        self._end_failed(of_all.values())
+        _add_decoded(results, [of_all[one.sample.id] for one in samples if one.sample.id in of_all])
+
+    def _taken(self, decodings: Iterable[Decoding]) -> list[TurnResult]:
+        results = [decoding.result() for decoding in decodings]
+        for result in results:
+            self._end_failed(result.progress)
+        return results
+
+    def _end_failed(self, progress: Iterable[SampleProgress]) -> None:
+        for one in progress:
+            if one.error is not None and one.id in self._samples:
+                self._fail(one.id)
+
+
+def _add_decoded(results: Results, decoded: Iterable[SampleProgress]) -> None:
+    """Add pictures, previews and errors to what is there of the same samples."""
+    for one in decoded:
+        if (before := results.get(one.id)) is not None:
+            results[one.id] = replace(before, preview=one.preview, picture=one.picture, error=one.error)
+        else:
+            results[one.id] = one

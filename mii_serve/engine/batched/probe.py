@@ -76,7 +76,9 @@ class BatchedProbe:
                     )
                     for call, slot, timestep_row, prompt_row in zip(calls, slots, timestep_rows, prompt_rows, strict=False)
                 ]
-                return _on_cpu(self.denoiser.step(inputs, latent_shape)[1])
+                outputs = self.denoiser.step(inputs, latent_shape)
+                assert outputs is not None
+                return _on_cpu(outputs[1])
         finally:
             for slot in slots:
                 pool.release(slot)

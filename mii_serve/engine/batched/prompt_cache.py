@@ -16,6 +16,7 @@ import torch
 
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.truncation import dropped_text
+from mii_serve.engine.upload import upload
 
 TEXTS_PER_BATCH = 4
 """Smaller batches are padded to it; a guided sample brings one or two new texts."""
@@ -96,9 +97,16 @@ class PromptCache:
         self.num_encoded += len(texts)
 
     def _embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """One batch, padded."""
-        padded = [*texts, *[""] * (TEXTS_PER_BATCH - len(texts))]
-        embeds: torch.Tensor = self._pipeline.encode_prompt(padded, self._pipeline.device, 1, False)[0]
+        """One batch, padded. Computes what the pipeline's `encode_prompt` does, whose copies would wait for the device."""
+        pipeline = self._pipeline
+        tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+        padded = pipeline.maybe_convert_prompt([*texts, *[""] * (TEXTS_PER_BATCH - len(texts))], tokenizer)
+        length = tokenizer.model_max_length
+        tokens = tokenizer(padded, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        uses_mask = getattr(encoder.config, "use_attention_mask", None)
+        device = self.projected.device  # the pipeline takes long to tell its own
+        mask = upload(tokens.attention_mask, device) if uses_mask else None
+        embeds: torch.Tensor = encoder(upload(tokens.input_ids, device), attention_mask=mask)[0]
         return embeds
 
     def _project(self, embeds: torch.Tensor) -> torch.Tensor:

@@ -23,9 +23,12 @@ NO_UPDATE = np.zeros((STATE_PLANES, INPUT_PLANES), np.float32)
 
 
 class Stepping(Protocol):
-    """One sample's steps. `state` is the sample's slot, 5 × channels × height × width in float32 on the device; `step` counts
+    """One sample's steps. `states[slot]` is the sample's, 5 × channels × height × width in float32 on the device; `step` counts
     UNet calls from 0.
     """
+
+    reads_prediction: bool
+    """Whether `after` has to be called."""
 
     @property
     def num_calls(self) -> int:
@@ -41,11 +44,11 @@ class Stepping(Protocol):
         """The UNet's timestep in this step."""
         ...
 
-    def before(self, step: int, state: torch.Tensor) -> tuple[float, Matrix, torch.Tensor | None]:
+    def before(self, step: int, states: torch.Tensor, slot: int) -> tuple[float, Matrix, torch.Tensor | None]:
         """The scale of the UNet's input, the update's matrix (5 × 7), and its noise (channels × height × width, on the CPU)."""
         ...
 
-    def after(self, step: int, state: torch.Tensor, noise_pred: torch.Tensor) -> None:
+    def after(self, step: int, states: torch.Tensor, slot: int, noise_pred: torch.Tensor) -> None:
         """Take in the prediction after guidance, channels × height × width in float32."""
         ...
 
@@ -56,6 +59,8 @@ class Stepping(Protocol):
 
 class TableStepping:
     """Implements `Stepping` by a sampler table. `generator` is the sample's own, on the CPU."""
+
+    reads_prediction = False
 
     def __init__(self, table: SamplerTable, generator: torch.Generator) -> None:
         self._table = table
@@ -72,15 +77,15 @@ class TableStepping:
     def timestep(self, step: int) -> float:
         return float(self._table.timesteps[step])
 
-    def before(self, step: int, state: torch.Tensor) -> tuple[float, Matrix, torch.Tensor | None]:
+    def before(self, step: int, states: torch.Tensor, slot: int) -> tuple[float, Matrix, torch.Tensor | None]:
         """Noise is drawn from the sample's own generator in the steps in which diffusers draws it."""
         table = self._table
         noise = None
         if table.draws_noise[step]:
-            noise = torch.randn((1, *state.shape[1:]), generator=self._generator)[0]
+            noise = torch.randn((1, *states.shape[2:]), generator=self._generator)[0]
         return float(table.input_scale[step]), table.matrices[step], noise
 
-    def after(self, step: int, state: torch.Tensor, noise_pred: torch.Tensor) -> None:
+    def after(self, step: int, states: torch.Tensor, slot: int, noise_pred: torch.Tensor) -> None:
         pass
 
     def x0(self, step: int) -> list[float]:
@@ -90,6 +95,8 @@ class TableStepping:
 
 class ObjectStepping:
     """Implements `Stepping` by a diffusers scheduler that no other sample uses."""
+
+    reads_prediction = True
 
     def __init__(self, scheduler: Any, generator: torch.Generator) -> None:
         self._scheduler = scheduler
@@ -109,14 +116,15 @@ class ObjectStepping:
     def timestep(self, step: int) -> float:
         return float(self._timesteps[step])
 
-    def before(self, step: int, state: torch.Tensor) -> tuple[float, Matrix, torch.Tensor | None]:
-        self._latents = state[:1].clone()
-        state[:1] = self._scheduler.scale_model_input(self._latents, self._scheduler.timesteps[step])
+    def before(self, step: int, states: torch.Tensor, slot: int) -> tuple[float, Matrix, torch.Tensor | None]:
+        latents = states[slot, :1]
+        self._latents = latents.clone()
+        latents[:] = self._scheduler.scale_model_input(self._latents, self._scheduler.timesteps[step])
         return 1.0, NO_UPDATE, None
 
-    def after(self, step: int, state: torch.Tensor, noise_pred: torch.Tensor) -> None:
+    def after(self, step: int, states: torch.Tensor, slot: int, noise_pred: torch.Tensor) -> None:
         timestep = self._scheduler.timesteps[step]
-        state[:1] = self._scheduler.step(noise_pred[None], timestep, self._latents, **self._kwargs, return_dict=False)[0]
+        states[slot, :1] = self._scheduler.step(noise_pred[None], timestep, self._latents, **self._kwargs, return_dict=False)[0]
 
     def x0(self, step: int) -> list[float]:
         pair: list[float] = self._x0[step].tolist()

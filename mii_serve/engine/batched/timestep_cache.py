@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mii_serve.engine.kernels import KernelSet
+from mii_serve.engine.upload import upload
 
 NUM_TIMESTEPS = 1024
 """40 MB for v1-4 in half precision. The usual samplers ask for whole timesteps, of which there are a thousand."""
@@ -38,6 +39,6 @@ class TimestepCache:
         """One at a time: several may round differently, and an image must not depend on the other samples in the batch."""
         is_full = len(self._row_of) == self._num_timesteps
         row = self._row_of.popitem(last=False)[1] if is_full else len(self._row_of)
-        on_device = torch.tensor([timestep], dtype=torch.float32, device=self.embeds.device)
+        on_device = upload(torch.tensor([timestep], dtype=torch.float32), self.embeds.device)
         self.embeds[row] = self._kernels.embed_timesteps(on_device)[0]
         self._row_of[timestep] = row

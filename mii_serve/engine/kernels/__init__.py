@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from mii_serve.engine.kernels.sampler import SamplerKernels
 from mii_serve.types import EngineName
 
 
@@ -44,6 +45,11 @@ class KernelSet(Protocol):
         """
         ...
 
+    @property
+    def sampler(self) -> SamplerKernels:
+        """What is done around `predict_noise`."""
+        ...
+
     def project_prompts(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """B × tokens × `prompt_width` from the text encoder's output, B × tokens × text width."""
         ...
@@ -63,7 +69,8 @@ class KernelSet(Protocol):
 
         `model_input` is N × C × H × W in channels-last memory format, `timestep_embeds` N × `timestep_width`, `prompts` R ×
         tokens × `prompt_width`. `sample_of_row` holds R indices into the samples, int64; None where each sample has one row, so
-        that R = N. Guided samples come first, and row N + i is the second of sample i.
+        that R = N. Guided samples come first, and their second rows come after the rows of all samples. On several ranks row
+        N + i is the second of sample i; on one, a captured call may be padded with samples that have no row.
 
         Raises:
             torch.OutOfMemoryError: the call is too large for the device; a smaller one may fit.

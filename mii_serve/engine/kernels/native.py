@@ -25,6 +25,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
 from mii_serve.types import EngineName
 
 NEUTRAL_OPTIONS: dict[str, object] = {
@@ -166,10 +167,12 @@ class NativeKernels:
 
     name: EngineName = "native"
     forward_pass: type[ForwardPass] = ForwardPass
+    sampler: SamplerKernels = TorchSampler()
 
     def __init__(self, unet: Any, *, max_latent_pixels_per_call: int | None = None) -> None:
         """`unet` is a `UNet2DConditionModel` for which `why_unsupported` returns None."""
         self._unet = unet
+        self._dtype = unet.dtype  # diffusers walks all modules to tell it
         self.max_latent_pixels_per_call = max_latent_pixels_per_call
         self._halvings = 2 ** sum(block.upsamplers is not None for block in unet.up_blocks)
         self._resnets = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
@@ -187,7 +190,7 @@ class NativeKernels:
 
     def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
         """See `KernelSet`: what each residual block adds at these timesteps."""
-        frequencies = self._unet.time_proj(timesteps).to(self._unet.dtype)
+        frequencies = self._unet.time_proj(timesteps).to(self._dtype)
         embedding = silu(self._unet.time_embedding(frequencies))
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self._resnets], dim=-1)
 

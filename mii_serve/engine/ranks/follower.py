@@ -15,11 +15,13 @@ import pickle
 import signal
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine.ranks.order import Order, execute
+from mii_serve.engine.turns import MAX_IN_FLIGHT, Turn
 from mii_serve.errors import EngineError, MiiServeError
 from mii_serve.logs import configure_logs
 from mii_serve.models.quiet import quiet_libraries
@@ -66,6 +68,7 @@ def _follow(first: dict[str, Any], status_fd: int) -> None:
     engine = build_rank(DeployConfig.from_json(first["config"]), group)
     _report(status_fd, engine.description)
     group.connect(first["rendezvous"], torch.device(engine.description.device), first["timeout_s"])
+    in_flight: deque[Turn] = deque()
     while True:
         order: Order = pickle.load(sys.stdin.buffer)
         if order.name == "close":
@@ -73,7 +76,11 @@ def _follow(first: dict[str, Any], status_fd: int) -> None:
             group.close()
             return
         try:
-            execute(engine, group, order)
+            result = execute(engine, group, order)
+            if order.name == "launch":  # as rank 0: one turn runs, and one is prepared
+                in_flight.append(result)
+                if len(in_flight) == MAX_IN_FLIGHT:
+                    in_flight.popleft().wait()
         except MiiServeError:
             raise
         except Exception as error:

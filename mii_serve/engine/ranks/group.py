@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ class RankGroup:
         self.size = size
         self.num_collectives = 0
         self.num_sent_bytes = 0
+        self._is_apart = False
 
     def connect(self, rendezvous: str, device: torch.device, timeout_s: float) -> None:
         """Meet the other ranks through a file that is empty at first. Returns when all are there.
@@ -52,6 +55,8 @@ class RankGroup:
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks, which have the same shape, one after the other along the first dimension."""
         gathered = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
+        if self._is_apart:
+            return gathered.zero_()
         _all_gather(gathered, tensor)
         self.num_collectives += 1
         self.num_sent_bytes += tensor.nbytes
@@ -59,6 +64,8 @@ class RankGroup:
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replace a contiguous tensor by its sum over the ranks, in place; each rank gets the same bits."""
+        if self._is_apart:
+            return
         distributed.all_reduce(tensor)
         self.num_collectives += 1
         self.num_sent_bytes += tensor.nbytes
@@ -68,6 +75,22 @@ class RankGroup:
         gathered: list[Any] = [None] * self.size
         distributed.all_gather_object(gathered, one)
         return gathered
+
+    def agree(self, one: bool) -> bool:
+        """Whether it is so on every rank. Not to be captured."""
+        return all(self.gather_objects(one))
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """While the block runs, tensors are not exchanged: this rank computes alone, with zeros for what the others would send.
+
+        The block takes the memory that it takes with them, and a rank may fail in it while the others go on.
+        """
+        self._is_apart = True
+        try:
+            yield
+        finally:
+            self._is_apart = False
 
     def close(self, *, is_broken: bool = False) -> None:
         """Without the others where they are gone: NCCL could wait for them, so that it is left to the end of the process."""

@@ -22,6 +22,7 @@ from mii_serve.config import DeployConfig
 from mii_serve.engine.probe import Probe, UNetCall
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.engine.ranks.order import Order, OrderName, RankEngine, execute
+from mii_serve.engine.turns import Turn, TurnResult
 from mii_serve.engine.warmup import warm_up_request
 from mii_serve.errors import ConfigError, EngineError
 from mii_serve.logs import current_format, finish_logs
@@ -49,14 +50,22 @@ BLAME_S = 2.0
 
 
 class RankedEngine:
-    """Implements `mii_serve.engine.Engine` and `mii_serve.engine.probe.ProbedEngine` for the ranks of a group together.
+    """Implements `mii_serve.engine.Engine`, `mii_serve.engine.turns.LaunchingEngine` and
+    `mii_serve.engine.probe.ProbedEngine` for the ranks of a group together.
 
     A follower that ends by itself ends this process, in the same way: what the group holds is then lost. The other way round
     the followers end with this process (`mii_serve.parent`).
     """
 
     def __init__(
-        self, engine: RankEngine, group: RankGroup, followers: Sequence[Follower], rendezvous: int, parallelism: str
+        self,
+        engine: RankEngine,
+        group: RankGroup,
+        followers: Sequence[Follower],
+        *,
+        rendezvous: int,
+        parallelism: str,
+        devices: tuple[str, ...],
     ) -> None:
         """`rendezvous` is the descriptor of the file through which the ranks have met; closed with the engine."""
         self._engine = engine
@@ -64,6 +73,7 @@ class RankedEngine:
         self._followers = followers
         self._rendezvous = rendezvous
         self._parallelism = parallelism
+        self._devices = devices
         self._is_closing = False
         self.capabilities: Capabilities = engine.capabilities
         for follower in followers:
@@ -75,7 +85,9 @@ class RankedEngine:
 
     @property
     def description(self) -> EngineDescription:
-        return replace(self._engine.description, num_ranks=self.group.size, parallelism=self._parallelism)
+        return replace(
+            self._engine.description, num_ranks=self.group.size, parallelism=self._parallelism, devices=self._devices
+        )
 
     @property
     def capacity(self) -> EngineCapacity:
@@ -113,6 +125,19 @@ class RankedEngine:
         progress: tuple[SampleProgress, ...] = self.order("run", plan)
         return progress
 
+    def launch(self, plan: StepPlan) -> RankedTurn:
+        return RankedTurn(self, self.order("launch", plan))
+
+    def has_decoded(self) -> bool:
+        return False
+
+    def take_decoded(self) -> list[TurnResult]:
+        return []
+
+    @staticmethod
+    def on_decoded() -> None:
+        """Never called: ranks exchange pictures in the turn."""
+
     def digests(self) -> list[str]:
         """Of each rank's sampler states; equal where the bits are."""
         digests: list[str] = self.order("digests")
@@ -147,9 +172,15 @@ class RankedEngine:
             EngineError: it failed here, and the followers have been ended. If a follower was lost, this process ends instead.
         """
         order = Order(name, argument)
-        try:
+        with self.ending_all():
             self._hand_down(order)
             return execute(self._engine, self.group, order)
+
+    @contextlib.contextmanager
+    def ending_all(self) -> Iterator[None]:
+        """End the followers if the block fails, see `order`."""
+        try:
+            yield
         except Exception as error:
             self._wait_for_loss()
             self._is_closing = True
@@ -180,6 +211,21 @@ class RankedEngine:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 follower.process.wait(max(0.0, deadline - time.monotonic()))
                 threading.Event().wait()  # `_watch` ends this process
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankedTurn:
+    """Implements `mii_serve.engine.turns.Turn`. The followers wait for theirs by themselves."""
+
+    engine: RankedEngine
+    own: Turn
+
+    def is_done(self) -> bool:
+        return self.own.is_done()
+
+    def wait(self) -> TurnResult:
+        with self.engine.ending_all():
+            return self.own.wait()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -286,12 +332,15 @@ def lead(config: DeployConfig, build_rank: Callable[[RankGroup], RankEngine]) ->
             with contextlib.suppress(OSError):  # it has ended, and `built` says so
                 follower.send({**order, "rank": follower.rank})
         engine = build_rank(group)
+        devices = list(engine.description.devices)
         for follower in followers:
-            if (other := follower.built()) != engine.description:
+            other = follower.built()
+            if replace(other, devices=engine.description.devices) != engine.description:
                 raise EngineError(f"rank {follower.rank} has the engine {other}, and rank 0 has {engine.description}")
+            devices += other.devices
         group.connect(f"/proc/self/fd/{rendezvous}", torch.device(engine.description.device), timeout_s)
         undo.pop_all()
-    return RankedEngine(engine, group, followers, rendezvous, config.parallelism)
+    return RankedEngine(engine, group, followers, rendezvous=rendezvous, parallelism=config.parallelism, devices=tuple(devices))
 
 
 def _gpus(config: DeployConfig) -> list[str]:

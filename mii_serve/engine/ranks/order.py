@@ -14,8 +14,10 @@ import torch
 from mii_serve.engine import Engine
 from mii_serve.engine.probe import Probe
 from mii_serve.engine.ranks.group import RankGroup
+from mii_serve.engine.turns import Turn
+from mii_serve.types import StepPlan
 
-OrderName = Literal["warmup", "run", "predict", "remove_checker", "restore_checker", "digests", "memory", "close"]
+OrderName = Literal["warmup", "run", "launch", "predict", "remove_checker", "restore_checker", "digests", "memory", "close"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,9 @@ class Order:
 
 
 class RankEngine(Engine, Protocol):
-    """An engine that can be one of several ranks."""
+    """An engine that can be one of several ranks. It decodes in the turn: `launch` leaves nothing to `take_decoded`."""
+
+    def launch(self, plan: StepPlan) -> Turn: ...
 
     def probe(self) -> Probe: ...
 
@@ -45,6 +49,8 @@ def execute(engine: RankEngine, group: RankGroup, order: Order) -> Any:
             return engine.warmup()
         case "run":
             return engine.run(order.argument)
+        case "launch":
+            return engine.launch(order.argument)
         case "predict":
             return engine.probe().predict(order.argument)
         case "remove_checker":

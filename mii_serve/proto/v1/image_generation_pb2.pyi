@@ -241,7 +241,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity", "replicas", "engine_note", "default_scheduler_class", "default_scheduler_options", "is_default_scheduler_compiled", "num_ranks", "parallelism")
+    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity", "replicas", "engine_note", "default_scheduler_class", "default_scheduler_options", "is_default_scheduler_compiled", "num_ranks", "parallelism", "engine_kernels")
     class SchedulersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -285,16 +285,18 @@ class GetServerInfoResponse(_message.Message):
         max_images_per_prompt: int
         def __init__(self, max_prompt_chars: _Optional[int] = ..., max_num_inference_steps: _Optional[int] = ..., max_guidance_scale: _Optional[float] = ..., min_size_px: _Optional[int] = ..., max_size_px: _Optional[int] = ..., max_images_per_prompt: _Optional[int] = ...) -> None: ...
     class Replica(_message.Message):
-        __slots__ = ("index", "is_ready", "num_restarts", "activity")
+        __slots__ = ("index", "is_ready", "num_restarts", "activity", "devices")
         INDEX_FIELD_NUMBER: _ClassVar[int]
         IS_READY_FIELD_NUMBER: _ClassVar[int]
         NUM_RESTARTS_FIELD_NUMBER: _ClassVar[int]
         ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+        DEVICES_FIELD_NUMBER: _ClassVar[int]
         index: int
         is_ready: bool
         num_restarts: int
         activity: GetServerInfoResponse.Activity
-        def __init__(self, index: _Optional[int] = ..., is_ready: _Optional[bool] = ..., num_restarts: _Optional[int] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ...) -> None: ...
+        devices: _containers.RepeatedScalarFieldContainer[str]
+        def __init__(self, index: _Optional[int] = ..., is_ready: _Optional[bool] = ..., num_restarts: _Optional[int] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., devices: _Optional[_Iterable[str]] = ...) -> None: ...
     class Activity(_message.Message):
         __slots__ = ("uptime_s", "max_slots", "num_running", "num_waiting", "num_steps", "num_images", "num_requests", "num_cancelled_requests", "num_turns", "num_graph_misses", "max_cells_per_call")
         UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -339,6 +341,7 @@ class GetServerInfoResponse(_message.Message):
     IS_DEFAULT_SCHEDULER_COMPILED_FIELD_NUMBER: _ClassVar[int]
     NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
     PARALLELISM_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_KERNELS_FIELD_NUMBER: _ClassVar[int]
     version: str
     deployment_name: str
     model: str
@@ -358,4 +361,5 @@ class GetServerInfoResponse(_message.Message):
     is_default_scheduler_compiled: bool
     num_ranks: int
     parallelism: str
-    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[GetServerInfoResponse.Replica, _Mapping]]] = ..., engine_note: _Optional[str] = ..., default_scheduler_class: _Optional[str] = ..., default_scheduler_options: _Optional[_Mapping[str, str]] = ..., is_default_scheduler_compiled: _Optional[bool] = ..., num_ranks: _Optional[int] = ..., parallelism: _Optional[str] = ...) -> None: ...
+    engine_kernels: str
+    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[GetServerInfoResponse.Replica, _Mapping]]] = ..., engine_note: _Optional[str] = ..., default_scheduler_class: _Optional[str] = ..., default_scheduler_options: _Optional[_Mapping[str, str]] = ..., is_default_scheduler_compiled: _Optional[bool] = ..., num_ranks: _Optional[int] = ..., parallelism: _Optional[str] = ..., engine_kernels: _Optional[str] = ...) -> None: ...

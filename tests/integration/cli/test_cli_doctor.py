@@ -13,6 +13,7 @@ from commands import Run
 from machines import COMPLETE, MISSING
 
 from mii_serve.cli import doctor
+from mii_serve.engine.kernel_choices import Choice, ChoiceFile, Measurement, choices_folder
 from mii_serve.types import ENGINES
 
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")
@@ -68,6 +69,20 @@ def test_the_table_says_the_same_and_each_lack_has_its_command_below(run: Run) -
 @pytest.mark.parametrize(("engine", "code"), [("auto", 0), ("reference", 0), ("native", 0), ("deepspeed", 1)])
 def test_the_exit_code_is_about_the_engine_asked_for(run: Run, engine: str, code: int) -> None:
     assert run("doctor", "--engine", engine).code == code
+
+
+def test_it_shows_the_kernels_that_were_chosen_on_a_device(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    times = {"torch": 1.0, "triton": 0.5}
+    measured = Measurement(operation="attention", shape=(8, 40, 4096, 4096), size=2, ms=times)
+    choice = Choice(device="NVIDIA H100", measurements=(measured,), refused={"geglu: triton": "0.1 off"})
+    ChoiceFile({"device": "NVIDIA H100"}, choices_folder()).write(choice)
+    (choices_folder() / "damaged.json").write_text("{")
+    chosen = "attention triton 1; not geglu: triton (0.1 off)"
+    doctor.run("native", is_json=True)
+    assert json.loads(capsys.readouterr().out)["fused_kernels"] == [{"device": "NVIDIA H100", "chosen": chosen}]
+    doctor.run("native", is_json=False)
+    assert f"  NVIDIA H100: {chosen}\n" in capsys.readouterr().out
 
 
 def test_an_unknown_engine_is_wrong_usage(run: Run) -> None:

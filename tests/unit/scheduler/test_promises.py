@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings, strategies
@@ -11,7 +12,7 @@ from player import Player, request, scheduler_of
 
 from mii_serve.errors import DeadlineExceededError, EngineError, QueueFullError
 from mii_serve.scheduler import Scheduler
-from mii_serve.types import Priority, Request, SampleId, SampleProgress
+from mii_serve.types import Priority, Request, SampleId, SampleProgress, StepPlan
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -28,7 +29,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.done: Counter[SampleId] = Counter()
         self.dropped: set[str] = set()
         self.failed: set[SampleId] = set()
-        self.plan = None
+        self.plans: list[StepPlan] = []  # at most one runs, and one is prepared
+        self.decoding: list[SampleProgress] = []  # pictures that come after their turn
         self.now = 0.0
         self.previewed: Counter[SampleId] = Counter()
 
@@ -85,29 +87,35 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.by_name[name].deadline <= self.now
         self.dropped |= late
 
-    @precondition(lambda self: self.plan is None)
+    @precondition(lambda self: len(self.plans) < 2)
     @rule()
     def begin_turn(self):
-        plan = self.plan = self.scheduler.plan()
+        plan = self.scheduler.plan()
         if plan is None:
             return
+        self.plans.append(plan)
         assert len({self.by_name[s.request_id].params.batch_key for s in plan.steps}) <= 1
         assert len(plan.decodes) <= self.max_decodes
         assert len(plan.previews) <= 1
         assert set(plan.previews) <= set(plan.steps)
+        assert not {sample.id for sample in plan.joins} & set(plan.leaves), "what its turns tell would be of two attempts"
         for sample_id in (*plan.steps, *plan.decodes):
             assert sample_id.request_id not in self.dropped
             assert not self.done[sample_id]
             assert sample_id not in self.failed
+        leaving = {sample_id for planned in self.plans for sample_id in planned.leaves}
         for name in self.dropped:
-            assert not any(s.request_id == name for s in self.player.steps if s not in plan.leaves)
+            assert not any(s.request_id == name for s in self.player.steps if s not in leaving)
 
-    @precondition(lambda self: self.plan is not None)
-    @rule(fails=strategies.booleans())
-    def end_turn(self, fails):
-        plan, self.plan = self.plan, None
-        failing = plan.steps[0] if fails and plan.steps else None
+    @precondition(lambda self: self.plans)
+    @rule(fails=strategies.booleans(), is_decoded_beside=strategies.booleans())
+    def end_turn(self, fails, is_decoded_beside):
+        plan = self.plans.pop(0)
+        failing = plan.steps[0] if fails and plan.steps and plan.steps[0] not in self.failed else None
         answers = self.player.answer(plan, failing)
+        if is_decoded_beside:
+            self.decoding += [progress for progress in answers if progress.picture is not None]
+            answers = [replace(progress, picture=None) for progress in answers if progress.id in plan.steps]
         for progress in answers:
             self.done[progress.id] += progress.picture is not None
         self.scheduler.advance(answers, 1.0)
@@ -116,17 +124,27 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.drop(failing.request_id)
             self.dropped.add(failing.request_id)
 
+    @precondition(lambda self: self.decoding)
+    @rule()
+    def picture_comes(self):
+        progress = self.decoding.pop(0)
+        self.done[progress.id] += 1
+        self.scheduler.end(progress)
+
     @invariant()
     def never_more_than_fit(self):
         assert self.scheduler.num_running <= self.max_slots
+        assert len(self.scheduler._decoding) <= self.max_slots
 
     @invariant()
     def no_picture_twice(self):
         assert all(count <= 1 for count in self.done.values())
 
     def teardown(self):
-        if self.plan is not None:
-            self.end_turn(fails=False)
+        while self.plans:
+            self.end_turn(fails=False, is_decoded_beside=False)
+        while self.decoding:
+            self.picture_comes()
         for _ in range(2000):
             plan = self.scheduler.plan()
             if plan is None:
@@ -143,11 +161,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             for index in range(asked.params.num_images_per_prompt):
                 assert self.done[SampleId(name, index)] == 1, "nothing is lost"
         assert not self.player.steps, "the engine holds nothing"
-        batch = self.scheduler.batch
-        assert (self.scheduler.num_running, self.scheduler.num_waiting, batch.num_waiting, batch.num_parked) == (0, 0, 0, 0)
-        leftovers = [self.scheduler._deadlines, self.scheduler._groups, self.scheduler._finished, self.scheduler._leaving]
-        queues = [self.scheduler._queue, batch.queue]
-        assert not any(leftovers) and not any(any([q._heap, q._of_request, q._last_tag, q._waiting]) for q in queues)
+        batch, scheduler = self.scheduler.batch, self.scheduler
+        assert (scheduler.num_running, scheduler.num_waiting, batch.num_waiting, batch.num_parked) == (0, 0, 0, 0)
+        leftovers = [scheduler._deadlines, scheduler._groups, scheduler._finished, scheduler._decoding, scheduler._leaving]
+        assert not any(leftovers) and not scheduler._num_others
+        assert not any(any([q._heap, q._of_request, q._last_tag, q._waiting]) for q in (scheduler._queue, batch.queue))
 
 
 TestScheduler = SchedulerMachine.TestCase
@@ -350,3 +368,35 @@ def test_an_engine_that_counts_differently_is_an_error():
     scheduler.plan()
     with pytest.raises(EngineError, match="step"):
         scheduler.advance([SampleProgress(id=SampleId("a", 0), step=2, num_steps=4)], 1.0)
+
+
+def test_a_turn_planned_ahead_counts_the_calls_that_are_under_way():
+    scheduler = scheduler_of(2)
+    player = play(scheduler, request("short", 1, 2), request("long", 1, 9))
+    first, second = scheduler.plan(), scheduler.plan()
+    assert second.decodes == (SampleId("short", 0),), "its second and last call is in this turn"
+    scheduler.add(request("next", num_calls=9), 0.0)
+    player.num_calls["next"] = 9
+    third = scheduler.plan()
+    assert third.steps == (SampleId("long", 0), SampleId("next", 0)), "the slot is free once the decoder has the picture"
+    for plan in (first, second, third):
+        scheduler.advance(player.answer(plan), 1.0)
+    assert scheduler.remaining_s(SampleId("long", 0)) == 6.0, "three calls are known to be made"
+
+
+def test_each_turn_takes_the_time_of_its_own_key():
+    scheduler = scheduler_of(2)
+    player = play(scheduler, request("small", 1, 9), request("large", 1, 9, size=(128, 128)))
+    plans = [scheduler.plan(), scheduler.plan()]
+    for plan, elapsed_s in zip(plans, (1.0, 5.0), strict=True):
+        scheduler.advance(player.answer(plan), elapsed_s)
+    assert scheduler._step_time.fastest_s((8, 8, 0)) == 1.0
+    assert scheduler._step_time.fastest_s((16, 16, 0)) == 5.0
+
+
+def test_no_more_pictures_are_in_the_decoder_than_there_are_slots():
+    scheduler = scheduler_of(2, max_decodes=2)
+    play(scheduler, request("a", 8, 1))
+    plans = [scheduler.plan() for _ in range(3)]
+    assert [len(plan.decodes) for plan in plans[:2]] == [2, 0], "its pictures have not come yet"
+    assert plans[2] is None

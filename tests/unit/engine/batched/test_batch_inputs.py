@@ -28,9 +28,12 @@ def sample(slot: int, *, negative: int | None = None, noise: torch.Tensor | None
 SAMPLES = (sample(3, negative=30), sample(1), sample(2, negative=31))
 
 
-@pytest.fixture(params=[(3, 5), (3, 6), (4, 8), (6, 9)], ids=str)
+@pytest.fixture(params=[(3, 5, True), (3, 6, True), (4, 8, True), (6, 9, True), (3, 6, False), (5, 5, False), (6, 9, False)])
 def inputs(request):
-    filled = BatchInputs(BatchShape(*request.param, 4, 4), 4, torch.device("cpu"))
+    num_samples, num_rows, has_fixed_rows = request.param
+    shape = BatchShape(num_samples, num_rows, 4, 4)
+    filled = BatchInputs(shape, 4, torch.device("cpu"), has_fixed_rows=has_fixed_rows)
+    filled.first_negative = num_samples if has_fixed_rows else len(SAMPLES)
     filled.fill(SAMPLES, PADDING_SLOT)
     return filled
 
@@ -48,7 +51,7 @@ def test_each_sample_has_its_own_numbers(inputs):
 
 
 def test_each_row_has_its_sample_and_its_prompt(inputs):
-    n = inputs.shape.num_samples
+    n = inputs.first_negative
     assert inputs.sample_of_row[:3].tolist() == [0, 1, 2]
     assert inputs.prompt_rows[:3].tolist() == [23, 21, 22]
     assert inputs.sample_of_row[n : n + 2].tolist() == [0, 2]
@@ -56,7 +59,7 @@ def test_each_row_has_its_sample_and_its_prompt(inputs):
 
 
 def test_an_unguided_sample_is_its_own_uncond_row(inputs):
-    n = inputs.shape.num_samples
+    n = inputs.first_negative
     assert inputs.uncond_row[:3].tolist() == [n, 1, n + 1]
 
 
@@ -69,7 +72,7 @@ def test_padding_writes_to_the_padding_slot_and_every_index_is_in_range(inputs):
 
 def test_inputs_are_refilled_without_a_trace_of_the_batch_before(inputs):
     inputs.fill(SAMPLES[1:2], PADDING_SLOT)
-    fresh = BatchInputs(inputs.shape, 4, torch.device("cpu"))
+    fresh = BatchInputs(inputs.shape, 4, torch.device("cpu"), has_fixed_rows=inputs.has_fixed_rows)
     fresh.fill(SAMPLES[1:2], PADDING_SLOT)
     for name in (
         "slots",

@@ -1,0 +1,123 @@
+"""Traces of the turns of Stable Diffusion v1-4 at 512 × 512 in half precision: our engines', and diffusers' UNet call.
+
+A turn is what `Denoiser.step` launches for guided samples: inputs, UNet call, guidance, sampler update.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import fake_cuda
+import numpy as np
+import torch
+from cuda_trace import Record, Trace
+
+from mii_serve.engine.batched.batch_inputs import MATRIX_SIZE, SampleInputs
+from mii_serve.engine.batched.denoiser import Denoiser
+from mii_serve.engine.kernels import KernelSet
+from mii_serve.engine.kernels.fused.forward import FusedKernels
+from mii_serve.engine.kernels.fused.sampler import FusedSampler
+from mii_serve.engine.kernels.fused.triton_operations import Launch, TritonOperations
+from mii_serve.engine.kernels.fused.vae import FusedDecoder
+from mii_serve.engine.kernels.native import NativeKernels
+from mii_serve.samplers.table import INPUT_PLANES, STATE_PLANES
+
+LATENT_SHAPE = 64, 64
+NUM_CHANNELS, NUM_TOKENS, TEXT_WIDTH = 4, 77, 768
+DTYPE = torch.float16
+
+
+def native_turn(num_samples: int, also: Launch | None = None) -> Record:
+    """With all fused kernels, of which `also` gets the launches."""
+    with fake_cuda.fake_cuda() as fake, Trace() as trace:
+        unet = fake_cuda.unet(fake)
+        fake_cuda.to_channels_last(unet)
+        launch = launcher(trace, also)
+        kernels = FusedKernels(unet, TritonOperations(launch), sampler=FusedSampler(launch))
+        return turn(kernels, num_samples, trace)
+
+
+def unfused_turn(num_samples: int) -> Record:
+    """With torch's operations alone."""
+    with fake_cuda.fake_cuda() as fake, Trace() as trace:
+        unet = fake_cuda.unet(fake)
+        fake_cuda.to_channels_last(unet)
+        return turn(NativeKernels(unet), num_samples, trace)
+
+
+def launcher(trace: Trace, also: Launch | None = None) -> Launch:
+    """Counts a Triton kernel in the place of running it; each of its tensors is read or written once."""
+
+    def launch(kernel: Any, grid: Any, tile: Any, tensors: Any, numbers: Any, options: Any, flops: int = 0) -> None:
+        trace.launch(kernel.__name__, [tensor for tensor in tensors if tensor is not None], flops=flops)
+        if also is not None:
+            also(kernel, grid, tile, tensors, numbers, options)
+
+    return launch
+
+
+def turn(kernels: KernelSet, num_samples: int, trace: Trace) -> Record:
+    """One turn of so many guided samples, within `fake_cuda` and the trace."""
+
+    def on_device(*size: int) -> Any:
+        return torch.zeros(*size, dtype=DTYPE, device=fake_cuda.DEVICE)
+
+    prompts = SimpleNamespace(projected=on_device(2 * num_samples, NUM_TOKENS, kernels.prompt_width))
+    timesteps = SimpleNamespace(embeds=on_device(num_samples, kernels.timestep_width))
+    denoiser = Denoiser(kernels, prompts, timesteps, max_slots=num_samples, num_channels=NUM_CHANNELS)
+    denoiser.pool(LATENT_SHAPE)
+    matrix = np.zeros(MATRIX_SIZE, np.float32).reshape(STATE_PLANES, INPUT_PLANES)
+    samples = [
+        SampleInputs(
+            slot=i,
+            timestep_row=i,
+            prompt_row=i,
+            negative_prompt_row=num_samples + i,
+            guidance_scale=7.5,
+            input_scale=1.0,
+            matrix=matrix,
+            noise=None,
+        )
+        for i in range(num_samples)
+    ]
+    trace.begin()
+    denoiser.step(samples, LATENT_SHAPE)
+    return trace.record
+
+
+def diffusers_call(num_samples: int, *, is_channels_last: bool) -> Record:
+    """The UNet call of so many guided samples alone, as `StableDiffusionPipeline` makes it."""
+    with fake_cuda.fake_cuda() as fake:
+        unet = fake_cuda.unet(fake)
+        if is_channels_last:
+            fake_cuda.to_channels_last(unet)
+        latents, timestep, prompts = (
+            torch.zeros(size, dtype=DTYPE, device=fake_cuda.DEVICE)
+            for size in ((2 * num_samples, NUM_CHANNELS, *LATENT_SHAPE), (), (2 * num_samples, NUM_TOKENS, TEXT_WIDTH))
+        )
+        with Trace() as trace:
+            unet(latents, timestep, encoder_hidden_states=prompts, return_dict=False)
+    return trace.record
+
+
+def diffusers_decode() -> Record:
+    """One picture by the VAE, as it is loaded."""
+    with fake_cuda.fake_cuda() as fake, Trace() as trace:
+        return _decode(fake_cuda.vae(fake), trace)
+
+
+def native_decode(also: Launch | None = None) -> Record:
+    """One picture by the VAE with all fused kernels, of which `also` gets the launches."""
+    with fake_cuda.fake_cuda() as fake, Trace() as trace:
+        vae = fake_cuda.vae(fake)
+        fake_cuda.to_channels_last(vae)
+        vae.decoder = FusedDecoder(vae.decoder, TritonOperations(launcher(trace, also)))
+        return _decode(vae, trace)
+
+
+def _decode(vae: Any, trace: Trace) -> Record:
+    latents = torch.zeros(1, NUM_CHANNELS, *LATENT_SHAPE, dtype=DTYPE, device=fake_cuda.DEVICE)
+    trace.begin()
+    vae.decode(latents, return_dict=False)
+    return trace.record

@@ -1,0 +1,310 @@
+"""The UNet with operations fused: `NativeKernels` with less traffic between the convolutions and matrix products.
+
+What is folded into what:
+
+- a convolution's bias, the residual, the skip connection and the time embedding are added by the next GroupNorm, which reads
+  them anyway, and which writes the sum where it is needed again;
+- a linear layer that ends a residual branch adds its product to the residual in place; its bias, which is the same for all
+  tokens, is added by the next LayerNorm, and what is left of the biases at the end of a transformer is part of its last bias;
+- the three matrices of a self-attention are one.
+
+Only the order of float operations differs from `NativeKernels`. Images are in channels last throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+from torch.nn.functional import conv2d, interpolate, linear, pad
+
+from mii_serve.engine.kernels.fused.operations import Operations, image_of, in_channels_last, summed, tokens_of
+from mii_serve.engine.kernels.native import NativeKernels
+from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
+
+
+@dataclass(slots=True, eq=False)
+class Image:
+    """image + bias + residual. `total` is their sum, once something has computed it."""
+
+    image: torch.Tensor
+    bias: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    total: torch.Tensor | None = None
+
+    def value(self) -> torch.Tensor:
+        if self.total is None:
+            self.total = summed(self.image, self.bias, self.residual)
+        return self.total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergedBlock:
+    """What is computed once of a `BasicTransformerBlock`: `biases` are those that its three LayerNorms still have to add."""
+
+    query_key_value: torch.Tensor
+    biases: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergedTransformer:
+    """`after` is what is left to add to a transformer's output, C numbers."""
+
+    blocks: tuple[MergedBlock, ...]
+    after: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class FusedPass:
+    """One pass through the UNet; the tensors are those of `NativeKernels.predict_noise`.
+
+    `sample_of_row` becomes None when the activations have been expanded from one entry per sample to one per row.
+    """
+
+    kernels: FusedKernels
+    timestep_embeds: torch.Tensor
+    prompts: torch.Tensor
+    sample_of_row: torch.Tensor | None
+
+    def run(self, unet: Any, latents: torch.Tensor, halvings: int) -> torch.Tensor:
+        is_odd = any(size % halvings for size in latents.shape[-2:])
+        hidden = convolved(unet.conv_in, latents)
+        skips = [hidden]
+        for block in unet.down_blocks:
+            for index, resnet in enumerate(block.resnets):
+                hidden = self._resnet(resnet, hidden)
+                if hasattr(block, "attentions"):
+                    hidden = self._transformer(block.attentions[index], hidden, skips)
+                skips.append(hidden)
+            for downsampler in block.downsamplers or ():
+                value = hidden.value()
+                hidden = convolved(downsampler.conv, value if downsampler.padding else pad(value, (0, 1, 0, 1)))
+                skips.append(hidden)
+        hidden = self._resnet(unet.mid_block.resnets[0], hidden)
+        for transformer, resnet in zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True):
+            hidden = self._resnet(resnet, self._transformer(transformer, hidden, skips))
+        for block in unet.up_blocks:
+            for index, resnet in enumerate(block.resnets):
+                hidden = self._resnet(resnet, hidden, skips.pop().value())
+                if hasattr(block, "attentions"):
+                    hidden = self._transformer(block.attentions[index], hidden, skips)
+            for upsampler in block.upsamplers or ():
+                if is_odd:
+                    larger = interpolate(hidden.value(), size=skips[-1].image.shape[-2:], mode="nearest")
+                    hidden = convolved(upsampler.conv, larger)
+                else:
+                    hidden = convolved(upsampler.conv, upsampled(self.kernels.operations, hidden))
+        normed, _ = normalized(self.kernels.operations, hidden, unet.conv_norm_out, is_silu=True)
+        return unet.conv_out(normed)
+
+    def _resnet(self, resnet: ResnetBlock2D, hidden: Image, skip: torch.Tensor | None = None) -> Image:
+        bias = self.timestep_embeds[:, self.kernels.time_of(resnet)]
+        return residual_block(self.kernels.operations, resnet, hidden, bias, self.kernels.end_bias_of(resnet), skip)
+
+    def _transformer(self, transformer: Transformer2DModel, hidden: Image, skips: list[Image]) -> Image:
+        operations, merged = self.kernels.operations, self.kernels.merged(transformer)
+        normed, total = normalized(
+            operations, hidden, transformer.norm, is_silu=False, after=merged.after, keeps_total=True
+        )  # fmt: skip
+        assert total is not None
+        tokens = linear(tokens_of(normed), transformer.proj_in.weight.flatten(1), transformer.proj_in.bias)
+        num_tokens = total.shape[2] * total.shape[3]
+        for block, of_block in zip(transformer.transformer_blocks, merged.blocks, strict=True):
+            tokens, total = self._block(block, of_block, tokens, total, num_tokens, skips)
+        tokens_of(total).addmm_(tokens, transformer.proj_out.weight.flatten(1).t())
+        return Image(total)
+
+    def _block(
+        self,
+        block: BasicTransformerBlock,
+        merged: MergedBlock,
+        tokens: torch.Tensor,
+        total: torch.Tensor,
+        num_tokens: int,
+        skips: list[Image],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        operations, own, cross = self.kernels.operations, block.attn1, block.attn2
+        normed = operations.layer_norm(tokens, block.norm1, merged.biases[0])
+        projected = linear(normed, merged.query_key_value)
+        projected = projected.view(-1, num_tokens, 3, own.heads, projected.shape[1] // 3 // own.heads)
+        attended = operations.attention(projected[:, :, 0], projected[:, :, 1], projected[:, :, 2])
+        tokens.addmm_(attended.view(len(tokens), -1), own.to_out[0].weight.t())
+        query = linear(operations.layer_norm(tokens, block.norm2, merged.biases[1]), cross.to_q.weight)
+        if self.sample_of_row is not None:
+            tokens, query, total = self._expand_to_rows(tokens, query, total, skips)
+        query, keys, values = (
+            one.unflatten(-1, (cross.heads, -1))
+            for one in (
+                query.view(-1, num_tokens, query.shape[1]),
+                self.prompts[..., self.kernels.keys_of(cross)],
+                self.prompts[..., self.kernels.values_of(cross)],
+            )
+        )
+        attended = operations.attention(query, keys, values)
+        tokens.addmm_(attended.view(len(tokens), -1), cross.to_out[0].weight.t())
+        widened = block.ff.net[0].proj
+        normed = operations.layer_norm(tokens, block.norm3, merged.biases[2])
+        tokens.addmm_(operations.linear_geglu(normed, widened.weight, widened.bias), block.ff.net[2].weight.t())
+        return tokens, total
+
+    def _expand_to_rows(
+        self, tokens: torch.Tensor, query: torch.Tensor, total: torch.Tensor, skips: list[Image]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The activations with one entry per row instead of one per sample; so is all that comes after."""
+        rows, self.sample_of_row = self.sample_of_row, None
+        assert rows is not None
+        num_samples = len(self.timestep_embeds)
+
+        def taken(one: torch.Tensor) -> torch.Tensor:
+            return one.reshape(num_samples, -1).index_select(0, rows).view(-1, one.shape[-1])
+
+        self.timestep_embeds = self.timestep_embeds.index_select(0, rows)
+        for skip in skips:
+            value = skip.value()
+            skip.image = skip.total = image_of(taken(tokens_of(value)), value)
+        return taken(tokens), taken(query), image_of(taken(tokens_of(total)), total)
+
+
+class FusedKernels(NativeKernels):
+    """Implements `mii_serve.engine.kernels.KernelSet`. It takes the UNet's attention weights into one tensor for each block."""
+
+    def __init__(
+        self,
+        unet: Any,
+        operations: Operations,
+        *,
+        sampler: SamplerKernels | None = None,
+        max_latent_pixels_per_call: int | None = None,
+    ) -> None:
+        """`unet` is in channels last, and `why_not_fusible` returns None for it."""
+        super().__init__(unet, max_latent_pixels_per_call=max_latent_pixels_per_call)
+        self.operations = operations
+        self.sampler = sampler or TorchSampler()
+        self._transformers = {module: _merged(module) for module in unet.modules() if isinstance(module, Transformer2DModel)}
+        self._first_biases = torch.cat([resnet.conv1.bias for resnet in self._resnets])
+        self._end_biases = {resnet: end_bias(resnet) for resnet in self._resnets}
+
+    def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `KernelSet`: with the bias of the convolution before it."""
+        return super().embed_timesteps(timesteps) + self._first_biases
+
+    def predict_noise(
+        self,
+        model_input: torch.Tensor,
+        timestep_embeds: torch.Tensor,
+        prompts: torch.Tensor,
+        sample_of_row: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `KernelSet`."""
+        return FusedPass(self, timestep_embeds, prompts, sample_of_row).run(self._unet, model_input, self._halvings)
+
+    def merged(self, transformer: Transformer2DModel) -> MergedTransformer:
+        return self._transformers[transformer]
+
+    def end_bias_of(self, resnet: ResnetBlock2D) -> torch.Tensor:
+        return self._end_biases[resnet]
+
+
+def normalized(
+    operations: Operations, hidden: Image, norm: Any, **how: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """The GroupNorm of an image, whatever is still to be added to it."""
+    if hidden.total is not None:
+        return operations.group_norm(hidden.total, norm, **how)
+    return operations.group_norm(hidden.image, norm, bias=hidden.bias, residual=hidden.residual, **how)
+
+
+def residual_block(
+    operations: Operations,
+    resnet: ResnetBlock2D,
+    hidden: Image,
+    bias: torch.Tensor,
+    last_bias: torch.Tensor,
+    skip: torch.Tensor | None = None,
+) -> Image:
+    """`bias` follows the first convolution, C or N × C numbers; `last_bias` is what `end_bias` returns.
+
+    The sum that `hidden` stands for is kept in it: it may be a skip connection.
+    """
+    normed, total = normalized(operations, hidden, resnet.norm1, is_silu=True, other=skip, keeps_total=True)
+    assert total is not None
+    if skip is None:
+        hidden.total = total
+    image = convolved_twice(operations, resnet, normed, bias)
+    if resnet.conv_shortcut is None:
+        return Image(image, last_bias, total)
+    tokens_of(image).addmm_(tokens_of(total), resnet.conv_shortcut.weight.flatten(1).t())
+    return Image(image, last_bias)
+
+
+def convolved_twice(operations: Operations, resnet: ResnetBlock2D, normed: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A residual block without its first norm, its second bias and its residual."""
+    image = convolved(resnet.conv1, normed).image
+    normed, _ = operations.group_norm(image, resnet.norm2, is_silu=True, bias=bias)
+    return convolved(resnet.conv2, normed).image
+
+
+def end_bias(resnet: ResnetBlock2D) -> torch.Tensor:
+    """What is the same for all pixels in a residual block's sum."""
+    bias = resnet.conv2.bias.to(torch.float32, copy=True)
+    return bias if resnet.conv_shortcut is None else bias + resnet.conv_shortcut.bias
+
+
+def convolved(layer: nn.Conv2d, image: torch.Tensor) -> Image:
+    """Its bias is still to be added."""
+    made = conv2d(image, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return Image(in_channels_last(made), layer.bias)
+
+
+def upsampled(operations: Operations, hidden: Image) -> torch.Tensor:
+    """An image twice as high and wide, whatever is still to be added to it."""
+    if hidden.total is not None:
+        return operations.upsample(hidden.total)
+    return operations.upsample(hidden.image, hidden.bias, hidden.residual)
+
+
+def why_not_fusible(unet: Any) -> str | None:
+    """What `FusedKernels` does not implement of a UNet that `NativeKernels` does; None when nothing."""
+    for module in unet.modules():
+        if isinstance(module, BasicTransformerBlock):
+            if any(one.to_q.bias is not None or one.to_k.bias is not None for one in (module.attn1, module.attn2)):
+                return "its attentions' projections have biases"
+            if type(module.ff.net[0]).__name__ != "GEGLU":
+                return f"a feed-forward part of type {type(module.ff.net[0]).__name__}"
+        if isinstance(module, ResnetBlock2D) and not has_plain_shortcut(module):
+            return "a shortcut that is no linear layer of the channels"
+    return None
+
+
+def has_plain_shortcut(resnet: ResnetBlock2D) -> bool:
+    """A linear layer of the channels, or none."""
+    layer = resnet.conv_shortcut
+    return layer is None or (layer.kernel_size == (1, 1) and layer.bias is not None)
+
+
+def _merged(transformer: Transformer2DModel) -> MergedTransformer:
+    blocks: list[MergedBlock] = []
+    bias: torch.Tensor | None = None
+    for block in transformer.transformer_blocks:
+        own, cross = block.attn1, block.attn2
+        weights = torch.cat((own.to_q.weight, own.to_k.weight, own.to_v.weight))
+        for layer, part in zip((own.to_q, own.to_k, own.to_v), weights.chunk(3), strict=True):
+            layer.weight = nn.Parameter(part, requires_grad=False)  # the same memory, not twice
+        first = bias
+        second = _added(first, own.to_out[0].bias)
+        third = _added(second, cross.to_out[0].bias)
+        bias = _added(third, block.ff.net[2].bias)
+        blocks.append(MergedBlock(weights, (first, second, third)))
+    out = transformer.proj_out
+    assert bias is not None
+    return MergedTransformer(tuple(blocks), out.weight.flatten(1).float() @ bias + out.bias.float())
+
+
+def _added(bias: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    other = other.to(torch.float32, copy=True)
+    return other if bias is None else bias + other
