@@ -168,6 +168,7 @@ class DeployConfig(BaseSettings):
     grpc_port: Port = 50050
     http_port: Port = 5001
     api_key_file: Path | None = None
+    jobs_folder: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None

@@ -68,6 +68,14 @@ def scheduler() -> str:
     return f"`plan` and `advance` together, in microseconds:\n\n{markdown(['', 'median', 'p99'], cells)}"
 
 
+def host_cost() -> str:
+    result = read("host-cost.json")
+    cells = [[row["num_samples"], row["cpu_ms"]["median"], row["cpu_ms"]["least"]] for row in result["rows"]]
+    table = markdown(["guided samples", "median", "least"], cells)
+    about = f"median and least of {result['runs']} runs of {result['turns']} turns on one core, {result['device']}"
+    return f"Milliseconds of processor time a turn ({about}):\n\n{table}"
+
+
 def batch() -> str:
     result = read("batch-share.json")
     rows = {(row["has_buckets"], row["rate"], row["flood"]): row for row in result["rows"]}
@@ -379,6 +387,33 @@ def kernel_resources() -> str:
     return f"triton {result['versions']['triton']}, compiled, not run:\n\n{markdown(header, cells.values())}"
 
 
+def kernel_times() -> str:
+    """A table for each GPU that was measured."""
+    tables = []
+    for file in sorted(RESULTS.glob("kernel-times-*.json")):
+        result = json.loads(file.read_text())
+        cells = []
+        for row in result["measurements"]:
+            ways = sorted(row["ms"].items(), key=lambda way: way[1])
+            shape = "×".join(map(str, (row["size"], *row["shape"])))
+            cells.append([f"`{row['operation']}` {shape}", ", ".join(f"{way} {1000 * ms:.1f}" for way, ms in ways)])
+        refused = "".join(f"Not {what}: {why}.\n" for what, why in result["refused"].items())
+        tables.append(f"{result['device']}, measured:\n\n{markdown(['shape', 'µs, the fastest first'], cells)}\n{refused}")
+    return "\n".join(tables) or NOT_YET
+
+
+def gpu_tests() -> str:
+    """What the tests on each GPU found."""
+    lines = []
+    for file in sorted(RESULTS.glob("gpu-tests-*.json")):
+        result = json.loads(file.read_text())
+        outcomes = [row["outcome"] for row in result["tests"].values()]
+        counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
+        lines.append(f"{result['device']}, commit {str(result['commit'])[:12]}: {counts}.\n")
+        lines += [f"- {row['outcome']}: `{name}`\n" for name, row in result["tests"].items() if row["outcome"] == "failed"]
+    return "".join(lines) or NOT_YET
+
+
 def _spread(seen: dict[str, float]) -> str:
     return f"{seen['median_s']:.2f} ({seen['min_s']:.2f}-{seen['max_s']:.2f})"
 
@@ -392,6 +427,7 @@ TABLES: dict[str, Callable[[], str]] = {
         inflight,
         savings,
         scheduler,
+        host_cost,
         batch,
         batch_job,
         front,
@@ -403,6 +439,8 @@ TABLES: dict[str, Callable[[], str]] = {
         ranks,
         ranks_computed,
         roofline,
+        kernel_times,
+        gpu_tests,
         kernel_resources,
     )
 }

@@ -11,6 +11,7 @@ from typing import Any
 from mii_serve.batch.inputs import Content, InputFile, check_known, content_of, has_grown
 from mii_serve.batch.journal import DuplicateIdError, Journal, NewRow
 from mii_serve.batch.readers import Problem, Record
+from mii_serve.batch.rows import Row
 from mii_serve.batch.settings import JobSettings
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types import PARAMETERS, Capabilities, RequestedParams
@@ -87,12 +88,17 @@ class InputCheck:
         capabilities: Capabilities,
         *,
         max_errors: int = 0,
+        check_row: Callable[[Row], None] = lambda _: None,
         on_progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """At most `max_errors` rows may be wrong; they count as failed. `on_progress` hears the number of rows read."""
+        """At most `max_errors` rows may be wrong; they count as failed. `on_progress` hears the number of rows read.
+
+        `check_row` is a further rule: it raises an `InvalidRequestError`.
+        """
         self._journal = journal
         self._rules = _Rules(settings, capabilities)
         self._max_errors = max_errors
+        self._check_row = check_row
         self._on_progress = on_progress
         self._next_n = 0
         self.findings = Findings()
@@ -168,6 +174,7 @@ class InputCheck:
             problem, row, work = record.problem, record.row, 0
             if row is not None:
                 try:
+                    self._check_row(row)
                     work = self._rules.work_of(row.params)
                 except InvalidRequestError as error:
                     problem = Problem(record.line, error.field, error.rule)

@@ -13,6 +13,7 @@ from mii_serve.batch.inputs import STDIN, InputFile, find_files, keep_stdin
 from mii_serve.batch.journal import Counts, Journal
 from mii_serve.batch.output import ERRORS, INDEX, STDIN_COPY, OutputFolder, check_apart
 from mii_serve.batch.report import Report
+from mii_serve.batch.rows import Row
 from mii_serve.batch.runner import End, Ending
 from mii_serve.batch.settings import JobSettings, Maker, check_defaults, check_maker, check_unchanged
 from mii_serve.batch.shards import Shards
@@ -52,6 +53,7 @@ def open_job(
     *,
     max_errors: int | None = None,
     retry_failed: bool = False,
+    check_row: Callable[[Row], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Job]:
     """Check the input and begin a job, or take up the one of this folder where it ended.
@@ -72,7 +74,14 @@ def open_job(
         output.clear_parts()
         inputs = _inputs(given, output, journal)
         maker = _begin(journal, settings, info)
-        check = InputCheck(journal, settings, info.capabilities, max_errors=max_errors or 0, on_progress=on_progress)
+        check = InputCheck(
+            journal,
+            settings,
+            info.capabilities,
+            max_errors=max_errors or 0,
+            check_row=check_row,
+            on_progress=on_progress,
+        )
         check.run(inputs)
         is_begun = True
         _look_again(journal, output)

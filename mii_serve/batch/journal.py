@@ -149,6 +149,15 @@ class Journal:
         last = self._database.execute("SELECT max(seq) FROM row WHERE seq IS NOT NULL").fetchone()[0]
         self._seq = last or 0
 
+    @classmethod
+    def to_read(cls, path: Path) -> Journal:
+        """The journal of a job that nobody works on; it cannot be written to, and any number may read it."""
+        journal = cls.__new__(cls)
+        journal._path, journal._seq = path, 0
+        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        journal._database = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        return journal
+
     def close(self) -> None:
         self._database.close()
 

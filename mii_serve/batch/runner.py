@@ -18,13 +18,13 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, TypeVar
 
+from mii_serve.batch.generate import Generate, Made
 from mii_serve.batch.inputs import InputFile
 from mii_serve.batch.journal import Journal, JournalRow, Outcome, PictureRecord
 from mii_serve.batch.output import OutputFolder
 from mii_serve.batch.readers import Reader
 from mii_serve.batch.rows import RowError
 from mii_serve.batch.settings import JobSettings, Maker, MakerChangedError, check_maker
-from mii_serve.client import AsyncClient, GenerationResult
 from mii_serve.errors import (
     DeadlineExceededError,
     EngineError,
@@ -135,7 +135,7 @@ class JobRunner:
         if self._work is not None:
             self._work.cancel()
 
-    async def run(self, client: AsyncClient) -> End:
+    async def run(self, generate: Generate) -> End:
         """Make the open rows. Whatever ends the run, what was finished is committed.
 
         Raises:
@@ -143,7 +143,7 @@ class JobRunner:
         """
         committing = asyncio.create_task(self._commit_groups())
         feeding = asyncio.create_task(self._feed())
-        workers = [asyncio.create_task(self._worker(client)) for _ in range(self._max_in_flight)]
+        workers = [asyncio.create_task(self._worker(generate)) for _ in range(self._max_in_flight)]
         self._work = asyncio.create_task(_all((feeding, committing), workers))
         end = End(Ending.STOPPED, "it failed")
         try:
@@ -209,9 +209,9 @@ class JobRunner:
         for _ in range(self._max_in_flight):
             await self._rows.put(None)
 
-    async def _worker(self, client: AsyncClient) -> None:
+    async def _worker(self, generate: Generate) -> None:
         while (row := await self._rows.get()) is not None:
-            outcome = await self._outcome(client, row)
+            outcome = await self._outcome(generate, row)
             self._ended.append((outcome, row.work))
             self._has_ended.set()
             if not outcome.pictures:
@@ -219,7 +219,7 @@ class JobRunner:
                 if self._max_errors is not None and self._num_failed > self._max_errors:
                     raise _StopError(f"{self._num_failed} rows have failed, at most {self._max_errors} may")
 
-    async def _outcome(self, client: AsyncClient, row: JournalRow) -> Outcome:
+    async def _outcome(self, generate: Generate, row: JournalRow) -> Outcome:
         """Ask for the row's pictures until it has them or has failed.
 
         Raises:
@@ -233,7 +233,7 @@ class JobRunner:
         while True:
             tries += 1
             try:
-                return await self._make(client, row, asked, tries)
+                return await self._make(generate, row, asked, tries)
             except FINAL as error:
                 return _failure(row, error, tries)
             except HOPELESS as error:
@@ -264,16 +264,15 @@ class JobRunner:
             reader = self._readers[row.file] = self._inputs[row.file].open()
         return self._settings.requested(reader.row_at(row.position, row.line), row.n)
 
-    async def _make(self, client: AsyncClient, row: JournalRow, asked: RequestedParams, tries: int) -> Outcome:
-        options: dict[str, Any] = {one.name: getattr(asked, one.name) for one in fields(asked)}
-        result = await client.generate(**options, output_format=self._settings.format.value, priority="batch")
-        parameters = result.parameters
+    async def _make(self, generate: Generate, row: JournalRow, asked: RequestedParams, tries: int) -> Outcome:
+        made = await generate(asked, self._settings.format)
+        parameters = made.parameters
         check_maker(self._maker, Maker(parameters.model, parameters.model_revision, parameters.engine, parameters.dtype))
         written = await asyncio.get_running_loop().run_in_executor(
-            self._writers, self._output.write_pictures, row.n, result.encoded
+            self._writers, self._output.write_pictures, row.n, made.files
         )
         self._last_success = time.monotonic()
-        return Outcome(n=row.n, tries=tries, result=_effective(parameters), pictures=_pictures(result, written))
+        return Outcome(n=row.n, tries=tries, result=_effective(parameters), pictures=_pictures(made, written))
 
     # ---- outcomes out ------------------------------------------------------------------------------------------------
 
@@ -346,15 +345,8 @@ def _effective(parameters: EffectiveParameters) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if value not in ("", {})}
 
 
-def _pictures(result: GenerationResult, written: list[tuple[int, str]]) -> tuple[PictureRecord, ...]:
-    flags, blocked = result.nsfw_content_detected, result.moderation_blocked
+def _pictures(made: Made, written: list[tuple[int, str]]) -> tuple[PictureRecord, ...]:
     return tuple(
-        PictureRecord(
-            seed=result.seeds[i],
-            num_bytes=num_bytes,
-            sha256=sha256,
-            nsfw=None if flags is None else flags[i],
-            blocked=None if blocked is None else blocked[i],
-        )
+        PictureRecord(seed=made.seeds[i], num_bytes=num_bytes, sha256=sha256, nsfw=made.nsfw[i], blocked=made.blocked[i])
         for i, (num_bytes, sha256) in enumerate(written)
     )

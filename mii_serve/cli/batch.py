@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mii_serve.batch.generate import by_client
 from mii_serve.batch.inputs import STDIN
 from mii_serve.batch.job import Job, only_check, open_job
 from mii_serve.batch.journal import Counts, Journal
@@ -152,7 +153,7 @@ async def _run(runner: JobRunner, connection: Connection) -> End:
         loop.add_signal_handler(signal.SIGINT, runner.stop)
         loop.add_signal_handler(signal.SIGTERM, terminate)
     async with connection.open_async() as client:
-        end = await runner.run(client)
+        end = await runner.run(by_client(client))
     if end.ending is Ending.INTERRUPTED and is_terminated.is_set():
         return replace(end, ending=Ending.STOPPED, reason="stopped by SIGTERM")
     return end

@@ -153,6 +153,12 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="API keys, one per line; everything but health checks, probes and metrics needs one",
     )
+    add(
+        "--jobs-folder",
+        type=Path,
+        metavar="DIR",
+        help="turn on /v1/files and /v1/batches, and keep them here",
+    )
     add("--tls-cert", type=Path, metavar="FILE", help="certificate chain in PEM; turns TLS on for both ports")
     add("--tls-key", type=Path, metavar="FILE", help="its private key")
     add("--tls-client-ca", type=Path, metavar="FILE", help="require client certificates that one of these CAs signed")

@@ -19,7 +19,7 @@ from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
 from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.batched.buckets import BatchShape
-from mii_serve.engine.batched.engine import CUDA_SLOTS
+from mii_serve.engine.batched.engine import MAX_SLOTS
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.kernels.fused.install import native_kernels
 from mii_serve.engine.kernels.native import why_unsupported
@@ -115,7 +115,7 @@ def native_engine(
     group: RankGroup | None = None,
 ) -> BatchedEngine:
     """The batched engine with our own kernels. `why_unsupported` returns None for the model's UNet; see `BatchedEngine`."""
-    installed = native_kernels(model, max_slots=max_slots or CUDA_SLOTS)
+    installed = native_kernels(model, max_slots=max_slots or MAX_SLOTS)
     kernels = _on_ranks(installed.kernels, group)
     engine = BatchedEngine(model, kernels, max_slots=max_slots, buckets=buckets, note=note, group=group)
     engine.description = replace(engine.description, kernels=installed.about)
@@ -148,9 +148,8 @@ def deepspeed_engine(
     """
     from mii_serve.engine.kernels.deepspeed import install_kernels
 
-    slots = max_slots or CUDA_SLOTS
-    kernels = _on_ranks(install_kernels(model, max_slots=slots), group)
-    return BatchedEngine(model, kernels, max_slots=slots, buckets=buckets, group=group)
+    kernels = _on_ranks(install_kernels(model, max_slots=max_slots or MAX_SLOTS), group)
+    return BatchedEngine(model, kernels, max_slots=max_slots, buckets=buckets, group=group)
 
 
 def _on_ranks(kernels: KernelSet, group: RankGroup | None) -> KernelSet:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import psutil
 import pytest
-from drawing import finish, most_different, ranked_engine, real_engine, sample
+from drawing import draw_ahead, finish, most_different, ranked_engine, real_engine, sample
 from fake_engine import FakeEngine
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine.kernels.shares import shares
 from mii_serve.engine.ranks.leader import lead
-from mii_serve.engine.turns import Turns
 from mii_serve.errors import ModelError
-from mii_serve.scheduler import Scheduler
-from mii_serve.types import LATENT_SCALE, Request, StepPlan
+from mii_serve.types import LATENT_SCALE, StepPlan
 
 REQUESTS = [
     {"seed": 1, "num_inference_steps": 8, "guidance_scale": 7.5, "scheduler": "pndm"},
@@ -48,16 +46,8 @@ def test_pictures_of_a_mixed_batch_are_the_references(ranked, references):
 
 
 def test_launched_turns_make_the_references_pictures(ranked, references):
-    scheduler = Scheduler(ranked.capacity, max_waiting_samples=100, max_waiting_s=1e9)
-    for i, asked in enumerate(REQUESTS):
-        params = sample(ranked, **asked).params
-        scheduler.add(Request(id=f"r{i}", params=params, num_calls=ranked.check(params)), 0.0)
-    turns, pictures = Turns(ranked, on_decoded=lambda: None), {}
-    while (plan := scheduler.plan()) is not None or not turns.is_idle:
-        for result in turns.step(plan):
-            scheduler.advance(result.progress, result.elapsed_s)
-            pictures |= {made.id.request_id: made.picture for made in result.progress if made.picture is not None}
-    assert max(most_different(pictures[f"r{i}"], true) for i, true in enumerate(references)) <= 1
+    pictures = draw_ahead(ranked, REQUESTS)
+    assert max(most_different(made, true) for made, true in zip(pictures, references, strict=True)) <= 1
     assert len(set(ranked.digests())) == 1
 
 

@@ -10,7 +10,7 @@ import pytest
 from starlette.routing import Route
 
 from mii_serve.config import DeployConfig
-from mii_serve.engine.batched.engine import CPU_SLOTS, CUDA_SLOTS
+from mii_serve.engine.batched.engine import CPU_SLOTS, MAX_SLOTS
 from mii_serve.gateway import image_links, json_body, listener, middleware, protocol
 from mii_serve.gateway.app import GRACE_S, build_app
 from mii_serve.proto.codec import MAX_REQUEST_BYTES
@@ -128,7 +128,8 @@ class TestConfiguration:
 
     def test_defaults_that_are_told(self, monkeypatch):
         config = DeployConfig.load({})
-        assert f"left out, {CUDA_SLOTS} on a GPU and {CPU_SLOTS} on a CPU" in CONFIGURATION
+        assert f"left out, what warm-up finds, at most {MAX_SLOTS}" in CONFIGURATION
+        assert f"there are {MAX_SLOTS} slots on a GPU and {CPU_SLOTS} on a CPU" in page("docs/architecture/05-batching.md")
         for name in ("max_body_bytes", "max_images", "max_steps", "keep_alive_s", "timeout_s"):
             (told,) = re.findall(rf"\| `http.{name}` \| ([\d ]+?)( MiB)? \|", HTTP)
             number = int(told[0].replace(" ", "")) * (1024 * 1024 if told[1] else 1)

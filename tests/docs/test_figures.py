@@ -22,6 +22,7 @@ def test_there_are_tables_to_check():
         "batch_job",
         "engines",
         "front",
+        "host_cost",
         "inflight",
         "kernel_resources",
         "overload",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from buckets import worst_bucket
-from drawing import draw, draw_batch, run_alone
+from drawing import draw, draw_ahead, draw_batch, run_alone
 from samplers import USUAL
 
 from mii_serve.config import LimitsConfig
@@ -14,7 +14,7 @@ from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.factory import native_engine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.models import load_model
-from mii_serve.types import Picture, RequestedParams
+from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -81,7 +81,27 @@ def test_a_mixed_batch_draws_what_each_draws_alone_on_the_reference(reference, f
 def test_every_bucket_replays_what_is_made_without_a_graph(fp32, fp16):
     for engine, most in ((fp32, 1e-5), (fp16, 0.005)):
         error, num_buckets = worst_bucket(engine)
-        assert num_buckets == 8 and error < most
+        assert num_buckets == 18 and error < most
+
+
+def test_turns_launched_ahead_draw_what_single_turns_draw(fp32):
+    asked = [{"seed": i, "num_inference_steps": 5 + i, "guidance_scale": 1.0 + 3 * (i % 2)} for i in range(12)]
+    ahead = draw_ahead(fp32, asked)
+    for one, made in zip(asked, ahead, strict=True):
+        params = fp32.capabilities.resolve(RequestedParams(prompt="a red circle", **one), fallback_seed=0)
+        assert np.abs(levels(made) - levels(run_alone(fp32, params, 0)[0])).max() <= MAX_LEVELS_OFF_FP32
+
+
+def test_the_host_does_not_wait_for_the_turn_it_launches(fp32):
+    params = fp32.capabilities.resolve(RequestedParams(prompt="a red circle", num_inference_steps=20), fallback_seed=0)
+    samples = tuple(Sample(id=SampleId("r", i), params=params) for i in range(8))
+    ids = tuple(one.id for one in samples)
+    fp32.run(StepPlan(joins=samples, steps=ids))
+    torch.cuda._sleep(10**9)  # half a second or so of the device's time
+    turn = fp32.launch(StepPlan(steps=ids))
+    assert not turn.is_done()
+    assert [progress.step for progress in turn.wait().progress] == [2] * 8
+    fp32.run(StepPlan(leaves=ids))
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0])

@@ -11,6 +11,7 @@ from patience import PATIENCE_S
 
 from mii_serve.config import LimitsConfig
 from mii_serve.engine.batched import BatchedEngine
+from mii_serve.engine.batched.engine import MAX_BEHIND
 from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.turns import TurnResult, Turns
 from mii_serve.errors import EngineError
@@ -148,3 +149,27 @@ def test_what_fails_in_the_other_thread_is_an_error_of_the_engine(watched, check
         watched.turns.step(StepPlan(joins=(one,), steps=(one.id,), decodes=(one.id,)))
         watched.wait()
         watched.turns.step(None)
+
+
+def test_previews_are_left_out_while_the_decoder_is_behind(watched, checked, monkeypatch):
+    may_go_on = threading.Event()
+    original = checked.pipeline.feature_extractor
+
+    def held(*arguments, **named):
+        assert may_go_on.wait(PATIENCE_S)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(checked.pipeline, "feature_extractor", held)
+    one = Sample(id=SampleId("r", 0), params=watched.params(2 * MAX_BEHIND))
+    for turn in range(2 * MAX_BEHIND - 1):
+        watched.turns.step(StepPlan(joins=() if turn else (one,), steps=(one.id,), previews=(one.id,)))
+    assert [call for call, _ in watched.calls].count("vae") == MAX_BEHIND
+    may_go_on.set()
+    results: list[TurnResult] = []
+    while len(results) < MAX_BEHIND:
+        watched.wait()
+        while not watched.turns.is_idle:
+            results += watched.turns.step(None)
+    assert all(progress.preview is not None for result in results for progress in result.progress)
+    [last] = watched.engine.run(StepPlan(steps=(one.id,), decodes=(one.id,)))
+    assert last.picture is not None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from patience import PATIENCE_S
 
 from mii_serve.engine import Engine
-from mii_serve.types import GenerationParams, Picture, RequestedParams, Sample, SampleId, SampleProgress, StepPlan
+from mii_serve.engine.turns import Turns
+from mii_serve.scheduler import Scheduler
+from mii_serve.types import GenerationParams, Picture, Request, RequestedParams, Sample, SampleId, SampleProgress, StepPlan
 
 if TYPE_CHECKING:
     from mii_serve.engine.ranks.leader import RankedEngine
@@ -36,6 +40,29 @@ def draw_batch(engine: Engine, asked: list[dict[str, object]]) -> list[Picture]:
         left = {sample_id: calls - 1 for sample_id, calls in left.items() if calls > 1}
         joins = ()
     return [pictures[sample.id] for sample in samples]
+
+
+def draw_ahead(engine: Engine, asked: list[dict[str, object]]) -> list[Picture]:
+    """The first picture of each request, in turns that are launched as a replica does: one runs, and one is prepared."""
+    scheduler = Scheduler(engine.capacity, max_waiting_samples=1000, max_waiting_s=1e9)
+    for i, one in enumerate(asked):
+        params = engine.capabilities.resolve(RequestedParams(**{"prompt": "a red circle", **one}), fallback_seed=0)
+        scheduler.add(Request(id=f"r{i}", params=params, num_calls=engine.check(params)), 0.0)
+    has_decoded = threading.Event()
+    turns, pictures = Turns(engine, has_decoded.set), dict[str, Picture]()
+    while len(pictures) < len(asked):
+        if (plan := scheduler.plan()) is None and turns.is_idle:
+            assert has_decoded.wait(PATIENCE_S)
+            has_decoded.clear()
+        for result in turns.step(plan):
+            if result.is_turn:
+                scheduler.advance(result.progress, result.elapsed_s)
+            for progress in result.progress:
+                assert progress.error is None, progress.error
+                if progress.picture is not None:
+                    pictures[progress.id.request_id] = progress.picture
+                    scheduler.end(progress)
+    return [pictures[f"r{i}"] for i in range(len(asked))]
 
 
 def run_alone(engine: Engine, params: GenerationParams, image_index: int) -> tuple[Picture, int]:

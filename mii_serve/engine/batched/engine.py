@@ -22,6 +22,7 @@ from mii_serve.engine.batched.denoiser import Denoiser
 from mii_serve.engine.batched.launched import LaunchedTurn
 from mii_serve.engine.batched.probe import BatchedProbe
 from mii_serve.engine.batched.prompt_cache import Prompt, PromptCache
+from mii_serve.engine.batched.slot_search import NUM_SAMPLES, find_slots
 from mii_serve.engine.batched.stepping import ObjectStepping, Stepping, TableStepping
 from mii_serve.engine.batched.tail import Tail
 from mii_serve.engine.batched.timestep_cache import TimestepCache
@@ -50,12 +51,17 @@ from mii_serve.types import (
     StepPlan,
 )
 
-CPU_SLOTS, CUDA_SLOTS = 8, 16
-"""Default number of samples at once. On a CPU 16 are no faster than 8 (`benchmarks/engines.py`); on CUDA not measured yet."""
+MAX_SLOTS = NUM_SAMPLES[-1]
+"""The most samples at once, unless more are asked for; warm-up may find that fewer are as good."""
+CPU_SLOTS = 8
+"""On a CPU that is too slow to look for a better number."""
 
 CPU_DECODES, CUDA_DECODES = 4, 2
 """Pictures decoded in one VAE call, which a turn may have to wait for; it needs far more memory per sample than the UNet. On
 CUDA not measured yet."""
+
+MAX_BEHIND = 8
+"""Batches that wait for the decoder. Previews are left out while there are so many; of pictures the slots bound the number."""
 
 Results = dict[SampleId, SampleProgress]
 
@@ -98,6 +104,7 @@ class BatchedEngine:
         group: RankGroup | None = None,
     ) -> None:
         """`kernels` compute the model's UNet, and are closed with the engine. `max_slots` is the number of samples at once.
+        When left out: what warm-up finds; the ranks of a group do not look for it, as each would find another number.
 
         `buckets` are the batch shapes to capture at warm-up. When left out: on CUDA those that `declare_buckets` declares for
         the model's default size, on a CPU none. `note` becomes the description's. With a `group` this is one of its ranks,
@@ -113,7 +120,8 @@ class BatchedEngine:
         self._num_channels = pipeline.unet.config.in_channels
         self._schedulers = ModelSchedulers(pipeline.scheduler)
         self._samplings = Samplings(self._schedulers)
-        self._max_slots = max_slots or (CUDA_SLOTS if self._device.type == "cuda" else CPU_SLOTS)
+        self._looks_for_slots = max_slots is None and group is None
+        self._max_slots = max_slots or (MAX_SLOTS if self._looks_for_slots or self._device.type == "cuda" else CPU_SLOTS)
         self.capabilities = capabilities_of(model, self._schedulers, self._samplings.of)
         if buckets is None:
             latent_shape = model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE
@@ -163,7 +171,7 @@ class BatchedEngine:
         return self._schedulers.describe(params.scheduler, is_compiled=is_compiled)
 
     def warmup(self) -> None:
-        """Capture the buckets, and make pictures through each of them."""
+        """Capture the buckets, make pictures through each of them, and find the number of slots."""
         with torch.inference_mode():
             self._denoiser.prepare()
         asked = warm_up_request(self)
@@ -173,6 +181,10 @@ class BatchedEngine:
             sized = replace(asked, height=bucket.height * LATENT_SCALE, width=bucket.width * LATENT_SCALE)
             scales = [7.5 if i < num_guided else 1.0 for i in range(bucket.num_samples)]
             make_pictures(self, *[replace(sized, guidance_scale=scale) for scale in scales])
+        if self._looks_for_slots:
+            params = self.capabilities.resolve(asked, fallback_seed=0)
+            otherwise = MAX_SLOTS if self._device.type == "cuda" else CPU_SLOTS
+            self._max_slots = find_slots(self, params, otherwise=otherwise)
 
     def run(self, plan: StepPlan) -> tuple[SampleProgress, ...]:
         turn = self.launch(plan).wait()
@@ -287,7 +299,7 @@ class BatchedEngine:
             one.step += 1
         results = {one.sample.id: failed.get(one.sample.id) or one.progress for one in due}
         rows = [row for row, one in enumerate(stepped) if one.sample.id in shown and one.sample.id not in failed]
-        if rows and outputs is not None:
+        if rows and outputs is not None and self._tail.num_pending < MAX_BEHIND:
             previewed, (model_input, prediction) = [stepped[row] for row in rows], outputs
             x0 = upload(torch.tensor([one.stepping.x0(one.step - 1) for one in previewed]), self._device)
             seen = torch.stack([model_input[row] for row in rows]), torch.stack([prediction[row] for row in rows])

@@ -40,6 +40,11 @@ class Tail:
             tensor.record_stream(self._stream)
         self._submit(decoding, self._run_on_stream, decoding, computed)
 
+    @property
+    def num_pending(self) -> int:
+        """Batches that were added and are not finished."""
+        return self._num_begun - self._num_ended
+
     def has_ready(self) -> bool:
         """Whether `take` has something to do."""
         return bool(self._ready) or not self._arrived.empty()
@@ -68,7 +73,7 @@ class Tail:
     def drain(self) -> list[Decoding]:
         """All that were added, finished."""
         finished: list[Decoding] = []
-        while self._num_ended < self._num_begun:
+        while self.num_pending:
             if not self.has_ready():
                 self._ready.append(self._arrived.get())
             finished += self.take()
