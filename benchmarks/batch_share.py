@@ -5,10 +5,10 @@
 
 Requests for one image of 51 UNet calls arrive at random times (Poisson) at several rates. Beside them there is nothing, a flood
 of requests of the priority low, or a flood of the priority batch; a flood always has as many requests as there are slots. A
-turn takes a fixed time and a time for each image in it. With buckets, the images count as the next power of two, as with a
-captured CUDA graph, and batch requests fill the padding.
+turn takes a fixed time and a time for each image in it, and one turn is planned while one runs. With buckets, a turn takes as
+long as the declared bucket that its images are padded to, and batch requests fill the padding.
 
-The times of a turn are a model of a GPU, not a measurement.
+The times of a turn are a model of a GPU, not a measurement; decoding takes none.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import argparse
 import itertools
 import json
 import random
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from mii_serve.bench import environment
 from mii_serve.bench.statistics import percentile
+from mii_serve.engine.batched.buckets import declare_buckets
 from mii_serve.scheduler import Scheduler
 from mii_serve.types import (
     BatchShape,
@@ -33,6 +35,7 @@ from mii_serve.types import (
     SampleId,
     SampleProgress,
     StepPlan,
+    choose_bucket,
 )
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,11 +62,12 @@ class Run:
     """One replica in virtual time."""
 
     def __init__(self, rate: float, flood: Priority | None, *, has_buckets: bool, batch_share: float, seed: int) -> None:
-        counts = [2**power for power in range(NUM_SLOTS.bit_length()) if 2**power <= NUM_SLOTS]
-        buckets = tuple(BatchShape(count, 2 * count, 64, 64) for count in counts) if has_buckets else ()
+        buckets = declare_buckets(NUM_SLOTS, *PARAMS.latent_shape) if has_buckets else ()
         capacity = EngineCapacity(max_slots=NUM_SLOTS, max_decodes=MAX_DECODES, buckets=buckets)
         self._scheduler = Scheduler(capacity, max_waiting_samples=10**6, max_waiting_s=1e9, batch_share=batch_share)
         self._buckets, self._flood, self._rate, self._random = buckets, flood, rate, random.Random(seed)
+        self._planned: deque[StepPlan] = deque()
+        """The turn that runs, and the one that is prepared."""
         self._steps: dict[SampleId, int] = {}
         self._arrived: dict[str, float] = {}
         self._numbers = itertools.count()
@@ -83,24 +87,28 @@ class Run:
             while self._flood is not None and self._num_flood < NUM_SLOTS:
                 self._num_flood += 1
                 self._add(f"b{next(self._numbers)}", self._flood, "flood")
-            plan = self._scheduler.plan()
-            if plan is None:
+            if (plan := self._scheduler.plan()) is not None:
+                self._planned.append(plan)
+            if self._planned and (plan is None or len(self._planned) == 2):
+                self._end_turn(self._planned.popleft())
+            elif plan is None:
                 self.now = max(self.now, next_arrival)
-                continue
-            for sample_id in plan.leaves:
-                self._steps.pop(sample_id, None)
-            elapsed_s = self._seconds_of(plan)
-            self.now += elapsed_s
-            self._scheduler.advance([self._made(sample_id, plan) for sample_id in _touched(plan)], elapsed_s)
+
+    def _end_turn(self, plan: StepPlan) -> None:
+        for sample_id in plan.leaves:
+            self._steps.pop(sample_id, None)
+        elapsed_s = self._seconds_of(plan)
+        self.now += elapsed_s
+        self._scheduler.advance([self._made(sample_id, plan) for sample_id in _touched(plan)], elapsed_s)
 
     def _add(self, name: str, priority: Priority, client: str) -> None:
         self._scheduler.add(Request(id=name, params=PARAMS, num_calls=NUM_CALLS, client=client, priority=priority), self.now)
 
     def _seconds_of(self, plan: StepPlan) -> float:
-        count = len(plan.steps)
-        if self._buckets and count:
-            count = min(bucket.num_samples for bucket in self._buckets if bucket.num_samples >= count)
-        return TURN_S + IMAGE_S * count
+        """All images are guided, and have two rows each."""
+        num_rows = 2 * len(plan.steps)
+        bucket = choose_bucket(self._buckets, BatchShape(len(plan.steps), num_rows, *PARAMS.latent_shape)) if num_rows else None
+        return TURN_S + IMAGE_S * (num_rows if bucket is None else bucket.num_rows) / 2
 
     def _made(self, sample_id: SampleId, plan: StepPlan) -> SampleProgress:
         step = self._steps[sample_id] = self._steps.get(sample_id, 0) + (sample_id in plan.steps)
