@@ -181,6 +181,7 @@ class DeployConfig(BaseSettings):
     hang_timeout_s: float = Field(300.0, gt=0)
     startup_timeout_s: float = Field(900.0, gt=0)
     drain_timeout_s: float = Field(30.0, ge=0)
+    max_connection_age_s: float | None = Field(None, ge=1, le=86400)
     enable_spare_process: bool = True
     http: HttpConfig = HttpConfig()
     limits: LimitsConfig = LimitsConfig()

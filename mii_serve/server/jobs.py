@@ -46,6 +46,8 @@ MAX_RUNNING = 2
 WINDOW_S = 24 * 3600
 """A job that has not ended by then expires; what it has made is kept."""
 NOT_READY_PAUSE_S = 1.0
+GRACE_S = 30.0
+"""For the requests in flight of a job that expires."""
 PAUSE_S = 60.0
 """Before a job is tried again that could not go on."""
 COUNTS_EVERY_ROWS = 20
@@ -188,6 +190,7 @@ class Jobs:
             max_in_flight=2 * max(1, info.activity.max_slots),
             max_errors=None,
             max_stall_s=float("inf"),
+            grace_s=GRACE_S,
             watch=Watch(on_row=tally.on_row),
         )
         expiring = asyncio.get_running_loop().call_later(max(0.0, batch.expires_at - time.time()), runner.stop)

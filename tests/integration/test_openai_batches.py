@@ -15,10 +15,10 @@ from outside import run_client
 from patience import PATIENCE_S
 from servers import running_server
 
-from mii_serve.config import DeployConfig
+from mii_serve.config import ContentSafetyConfig, DeployConfig
 from mii_serve.gateway.app import serve_http
 from mii_serve.gateway.multipart import Begin, FormParser
-from mii_serve.server import job_store
+from mii_serve.server import job_store, jobs
 from mii_serve.server.keys import KeyRing
 
 KEY, OTHER = "studio-key-0123456789", "other-key-0123456789"
@@ -26,17 +26,17 @@ KEY, OTHER = "studio-key-0123456789", "other-key-0123456789"
 
 @contextlib.asynccontextmanager
 async def served(
-    folder: Path, engine: FakeEngine | None = None, *, jobs: bool = True, port: int = 0
+    folder: Path, engine: FakeEngine | None = None, *, has_jobs: bool = True, **behind: object
 ) -> AsyncIterator[tuple[httpx2.AsyncClient, FakeEngine]]:
     """A server with a folder for jobs, and two keys."""
     file = folder / "keys"
     file.write_text(f"{KEY} name=studio\n{OTHER} name=other\n")
     file.chmod(0o600)
     engine = engine or FakeEngine(max_slots=4)
-    flags = {"http_port": port, **({"jobs_folder": str(folder / "jobs")} if jobs else {})}
+    flags = {"http_port": 0, **({"jobs_folder": str(folder / "jobs")} if has_jobs else {})}
     headers = {"authorization": f"Bearer {KEY}"}
     async with (
-        running_server(folder, engine, max_waiting_samples=256) as server,
+        running_server(folder, engine, max_waiting_samples=256, **behind) as server,
         serve_http(DeployConfig.load(flags), server.dispatcher, KeyRing(file)) as address,
         httpx2.AsyncClient(base_url=f"http://{address}/v1", timeout=PATIENCE_S, headers=headers) as client,
     ):
@@ -79,6 +79,7 @@ def has(status: str) -> Callable[[dict], bool]:
 async def test_the_openai_clients_whole_life_over_a_restart(tmp_path: Path):
     engine = FakeEngine(max_slots=4)
     async with served(tmp_path, engine) as (client, _):
+        engine.gate.clear()  # so that the restart is in the middle of the work
         begun = json.loads(await asyncio.to_thread(run_client, "openai", "openai_batches.py", _address(client), KEY, "begin"))
     assert begun["file"] == ["file", "batch", "in.jsonl", "processed"]
     assert begun["status"] == "validating" and begun["counts"]
@@ -180,7 +181,7 @@ async def test_a_key_has_so_many_files_and_open_jobs_and_no_more(tmp_path: Path,
 
 
 async def test_without_a_folder_for_jobs_the_answer_names_the_flag(tmp_path: Path):
-    async with served(tmp_path, jobs=False) as (client, _):
+    async with served(tmp_path, has_jobs=False) as (client, _):
         for answer in (await client.get("/files"), await client.post("/batches", json={}), await client.delete("/files/x")):
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_enabled")
             assert "--jobs-folder" in answer.text
@@ -223,3 +224,31 @@ def test_a_form_is_read_alike_in_pieces_of_any_size(size: int):
                 found[-1][1].extend(part)
     assert parser.is_over
     assert found == [(Begin("purpose", None), b"batch"), (Begin("file", "in.jsonl"), content)]
+
+
+async def test_content_safety_judges_a_prompt_before_any_work_and_a_picture_before_it_is_stored(tmp_path: Path):
+    double = pytest.importorskip("content_safety_double")
+    azure = pytest.importorskip("mii_serve.safety.azure")
+    async with double.content_safety_double() as service:
+        service.words["horse"] = ("Violence", 6)
+        asked = ContentSafetyConfig(endpoint=service.url, key=double.KEY)
+        async with azure.open_moderator(asked) as moderator, served(tmp_path, moderator=moderator) as (client, engine):
+            batch = await created(client, await uploaded(client, line(0), line(1, prompt="a horse"), line(2)))
+            batch = await until(client, batch["id"], has("completed"))
+            assert batch["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
+            [error] = (await client.get(f"/files/{batch['error_file_id']}/content")).text.splitlines()
+            assert json.loads(error)["response"]["body"]["error"]["code"] == "moderation_blocked"
+            assert len({sample.id.request_id for plan in engine.plans for sample in plan.joins}) == 2
+    assert len(list((tmp_path / "jobs").rglob("*.png"))) == 2
+
+
+async def test_a_job_that_has_not_ended_in_time_expires_and_keeps_what_it_has_made(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(jobs, "WINDOW_S", 0)
+    monkeypatch.setattr(jobs, "GRACE_S", 0.0)
+    async with served(tmp_path) as (client, engine):
+        engine.gate.clear()
+        batch = await created(client, await uploaded(client, line(0), line(1)))
+        batch = await until(client, batch["id"], has("expired"))
+        lines = (await client.get(f"/files/{batch['error_file_id']}/content")).text.splitlines()
+        assert [json.loads(one)["error"]["code"] for one in lines] == ["batch_expired"] * 2
+        assert batch["output_file_id"] is None

@@ -27,6 +27,17 @@ MAX_NAME_CHARS = 255
 MAX_METADATA = 16
 DEFAULT_LIMIT, MAX_LIMIT = 20, 100
 LINES = "application/jsonl"
+ROUTES = (
+    ("POST", "/v1/files"),
+    ("GET", "/v1/files"),
+    ("GET", "/v1/files/{file_id}"),
+    ("DELETE", "/v1/files/{file_id}"),
+    ("GET", "/v1/files/{file_id}/content"),
+    ("POST", "/v1/batches"),
+    ("GET", "/v1/batches"),
+    ("GET", "/v1/batches/{batch_id}"),
+    ("POST", "/v1/batches/{batch_id}/cancel"),
+)
 TIMES = {
     "in_progress": "in_progress_at",
     "finalizing": "finalizing_at",
@@ -63,19 +74,22 @@ class Batches:
         async def upload(request: Request) -> Upload:
             return await read_upload(request, self._store.uploads, MAX_FILE_BYTES)
 
-        def read_only(path: str, handler: Any, method: str = "GET") -> Route:
-            return endpoints.route(path, handler, dialect, method=method, is_work=False)
-
+        handlers = (
+            self.create_file,
+            self.files,
+            self.file,
+            self.delete_file,
+            self.content,
+            self.create,
+            self.batches,
+            self.batch,
+            self.cancel,
+        )
+        reading = {self.create_file: upload, self.cancel: read_nothing}
+        work = (self.create_file, self.create)
         return [
-            endpoints.route("/v1/files", self.create_file, dialect, read=upload),
-            read_only("/v1/files", self.files),
-            read_only("/v1/files/{file_id}", self.file),
-            read_only("/v1/files/{file_id}", self.delete_file, "DELETE"),
-            read_only("/v1/files/{file_id}/content", self.content),
-            endpoints.route("/v1/batches", self.create, dialect),
-            read_only("/v1/batches", self.batches),
-            read_only("/v1/batches/{batch_id}", self.batch),
-            endpoints.route("/v1/batches/{batch_id}/cancel", self.cancel, dialect, is_work=False, read=read_nothing),
+            endpoints.route(path, handler, dialect, method=method, is_work=handler in work, read=reading.get(handler))
+            for (method, path), handler in zip(ROUTES, handlers, strict=True)
         ]
 
     # ---- files -----------------------------------------------------------------------------------------------------
@@ -138,12 +152,7 @@ def routes_without_jobs(endpoints: Endpoints, dialect: Dialect) -> list[Route]:
     async def refuse(call: HttpCall) -> Response:
         raise NotFoundError("files and batches are off; the server's operator turns them on with --jobs-folder", "not_enabled")
 
-    paths = ("/v1/files", "/v1/files/{rest:path}", "/v1/batches", "/v1/batches/{rest:path}")
-    return [
-        endpoints.route(path, refuse, dialect, method=method, is_work=False, read=read_nothing)
-        for path in paths
-        for method in ("GET", "POST", "DELETE")
-    ]
+    return [endpoints.route(path, refuse, dialect, method=method, is_work=False, read=read_nothing) for method, path in ROUTES]
 
 
 def _owner(call: HttpCall) -> str:
