@@ -17,6 +17,7 @@ from mii_serve.types import (
     Done,
     Event,
     OutputOptions,
+    Priority,
     RequestedParams,
     ResolvedRequest,
     Sample,
@@ -50,11 +51,11 @@ class Replica:
         self.loop = ReplicaLoop(self.engine, thread, max_waiting_samples=100)
         self.turns = asyncio.create_task(self.loop.run())
 
-    async def submit(self, name: str, num_steps: int) -> Events:
+    async def submit(self, name: str, num_steps: int, priority: Priority = Priority.NORMAL) -> Events:
         events = Events()
         asked = RequestedParams(prompt="a", num_inference_steps=num_steps, seed=0)
         params = self.engine.capabilities.resolve(asked, fallback_seed=0)
-        await self.loop.submit(name, ResolvedRequest(params=params, output=OutputOptions()), events)
+        await self.loop.submit(name, ResolvedRequest(params=params, output=OutputOptions(), priority=priority), events)
         return events
 
     async def end_turn(self) -> None:
@@ -127,6 +128,20 @@ async def test_who_leaves_makes_at_most_the_step_that_is_prepared(replica):
     with_it = [turn for turn, plan in enumerate(replica.engine.plans, 1) if SampleId("leaves", 0) in plan.steps]
     assert with_it[-1] == 6
     assert SampleId("leaves", 0) in replica.engine.plans[6].leaves
+
+
+async def test_batch_requests_give_way_from_the_first_turn_that_is_not_prepared_until_the_pictures_of_others_are_there(replica):
+    await replica.submit("batch", 40, Priority.BATCH)
+    await replica.until(replica.engine.is_waited_for.is_set)
+    for _ in range(4):
+        await replica.end_turn()
+    other = await replica.submit("other", 2)  # turn 5 runs, and turn 6 is prepared
+    for _ in range(5):
+        await replica.end_turn()
+    await replica.until(lambda: other.is_over)
+    steps = [[sample_id.request_id.split()[0] for sample_id in plan.steps] for plan in replica.engine.plans]
+    assert steps[4:10] == [["batch"], ["batch"], ["other"], ["other"], ["batch"], ["batch"]]
+    assert replica.loop._scheduler.batch.num_restarted == 0
 
 
 async def test_step_times_are_the_devices(replica):
