@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTO := mii_serve/proto/v1/image_generation.proto
 
-.PHONY: clients chromium peers demo test test-fast check stubs goldens grade gpu-test gpu-bench clean
+.PHONY: clients chromium peers demo test test-fast deployment-test check stubs goldens grade gpu-test gpu-bench gpu-tune clean
 
 # torch goes first and pinned, so that nothing else decides which build is taken. The registry's own build brings several gigabytes
 # of CUDA packages; on a machine without a GPU, TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu' avoids them.
@@ -48,10 +48,17 @@ chromium: $(INSTALLED)
 TEST_PROCESSES ?= 2
 
 test: $(INSTALLED) $(CLIENTS) chromium
-	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not gpu and not deployment" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not gpu and not slow" tests/unit tests/contract tests/integration
+
+# Checks deployment/ with the tools of those who use it: helm, promtool, hadolint and others, installed into a folder of their own.
+.deployment-tools/.installed: tools/install_deployment_tools.sh
+	tools/install_deployment_tools.sh .deployment-tools $(PYTHON)
+
+deployment-test: $(INSTALLED) .deployment-tools/.installed
+	$(BIN)/python -m pytest -m "not gpu" tests/deployment
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
@@ -69,11 +76,17 @@ goldens: stubs
 grade: $(INSTALLED)
 	$(BIN)/python tools/publish_demo_grades.py
 
-gpu-test: $(INSTALLED) $(CLIENTS)
-	$(BIN)/python -m pytest -m gpu
+# Each takes nine minutes at most, keeps what it has found after each row, and goes on from there when it is run again.
+gpu-test: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu_tests.py
 
 gpu-bench: $(INSTALLED)
 	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python tools/publish_figures.py
+
+gpu-tune: $(INSTALLED)
+	$(BIN)/python benchmarks/kernel_times.py
+	$(BIN)/python tools/publish_figures.py
 
 # Other people's servers beside ours, under the same load on this machine; no part of `make test`.
 .peers/.installed: benchmarks/peers/requirements.txt
@@ -87,4 +100,4 @@ peers: $(INSTALLED) .peers/.installed
 	$(BIN)/python benchmarks/peers.py
 
 clean:
-	rm -rf $(VENV) .clients .peers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .clients .peers .deployment-tools build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -19,7 +19,9 @@ from PIL import Image
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
+from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.factory import build_engine, native_engine
+from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.stage_timer import StageTimer
 from mii_serve.errors import MiiServeError
 from mii_serve.models import load_model
@@ -165,6 +167,15 @@ def native_without_graphs(place: Place) -> Row:
     return EngineRow(native_engine(loaded, buckets=()))
 
 
+def native_unfused(place: Place) -> Row:
+    """The native engine without the fused kernels; what they are worth is the difference."""
+    if not place.device.startswith("cuda"):
+        raise UnableError("there are no fused kernels on this device to do without")
+    limits = DeployConfig.load({"model": place.model}).limits
+    loaded = load_model(place.model, revision=None, dtype=place.dtype, device=place.device, limits=limits)
+    return EngineRow(BatchedEngine(loaded, NativeKernels(loaded.pipeline.unet)))
+
+
 def deepspeed(place: Place) -> Row:
     """DeepSpeed's kernels under our loop."""
     return _ours("deepspeed", place, dtype=place.dtype)
@@ -213,8 +224,9 @@ ROWS: dict[str, Callable[[Place], Row]] = {
         reference,
         native,
         diffusers_eager,
-        native_without_graphs,
         deepspeed,
+        native_unfused,
+        native_without_graphs,
         diffusers_compiled,
         diffusers_deepspeed,
     )

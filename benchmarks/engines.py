@@ -9,7 +9,8 @@ weights.
 For each row, sampler and number of images at once: the median of the bursts, seconds per image, where the time goes, peak
 memory, the share of the device's measured matmul peak, and how far the pictures are from the FP32 reference's. Every burst
 has a prompt of its own, so that nothing is remembered from the burst before. A row that cannot run here, and a measurement
-that there was no time for, is in the file with the reason. `--rows` chooses; `--list` says what there is.
+that there was no time for, is in the file with the reason; run it again, and what is missing is measured. `--rows` chooses;
+`--list` says what there is.
 """
 
 from __future__ import annotations
@@ -202,24 +203,74 @@ def on_weights(model: str, device: str, dtype: str, folder: Path) -> tuple[Place
     return Place(model=model, device=device, dtype=dtype), facts
 
 
+class Truth:
+    """The reference's pictures, in files, so that a run that goes on where another stopped has them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, key: tuple[str, int]) -> Image.Image | None:
+        path = self._path(key)
+        return Image.open(path).convert("RGB") if path.exists() else None
+
+    def keep(self, key: tuple[str, int], picture: Image.Image) -> None:
+        if not self._path(key).exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            picture.save(self._path(key))
+
+    def clear(self) -> None:
+        for path in self._folder.glob("*.png"):
+            path.unlink()
+
+    def _path(self, key: tuple[str, int]) -> Path:
+        return self._folder / f"{''.join(c if c.isalnum() else '-' for c in key[0])}-{key[1]}.png"
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["sampler"], row["num_inference_steps"], row["num_images"]
+
+
+def measured_before(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file of the same code, machine and model, without those that were left out."""
+    if not out.exists():
+        return []
+    found = json.loads(out.read_text())
+    same = ("commit", "device", "versions", "model", "model_revision", "dtype", "is_quick")
+    if any(found.get(name) != about.get(name) for name in same):
+        return []
+    return [row for row in found["rows"] if "median_s" in row]
+
+
 def run(
-    place: Place, facts: dict[str, Any], arguments: argparse.Namespace, clock: Clock, write: Callable[[list[Any]], None]
+    place: Place,
+    facts: dict[str, Any],
+    arguments: argparse.Namespace,
+    clock: Clock,
+    before: list[dict[str, Any]],
+    truth: Truth,
+    write: Callable[[list[Any]], None],
 ) -> None:
-    """Every row in turn; `write` gets all that is known after each, so that a run cut short is not lost."""
+    """Every row in turn; `write` gets all that is known after each, so that a run cut short is not lost.
+
+    What is in `before` is not measured again.
+    """
     rows: list[dict[str, Any]] = []
-    truth: dict[tuple[str, int], Image.Image] = {}
     names = [name for name in ROWS if name in arguments.rows]
     for index, name in enumerate(names):
+        known = [row for row in before if row["row"] == name]
+        rows.extend(known)
+        if all(one in [_key(row) for row in known] for one in wanted(name, arguments)):
+            continue
         # A row that others follow leaves them their share; who compiles needs all there is.
         share_s = clock.left_s if "compiled" in name else clock.left_s / (len(names) - index) if index else clock.left_s / 2
         ends = time.monotonic() + share_s
         try:
             with opened(name, place) as row:
-                for row_figures in cells(row, name, arguments, lambda ends=ends: ends - time.monotonic()):
+                for row_figures in cells(row, name, arguments, lambda ends=ends: ends - time.monotonic(), known):
                     if (pictures := row_figures.pop("pictures", None)) is not None:
                         key = row_figures["sampler"], row_figures["num_inference_steps"]
                         if name == "reference":
-                            truth.setdefault(key, pictures[0])
+                            truth.keep(key, pictures[0])
                         row_figures |= compared(pictures[0], truth.get(key)) | efficiency(row_figures, facts, row.dtype)
                         row_figures["dtype"] = row.dtype
                     rows.append({"row": name, **row_figures})
@@ -230,27 +281,35 @@ def run(
         write(rows)
 
 
-def cells(row: Row, name: str, arguments: argparse.Namespace, left_s: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """The measurements of one row, those there is time for."""
-    per_image: dict[int, float] = {}
+def wanted(name: str, arguments: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """Sampler, steps and number of images of a row's measurements, what matters most first."""
     batches = COMPILED_BATCHES if "compiled" in name else (1, 2) if name == "reference" else BATCHES
     if arguments.quick:
-        batches = (1, 2)
-    for sampler, num_steps in (("pndm", 2),) if arguments.quick else SAMPLERS:
-        for count in batches:
-            about = {"sampler": sampler, "num_inference_steps": num_steps, "num_images": count}
-            known = per_image.get(num_steps) or max(per_image.values(), default=0.0)
-            needed_s = known * count * (arguments.repeats + 2) + COMPILE_S * ("compiled" in name)
-            if needed_s > left_s():
-                yield {**about, "skipped": f"no time: needs about {needed_s:.0f} s of {max(0.0, left_s()):.0f} s left"}
-                continue
-            try:
-                row_figures = measure(row, sampler, num_steps, count, arguments.repeats)
-            except Exception as error:  # noqa: BLE001 - out of memory, or a peer's failure: a result like any other
-                yield {**about, "skipped": f"{type(error).__name__}: {error}"[:500]}
-                continue
-            per_image[num_steps] = row_figures["median_s"] / count
-            yield row_figures
+        return [("pndm", 2, count) for count in (1, 2)]
+    return [(sampler, num_steps, count) for sampler, num_steps in SAMPLERS for count in batches]
+
+
+def cells(
+    row: Row, name: str, arguments: argparse.Namespace, left_s: Callable[[], float], before: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The measurements of one row that are not in `before`, those there is time for."""
+    per_image = {one["num_inference_steps"]: one["median_s"] / one["num_images"] for one in before}
+    for sampler, num_steps, count in wanted(name, arguments):
+        if (sampler, num_steps, count) in [_key(one) for one in before]:
+            continue
+        about = {"sampler": sampler, "num_inference_steps": num_steps, "num_images": count}
+        known = per_image.get(num_steps) or max(per_image.values(), default=0.0)
+        needed_s = known * count * (arguments.repeats + 2) + COMPILE_S * ("compiled" in name)
+        if needed_s > left_s():
+            yield {**about, "skipped": f"no time: needs about {needed_s:.0f} s of {max(0.0, left_s()):.0f} s left"}
+            continue
+        try:
+            row_figures = measure(row, sampler, num_steps, count, arguments.repeats)
+        except Exception as error:  # noqa: BLE001 - out of memory, or a peer's failure: a result like any other
+            yield {**about, "skipped": f"{type(error).__name__}: {error}"[:500]}
+            continue
+        per_image[num_steps] = row_figures["median_s"] / count
+        yield row_figures
 
 
 def compared(picture: Image.Image, truth: Image.Image | None) -> dict[str, Any]:
@@ -283,6 +342,7 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, default=520.0, metavar="SECONDS", help="what does not fit is left out and named"
     )
+    parser.add_argument("--again", action="store_true", help="also what the file holds from the same code and machine")
     parser.add_argument("--quick", action="store_true", help="small bursts, to see that everything runs")
     parser.add_argument("--list", action="store_true", help="say which rows there are")
     parser.add_argument("--out", type=Path, help="the JSON file to write; named after device and model when left out")
@@ -302,10 +362,16 @@ def main() -> None:
         out = arguments.out or RESULTS / f"engines-{name}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
 
-        def write(rows: list[Any]) -> None:
-            out.write_text(json.dumps({**about, **facts, "is_quick": arguments.quick, "rows": rows}, indent=1) + "\n")
+        about |= {**facts, "is_quick": arguments.quick}
+        before = [] if arguments.again else measured_before(out, about)
+        truth = Truth(out.parent / "truth" / out.stem)
+        if not before:
+            truth.clear()
 
-        run(place, facts, arguments, clock, write)
+        def write(rows: list[Any]) -> None:
+            out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+        run(place, facts, arguments, clock, before, truth, write)
     print(f"written to {out}, {arguments.budget - clock.left_s:.0f} s")
 
 

@@ -17,6 +17,7 @@ from mii_serve.engine.batched.batch_inputs import MATRIX_SIZE, SampleInputs
 from mii_serve.engine.batched.denoiser import Denoiser
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.kernels.fused.forward import FusedKernels
+from mii_serve.engine.kernels.fused.sampler import FusedSampler
 from mii_serve.engine.kernels.fused.triton_operations import Launch, TritonOperations
 from mii_serve.engine.kernels.fused.vae import FusedDecoder
 from mii_serve.engine.kernels.native import NativeKernels
@@ -32,7 +33,8 @@ def native_turn(num_samples: int, also: Launch | None = None) -> Record:
     with fake_cuda.fake_cuda() as fake, Trace() as trace:
         unet = fake_cuda.unet(fake)
         fake_cuda.to_channels_last(unet)
-        kernels = FusedKernels(unet, TritonOperations(launcher(trace, also)))
+        launch = launcher(trace, also)
+        kernels = FusedKernels(unet, TritonOperations(launch), sampler=FusedSampler(launch))
         return turn(kernels, num_samples, trace)
 
 

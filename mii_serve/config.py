@@ -168,6 +168,7 @@ class DeployConfig(BaseSettings):
     grpc_port: Port = 50050
     http_port: Port = 5001
     api_key_file: Path | None = None
+    jobs_folder: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -175,10 +176,12 @@ class DeployConfig(BaseSettings):
     deployment_name: str = Field("mii-serve", min_length=1, max_length=64)
     max_waiting_samples: int = Field(4096, ge=1)
     max_waiting_s: float = Field(600.0, gt=0)
+    batch_share: float = Field(0.02, ge=0, le=0.5)
     replica_wait_s: float = Field(120.0, gt=0)
     hang_timeout_s: float = Field(300.0, gt=0)
     startup_timeout_s: float = Field(900.0, gt=0)
     drain_timeout_s: float = Field(30.0, ge=0)
+    max_connection_age_s: float | None = Field(None, ge=1, le=86400)
     enable_spare_process: bool = True
     http: HttpConfig = HttpConfig()
     limits: LimitsConfig = LimitsConfig()

@@ -28,9 +28,10 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "deepspeed": ("deepspeed",),
     "azure": ("azure", "aiohttp"),
     "otel": ("opentelemetry",),
+    "parquet": ("pyarrow",),
     "ray": ("ray",),
 }
-"""Top-level modules by extra, small extras first. Every extra but `bench` brings what `server` brings, too."""
+"""Top-level modules by extra, small extras first. Every extra but `bench` and `parquet` brings what `server` brings, too."""
 
 
 def how_to_get(extra: str) -> str:

@@ -71,6 +71,17 @@ class FrontMetrics:
             self.cancelled.labels(where)
 
 
+class BatchState(Protocol):
+    """The same of batch requests."""
+
+    num_restarted: int
+
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_parked(self) -> int: ...
+
+
 class ReplicaState(Protocol):
     """What a replica's gauges read when they are asked."""
 
@@ -80,6 +91,8 @@ class ReplicaState(Protocol):
     def num_waiting(self) -> int: ...
     @property
     def queued_work_s(self) -> float: ...
+    @property
+    def batch(self) -> BatchState: ...
 
 
 class ReplicaMetrics:
@@ -88,10 +101,25 @@ class ReplicaMetrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry = registry or CollectorRegistry()
         self._running = Gauge("mii_serve_images_running", "Images in a slot.", registry=registry)
-        self._waiting = Gauge("mii_serve_images_waiting", "Images in the queue.", registry=registry)
+        self._waiting = Gauge(
+            "mii_serve_images_waiting", "Images in the queue, without those of batch requests.", registry=registry
+        )
+        self._batch_waiting = Gauge(
+            "mii_serve_batch_images_waiting", "Images of batch requests in their queue.", registry=registry
+        )
+        self._batch_parked = Gauge(
+            "mii_serve_batch_images_parked",
+            "Images of batch requests that hold a slot and give way to other images.",
+            registry=registry,
+        )
+        self._batch_restarted = Gauge(
+            "mii_serve_batch_images_restarted",
+            "Images of batch requests that left their slot to another image and begin again, since the replica started.",
+            registry=registry,
+        )
         self._work = Gauge(
             "mii_serve_queued_work_seconds",
-            "Seconds that the accepted work takes by the step time estimate.",
+            "Seconds that the accepted work takes by the step time estimate, without that of batch requests.",
             registry=registry,
         )
         self.batch_size = Histogram("mii_serve_batch_size", "Images per UNet call.", buckets=BATCH_BUCKETS, registry=registry)
@@ -129,6 +157,9 @@ class ReplicaMetrics:
         self._running.set_function(lambda: state.num_running)
         self._waiting.set_function(lambda: state.num_waiting)
         self._work.set_function(lambda: state.queued_work_s)
+        self._batch_waiting.set_function(lambda: state.batch.num_waiting)
+        self._batch_parked.set_function(lambda: state.batch.num_parked)
+        self._batch_restarted.set_function(lambda: state.batch.num_restarted)
 
     def engine(self, name: str, dtype: str, *, is_fallback: bool, num_ranks: int = 1) -> None:
         """Note what computes."""

@@ -76,6 +76,41 @@ def host_cost() -> str:
     return f"Milliseconds of processor time a turn ({about}):\n\n{table}"
 
 
+def batch() -> str:
+    result = read("batch-share.json")
+    rows = {(row["has_buckets"], row["rate"], row["flood"]): row for row in result["rows"]}
+    cells = []
+    for has_buckets, rate in dict.fromkeys((row["has_buckets"], row["rate"]) for row in result["rows"]):
+        floods = [rows[has_buckets, rate, flood] for flood in (None, "low", "batch")]
+        seen = [f"{row['p50_s']:.2f} / {row['p95_s']:.2f}" for row in floods]
+        per_s = [f"{row['batch_per_s']:.2f}" for row in floods[1:]]
+        cells.append([f"{rate:g}/s{', buckets' if has_buckets else ''}", *seen, *per_s])
+    header = ["requests", "none", "low", "batch", "images/s of the flood, low", "batch"]
+    about = (
+        f"{result['num_slots']} slots, {result['seconds']:g} s of virtual time, a turn of n images takes "
+        f"{1e3 * result['turn_s']:g} + {1e3 * result['image_s']:g} n ms, `batch_share` {result['batch_share']:g}"
+    )
+    return (
+        f"Latency of the other requests, p50 / p95 in seconds, by the flood's priority ({about}):\n\n{markdown(header, cells)}"
+    )
+
+
+def batch_job() -> str:
+    result = read("batch-job.json")
+    kills, million = result["kills"], result["million"]
+    cells = [
+        [f"rows of a job that was killed {kills['kills']} times", f"{kills['rows']:,}"],
+        ["rows in its index, lines, files", f"{kills['rows_in_index']:,}, {kills['lines_in_index']:,}, {kills['files']:,}"],
+        ["pictures that are not what the index says", kills["wrong_pictures"]],
+        [f"made again per kill ({kills['in_flight']} in flight)", kills["made_again_per_kill"]],
+        [f"seconds until the first picture, {million['rows']:,} rows", million["first"]["seconds_to_first_picture"]],
+        ["the same when the job goes on", million["again"]["seconds_to_first_picture"]],
+        ["most memory, MiB", max(million["first"]["peak_mib"], million["again"]["peak_mib"])],
+        ["journal, MiB", million["journal_mib"]],
+    ]
+    return markdown(["", result["device"]], cells)
+
+
 def front() -> str:
     result = read("front-cost.json")
     requests, steps = result["requests"], result["steps"]
@@ -352,6 +387,33 @@ def kernel_resources() -> str:
     return f"triton {result['versions']['triton']}, compiled, not run:\n\n{markdown(header, cells.values())}"
 
 
+def kernel_times() -> str:
+    """A table for each GPU that was measured."""
+    tables = []
+    for file in sorted(RESULTS.glob("kernel-times-*.json")):
+        result = json.loads(file.read_text())
+        cells = []
+        for row in result["measurements"]:
+            ways = sorted(row["ms"].items(), key=lambda way: way[1])
+            shape = "×".join(map(str, (row["size"], *row["shape"])))
+            cells.append([f"`{row['operation']}` {shape}", ", ".join(f"{way} {1000 * ms:.1f}" for way, ms in ways)])
+        refused = "".join(f"Not {what}: {why}.\n" for what, why in result["refused"].items())
+        tables.append(f"{result['device']}, measured:\n\n{markdown(['shape', 'µs, the fastest first'], cells)}\n{refused}")
+    return "\n".join(tables) or NOT_YET
+
+
+def gpu_tests() -> str:
+    """What the tests on each GPU found."""
+    lines = []
+    for file in sorted(RESULTS.glob("gpu-tests-*.json")):
+        result = json.loads(file.read_text())
+        outcomes = [row["outcome"] for row in result["tests"].values()]
+        counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
+        lines.append(f"{result['device']}, commit {str(result['commit'])[:12]}: {counts}.\n")
+        lines += [f"- {row['outcome']}: `{name}`\n" for name, row in result["tests"].items() if row["outcome"] == "failed"]
+    return "".join(lines) or NOT_YET
+
+
 def _spread(seen: dict[str, float]) -> str:
     return f"{seen['median_s']:.2f} ({seen['min_s']:.2f}-{seen['max_s']:.2f})"
 
@@ -366,6 +428,8 @@ TABLES: dict[str, Callable[[], str]] = {
         savings,
         scheduler,
         host_cost,
+        batch,
+        batch_job,
         front,
         overload,
         engines,
@@ -375,6 +439,8 @@ TABLES: dict[str, Callable[[], str]] = {
         ranks,
         ranks_computed,
         roofline,
+        kernel_times,
+        gpu_tests,
         kernel_resources,
     )
 }

@@ -18,7 +18,7 @@ from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_stre
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
-from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, RequestedParams
+from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, ImageFormat, RequestedParams
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
@@ -66,6 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     for name, usage, add_flags, line, more in (
         ("deploy", "[MODEL]", _add_server_flags, "start a server", _DEPLOY_MORE),
         ("generate", "PROMPT", _add_generate_flags, "make the image of one prompt and write it to a file", ""),
+        (
+            "batch",
+            "INPUT -o FOLDER",
+            _add_batch_flags,
+            "make the images of a file of prompts; goes on where it stopped",
+            _BATCH_MORE,
+        ),
         ("config", "show|schema", _add_config_flags, "show the settings of a server and where they come from", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, model and load", ""),
         ("verify", "[MODEL]", _add_verify_flags, "compare an engine with the FP32 reference, stage by stage", _VERIFY_MORE),
@@ -146,6 +153,12 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="API keys, one per line; everything but health checks, probes and metrics needs one",
     )
+    add(
+        "--jobs-folder",
+        type=Path,
+        metavar="DIR",
+        help="turn on /v1/files and /v1/batches, and keep them here",
+    )
     add("--tls-cert", type=Path, metavar="FILE", help="certificate chain in PEM; turns TLS on for both ports")
     add("--tls-key", type=Path, metavar="FILE", help="its private key")
     add("--tls-client-ca", type=Path, metavar="FILE", help="require client certificates that one of these CAs signed")
@@ -207,6 +220,55 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     _add_tls_flags(parser)
 
 
+_BATCH_MORE = """
+
+INPUT is a .jsonl, .csv or .parquet file, a folder of such files, or - for JSON lines on stdin. A row has the parameters of an
+image by their names, of which only prompt is needed, and optionally an id; other members are copied to the index. Lines of
+OpenAI's batch format are read, too. The whole input is checked before any image is made.
+
+Rows that others' requests leave no time for wait: the server makes them when it is idle. The folder then holds pictures/,
+index.jsonl, errors.jsonl and manifest.json. The same command continues a job that was stopped, killed or has failed.
+
+Exit code 0: all images were made; 3: some rows failed; 4: stopped, and the same command continues; 130: Ctrl-C, the same."""
+
+
+def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("input", type=Path, metavar="INPUT", help="file, folder or - with a row for each prompt")
+    add("-o", "--output", type=Path, metavar="FOLDER", help="folder of the job; new, or that of a job to continue")
+    add("--target", metavar="HOST:PORT", help="use this server; without it, start one and stop it at the end")
+    add("--format", choices=("png", "jpeg", "webp"), default="png", help="format of the images, default png")
+    add(
+        "--shards",
+        choices=("folder", "webdataset"),
+        default="folder",
+        help="leave images in folders (default), or pack them in tar files for WebDataset in the end",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="seed of the job: rows without a seed get one from it; default 0")
+    add(
+        "--max-errors",
+        type=int,
+        metavar="N",
+        help="stop if more rows fail; without it, only the check stops at a wrong row",
+    )
+    add("--max-in-flight", type=int, metavar="N", help="requests at once, default twice the server's slots")
+    add("--max-stall", type=float, default=600.0, metavar="SECONDS", help="stop if nothing was made for so long, default 600")
+    add("--retry-failed", action="store_true", help="try the rows that failed again")
+    add("--only-check", action="store_true", help="check the input and make nothing; exit code 2 if rows are wrong")
+    add("--json", action="store_true", help="print one JSON object at the end, and no progress")
+    group = parser.add_argument_group("parameters of rows that do not name them")
+    for parameter in PARAMETERS:
+        if parameter.name not in ("prompt", "seed"):
+            flag = f"--{parameter.name.replace('_', '-')}"
+            group.add_argument(flag, type=parameter.kind, metavar=_METAVARS[parameter.kind], help=parameter.help)
+    add = parser.add_argument_group("without --target").add_argument
+    add("--model", default=argparse.SUPPRESS, metavar="MODEL", help=MODELS)
+    add("--replicas", type=int, default=argparse.SUPPRESS, metavar="N", help="copies of the model, default 1")
+    add("--engine", default=argparse.SUPPRESS, metavar=ENGINES, help="what computes the images")
+    add("--dtype", default=argparse.SUPPRESS, metavar=DTYPES, help="precision of the model")
+    _add_tls_flags(parser)
+
+
 def _add_status_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--target", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"the server, default {DEFAULT_TARGET}")
@@ -263,6 +325,8 @@ def _needed_extra(command: str, values: dict[str, Any]) -> str | None:
             return "server"
         case "generate":
             return "server" if values["target"] is None else None
+        case "batch":
+            return "server" if values["target"] is None and not values["only_check"] else None
         case _:
             return None
 
@@ -304,6 +368,28 @@ def _generate(values: dict[str, Any]) -> int:
     )
 
 
+def _batch(values: dict[str, Any]) -> int:
+    from mii_serve.batch.settings import DEFAULT_NAMES, JobSettings
+    from mii_serve.cli.batch import BatchFlags, run
+
+    flags = BatchFlags(
+        given=values["input"],
+        output=values["output"],
+        max_in_flight=values["max_in_flight"],
+        max_errors=values["max_errors"],
+        max_stall_s=values["max_stall"],
+        retry_failed=values["retry_failed"],
+        only_check=values["only_check"],
+        is_json=values["json"],
+    )
+    defaults = {name: values[name] for name in DEFAULT_NAMES if values[name] is not None}
+    settings = JobSettings(
+        defaults=defaults, seed=values["seed"], format=ImageFormat(values["format"]), shards=values["shards"]
+    )
+    own: dict[str, Any] = {name: values[name] for name in ("model", "replicas", "engine", "dtype") if name in values}
+    return run(flags, settings, None if values["target"] is None else _connection(values), own)
+
+
 def _status(values: dict[str, Any]) -> int:
     from mii_serve.cli.status import run
 
@@ -334,6 +420,7 @@ def _bench(values: dict[str, Any]) -> int:
 
 
 _COMMANDS = {
+    "batch": _batch,
     "bench": _bench,
     "config": _config,
     "deploy": _deploy,

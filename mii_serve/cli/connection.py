@@ -12,7 +12,7 @@ from mii_serve.errors import ConfigError
 if TYPE_CHECKING:
     import grpc
 
-    from mii_serve.client import Client
+    from mii_serve.client import AsyncClient, Client
 
 API_KEY_VARIABLE = "MII_SERVE_API_KEY"
 """Not a flag: every user of a machine can read its command lines."""
@@ -36,6 +36,17 @@ class Connection:
         from mii_serve.client import Client
 
         return Client(self.target, credentials=self.credentials(), api_key=os.environ.get(API_KEY_VARIABLE) or None)
+
+    def open_async(self) -> AsyncClient:
+        """The same for asyncio, without retries: who uses it decides what is worth asking for again.
+
+        Raises:
+            ConfigError: naming the flag whose file cannot be used.
+        """
+        from mii_serve.client import AsyncClient
+
+        api_key = os.environ.get(API_KEY_VARIABLE) or None
+        return AsyncClient(self.target, credentials=self.credentials(), api_key=api_key, max_retries=0)
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         """For a channel to this server; None is plain text.

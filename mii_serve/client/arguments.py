@@ -24,7 +24,7 @@ from mii_serve.types import (
 )
 
 OutputFormat: TypeAlias = Literal["png", "jpeg", "webp", "raw_rgb"]
-PriorityName: TypeAlias = Literal["high", "normal", "low"]
+PriorityName: TypeAlias = Literal["high", "normal", "low", "batch"]
 
 _LONGEST_TIMEOUT_S = 365 * 86400.0
 

@@ -15,11 +15,11 @@ from grpc_health.v1 import health_pb2_grpc
 
 from mii_serve.client.arguments import check_bound, check_timeout
 from mii_serve.client.calls import (
-    OPTIONS,
     GenerationCalls,
     Pairs,
     StreamCall,
     cancelled_here,
+    channel_options,
     closed_client,
     result_of,
     typed_error,
@@ -102,9 +102,9 @@ class AsyncClient(GenerationCalls[Coroutine[Any, Any, GenerationResult], AsyncGe
             raise closed_client(self)
         if self._channel is None:
             if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.target, OPTIONS)
+                self._channel = grpc.aio.insecure_channel(self.target, channel_options(self.target))
             else:
-                self._channel = grpc.aio.secure_channel(self.target, self._credentials, OPTIONS)
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, channel_options(self.target))
         return self._channel
 
     def _stub(self) -> Any:

@@ -10,11 +10,11 @@ from grpc_health.v1 import health_pb2_grpc
 
 from mii_serve.client.arguments import check_bound, check_timeout
 from mii_serve.client.calls import (
-    OPTIONS,
     GenerationCalls,
     Pairs,
     StreamCall,
     cancelled_here,
+    channel_options,
     closed_client,
     result_of,
     typed_error,
@@ -85,9 +85,9 @@ class Client(GenerationCalls[GenerationResult, GenerationStream]):
     ) -> None:
         super().__init__(target, api_key, max_retries)
         if credentials is None:
-            self._channel = grpc.insecure_channel(target, OPTIONS)
+            self._channel = grpc.insecure_channel(target, channel_options(target))
         else:
-            self._channel = grpc.secure_channel(target, credentials, OPTIONS)
+            self._channel = grpc.secure_channel(target, credentials, channel_options(target))
         self._stub: Any = ImageGenerationStub(self._channel)
         self._health_stub: Any = health_pb2_grpc.HealthStub(self._channel)
         self._closed = False

@@ -49,6 +49,15 @@ OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.keepalive_timeout_ms", 20_000),
 )
 
+_SEVERAL_SERVERS = ("dns:", "ipv4:", "ipv6:")
+"""Schemes of targets that name several servers: `dns:///NAME:PORT`, `ipv4:ADDRESS:PORT,ADDRESS:PORT`."""
+_TAKE_TURNS = ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}')
+
+
+def channel_options(target: str) -> tuple[tuple[str, str | int], ...]:
+    """Calls take turns between the servers of a target that names several; any other target is one server, one connection."""
+    return (*OPTIONS, _TAKE_TURNS) if target.startswith(_SEVERAL_SERVERS) else OPTIONS
+
 
 class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
     """The two ways to ask for images, with diffusers' names. What is left out gets the model's own defaults."""

@@ -19,7 +19,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-OPERATIONS = ("group_norm", "upsample", "layer_norm", "linear_geglu", "attention")
+OPERATIONS = ("group_norm", "upsample", "layer_norm", "linear_geglu", "attention", "sampler")
 
 TORCH = "torch"
 """The way that every operation has, and that is right by definition."""
@@ -48,6 +48,11 @@ class Choice:
     device: str
     measurements: tuple[Measurement, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+
+    def usual(self, operation: str) -> str:
+        """The way that is the fastest for most of an operation's shapes."""
+        ways = Counter(one.fastest for one in self.measurements if one.operation == operation)
+        return ways.most_common(1)[0][0] if ways else TORCH
 
     def summary(self) -> str:
         """One line: how many shapes of each operation run in which way."""

@@ -27,6 +27,7 @@ from mii_serve.gateway import image_links
 from mii_serve.gateway.dialects.azure_score import AzureDialect, Score
 from mii_serve.gateway.dialects.huggingface import HuggingFaceDialect, TextToImage
 from mii_serve.gateway.dialects.openai import Images, Models, OpenAiDialect
+from mii_serve.gateway.dialects.openai_batches import Batches, routes_without_jobs
 from mii_serve.gateway.errors import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
 from mii_serve.gateway.hosts import AllowedHosts, HostCheck
 from mii_serve.gateway.image_links import ImageStore
@@ -42,6 +43,7 @@ from mii_serve.metrics import CONTENT_TYPE
 from mii_serve.server.call import Admission
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import bind_tcp, bracketed
+from mii_serve.server.jobs import Jobs
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.open_files import MAX_CONNECTIONS
 from mii_serve.server.tls import Tls
@@ -58,10 +60,11 @@ def build_app(
     *,
     hosts: AllowedHosts | None = None,
     connections: ConnectionPool | None = None,
+    jobs: Jobs | None = None,
 ) -> Starlette:
     """The application that answers HTTP, for requests that name one of the `hosts`, over these connections.
 
-    `served_names` are the operator's names for the model.
+    `served_names` are the operator's names for the model. Without `jobs`, files and batches are off.
     """
     settings, files = settings or HttpConfig(), PageFiles()
 
@@ -81,7 +84,9 @@ def build_app(
     routes = [Route(path, answer) for path, answer in answers.items()]
     endpoints = Endpoints(Admission(dispatcher.metrics, keys), settings)
     names = ModelNames(dispatcher, served_names)
-    calls = [*_calls(dispatcher, endpoints, settings, names), *page_routes(dispatcher, endpoints, files)]
+    openai = OpenAiDialect()
+    batches = routes_without_jobs(endpoints, openai) if jobs is None else Batches(jobs).routes(endpoints, openai)
+    calls = [*_calls(dispatcher, endpoints, settings, names), *batches, *page_routes(dispatcher, endpoints, files)]
     pool = connections or ConnectionPool(MAX_CONNECTIONS)
     checks = [Middleware(HostCheck, hosts or AllowedHosts()), Middleware(ConcurrencyLimit, pool)]
     app = Starlette(
@@ -162,7 +167,8 @@ async def serve_http(
     connections = ConnectionPool(max_connections)
     listener = BoundedListener.of(bind_tcp("http_port", config.host, config.http_port), connections)
     hosts = AllowedHosts.of(config)
-    app = build_app(dispatcher, keys, config.http, config.served_model_name, hosts=hosts, connections=connections)
+    jobs = None if config.jobs_folder is None else Jobs(config.jobs_folder, dispatcher, config.served_model_name)
+    app = build_app(dispatcher, keys, config.http, config.served_model_name, hosts=hosts, connections=connections, jobs=jobs)
     listener.listen()  # callers who connect before the server has started wait for it
     settings = uvicorn.Config(
         app,
@@ -183,9 +189,13 @@ async def serve_http(
         tls.keep_fresh(settings.ssl)
     server = _Server(settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    if jobs is not None:
+        jobs.resume()
     try:
         yield f"{bracketed(config.host)}:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         await asyncio.gather(serving, return_exceptions=True)
+        if jobs is not None:
+            await jobs.close()
         listener.close()

@@ -100,8 +100,10 @@ Blocked = ContentBlockedError | ImagesHeldBackError
 _CODES: dict[int, str] = {
     401: "invalid_api_key",
     403: "forbidden_origin",
+    404: "not_found",
     405: "method_not_allowed",
     406: "not_acceptable",
+    409: "conflict",
     413: "request_too_large",
     415: "unsupported_media_type",
     421: "misdirected_request",

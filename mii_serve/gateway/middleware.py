@@ -77,6 +77,7 @@ class Dialect(Protocol):
         ...
 
 
+ReadBody = Callable[[Request], Awaitable[Any]]
 Handler = Callable[[HttpCall], Awaitable[Response | EventStream]]
 
 
@@ -87,20 +88,36 @@ class Endpoints:
         self.admission = admission
         self.settings = settings
 
-    def route(self, path: str, handler: Handler, dialect: Dialect, *, method: str = "POST", is_work: bool = True) -> Route:
-        """`method` POST reads a JSON body. Only work counts against a key's limits."""
-        return Route(path, Endpoint(self, f"{method} {path}", handler, dialect, is_work), methods=[method], name=path)
+    def route(
+        self,
+        path: str,
+        handler: Handler,
+        dialect: Dialect,
+        *,
+        method: str = "POST",
+        is_work: bool = True,
+        read: ReadBody | None = None,
+    ) -> Route:
+        """`method` POST reads a JSON body, or what `read` does. Only work counts against a key's limits."""
+        endpoint = Endpoint(self, f"{method} {path}", handler, dialect, is_work, read or self._read_json)
+        return Route(path, endpoint, methods=[method], name=path)
+
+    async def _read_json(self, request: Request) -> Any:
+        return await read_json(request, self.settings.max_body_bytes)
 
 
 class Endpoint:
     """One route: an ASGI application, because how a call ends is known only after its last byte."""
 
-    def __init__(self, endpoints: Endpoints, method: str, handler: Handler, dialect: Dialect, is_work: bool) -> None:
+    def __init__(
+        self, endpoints: Endpoints, method: str, handler: Handler, dialect: Dialect, is_work: bool, read: ReadBody
+    ) -> None:
         self._endpoints = endpoints
         self._method = method
         self._handler = handler
         self.dialect = dialect
         self._is_work = is_work
+        self._read = read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -111,7 +128,7 @@ class Endpoint:
             try:
                 body = None
                 if request.method == "POST":
-                    body = await read_json(request, self._endpoints.settings.max_body_bytes)
+                    body = await self._read(request)
                 answering = self._answer(HttpCall(request=request, context=context, body=body), reply)
                 await _unless_caller_leaves(receive, answering, reply)
             except asyncio.CancelledError:  # a server that stops has waited long enough for this caller

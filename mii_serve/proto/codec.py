@@ -62,6 +62,7 @@ _PRIORITIES: dict[Priority, pb.Priority] = {
     Priority.HIGH: pb.PRIORITY_HIGH,
     Priority.NORMAL: pb.PRIORITY_NORMAL,
     Priority.LOW: pb.PRIORITY_LOW,
+    Priority.BATCH: pb.PRIORITY_BATCH,
 }
 _PRIORITY_OF = {number: priority for priority, number in _PRIORITIES.items()}
 

@@ -94,11 +94,17 @@ class ReplicaLoop:
         *,
         max_waiting_samples: int,
         max_waiting_s: float = 600.0,
+        batch_share: float = 0.0,
         metrics: ReplicaMetrics | None = None,
     ) -> None:
         """`engine_thread` is the one thread that has built and warmed the engine; it stays its caller's to shut down."""
         self._engine = engine
-        self._scheduler = Scheduler(engine.capacity, max_waiting_samples=max_waiting_samples, max_waiting_s=max_waiting_s)
+        self._scheduler = Scheduler(
+            engine.capacity,
+            max_waiting_samples=max_waiting_samples,
+            max_waiting_s=max_waiting_s,
+            batch_share=batch_share,
+        )
         self.metrics = metrics or ReplicaMetrics()
         self.metrics.follow(self._scheduler)
         described = engine.description
@@ -128,7 +134,7 @@ class ReplicaLoop:
             uptime_s=time.monotonic() - self._born,
             max_slots=self._engine.capacity.max_slots,
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting + self._scheduler.batch.num_waiting,
             num_steps=self._num_steps,
             num_images=self._num_images,
             num_requests=self._num_requests,

@@ -67,6 +67,7 @@ def main() -> int:
                 thread,
                 max_waiting_samples=config.max_waiting_samples,
                 max_waiting_s=config.max_waiting_s,
+                batch_share=config.batch_share,
                 metrics=metrics,
             )
             asyncio.run(_serve(loop, config, order["socket"], status_fd))

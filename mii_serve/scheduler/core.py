@@ -9,6 +9,7 @@ The rules:
   - Finished samples are decoded a few at a time, oldest first, so that a burst of endings does not hold up the others.
   - At most one preview a turn, so that a caller who wants many slows the others little.
   - A dropped request's slots are free in the very next plan.
+  - Samples of batch requests give way to all others (`batch.py`). Nothing that is estimated or refused counts them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 from mii_serve.errors import DeadlineExceededError, EngineError, QueueFullError
+from mii_serve.scheduler.batch import BatchWork
 from mii_serve.scheduler.queue import QueuedSample, SampleQueue
+from mii_serve.scheduler.running import Groups, RunningSample, due_previews
 from mii_serve.scheduler.step_time import StepTimeEstimate
-from mii_serve.types import BatchKey, EngineCapacity, LatentShape, Request, Sample, SampleId, SampleProgress, StepPlan
+from mii_serve.types import BatchKey, EngineCapacity, LatentShape, Priority, Request, Sample, SampleId, SampleProgress, StepPlan
 
 MIN_RETRY_S = 0.1
 """The shortest `retry_after_s` of a refusal, in seconds: of the order of a turn on a GPU, and at most ten retries a second."""
@@ -29,39 +32,26 @@ MIN_RETRY_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a request is in the queue; `estimated_wait_s` is None before any turn was measured."""
+    """Where a request is in the queue; `estimated_wait_s` is None before any turn was measured, and for batch requests."""
 
     num_samples_ahead: int
     estimated_wait_s: float | None
 
 
-@dataclass(slots=True, eq=False)
-class RunningSample:
-    """A sample that has started: `num_planned` of its UNet calls are planned, and `step` of them are known to be made.
-
-    `preview_due_since` is the turn since which a preview of it is due.
-    """
-
-    sample: Sample
-    request: Request
-    num_planned: int = 0
-    step: int = 0
-    preview_due_since: int | None = None
-
-    @property
-    def work_left(self) -> int:
-        return (self.request.num_calls - self.step) * self.request.params.work_per_call
-
-
 class Scheduler:
     """Every `plan` has its `advance`, in the same order, and may come before the last one's. Call anything else at any time."""
 
-    def __init__(self, capacity: EngineCapacity, *, max_waiting_samples: int, max_waiting_s: float) -> None:
+    def __init__(
+        self, capacity: EngineCapacity, *, max_waiting_samples: int, max_waiting_s: float, batch_share: float = 0.0
+    ) -> None:
+        """`batch_share` is the part of all work that batch requests get while others keep the engine busy."""
         self._capacity = capacity
         self._max_waiting_samples, self._max_waiting_s = max_waiting_samples, max_waiting_s
         self._queue = SampleQueue()
+        self.batch = BatchWork(batch_share)
         self._running: dict[SampleId, RunningSample] = {}
-        self._groups: dict[BatchKey, dict[SampleId, RunningSample]] = {}  # the next one to have its turn comes first
+        self._num_others = 0  # running samples that are not of batch requests
+        self._groups = Groups()  # of all that do not give way
         self._finished: dict[SampleId, RunningSample] = {}  # with a slot, and no call left to plan
         self._decoding: dict[SampleId, RunningSample] = {}  # without a slot
         self._leaving: list[SampleId] = []
@@ -77,12 +67,16 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
+        """Without those of batch requests."""
         return len(self._queue)
 
     @property
     def queued_work_s(self) -> float:
-        """The estimated seconds that all waiting and running samples take; 0 before any turn was measured."""
-        work = sum(waiting.work for waiting in self._queue.all()) + sum(running.work_left for running in self._running.values())
+        """The estimated seconds that all waiting and running samples take, without those of batch requests.
+
+        0 before any turn was measured.
+        """
+        work = sum(waiting.work for waiting in self._queue.all()) + sum(running.work_left for running in self._others())
         return self._step_time.seconds_for(work) or 0.0
 
     @property
@@ -97,14 +91,17 @@ class Scheduler:
             QueueFullError: the queue is too long, in samples or in seconds.
             DeadlineExceededError: by the step time estimate the deadline cannot be kept.
         """
-        count, free = request.params.num_images_per_prompt, self._capacity.max_slots - len(self._running)
-        if len(self._queue) + count > self._max_waiting_samples + max(0, free):
+        is_batch = request.priority is Priority.BATCH
+        queue, num_held = (self.batch.queue, len(self._running)) if is_batch else (self._queue, self._num_others)
+        count, free = request.params.num_images_per_prompt, self._capacity.max_slots - num_held
+        if len(queue) + count > self._max_waiting_samples + max(0, free):
             raise QueueFullError(
-                f"{len(self._queue)} images are waiting already, at most {self._max_waiting_samples} may",
-                self._until_fewer(len(self._queue) + count - self._max_waiting_samples),
+                f"{len(queue)} images are waiting already, at most {self._max_waiting_samples} may",
+                self._until_fewer(queue, len(queue) + count - self._max_waiting_samples),
             )
-        entries = self._queue.entries_for(request)
-        position = self._position(self._queue.ahead_of(entries[0]))
+        entries = queue.entries_for(request)
+        ahead = queue.ahead_of(entries[0])
+        position = Position(len(ahead), None) if is_batch else self._position(ahead)
         wait_s = position.estimated_wait_s or 0.0
         if wait_s > self._max_waiting_s:
             raise QueueFullError(
@@ -112,15 +109,17 @@ class Scheduler:
                 max(MIN_RETRY_S, wait_s - self._max_waiting_s),
             )
         if request.deadline is not None:
-            self._refuse_if_hopeless(request, wait_s, request.deadline - now)
+            if not is_batch:
+                self._refuse_if_hopeless(request, wait_s, request.deadline - now)
             self._deadlines[request.id] = request.deadline
-        self._queue.push(request, entries)
+        queue.push(request, entries)
         return position
 
     def drop(self, request_id: str) -> None:
         """Forget a request; its running samples leave in the next plan. Unknown ids are ignored."""
         self._deadlines.pop(request_id, None)
         self._queue.remove(request_id)
+        self.batch.queue.remove(request_id)
         for sample_id in [s for s in (*self._running, *self._decoding) if s.request_id == request_id]:
             self._release(sample_id)
             self._leaving.append(sample_id)
@@ -136,23 +135,22 @@ class Scheduler:
         """The next turn, or None when there is nothing to do."""
         joins = self._fill_slots()
         leaves, self._leaving = tuple(self._leaving), []
-        key = next(iter(self._groups), None)
-        group = list(self._groups[key].values()) if key is not None else []
+        group, filling, work = self._samples_to_step()
         self._planned_shape = group[0].request.params.latent_shape if group else (0, 0)
-        previews = self._due_previews(group)
-        steps = tuple(running.sample.id for running in group)
-        if key is not None:
-            self._groups[key] = self._groups.pop(key)
-            for running in group:
-                self._count_planned(running)
+        key = group[0].request.params.batch_key if group else None
+        previews = due_previews(group, self._turn)
+        stepping = [*group, *filling]
+        for running in stepping:
+            self._count_planned(running)
         room = min(self._capacity.max_decodes, self._capacity.max_slots - len(self._decoding))
         decodes = tuple(islice(self._finished, max(0, room)))
         for sample_id in decodes:
-            self._decoding[sample_id] = self._finished.pop(sample_id)
-            del self._running[sample_id]
-        if not (steps or decodes or leaves):
+            del self._finished[sample_id]
+            self._decoding[sample_id] = self._give_up_slot(sample_id)
+        if not (joins or stepping or decodes or leaves):
             return None
-        self._planned.append((key, sum(running.request.params.work_per_call for running in group)))
+        self._planned.append((key, work))
+        steps = tuple(running.sample.id for running in stepping)
         return StepPlan(joins=joins, steps=steps, previews=previews, decodes=decodes, leaves=leaves)
 
     def advance(self, progress: Iterable[SampleProgress], elapsed_s: float) -> None:
@@ -179,47 +177,102 @@ class Scheduler:
 
     def positions(self) -> list[tuple[str, Position]]:
         """Where each request is of which no image has started. One pass over the queue; not for every turn."""
-        ahead = self._queue.firsts()
         started = {sample_id.request_id for sample_id in (*self._running, *self._decoding)}
-        return [(request_id, self._position(before)) for request_id, before in ahead if request_id not in started]
+        positions = [(request_id, self._position(ahead)) for request_id, ahead in self._queue.firsts()]
+        positions += [(request_id, Position(len(ahead), None)) for request_id, ahead in self.batch.queue.firsts()]
+        return [(request_id, position) for request_id, position in positions if request_id not in started]
 
     def remaining_s(self, sample_id: SampleId) -> float | None:
-        """The estimated seconds for the UNet calls that a sample has left; None before any turn was measured."""
+        """The estimated seconds for the UNet calls that a sample has left.
+
+        None before any turn was measured, and for a sample that gives way.
+        """
         running = self._running.get(sample_id) or self._decoding.get(sample_id)
-        if running is None:
+        if running is None or running.gives_way:
             return None
-        interval_s = self._step_time.interval_s(self._groups)
+        interval_s = self._step_time.interval_s(self._groups.keys)
         return None if interval_s is None else interval_s * (running.request.num_calls - running.step)
 
     def _fill_slots(self) -> tuple[Sample, ...]:
+        """Give free slots to the waiting samples, and those of batch samples to others."""
         joins = []
-        while len(self._queue) and len(self._running) < self._capacity.max_slots:
-            sample, request = self._queue.pop()
-            running = self._running[sample.id] = RunningSample(sample, request)
-            self._groups.setdefault(request.params.batch_key, {})[sample.id] = running
-            joins.append(sample)
+        # Before any leaves its slot, so that none that leaves is paid for: it would join again in the same plan.
+        while self._has_others and (paid := self.batch.pay()) is not None:
+            self._groups.add(paid)
+        for running in self.batch.to_leave(len(self._queue) - self._num_free):
+            self._leave_slot(running)
+        if self._num_free and self._has_others and self.batch.pay_for_first():
+            joins.append(self._join(self.batch.queue, is_paid=True))
+        while len(self._queue) and self._num_free:
+            joins.append(self._join(self._queue))
+        # Beside others a batch sample joins only where it may fill a bucket: encoding its prompt would delay them.
+        if not self._has_others or self._capacity.buckets:
+            while len(self.batch.queue) and self._num_free:
+                joins.append(self._join(self.batch.queue))
         return tuple(joins)
 
-    def _due_previews(self, group: list[RunningSample]) -> tuple[SampleId, ...]:
-        waited_longest: tuple[int, int] | None = None
-        for index, running in enumerate(group):
-            every, step = running.request.preview_every, running.num_planned + 1
-            if every is None or step == running.request.num_calls:
-                continue
-            if running.preview_due_since is None and step % every == 0:
-                running.preview_due_since = self._turn
-            if running.preview_due_since is not None:
-                waited_longest = min(waited_longest or (self._turn + 1, 0), (running.preview_due_since, index))
-        if waited_longest is None:
-            return ()
-        chosen = group[waited_longest[1]]
-        chosen.preview_due_since = None
-        return (chosen.sample.id,)
+    def _join(self, queue: SampleQueue, *, is_paid: bool = False) -> Sample:
+        sample, request = queue.pop()
+        running = self._running[sample.id] = RunningSample(sample, request, is_paid=is_paid)
+        self._num_others += not running.is_batch
+        self._groups_of(running).add(running)
+        return sample
+
+    def _give_up_slot(self, sample_id: SampleId) -> RunningSample:
+        running = self._running.pop(sample_id)
+        self._num_others -= not running.is_batch
+        return running
+
+    def _leave_slot(self, running: RunningSample) -> None:
+        """Let a batch sample wait again for a slot."""
+        self._give_up_slot(running.sample.id)
+        self.batch.parked.remove(running)
+        self.batch.put_back(running)
+        self._leaving.append(running.sample.id)
+
+    def _samples_to_step(self) -> tuple[list[RunningSample], list[RunningSample], int]:
+        """The group that has waited longest of those whose turn it may be, the batch samples that fill its padding, and the
+        work by which the turn is measured."""
+        if not self._has_others:
+            return self._batch_group(), [], 0  # how long a turn takes is measured where somebody waits for it
+        if (key := self._groups.first_key) is None:
+            return [], [], 0
+        self._groups.had_turn(key)
+        group = self._groups.of(key)
+        self.batch.earn(sum(running.request.params.work_per_call for running in group if not running.is_batch))
+        work = sum(running.request.params.work_per_call for running in group)
+        return group, self.batch.filling(group, self._capacity), work
+
+    def _batch_group(self) -> list[RunningSample]:
+        """What batch samples do while no others run. They make their last call only in the turn in which their pictures are
+        given to the decoder, and do not fill it, so that none holds up the pictures of others."""
+        for running in self._groups.all():  # nobody is there to give way to
+            running.is_paid = False
+            self._groups.remove(running)
+            self.batch.parked.add(running)
+        num_decodes = min(self._capacity.max_decodes, self._capacity.max_slots)
+        return self.batch.alone(num_decodes - len(self._finished) - len(self._decoding))
+
+    def _groups_of(self, running: RunningSample) -> Groups:
+        return self.batch.parked if running.gives_way else self._groups
+
+    @property
+    def _has_others(self) -> bool:
+        """Whether a sample that is not of a batch request runs or waits, or its picture is being decoded."""
+        return bool(self._num_others or len(self._queue)) or any(not one.is_batch for one in self._decoding.values())
+
+    @property
+    def _num_free(self) -> int:
+        return self._capacity.max_slots - len(self._running)
+
+    def _others(self) -> list[RunningSample]:
+        """The running samples that are not of batch requests."""
+        return [running for running in self._running.values() if not running.is_batch]
 
     def _count_planned(self, running: RunningSample) -> None:
         running.num_planned += 1
-        if running.num_planned == running.request.num_calls:
-            self._leave_group(running)
+        if not running.num_to_plan:
+            self._groups_of(running).remove(running)
             self._finished[running.sample.id] = running
 
     def _take_progress(self, running: RunningSample, progress: SampleProgress) -> None:
@@ -232,40 +285,34 @@ class Scheduler:
             raise EngineError(f"a sample is at step {progress.step} of {progress.num_steps}, planned was {planned}")
 
     def _release(self, sample_id: SampleId) -> None:
-        running = self._running.pop(sample_id, None) or self._decoding.pop(sample_id)
+        running = self._give_up_slot(sample_id) if sample_id in self._running else self._decoding.pop(sample_id)
         self._finished.pop(sample_id, None)
-        self._leave_group(running)
+        self._groups_of(running).remove(running)
         request_id = sample_id.request_id
-        started = (*self._running, *self._decoding)
-        if request_id not in self._queue and not any(other.request_id == request_id for other in started):
+        is_waiting = request_id in self._queue or request_id in self.batch.queue
+        if not is_waiting and not any(other.request_id == request_id for other in (*self._running, *self._decoding)):
             self._deadlines.pop(request_id, None)
 
-    def _leave_group(self, running: RunningSample) -> None:
-        key = running.request.params.batch_key
-        if (group := self._groups.get(key)) is not None:
-            group.pop(running.sample.id, None)
-            if not group:
-                del self._groups[key]
-
     def _position(self, ahead: list[QueuedSample]) -> Position:
-        if len(self._running) + len(ahead) < self._capacity.max_slots:
+        if self._num_others + len(ahead) < self._capacity.max_slots:
             return Position(len(ahead), 0.0)
-        next_end = min((running.work_left for running in self._running.values()), default=0)
+        others = self._others()
+        next_end = min((running.work_left for running in others), default=0)
         wait_s = self._step_time.seconds_for(sum(waiting.work for waiting in ahead))
-        interval_s = self._step_time.interval_s(self._groups)
+        interval_s = self._step_time.interval_s(self._groups.keys)
         if wait_s is None or interval_s is None:
             return Position(len(ahead), None)
-        calls = min((r.request.num_calls - r.step for r in self._running.values()), default=0) if next_end else 0
+        calls = min((r.request.num_calls - r.step for r in others), default=0) if next_end else 0
         return Position(len(ahead), wait_s + calls * interval_s)
 
-    def _until_fewer(self, count: int) -> float:
+    def _until_fewer(self, queue: SampleQueue, count: int) -> float:
         """The estimated seconds until `count` of the waiting samples have started: when a refused caller should retry."""
-        whole_s = self._step_time.seconds_for(sum(waiting.work for waiting in self._queue.all())) or 0.0
-        return max(MIN_RETRY_S, whole_s * min(1.0, count / max(1, len(self._queue))))
+        whole_s = self._step_time.seconds_for(sum(waiting.work for waiting in queue.all())) or 0.0
+        return max(MIN_RETRY_S, whole_s * min(1.0, count / max(1, len(queue))))
 
     def _refuse_if_hopeless(self, request: Request, wait_s: float, left_s: float) -> None:
         """An idle engine is judged by its fastest turn so far, so that one slow turn does not refuse all later requests."""
-        key, is_idle = request.params.batch_key, not self._running and not len(self._queue)
-        interval_s = self._step_time.fastest_s(key) if is_idle else self._step_time.interval_s({*self._groups, key})
+        key, is_idle = request.params.batch_key, not self._num_others and not len(self._queue)
+        interval_s = self._step_time.fastest_s(key) if is_idle else self._step_time.interval_s({*self._groups.keys, key})
         if (needed_s := wait_s + request.num_calls * (interval_s or 0.0)) > left_s:
             raise DeadlineExceededError(f"this takes about {needed_s:.3g} s here, and {max(0.0, left_s):.3g} s are left")

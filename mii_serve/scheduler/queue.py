@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 
 from mii_serve.types import Priority, Request, Sample, SampleId
 
-WEIGHTS = {Priority.HIGH: 16.0, Priority.NORMAL: 4.0, Priority.LOW: 1.0}
-"""Shares of a busy server, a factor of four apart: of three callers with a priority each, the high one gets 16 of 21."""
+WEIGHTS = {Priority.HIGH: 16.0, Priority.NORMAL: 4.0, Priority.LOW: 1.0, Priority.BATCH: 1.0}
+"""Shares of a busy server, a factor of four apart: of three callers with a priority each, the high one gets 16 of 21.
+
+Batch requests have a queue of their own, in which all are equal.
+"""
 
 Flow = tuple[str, Priority]
 """A client, or its address, and a priority."""
@@ -79,6 +82,21 @@ class SampleQueue:
             )
             for i in range(request.params.num_images_per_prompt)
         ]
+
+    @property
+    def first_request(self) -> Request | None:
+        """The request of the sample that `pop` returns."""
+        while self._heap and self._heap[0].is_removed:
+            heapq.heappop(self._heap)
+        return self._heap[0].request if self._heap else None
+
+    def put_back(self, sample: Sample, request: Request) -> None:
+        """Let a sample that had been popped wait again, before all that wait since."""
+        entry = QueuedSample(self._clock, -1, self._num_arrived, sample, request, self._clock)
+        self._num_arrived += 1
+        self._of_request.setdefault(request.id, []).insert(0, entry)
+        self._count_waiting(request, 1)
+        heapq.heappush(self._heap, entry)
 
     def push(self, request: Request, entries: list[QueuedSample]) -> None:
         self._last_tag[request.client, request.priority] = entries[-1].tag

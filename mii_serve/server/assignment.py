@@ -22,9 +22,10 @@ MAX_KILLS_ALONE = 3
 
 
 class Replica(Protocol):
-    """What is read of a replica. `is_isolated` while it makes a suspect."""
+    """What is read of a replica. `is_isolated` while it makes a suspect. Its `work` does not count that of batch requests."""
 
     work: int
+    batch_work: int
     num_running: int
     is_isolated: bool
 
@@ -54,9 +55,14 @@ def empty_for_suspects(up: Sequence[R], num_suspects_waiting: int) -> list[R]:
     return [r for r in reserved(up, num_suspects_waiting) if not r.is_isolated and not r.num_running]
 
 
-def shares(replicas: Iterable[R], num_images: int, work_per_image: int) -> list[tuple[R, int]]:
+def load_of(replica: Replica, *, is_batch: bool) -> int:
+    """The work that a new request finds there: batch requests give way to all, so only they see their own."""
+    return replica.work + replica.batch_work * is_batch
+
+
+def shares(replicas: Iterable[R], num_images: int, work_per_image: int, *, is_batch: bool = False) -> list[tuple[R, int]]:
     """How many images each replica gets so that none finishes late; those that get none are left out."""
-    loads = [_Load(replica, replica.work) for replica in replicas]
+    loads = [_Load(replica, load_of(replica, is_batch=is_batch)) for replica in replicas]
     for _ in range(num_images):
         least = min(loads, key=lambda load: (load.work, load.num_images))
         least.num_images += 1

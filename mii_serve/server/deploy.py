@@ -90,7 +90,14 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
     dispatcher = Dispatcher(Router(config.replicas, patience_s=config.replica_wait_s), moderator=moderator)
     tls, keys = Tls.of(config), KeyRing(config.api_key_file)
     on_terminate = stop.drain.set if config.enable_mii_terminate else None
-    front = GrpcFront(dispatcher, keys=keys, tls=tls, on_terminate=on_terminate, max_connections=most.grpc)
+    front = GrpcFront(
+        dispatcher,
+        keys=keys,
+        tls=tls,
+        on_terminate=on_terminate,
+        max_connections=most.grpc,
+        max_connection_age_s=config.max_connection_age_s,
+    )
     if config.api_key_file is not None or tls is not None:
         _reload_on_sighup(keys, tls)
     if not is_loopback(config.host):

@@ -26,6 +26,7 @@ from mii_serve.types import (
     Event,
     GenerationAnswer,
     GenerationRequest,
+    Priority,
     ReplicaInfo,
     ResolvedRequest,
     ServerInfo,
@@ -60,7 +61,7 @@ class Dispatcher:
         self._is_draining = False
         self._is_stopping = False
         self._active: set[object] = set()
-        self._waiting: set[asyncio.Task[object]] = set()
+        self._waiting: dict[asyncio.Task[object], Priority] = {}
         """Tasks that wait for the next event of a request just now."""
         self._idle = asyncio.Event()
         self._idle.set()
@@ -96,8 +97,14 @@ class Dispatcher:
         self._router.serve_waiting()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for the running ones; False when some were left at the end."""
+        """Refuse new requests and wait for the running ones; False when some were left at the end.
+
+        Batch requests are not waited for: they end with an error that says that the server is stopping.
+        """
         self._is_draining = True
+        for task, priority in self._waiting.items():
+            if priority is Priority.BATCH:
+                task.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -150,26 +157,29 @@ class Dispatcher:
         call.log.add_params(work.params)
         with self._counted():
             async with contextlib.aclosing(self._events_of(work, request)) as events:
-                while (event := await self._next(events)) is not None:
+                while (event := await self._next(events, work.request.priority)) is not None:
                     call.log.add_event(event)
                     if has_steps or not isinstance(event, Step):
                         yield event
 
-    async def _next(self, events: AsyncGenerator[Event, None]) -> Event | None:
+    async def _next(self, events: AsyncGenerator[Event, None], priority: Priority) -> Event | None:
         """The request's next event; None after the last. Not awaited any longer once the server is stopping."""
         task = asyncio.current_task()
-        if self._is_stopping or task is None:
+        if self._is_over_for(priority) or task is None:
             raise UnavailableError("the server is stopping")
-        self._waiting.add(task)
+        self._waiting[task] = priority
         try:
             return await anext(events, None)
         except asyncio.CancelledError:
-            if not self._is_stopping:
+            if not self._is_over_for(priority):
                 raise
             task.uncancel()
             raise UnavailableError("the server is stopping") from None
         finally:
-            self._waiting.discard(task)
+            del self._waiting[task]
+
+    def _is_over_for(self, priority: Priority) -> bool:
+        return self._is_stopping or (self._is_draining and priority is Priority.BATCH)
 
     def _events_of(self, work: Work, asked: GenerationRequest | ResolvedRequest) -> AsyncGenerator[Event, None]:
         """The events of new work; of the first call, where its idempotency key has been seen."""

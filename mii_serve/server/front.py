@@ -53,13 +53,17 @@ class GrpcFront:
         tls: Tls | None = None,
         on_terminate: Callable[[], None] | None = None,
         max_connections: int = MAX_CONNECTIONS,
+        max_connection_age_s: float | None = None,
     ) -> None:
         """Health and reflection are open to all; the keys are for what costs something. Without `tls` it is plain text.
 
-        `on_terminate` is what DeepSpeed-MII's `Terminate` does; without it, the call is refused.
+        `on_terminate` is what DeepSpeed-MII's `Terminate` does; without it, the call is refused. A connection as old as
+        `max_connection_age_s` takes no new calls, and closes when its last one has ended.
         """
         self._tls = tls
-        options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
+        options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections)]
+        if max_connection_age_s is not None:
+            options.append(("grpc.max_connection_age_ms", round(max_connection_age_s * 1000)))
         self._server = grpc.aio.server(interceptors=(CallInterceptor(Admission(dispatcher.metrics, keys)),), options=options)
         self._health = health.aio.HealthServicer()
         FrontService(dispatcher).add_to(self._server)

@@ -105,7 +105,8 @@ class _Running:
 class ReplicaConnection:
     """One life of a replica, from its first answer to its loss.
 
-    `work` is what it has been given and has not done yet, in UNet rows × latent pixels × calls; `num_running` counts requests.
+    `work` is what it has been given and has not done yet, in UNet rows × latent pixels × calls; that of batch requests is
+    `batch_work` instead. `num_running` counts requests of all priorities.
     `lost` is set in the end to why it ended. What becomes known in one life never speaks against the next.
     """
 
@@ -118,6 +119,7 @@ class ReplicaConnection:
         self.is_broken = False
         """Its stream broke: it gets no new work until it is clear why."""
         self.work = 0
+        self.batch_work = 0
         self.num_running = 0
         self.num_running_at_break: int | None = None
         """How many requests it had when its stream broke; None before."""

@@ -21,7 +21,7 @@ from mii_serve.errors import (
     QueueFullError,
     UnavailableError,
 )
-from mii_serve.server.assignment import Evidence, empty_for_suspects, not_reserved, shares
+from mii_serve.server.assignment import Evidence, empty_for_suspects, load_of, not_reserved, shares
 from mii_serve.server.call import CallContext
 from mii_serve.server.replica_client import Loss, Order, ReplicaClient, ReplicaConnection, ReplicaLostError
 from mii_serve.tracing import current_traceparent
@@ -31,6 +31,7 @@ from mii_serve.types import (
     GenerationParams,
     ImageReady,
     Preview,
+    Priority,
     Queued,
     ResolvedRequest,
     Restarted,
@@ -68,6 +69,10 @@ class Work:
     @property
     def params(self) -> GenerationParams:
         return self.request.params
+
+    @property
+    def is_batch(self) -> bool:
+        return self.request.priority is Priority.BATCH
 
 
 @dataclass(slots=True, eq=False)
@@ -181,7 +186,8 @@ class Router:
 
         def take(replicas: Sequence[ReplicaConnection]) -> None:
             first = 0
-            for replica, count in shares(replicas, num_images, work.params.work_per_call * work.params.num_inference_steps):
+            work_per_image = work.params.work_per_call * work.params.num_inference_steps
+            for replica, count in shares(replicas, num_images, work_per_image, is_batch=work.is_batch):
                 parts.append(_Part(work, first, count))
                 self._book(parts[-1], replica)
                 first += count
@@ -276,7 +282,11 @@ class Router:
     async def _booked(self, part: _Part) -> _Account:
         """Wait for a replica and book the part there: the one with the least work or, for a suspect, one of its own."""
         queue = self._suspects if part.evidence.is_suspect else self._waiting
-        await self._replicas_for(part.work, queue, lambda replicas: self._book(part, min(replicas, key=lambda r: r.work)))
+        await self._replicas_for(
+            part.work,
+            queue,
+            lambda replicas: self._book(part, min(replicas, key=lambda r: load_of(r, is_batch=part.work.is_batch))),
+        )
         assert part.account is not None
         return part.account
 
@@ -353,15 +363,22 @@ class _Account:
         self.connection = connection
         self._work_per_call = part.params.work_per_call
         self._left = dict.fromkeys(part.indexes, part.params.num_inference_steps)
+        self._is_batch = part.work.is_batch
         self._on_close = on_close
-        connection.work += sum(self._left.values()) * self._work_per_call
+        self._add(sum(self._left.values()))
         connection.num_running += 1
         connection.is_isolated = part.evidence.is_suspect
 
     def set_left(self, image_index: int, num_calls: int) -> None:
         """This image has so many UNet calls to go."""
-        self.connection.work += (num_calls - self._left[image_index]) * self._work_per_call
+        self._add(num_calls - self._left[image_index])
         self._left[image_index] = num_calls
+
+    def _add(self, num_calls: int) -> None:
+        if self._is_batch:
+            self.connection.batch_work += num_calls * self._work_per_call
+        else:
+            self.connection.work += num_calls * self._work_per_call
 
     def close(self) -> None:
         for image_index in self._left:

@@ -1,5 +1,6 @@
 """The values that travel through the server: frozen dataclasses, standard library only."""
 
+from mii_serve.types.batch_shape import BatchShape, choose_bucket
 from mii_serve.types.engines import ENGINE_CHOICES, ENGINES, EngineChoice, EngineName
 from mii_serve.types.events import (
     Done,
@@ -67,6 +68,7 @@ __all__ = [
     "RANDOM_SEED",
     "Activity",
     "BatchKey",
+    "BatchShape",
     "Capabilities",
     "Done",
     "EffectiveParameters",
@@ -103,6 +105,7 @@ __all__ = [
     "Started",
     "Step",
     "StepPlan",
+    "choose_bucket",
     "draw_seed",
     "gather",
 ]

@@ -36,11 +36,15 @@ RANDOM_SEED = -1
 
 
 class Priority(Enum):
-    """How large a share of a busy server a request gets; never whether it is served at all."""
+    """How large a share of a busy server a request gets; never whether it is served at all.
+
+    BATCH runs on what the others leave idle, and on a small share beside them.
+    """
 
     HIGH = "high"
     NORMAL = "normal"
     LOW = "low"
+    BATCH = "batch"
 
 
 class ImageFormat(Enum):

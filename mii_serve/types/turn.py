@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mii_serve.errors import MiiServeError
+from mii_serve.types.batch_shape import BatchShape
 from mii_serve.types.params import GenerationParams, Priority
 
 
@@ -112,3 +113,7 @@ class EngineCapacity:
     max_slots: int
     max_decodes: int = 1
     max_latent_pixels_per_call: int | None = None
+    buckets: tuple[BatchShape, ...] = ()
+    """The captured batch shapes. A batch is padded to the smallest one that holds it, so samples that fill it cost nothing."""
+    has_fixed_rows: bool = False
+    """Of the buckets, see `BatchShape.holds`."""

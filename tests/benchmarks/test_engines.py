@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from patience import PATIENCE_S
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +30,7 @@ def test_the_smoke_run_times_every_row_or_says_why_not(tmp_path):
     for row in written["rows"]:
         rows.setdefault(row["row"], []).append(row)
     assert set(rows) == {
-        "reference", "native", "diffusers_eager", "native_without_graphs", "deepspeed", "diffusers_compiled",
+        "reference", "native", "diffusers_eager", "deepspeed", "native_unfused", "native_without_graphs", "diffusers_compiled",
         "diffusers_deepspeed",
     }  # fmt: skip
     for name in ("reference", "native", "diffusers_eager"):
@@ -36,9 +39,59 @@ def test_the_smoke_run_times_every_row_or_says_why_not(tmp_path):
             assert set(row["stage_s"]) == {"encode", "denoise", "decode", "safety", "encode_image"}
             assert row["max_levels_off"] <= 1  # all in float32: the same pictures
             assert 0 < row["share_of_matmul_peak"] < 2
-    for name in ("diffusers_compiled", "native_without_graphs", "diffusers_deepspeed"):
+    for name in ("diffusers_compiled", "native_unfused", "native_without_graphs", "diffusers_deepspeed"):
         assert all(row.get("skipped") or "median_s" in row for row in rows[name])
     assert {"commit", "date", "device", "versions", "command"} <= set(written)
+    assert len(list((tmp_path / "truth" / "engines").iterdir())) == 1
+
+
+def test_a_run_goes_on_where_the_one_before_stopped(tmp_path, monkeypatch):
+    import engines
+
+    about = {
+        "commit": "a",
+        "device": "d",
+        "versions": {},
+        "model": "m",
+        "model_revision": "",
+        "dtype": "fp32",
+        "is_quick": True,
+    }
+    done = [
+        {"row": name, "sampler": "pndm", "num_inference_steps": 2, "num_images": count, "median_s": 1.0}
+        for name, count in (("reference", 1), ("reference", 2), ("native", 1))
+    ]
+    out = tmp_path / "engines.json"
+    out.write_text(json.dumps({**about, "rows": [*done, {"row": "native", "skipped": "no time"}]}))
+    before = engines.measured_before(out, about)
+    assert before == done and engines.measured_before(out, {**about, "commit": "b"}) == []
+    truth = engines.Truth(tmp_path / "truth")
+    truth.keep(("pndm", 2), Image.new("RGB", (4, 4), (9, 9, 9)))
+
+    opened: list[str] = []
+    measured: list[int] = []
+
+    @contextlib.contextmanager
+    def opening(name, place):
+        opened.append(name)
+        yield SimpleNamespace(dtype="fp32")
+
+    def measure(row, sampler, num_steps, count, repeats):
+        measured.append(count)
+        figures = {"sampler": sampler, "num_inference_steps": num_steps, "num_images": count, "median_s": 1.0}
+        return {**figures, "pictures": [Image.new("RGB", (4, 4), (8, 9, 9))]}
+
+    monkeypatch.setattr(engines, "opened", opening)
+    monkeypatch.setattr(engines, "measure", measure)
+    arguments = SimpleNamespace(rows=["reference", "native"], quick=True, repeats=1)
+    facts = {"calls": {}, "guidance_scale": 7.5, "matmul_peak_tflops": {}, "unet_gflop_per_row": 1.0}
+    written: list[list[dict]] = []
+    engines.run(None, facts, arguments, engines.Clock(60.0), before, truth, lambda rows: written.append(list(rows)))
+    assert (opened, measured) == (["native"], [2])
+    assert [(row["row"], row["num_images"]) for row in written[-1]] == [
+        ("reference", 1), ("reference", 2), ("native", 1), ("native", 2),
+    ]  # fmt: skip
+    assert written[-1][-1]["max_levels_off"] == 1, "compared with the picture that was kept"
 
 
 def test_the_unet_of_v1_4_is_counted_as_published():

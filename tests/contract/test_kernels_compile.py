@@ -18,7 +18,8 @@ from mii_serve.engine.kernels.fused import tiles
 from mii_serve.engine.kernels.fused.triton_operations import TritonOperations
 
 EVERY_KERNEL = {
-    "attention", "group_apply", "group_norm_whole", "group_scales", "group_sums", "layer_norm", "linear_geglu", "upsample",
+    "attention", "group_apply", "group_norm_whole", "group_scales", "group_sums", "layer_norm", "linear_geglu", "sampler_begin",
+    "sampler_end", "upsample",
 }  # fmt: skip
 
 

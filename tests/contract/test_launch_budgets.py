@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "roofline.json"
 
-MAX_KERNELS = 450
+MAX_KERNELS = 420
 MAX_TURN_GB = {1: 4.6, 8: 25.0, 16: 48.5}
 MAX_PEAK_GIB = 1.5
 """Of the activations of a turn of 16 guided samples."""
@@ -49,9 +49,9 @@ def test_bytes_of_a_turn(turns, num_samples):
     assert turns[num_samples].num_bytes <= MAX_TURN_GB[num_samples] * 1e9
 
 
-def test_nothing_but_the_latents_changes_its_layout(turns, decode):
-    for record in (turns[8], decode):
-        assert [one.shape[1] for one in record.layout_conversions] == [traced_turns.NUM_CHANNELS]
+def test_nothing_but_the_latents_of_a_decode_changes_its_layout(turns, decode):
+    assert turns[8].layout_conversions == []
+    assert [one.shape[1] for one in decode.layout_conversions] == [traced_turns.NUM_CHANNELS]
 
 
 def test_the_host_does_not_wait_in_a_turn(turns):

@@ -18,6 +18,8 @@ def test_no_table_differs_from_its_file():
 def test_there_are_tables_to_check():
     pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
     for name in (
+        "batch",
+        "batch_job",
         "engines",
         "front",
         "host_cost",

@@ -15,7 +15,8 @@ from mii_serve.config import ENV_PREFIX, NOT_SETTINGS, DeployConfig, setting_nam
 from mii_serve.types import ENGINE_CHOICES
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHER_PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "deployment" / "azureml" / "README.md")
+DEPLOYMENT = (ROOT / "deployment" / "README.md", ROOT / "deployment" / "azureml" / "README.md")
+OTHER_PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *DEPLOYMENT)
 PAGES = sorted([*OTHER_PAGES, *(ROOT / "docs").rglob("*.md")])
 SETTINGS = setting_names(DeployConfig)
 

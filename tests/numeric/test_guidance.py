@@ -11,7 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from plain_diffusers import LEVELS_OFF, PROMPT, our_engine, our_pictures, plain_picture, plain_pipeline
 
 import mii_serve.models
-from mii_serve.engine.batched.guidance import guide
+from mii_serve.samplers.guidance import guide
 
 DEMO = Path(mii_serve.models.__file__).parent / "demo"
 REQUESTS = {

@@ -1,4 +1,4 @@
-"""Runs the Triton kernels in Triton's interpreter on a CPU, at real channel counts and few pixels, with their own tiles.
+"""Cases for the Triton kernels, at real channel counts and few pixels, with their own tiles; run in the interpreter on a CPU.
 
 A script, because the interpreter is chosen by `TRITON_INTERPRET=1` before Triton is imported. It writes a JSON object: for each
 case how far the kernel is from float32 or float64, and how far its twin in torch is, as root mean square over the right
@@ -16,7 +16,9 @@ import torch
 from torch.nn import functional
 
 from mii_serve.engine.kernels.fused.operations import Operations, TorchOperations
+from mii_serve.engine.kernels.fused.sampler import FusedSampler
 from mii_serve.engine.kernels.fused.triton_operations import TritonOperations
+from mii_serve.engine.kernels.sampler import TorchSampler
 
 Case = Callable[[Operations], tuple[torch.Tensor, torch.Tensor]]
 """From the operations to what they make and what is right."""
@@ -25,7 +27,8 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 def half(*size: int, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
-    return (torch.randn(size, generator=GENERATOR) * scale + mean).half()
+    made = (torch.randn(size, generator=GENERATOR, device="cpu") * scale + mean).half()
+    return made.to(torch.get_default_device())
 
 
 def image(channels: int, height: int, width: int, rows: int = 1, mean: float = 0.0) -> torch.Tensor:
@@ -129,6 +132,7 @@ def attention(head: int, num_queries: int, num_keys: int | None = None, heads: i
 
 
 def cases() -> Iterator[tuple[str, Case]]:
+    """Their tensors are on torch's default device."""
     summed = {"residual": image(1280, 8, 8), "other": image(640, 8, 8), "bias": half(1, 1280)}
     yield "group norm, whole, all that can be added", group_norm(image(1280, 8, 8), **summed, has_after=True)
     yield "group norm, whole, two rows, bias of a row, odd size", alone(image(320, 5, 7, rows=2), half(2, 320))
@@ -152,6 +156,27 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield f"attention, head {head}, {num_keys or num_queries} keys", attention(head, num_queries, num_keys)
 
 
+def sampler(size: tuple[int, int, int], rescale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel makes, and what torch does: inputs, predictions, and the states of samples in slots of their own."""
+    num_samples, num_rows = 3, 5
+
+    def full(*sizes: int) -> torch.Tensor:
+        return half(*sizes).float()
+
+    state, noise, matrices = full(6, 5, *size), full(num_samples, *size), full(num_samples, 5, 7)
+    noise_pred = half(num_rows, *size).contiguous(memory_format=torch.channels_last)
+    slots, uncond_row = torch.tensor([2, 0, 5]), torch.tensor([3, 4, 2])
+    scales, rescales = torch.tensor([7.5, 3.0, 1.5]), torch.tensor([rescale, 0.0, rescale])
+    made = []
+    for way in (FusedSampler(), TorchSampler()):
+        stepped = state.clone()
+        model_input, latents = way.begin(stepped, slots, scales, torch.float16)
+        assert latents.is_contiguous(memory_format=torch.channels_last)
+        prediction = way.end(stepped, slots, noise_pred, uncond_row, scales, rescales, noise, matrices, is_guided=True)
+        made.append(torch.cat([one.float().flatten() for one in (model_input, latents, prediction, stepped)]))
+    return made[0], made[1]
+
+
 def error(made: torch.Tensor, true: torch.Tensor) -> float:
     return float((made.double() - true).square().mean().sqrt() / true.square().mean().sqrt())
 
@@ -164,6 +189,8 @@ def main() -> None:
             "triton": error(*make(TritonOperations())),
             "torch": error(*make(TorchOperations())),
         }
+    for size, rescale in (((4, 9, 8), 0.0), ((4, 33, 17), 0.7)):
+        found[f"sampler, rescaled by {rescale}"] = {"triton": error(*sampler(size, rescale)), "torch": 0.0}
     json.dump(found, sys.stdout)
 
 

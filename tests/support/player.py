@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from mii_serve.errors import EngineError
 from mii_serve.scheduler import Scheduler
-from mii_serve.types import BatchKey, EngineCapacity, GenerationParams, Picture, Request, SampleId, SampleProgress
+from mii_serve.types import (
+    BatchKey,
+    BatchShape,
+    EngineCapacity,
+    GenerationParams,
+    Picture,
+    Request,
+    SampleId,
+    SampleProgress,
+    StepPlan,
+)
 
 PICTURE = Picture(width=1, height=1, rgb=bytes(3), nsfw_content_detected=None)
 
@@ -42,25 +53,45 @@ def request(name: str, num_images: int = 1, num_calls: int = 2, **more) -> Reque
     return Request(id=name, params=params(num_images, **shape), num_calls=num_calls, **more)
 
 
-def scheduler_of(max_slots: int = 1, *, max_decodes: int = 4, max_waiting: int = 10_000, max_wait_s: float = 1e9) -> Scheduler:
-    capacity = EngineCapacity(max_slots=max_slots, max_decodes=max_decodes)
-    return Scheduler(capacity, max_waiting_samples=max_waiting, max_waiting_s=max_wait_s)
+def scheduler_of(
+    max_slots: int = 1,
+    *,
+    max_decodes: int = 4,
+    max_waiting: int = 10_000,
+    max_wait_s: float = 1e9,
+    batch_share: float = 0.0,
+    buckets: tuple[BatchShape, ...] = (),
+    has_fixed_rows: bool = False,
+) -> Scheduler:
+    capacity = EngineCapacity(max_slots=max_slots, max_decodes=max_decodes, buckets=buckets, has_fixed_rows=has_fixed_rows)
+    return Scheduler(capacity, max_waiting_samples=max_waiting, max_waiting_s=max_wait_s, batch_share=batch_share)
 
 
 class Player:
     """Plays the engine: keeps its own record of what it was asked to do, and answers truthfully."""
 
-    def __init__(self, scheduler: Scheduler, num_calls: dict[str, int]) -> None:
+    def __init__(self, scheduler: Scheduler, num_calls: dict[str, int], *, num_ahead: int = 0) -> None:
+        """`num_ahead` turns are planned while one runs; the pictures of a turn come with it."""
         self.scheduler, self.num_calls = scheduler, num_calls
+        self._num_ahead = num_ahead
+        self._planned: deque[StepPlan] = deque()
         self.steps: dict[SampleId, int] = {}
         self.joined: list[SampleId] = []
         self.failed: set[SampleId] = set()
 
-    def turn(self, elapsed_s: float = 1.0):
+    def turn(self, elapsed_s: float = 1.0) -> StepPlan | None:
+        """Plan a turn, and end the one that runs as soon as no more may be planned."""
         plan = self.scheduler.plan()
         if plan is not None:
-            self.scheduler.advance(self.answer(plan), elapsed_s)
+            self._planned.append(plan)
+        if self._planned and (plan is None or len(self._planned) > self._num_ahead):
+            self.scheduler.advance(self.answer(self._planned.popleft()), elapsed_s)
         return plan
+
+    def play_to_the_end(self) -> None:
+        """Take turns until nothing runs and there is nothing to plan."""
+        while self._planned or self.turn() is not None:
+            self.turn()
 
     def answer(self, plan, failing: SampleId | None = None) -> list[SampleProgress]:
         for sample_id in plan.leaves:

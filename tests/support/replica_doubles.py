@@ -123,7 +123,7 @@ class FakeConnection:
     def __init__(self) -> None:
         self.lost: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
         self.is_broken = False
-        self.work = 0
+        self.work = self.batch_work = 0
         self.num_running = 0
         self.num_running_at_break: int | None = None
         self.is_isolated = False

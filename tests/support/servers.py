@@ -60,6 +60,7 @@ async def running_server(
     tls: Tls | None = None,
     moderator: Moderator | None = None,
     on_terminate: Callable[[], None] | None = None,
+    max_connection_age_s: float | None = None,
 ) -> AsyncIterator[RunningServer]:
     engine_thread = ThreadPoolExecutor(1)
     loop = ReplicaLoop(engine, engine_thread, max_waiting_samples=max_waiting_samples)
@@ -68,7 +69,7 @@ async def running_server(
     replica, _ = replica_server(loop, "test", ListenOn.socket(socket))
     await replica.start()
     dispatcher = Dispatcher(Router(patience_s=1.0), moderator=moderator)
-    front = GrpcFront(dispatcher, keys=keys, tls=tls, on_terminate=on_terminate)
+    front = GrpcFront(dispatcher, keys=keys, tls=tls, on_terminate=on_terminate, max_connection_age_s=max_connection_age_s)
     target = f"127.0.0.1:{await front.listen('127.0.0.1', 0)}"
     await dispatcher.attach(ReplicaAddress.socket(socket))
     await front.set_serving(True)

@@ -37,7 +37,7 @@ def test_the_table_says_what_the_project_file_says() -> None:
         for name, needed in extras.items()
     }
     assert brought == {name: set(modules) for name, modules in EXTRAS.items()}
-    assert {name for name, needed in extras.items() if "mii-serve" not in needed} == {"server", "bench"}
+    assert {name for name, needed in extras.items() if "mii-serve" not in needed} == {"server", "bench", "parquet"}
 
 
 def test_the_client_needs_nothing_that_computes_or_serves() -> None:

@@ -57,10 +57,9 @@ class BatchInputs:
         self.has_fixed_rows = has_fixed_rows
         n, r = shape.num_samples, shape.num_rows
         self._host = _HostInputs(n, r)
-        if device.type == "cpu":
-            self._memory = torch.from_numpy(self._host.memory)
-        else:
-            self._memory = torch.zeros(len(self._host.memory), dtype=torch.uint8, device=device)
+        self._memory = torch.from_numpy(self._host.memory)
+        if device.type != "cpu":
+            self._memory = torch.zeros_like(self._memory, device=device)
         ints, floats = self._memory[: 8 * self._host.num_ints], self._memory[8 * self._host.num_ints :]
         self.slots, self.timestep_rows, self.uncond_row, self.prompt_rows, self.sample_of_row = ints.view(torch.int64).split(
             [n, n, n, r, r]

@@ -15,14 +15,12 @@ import torch
 
 from mii_serve.engine.batched.batch_inputs import BatchInputs, SampleInputs, batch_shape
 from mii_serve.engine.batched.buckets import BatchShape, choose_bucket
-from mii_serve.engine.batched.guidance import guide
 from mii_serve.engine.batched.prompt_cache import PromptCache
 from mii_serve.engine.batched.slot_pool import SlotPool
 from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.errors import EngineError
-from mii_serve.samplers.update import step
 from mii_serve.types import LatentShape
 
 logger = logging.getLogger(__name__)
@@ -76,6 +74,11 @@ class Denoiser:
         self.max_latent_pixels_per_call = kernels.max_latent_pixels_per_call
         """Of rows × latent height × latent width; becomes smaller when a call runs out of memory."""
         self.num_graph_misses = 0
+
+    @property
+    def captured_buckets(self) -> tuple[BatchShape, ...]:
+        """The buckets that a batch can be padded to; none where nothing is gained by it."""
+        return tuple(self._prepared) if self._device.type == "cuda" else ()
 
     def pool(self, latent_shape: LatentShape) -> SlotPool:
         """The slots of the samples of a latent shape."""
@@ -207,18 +210,25 @@ class Denoiser:
         """The step itself: reads and writes tensors on the device, nothing else."""
         shape = inputs.shape
         state = self._pools[shape.height, shape.width].state
-        before = state[inputs.slots]
-        model_input = before[:, 0] * inputs.input_scale[:, None, None, None]
+        sampler = self._kernels.sampler
+        model_input, latents = sampler.begin(state, inputs.slots, inputs.input_scale, self._prompts.dtype)
         noise_pred = self._kernels.predict_noise(
-            model_input.to(self._prompts.dtype, memory_format=torch.channels_last),
+            latents,
             self._timestep_embeds[inputs.timestep_rows],
             self._prompts[inputs.prompt_rows],
             inputs.sample_of_row if inputs.may_be_guided else None,
-        ).float()
-        prediction = noise_pred[: shape.num_samples]
-        if inputs.may_be_guided:
-            prediction = guide(noise_pred[inputs.uncond_row], prediction, inputs.guidance_scale, inputs.guidance_rescale)
-        state[inputs.slots] = step(before, prediction, inputs.noise, inputs.matrices)
+        )
+        prediction = sampler.end(
+            state,
+            inputs.slots,
+            noise_pred,
+            inputs.uncond_row,
+            inputs.guidance_scale,
+            inputs.guidance_rescale,
+            inputs.noise,
+            inputs.matrices,
+            is_guided=inputs.may_be_guided,
+        )
         return model_input, prediction
 
     def _capture(self, bucket: BatchShape) -> Callable[[Sequence[SampleInputs]], StepOutputs]:

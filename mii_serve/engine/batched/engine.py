@@ -151,6 +151,8 @@ class BatchedEngine:
             max_slots=self._max_slots,
             max_decodes=CUDA_DECODES if self._device.type == "cuda" else CPU_DECODES,
             max_latent_pixels_per_call=self._denoiser.max_latent_pixels_per_call,
+            buckets=self._denoiser.captured_buckets,
+            has_fixed_rows=self._group is not None,
         )
 
     @property

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from mii_serve.engine.kernels.sampler import SamplerKernels
 from mii_serve.types import EngineName
 
 
@@ -42,6 +43,11 @@ class KernelSet(Protocol):
 
         A call for one sample of the largest size always fits.
         """
+        ...
+
+    @property
+    def sampler(self) -> SamplerKernels:
+        """What is done around `predict_noise`."""
         ...
 
     def project_prompts(self, prompt_embeds: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
 from mii_serve.types import EngineName
 
 NEUTRAL_OPTIONS: dict[str, object] = {
@@ -166,6 +167,7 @@ class NativeKernels:
 
     name: EngineName = "native"
     forward_pass: type[ForwardPass] = ForwardPass
+    sampler: SamplerKernels = TorchSampler()
 
     def __init__(self, unet: Any, *, max_latent_pixels_per_call: int | None = None) -> None:
         """`unet` is a `UNet2DConditionModel` for which `why_unsupported` returns None."""

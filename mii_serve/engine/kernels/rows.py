@@ -60,6 +60,7 @@ class RowParallelKernels:
         self._group = group
         self._calls: dict[tuple[int, int], _Call] = {}
         self.name: EngineName = kernels.name
+        self.sampler = kernels.sampler
         self.prompt_width = kernels.prompt_width
         self.timestep_width = kernels.timestep_width
         self.max_latent_pixels_per_call = kernels.max_latent_pixels_per_call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings, strategies
@@ -22,13 +23,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.max_slots, self.max_decodes = 3, 2
-        self.scheduler = scheduler_of(self.max_slots, max_decodes=self.max_decodes, max_waiting=20)
+        self.scheduler = scheduler_of(self.max_slots, max_decodes=self.max_decodes, max_waiting=20, batch_share=0.1)
         self.by_name: dict[str, Request] = {}
         self.player = Player(self.scheduler, {})
         self.done: Counter[SampleId] = Counter()
         self.dropped: set[str] = set()
         self.failed: set[SampleId] = set()
         self.plans: list[StepPlan] = []  # at most one runs, and one is prepared
+        self.decoding: list[SampleProgress] = []  # pictures that come after their turn
         self.now = 0.0
         self.previewed: Counter[SampleId] = Counter()
 
@@ -58,12 +60,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             preview_every=preview_every,
             deadline=None if patience is None else self.now + patience,
         )
-        waiting = self.scheduler.num_waiting
+        waiting = self.scheduler.num_waiting + self.scheduler.batch.num_waiting
         self.by_name[name] = asked
         try:
             position = self.scheduler.add(asked, self.now)
         except (QueueFullError, DeadlineExceededError):
-            assert self.scheduler.num_waiting == waiting
+            assert self.scheduler.num_waiting + self.scheduler.batch.num_waiting == waiting
             del self.by_name[name]
             self.by_name[f"refused {name}"] = asked
             return multiple()
@@ -96,6 +98,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(plan.decodes) <= self.max_decodes
         assert len(plan.previews) <= 1
         assert set(plan.previews) <= set(plan.steps)
+        assert not {sample.id for sample in plan.joins} & set(plan.leaves), "what its turns tell would be of two attempts"
         for sample_id in (*plan.steps, *plan.decodes):
             assert sample_id.request_id not in self.dropped
             assert not self.done[sample_id]
@@ -105,11 +108,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not any(s.request_id == name for s in self.player.steps if s not in leaving)
 
     @precondition(lambda self: self.plans)
-    @rule(fails=strategies.booleans())
-    def end_turn(self, fails):
+    @rule(fails=strategies.booleans(), is_decoded_beside=strategies.booleans())
+    def end_turn(self, fails, is_decoded_beside):
         plan = self.plans.pop(0)
         failing = plan.steps[0] if fails and plan.steps and plan.steps[0] not in self.failed else None
         answers = self.player.answer(plan, failing)
+        if is_decoded_beside:
+            self.decoding += [progress for progress in answers if progress.picture is not None]
+            answers = [replace(progress, picture=None) for progress in answers if progress.id in plan.steps]
         for progress in answers:
             self.done[progress.id] += progress.picture is not None
         self.scheduler.advance(answers, 1.0)
@@ -118,9 +124,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.drop(failing.request_id)
             self.dropped.add(failing.request_id)
 
+    @precondition(lambda self: self.decoding)
+    @rule()
+    def picture_comes(self):
+        progress = self.decoding.pop(0)
+        self.done[progress.id] += 1
+        self.scheduler.end(progress)
+
     @invariant()
     def never_more_than_fit(self):
         assert self.scheduler.num_running <= self.max_slots
+        assert len(self.scheduler._decoding) <= self.max_slots
 
     @invariant()
     def no_picture_twice(self):
@@ -128,7 +142,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self):
         while self.plans:
-            self.end_turn(fails=False)
+            self.end_turn(fails=False, is_decoded_beside=False)
+        while self.decoding:
+            self.picture_comes()
         for _ in range(2000):
             plan = self.scheduler.plan()
             if plan is None:
@@ -145,11 +161,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             for index in range(asked.params.num_images_per_prompt):
                 assert self.done[SampleId(name, index)] == 1, "nothing is lost"
         assert not self.player.steps, "the engine holds nothing"
-        assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
-        scheduler = self.scheduler
+        batch, scheduler = self.scheduler.batch, self.scheduler
+        assert (scheduler.num_running, scheduler.num_waiting, batch.num_waiting, batch.num_parked) == (0, 0, 0, 0)
         leftovers = [scheduler._deadlines, scheduler._groups, scheduler._finished, scheduler._decoding, scheduler._leaving]
-        queue = self.scheduler._queue
-        assert not any([*leftovers, queue._heap, queue._of_request, queue._last_tag])
+        assert not any(leftovers) and not scheduler._num_others
+        assert not any(any([q._heap, q._of_request, q._last_tag, q._waiting]) for q in (scheduler._queue, batch.queue))
 
 
 TestScheduler = SchedulerMachine.TestCase

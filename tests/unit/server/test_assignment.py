@@ -14,6 +14,7 @@ from mii_serve.server.assignment import Evidence, empty_for_suspects, not_reserv
 @dataclass(eq=False)
 class FakeReplica:
     work: int = 0
+    batch_work: int = 0
     num_running: int = 0
     is_isolated: bool = False
 
@@ -36,6 +37,12 @@ def test_images_go_where_least_work_is_left(work, num_images, counts):
     given_replicas = [FakeReplica(work=10 * units) for units in work]
     shared = dict(shares(given_replicas, num_images, 10))
     assert [shared.get(replica, 0) for replica in given_replicas] == counts
+
+
+def test_only_batch_requests_see_the_work_of_batch_requests():
+    given_replicas = [FakeReplica(work=10, batch_work=0), FakeReplica(work=0, batch_work=90)]
+    assert shares(given_replicas, 1, 10) == [(given_replicas[1], 1)]
+    assert shares(given_replicas, 1, 10, is_batch=True) == [(given_replicas[0], 1)]
 
 
 @given(replicas, st.integers(1, 40), st.integers(1, 7))

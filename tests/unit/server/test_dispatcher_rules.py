@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from replica_doubles import CRASHED, call_context, router_of, settle
@@ -22,6 +23,7 @@ from mii_serve.types import (
     ImageReady,
     Limits,
     OutputOptions,
+    Priority,
     RequestedParams,
     ResolvedRequest,
     Step,
@@ -291,6 +293,18 @@ class TestDraining:
         refused = Reader(harness)
         await refused.task
         assert isinstance(refused.error, UnavailableError) and "draining" in str(refused.error)
+        harness.finish()
+        await running.task
+        assert await draining and running.images
+        harness.assert_at_rest()
+
+    async def test_batch_requests_are_not_waited_for(self, harness):
+        """Who sends them sends them again; a job may have thousands."""
+        running, batch = Reader(harness), Reader(harness, replace(request(), priority=Priority.BATCH))
+        await settle()
+        draining = asyncio.create_task(harness.dispatcher.drain(100.0))
+        await settle()
+        assert isinstance(batch.error, UnavailableError) and running.error is None
         harness.finish()
         await running.task
         assert await draining and running.images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from replica_doubles import (
@@ -27,7 +28,7 @@ from mii_serve.errors import (
     UnavailableError,
 )
 from mii_serve.server import router as router_module
-from mii_serve.types import Done, ImageReady, Queued, Started, Step
+from mii_serve.types import Done, ImageReady, Priority, Queued, Started, Step
 
 WORK_OF_ONE_IMAGE = PARAMS.work_per_call * PARAMS.num_inference_steps
 
@@ -69,6 +70,16 @@ class TestDividing:
         generation.done()
         await caller.task
         assert_at_rest(router, [replica])
+
+    async def test_batch_work_is_booked_apart(self):
+        router, [replica] = router_of(1)
+        work = work_of(num_images_per_prompt=2)
+        caller = Caller(router, replace(work, request=replace(work.request, priority=Priority.BATCH)))
+        await settle()
+        assert (replica.life.work, replica.life.batch_work) == (0, 2 * WORK_OF_ONE_IMAGE)
+        finish_all([replica])
+        await caller.task
+        assert (replica.life.work, replica.life.batch_work) == (0, 0)
 
     async def test_a_scheduler_with_more_calls_than_steps_is_counted_as_it_reports(self):
         router, [replica] = router_of(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,9 @@ class ChosenOperations:
     def __init__(self, choice: Choice, ways: Mapping[str, Operations]) -> None:
         self._ways: Mapping[str, Operations] = {**ways, TORCH: TorchOperations()}
         self._sizes: dict[tuple[str, Shape], list[tuple[int, str]]] = {}
-        most: dict[str, Counter[str]] = {operation: Counter() for operation in OPERATIONS}
         for one in choice.measurements:
             self._sizes.setdefault((one.operation, one.shape), []).append((one.size, one.fastest))
-            most[one.operation][one.fastest] += 1
-        self._usual = {operation: ways.most_common(1)[0][0] if ways else TORCH for operation, ways in most.items()}
+        self._usual = {operation: choice.usual(operation) for operation in OPERATIONS}
         self._way = functools.cache(self._find)
 
     def _find(self, operation: str, shape: Shape, size: int) -> Operations:

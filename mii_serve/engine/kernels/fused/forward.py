@@ -25,6 +25,7 @@ from torch.nn.functional import conv2d, interpolate, linear, pad
 
 from mii_serve.engine.kernels.fused.operations import Operations, image_of, in_channels_last, summed, tokens_of
 from mii_serve.engine.kernels.native import NativeKernels
+from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
 
 
 @dataclass(slots=True, eq=False)
@@ -172,10 +173,18 @@ class FusedPass:
 class FusedKernels(NativeKernels):
     """Implements `mii_serve.engine.kernels.KernelSet`. It takes the UNet's attention weights into one tensor for each block."""
 
-    def __init__(self, unet: Any, operations: Operations, *, max_latent_pixels_per_call: int | None = None) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        operations: Operations,
+        *,
+        sampler: SamplerKernels | None = None,
+        max_latent_pixels_per_call: int | None = None,
+    ) -> None:
         """`unet` is in channels last, and `why_not_fusible` returns None for it."""
         super().__init__(unet, max_latent_pixels_per_call=max_latent_pixels_per_call)
         self.operations = operations
+        self.sampler = sampler or TorchSampler()
         self._transformers = {module: _merged(module) for module in unet.modules() if isinstance(module, Transformer2DModel)}
         self._first_biases = torch.cat([resnet.conv1.bias for resnet in self._resnets])
         self._end_biases = {resnet: end_bias(resnet) for resnet in self._resnets}

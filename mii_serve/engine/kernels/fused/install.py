@@ -21,7 +21,9 @@ from mii_serve.engine.kernels.fused.measuring import MAX_ERROR, MeasuringOperati
 from mii_serve.engine.kernels.fused.operations import Operations
 from mii_serve.engine.kernels.fused.vae import FusedDecoder, why_vae_not_fusible
 from mii_serve.engine.kernels.native import NativeKernels
+from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
 from mii_serve.models import LoadedModel
+from mii_serve.samplers.table import INPUT_PLANES, STATE_PLANES
 from mii_serve.types import LATENT_SCALE
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Device:
 
     about: Mapping[str, Any]
     ways: Mapping[str, Operations]
+    samplers: Mapping[str, SamplerKernels]
     time_ms: Callable[[Callable[[], object]], float]
 
     @property
@@ -82,11 +85,11 @@ def install(model: LoadedModel, device: Device, *, num_samples: tuple[int, ...],
     latent_shape = model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE
     with torch.inference_mode(False), torch.no_grad():
         unet.to(memory_format=torch.channels_last)
-        inputs = _Inputs(unet, latent_shape)
+        inputs = PassInputs(unet, latent_shape)
         expected = inputs.prediction(NativeKernels(unet), 1)
         choice = _choice(pipeline, device, inputs, num_samples, folder)
         operations = ChosenOperations(choice, device.ways)
-        fused = FusedKernels(unet, operations)
+        fused = FusedKernels(unet, operations, sampler=device.samplers.get(choice.usual("sampler")))
         found = error(inputs.prediction(fused, 1), expected)
         if not found <= MAX_PASS_ERROR:
             logger.warning("the fused kernels are not used: a whole pass is %.2g off", found)
@@ -106,6 +109,7 @@ def this_device(device: torch.device) -> Device:
     """
     import triton
 
+    from mii_serve.engine.kernels.fused.sampler import FusedSampler
     from mii_serve.engine.kernels.fused.triton_operations import TritonAfterLinear, TritonOperations
 
     seen = torch.cuda.get_device_properties(device)
@@ -120,10 +124,10 @@ def this_device(device: torch.device) -> Device:
         "kernels": source_digest(),
     }
     ways = {"triton": TritonOperations(), "linear, then triton": TritonAfterLinear()}
-    return Device(about=about, ways=ways, time_ms=_time_ms)
+    return Device(about=about, ways=ways, samplers={"triton": FusedSampler()}, time_ms=_time_ms)
 
 
-def _choice(pipeline: Any, device: Device, inputs: _Inputs, num_samples: tuple[int, ...], folder: Path) -> Choice:
+def _choice(pipeline: Any, device: Device, inputs: PassInputs, num_samples: tuple[int, ...], folder: Path) -> Choice:
     unet, vae = pipeline.unet, pipeline.vae
     shapes = str([(name, tuple(one.shape)) for part in (unet, vae) for name, one in part.state_dict().items()])
     model = {
@@ -142,6 +146,7 @@ def _choice(pipeline: Any, device: Device, inputs: _Inputs, num_samples: tuple[i
     for count in num_samples:
         try:
             inputs.prediction(kernels, count)
+            inputs.sample(measuring, device.samplers, count)
         except torch.OutOfMemoryError:
             logger.info("calls for %d samples do not fit into memory beside their check; the shapes before decide", count)
     if why_vae_not_fusible(vae) is None:
@@ -170,8 +175,8 @@ def _fuse_decoder(vae: Any, operations: Operations, latent_shape: tuple[int, int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Inputs:
-    """Random inputs of a pass, the same ones each time."""
+class PassInputs:
+    """Random inputs of a pass through the UNet, the same ones each time."""
 
     unet: Any
     latent_shape: tuple[int, int]
@@ -192,6 +197,31 @@ class _Inputs:
             kernels.project_prompts(embeds.to(unet.device, unet.dtype)),
             torch.arange(2 * num_samples, device=unet.device) % num_samples,
         )
+
+    def sample(self, measuring: MeasuringOperations, samplers: Mapping[str, SamplerKernels], num_samples: int) -> None:
+        """Measure what is done around the UNet call."""
+        generator = torch.Generator().manual_seed(2)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator).to(self.unet.device)
+
+        size = self.unet.config.in_channels, *self.latent_shape
+        state, noise = random(num_samples + 1, STATE_PLANES, *size), random(num_samples, *size)
+        noise_pred = random(2 * num_samples, *size).to(self.unet.dtype, memory_format=torch.channels_last)
+        matrices, scale = random(num_samples, STATE_PLANES, INPUT_PLANES), random(num_samples).abs()
+        slots = torch.arange(num_samples, 0, -1, device=self.unet.device)
+        rescale = scale.clamp(max=1.0) * (slots % 2)
+
+        def call(way: SamplerKernels, cast: Callable[[Any], Any]) -> tuple[torch.Tensor, ...]:
+            stepped = state.clone()
+            model_input, latents = way.begin(stepped, slots, scale, self.unet.dtype)
+            named = {"guidance_scale": 7.5 * scale, "guidance_rescale": rescale, "noise": noise, "matrices": matrices}
+            rows = num_samples + slots - 1
+            prediction = way.end(stepped, slots, cast(noise_pred), rows, **named, is_guided=True)
+            return model_input, latents, prediction, stepped
+
+        shape = "sampler", (self.latent_shape[0] * self.latent_shape[1],), num_samples
+        measuring.measured(*shape, call, TorchSampler(), samplers.items())
 
 
 def _time_ms(call: Callable[[], object]) -> float:

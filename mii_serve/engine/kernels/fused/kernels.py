@@ -216,3 +216,88 @@ def geglu(hidden, made, num_tokens, width, TOKENS: tl.constexpr, CHANNELS: tl.co
     gate = tl.load(hidden + at + width, mask=mask, other=0.0).to(tl.float32)
     out = token.to(tl.int64)[:, None] * width + channels[None, :]
     tl.store(made + out, (value * _gelu(gate)).to(made.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sampler_begin(state, slots, input_scale, model_input, latents, num_pixels, CHANNELS: tl.constexpr, PLANES: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
+    """The first plane of each sample's state, scaled: as it is, and in the UNet's dtype and in channels last.
+
+    Grid: samples, blocks of BLOCK of a plane's numbers.
+    """
+    sample = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    size = CHANNELS * num_pixels
+    mask = at < size
+    value = tl.load(state + tl.load(slots + sample) * PLANES * size + at, mask=mask, other=0.0)
+    value *= tl.load(input_scale + sample)
+    tl.store(model_input + sample * size + at, value, mask=mask)
+    in_channels_last = (at % num_pixels) * CHANNELS + at // num_pixels
+    tl.store(latents + sample * size + in_channels_last, value.to(latents.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _guided(noise_pred, row, uncond_row, scale, at, mask, num_pixels, CHANNELS: tl.constexpr):
+    """The conditional prediction and the guided one, of numbers `at` of a plane."""
+    size = CHANNELS * num_pixels
+    in_channels_last = (at % num_pixels) * CHANNELS + at // num_pixels
+    text = tl.load(noise_pred + row.to(tl.int64) * size + in_channels_last, mask=mask, other=0.0).to(tl.float32)
+    uncond = tl.load(noise_pred + uncond_row * size + in_channels_last, mask=mask, other=0.0).to(tl.float32)
+    return text, uncond + scale * (text - uncond)
+
+
+@triton.jit
+def _joined(count, mean, squares, value, mask, added):
+    """Count, mean and squared deviations with a block of values more."""
+    block_mean = tl.sum(tl.where(mask, value, 0.0), axis=0) / added
+    deviation = tl.where(mask, value - block_mean, 0.0)
+    difference = block_mean - mean
+    joined = count + added
+    squares += tl.sum(deviation * deviation, axis=0) + difference * difference * (count * added / joined)
+    return mean + difference * (added / joined), squares
+
+
+@triton.jit
+def sampler_end(noise_pred, uncond_row, guidance_scale, guidance_rescale, slots, state, noise, matrices, prediction, num_pixels,
+                CHANNELS: tl.constexpr, PLANES: tl.constexpr, INPUTS: tl.constexpr, BLOCK: tl.constexpr,
+                BLOCKS: tl.constexpr):  # fmt: skip
+    """Guidance, and the step of every sampler: the planes of a state are matrix × (planes, prediction, noise).
+
+    Grid: samples, blocks of BLOCK of a plane's numbers; BLOCKS is how many of them there are. Only a sample whose guidance is
+    rescaled reads all its predictions in each program.
+    """
+    sample = tl.program_id(0)
+    size = CHANNELS * num_pixels
+    uncond = tl.load(uncond_row + sample)
+    scale = tl.load(guidance_scale + sample)
+    rescale = tl.load(guidance_rescale + sample)
+    factor = 1.0
+    if rescale > 0.0:
+        count = 0.0
+        text_mean, text_squares, mean, squares = 0.0, 0.0, 0.0, 0.0
+        for block in range(BLOCKS):
+            every = block * BLOCK + tl.arange(0, BLOCK)
+            text, guided = _guided(noise_pred, sample, uncond, scale, every, every < size, num_pixels, CHANNELS)
+            added = tl.minimum(size - block * BLOCK, BLOCK).to(tl.float32)
+            text_mean, text_squares = _joined(count, text_mean, text_squares, text, every < size, added)
+            mean, squares = _joined(count, mean, squares, guided, every < size, added)
+            count += added
+        factor = rescale * tl.sqrt(text_squares / squares) + (1.0 - rescale)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    _, guided = _guided(noise_pred, sample, uncond, scale, at, mask, num_pixels, CHANNELS)
+    guided *= factor
+    tl.store(prediction + sample * size + at, guided, mask=mask)
+    fresh = tl.load(noise + sample * size + at, mask=mask, other=0.0)
+    of_state = state + tl.load(slots + sample) * PLANES * size + at
+    plane_0 = tl.load(of_state, mask=mask, other=0.0)
+    plane_1 = tl.load(of_state + size, mask=mask, other=0.0)
+    plane_2 = tl.load(of_state + 2 * size, mask=mask, other=0.0)
+    plane_3 = tl.load(of_state + 3 * size, mask=mask, other=0.0)
+    plane_4 = tl.load(of_state + 4 * size, mask=mask, other=0.0)
+    for plane in tl.static_range(PLANES):
+        row = matrices + (sample * PLANES + plane) * INPUTS
+        made = tl.load(row) * plane_0 + tl.load(row + 1) * plane_1 + tl.load(row + 2) * plane_2
+        made += tl.load(row + 3) * plane_3 + tl.load(row + 4) * plane_4
+        made += tl.load(row + 5) * guided + tl.load(row + 6) * fresh
+        tl.store(of_state + plane * size, made, mask=mask)

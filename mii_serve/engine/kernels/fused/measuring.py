@@ -6,7 +6,7 @@ It is an implementation of `Operations` itself, so that one pass through the UNe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +27,14 @@ class MeasuringOperations:
     """Implements `Operations`; what it returns is torch's.
 
     `ways` are those beside torch; `time_ms` runs a call often enough to time it. `before` is told of an operation and a way
-    before they run for the first time: what they do to the device, the process may not survive.
+    before they run for the first time: what they do to the device, the process may not survive. `after` is told of each
+    measurement.
     """
 
     ways: Mapping[str, Operations]
     time_ms: Callable[[Callable[[], object]], float]
     before: Callable[[str], None] = lambda what: None
+    after: Callable[[Measurement], object] = lambda measurement: None
     refused: dict[str, str] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
     _known: set[tuple[str, Shape, int]] = field(default_factory=set)
@@ -92,14 +94,25 @@ class MeasuringOperations:
         return made
 
     def _measured(self, operation: str, shape: Shape, size: int, call: Callable[[Operations, Cast], Any]) -> Any:
-        own = TorchOperations()
+        return self.measured(operation, shape, size, call, TorchOperations(), self._ways_of(operation))
+
+    def measured(
+        self,
+        operation: str,
+        shape: Shape,
+        size: int,
+        call: Callable[[Any, Cast], Any],
+        own: Any,
+        ways: Iterable[tuple[str, Any]],
+    ) -> Any:
+        """What `call` makes with `own`, torch's way; the first time for a shape, the other ways are compared and timed."""
         made = call(own, _as_it_is)
         if (operation, shape, size) in self._known:
             return made
         self._known.add((operation, shape, size))
         true, dtype = call(own, _in_float32), _tensors(made)[0].dtype
         ms = {TORCH: self.time_ms(lambda: call(own, _as_it_is))}
-        for name, way in self._ways_of(operation):
+        for name, way in ways:
             what = f"{operation}: {name}"
             if what in self.refused:
                 continue
@@ -115,13 +128,22 @@ class MeasuringOperations:
             except Exception as failure:  # noqa: BLE001 - a compiler's or a device's
                 self.refused[what] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
         self.measurements.append(Measurement(operation=operation, shape=shape, size=size, ms=ms))
+        self.after(self.measurements[-1])
         return made
+
+    def take(self, measurements: Iterable[Measurement], refused: Mapping[str, str]) -> None:
+        """What was measured before is not measured again."""
+        self.measurements.extend(measurements)
+        self.refused.update(refused)
+        self._known.update((one.operation, one.shape, one.size) for one in self.measurements)
 
     def _ways_of(self, operation: str) -> Iterator[tuple[str, Operations]]:
         """Those that do it differently from torch and from each other."""
-        seen = [getattr(TorchOperations, operation)]
+        own = getattr(TorchOperations, operation)
+        seen = []
         for name, way in self.ways.items():
-            if (done := getattr(type(way), operation)) not in seen:
+            done = getattr(type(way), operation), str(getattr(way, "__dict__", None))
+            if done[0] is not own and done not in seen:
                 seen.append(done)
                 yield name, way
 

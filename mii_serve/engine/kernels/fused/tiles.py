@@ -53,6 +53,7 @@ def group_scales(num_chunks: int, channels_per_group: int) -> Tile:
 
 
 GROUP_APPLY = _tile(4, PIXELS=64, CHANNELS=64)
+SAMPLER = _tile(4, BLOCK=1024)
 UPSAMPLE = _tile(4, PIXELS=32, CHANNELS=64)
 GEGLU = _tile(4, TOKENS=4, CHANNELS=256)
 

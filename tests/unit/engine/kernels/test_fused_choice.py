@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_shape import TINY
+from operation_doubles import Clock, Way, fast_device, tiny_model
 
 from mii_serve.engine.kernel_choices import TORCH, Choice, ChoiceFile, Measurement, kept_choices
 from mii_serve.engine.kernels.fused.choice import ChosenOperations
@@ -19,79 +19,15 @@ from mii_serve.engine.kernels.fused.install import Device, install, native_kerne
 from mii_serve.engine.kernels.fused.operations import TorchOperations
 from mii_serve.engine.kernels.fused.vae import FusedDecoder
 from mii_serve.engine.kernels.native import NativeKernels
+from mii_serve.engine.kernels.sampler import TorchSampler
 from mii_serve.models import LoadedModel
-from mii_serve.models.random_init import build_random_pipeline
-from mii_serve.models.source import DEMO_FOLDER
-from mii_serve.types import GenerationDefaults, Limits
 
 NAMES = ("group_norm", "upsample", "layer_norm", "linear_geglu", "attention")
 
 
-class Clock:
-    """Times a call by the way that it runs: each has a price, torch's is 1."""
-
-    def __init__(self) -> None:
-        self.price = 1.0
-
-    def time_ms(self, call: Callable[[], object]) -> float:
-        self.price = 1.0
-        call()
-        return self.price
-
-
-class Way(TorchOperations):
-    """Torch's, at another price; some operations wrong or failing."""
-
-    def __init__(self, clock: Clock, price: float, *, wrong: str = "", failing: str = "") -> None:
-        self._clock, self._price, self._wrong, self._failing = clock, price, wrong, failing
-        self.calls: list[str] = []
-
-    def _run(self, name: str, *arguments: Any, **named: Any) -> Any:
-        self.calls.append(name)
-        if name == self._failing:
-            raise RuntimeError("PassManager::run failed\nmore")
-        made = getattr(TorchOperations, name)(self, *arguments, **named)
-        self._clock.price = self._price
-        return made * 1.01 if name == self._wrong else made
-
-    def group_norm(self, *arguments: Any, **named: Any) -> Any:
-        return self._run("group_norm", *arguments, **named)
-
-    def upsample(self, *arguments: Any, **named: Any) -> Any:
-        return self._run("upsample", *arguments, **named)
-
-    def layer_norm(self, *arguments: Any, **named: Any) -> Any:
-        return self._run("layer_norm", *arguments, **named)
-
-    def linear_geglu(self, *arguments: Any, **named: Any) -> Any:
-        return self._run("linear_geglu", *arguments, **named)
-
-    def attention(self, *arguments: Any, **named: Any) -> Any:
-        return self._run("attention", *arguments, **named)
-
-
 @pytest.fixture
 def model() -> LoadedModel:
-    return loaded()
-
-
-def loaded() -> LoadedModel:
-    pipeline = build_random_pipeline(
-        TINY,
-        tokenizer_folder=DEMO_FOLDER / "tokenizer",
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        enable_safety_checker=False,
-    )
-    defaults = GenerationDefaults(scheduler="default", height=64, width=64)
-    return LoadedModel(pipeline=pipeline, name="tiny", revision="", defaults=defaults, limits=Limits())
-
-
-def fast(**faults: str) -> tuple[Device, Way]:
-    """A device with one way beside torch's, at half the price."""
-    clock = Clock()
-    way = Way(clock, 0.5, **faults)
-    return Device(about={"device": "double", "torch": "1"}, ways={"fast": way}, time_ms=clock.time_ms), way
+    return tiny_model()
 
 
 def put_under(model: LoadedModel, device: Device, folder: Path) -> Any:
@@ -104,53 +40,57 @@ def choice_in(folder: Path) -> dict[str, Any]:
 
 
 def test_the_fastest_way_that_is_right_is_used(model, tmp_path):
-    device, way = fast()
+    device, way = fast_device()
     installed = put_under(model, device, tmp_path)
     assert isinstance(installed.kernels, FusedKernels) and isinstance(model.pipeline.vae.decoder, FusedDecoder)
     assert set(way.calls) == set(NAMES)
-    assert all(f"{name} fast " in installed.about for name in NAMES) and "torch" not in installed.about
+    assert all(f"{name} fast " in installed.about for name in (*NAMES, "sampler")) and "torch" not in installed.about
+    assert installed.kernels.sampler is device.samplers["fast"]
 
 
 def test_a_slower_way_is_not_used(model, tmp_path):
     clock = Clock()
     slow = Way(clock, 2.0)
-    installed = put_under(model, Device(about={"device": "d"}, ways={"slow": slow}, time_ms=clock.time_ms), tmp_path)
+    installed = put_under(
+        model, Device(about={"device": "d"}, ways={"slow": slow}, samplers={}, time_ms=clock.time_ms), tmp_path
+    )
     assert "slow" not in installed.about
     before = len(slow.calls)
     model.pipeline.vae.decode(torch.randn(1, model.pipeline.vae.config.latent_channels, 8, 8))
     assert len(slow.calls) == before
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "attention"])
+@pytest.mark.parametrize("name", ["layer_norm", "attention", "sampler"])
 def test_a_wrong_way_is_refused_with_the_reason(model, tmp_path, name):
-    installed = put_under(model, fast(wrong=name)[0], tmp_path)
+    installed = put_under(model, fast_device(wrong=name)[0], tmp_path)
     assert f"not {name}: fast (0.01 off for " in installed.about
+    assert (type(installed.kernels.sampler) is TorchSampler) == (name == "sampler")
     assert f"{name} torch " in installed.about and "group_norm fast " in installed.about
 
 
 def test_a_way_that_fails_is_refused_with_the_reason_and_not_tried_again(model, tmp_path):
-    device, way = fast(failing="upsample")
+    device, way = fast_device(failing="upsample")
     installed = put_under(model, device, tmp_path)
     assert "not upsample: fast (RuntimeError: PassManager::run failed)" in installed.about
     assert way.calls.count("upsample") == 1
 
 
 def test_what_was_measured_is_not_measured_again(model, tmp_path):
-    first = put_under(model, fast()[0], tmp_path)
-    device, _ = fast()
-    again = put_under(loaded(), replace(device, time_ms=None), tmp_path)  # would fail if it were called
+    first = put_under(model, fast_device()[0], tmp_path)
+    device, _ = fast_device()
+    again = put_under(tiny_model(), replace(device, time_ms=None), tmp_path)  # would fail if it were called
     assert again.about == first.about
 
 
 def test_another_version_is_measured_again(model, tmp_path):
-    put_under(model, fast()[0], tmp_path)
-    device, _ = fast(wrong="layer_norm")
+    put_under(model, fast_device()[0], tmp_path)
+    device, _ = fast_device(wrong="layer_norm")
     newer = replace(device, about={**device.about, "torch": "2"})
-    assert "not layer_norm" in put_under(loaded(), newer, tmp_path).about
+    assert "not layer_norm" in put_under(tiny_model(), newer, tmp_path).about
 
 
 def test_what_ended_the_process_is_not_tried_again(model, tmp_path):
-    device, way = fast()
+    device, way = fast_device()
 
     def end(call: Callable[[], object]) -> float:
         call()
@@ -160,22 +100,22 @@ def test_what_ended_the_process_is_not_tried_again(model, tmp_path):
 
     with pytest.raises(SystemExit):
         put_under(model, replace(device, time_ms=end), tmp_path)
-    installed = put_under(loaded(), fast()[0], tmp_path)
+    installed = put_under(tiny_model(), fast_device()[0], tmp_path)
     assert "not attention: fast (a start that tried it ended without a result)" in installed.about
     assert not list(tmp_path.glob("*.trying"))
 
 
 def test_a_damaged_file_is_measured_again(model, tmp_path):
-    put_under(model, fast()[0], tmp_path)
+    put_under(model, fast_device()[0], tmp_path)
     [file] = tmp_path.glob("*.json")
     file.write_text(file.read_text()[:-20])
-    assert "attention fast" in put_under(loaded(), fast()[0], tmp_path).about
+    assert "attention fast" in put_under(tiny_model(), fast_device()[0], tmp_path).about
     assert choice_in(tmp_path)["device"] == "double"
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_else(model, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "attention fast" in put_under(model, fast()[0], tmp_path / "file" / "folder").about
+    assert "attention fast" in put_under(model, fast_device()[0], tmp_path / "file" / "folder").about
 
 
 def test_on_a_cpu_the_models_own_modules_run(model):
