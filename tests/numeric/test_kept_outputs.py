@@ -5,6 +5,8 @@ On a CPU there are no graphs, but a prepared turn keeps its tensors all the same
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +105,13 @@ def test_every_prepared_size_makes_what_is_made_without_it(demo):
     draw(built, num_inference_steps=1)  # so that it knows a time and two prompts
     error, num_sizes = worst_bucket(built)
     assert num_sizes == 10 and error < 1e-5
+
+
+def test_buckets_that_take_too_long_to_capture_are_padded_to_larger_ones(demo):
+    built = engine(demo)
+    moments = itertools.count(step=25.0)
+    with torch.inference_mode():
+        built._denoiser.prepare(clock=lambda: next(moments))
+    assert sorted(bucket.num_rows for bucket in built._denoiser._prepared) == [6, 8], "the largest ones, in a minute"
+    draw(built, num_inference_steps=2)
+    assert built.num_graph_misses == 0

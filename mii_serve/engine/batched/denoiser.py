@@ -7,6 +7,7 @@ kernel and are counted. What a graph replays, `_run`, is the same code that runs
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ StepOutputs = tuple[torch.Tensor, torch.Tensor]
 
 MAX_KEPT_INPUTS = 64
 """Batch shapes without a bucket whose input tensors are kept."""
+
+MAX_CAPTURE_S = 60.0
+"""For the captures of all buckets together; the one that begins last may take longer."""
 
 NUM_RUNS_BEFORE_CAPTURE = 2
 """Libraries choose their kernels and allocate their workspace in the first calls."""
@@ -91,11 +95,17 @@ class Denoiser:
         if self._pools[latent_shape].is_empty and not any((one.height, one.width) == latent_shape for one in self._buckets):
             del self._pools[latent_shape]
 
-    def prepare(self) -> None:
-        """Capture every bucket. One that does not fit into memory is left out, and bounds the calls to come."""
+    def prepare(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Capture every bucket. One that does not fit into memory is left out, and bounds the calls to come.
+
+        After `MAX_CAPTURE_S` the rest is left out, and padded to the larger ones; the ranks of a group capture all.
+        """
+        start = clock()
         for bucket in self._buckets:
             if bucket in self._prepared or not self._has_room_for(bucket):
                 continue
+            if self._group is None and clock() - start > MAX_CAPTURE_S:
+                break
             if self._group is not None and not self._group.agree(self._fits(bucket, self._group)):
                 self._shrink(bucket.num_latent_pixels - 1)
                 continue
@@ -106,6 +116,14 @@ class Denoiser:
                 if self._group is not None:
                     raise EngineError(f"out of memory with {bucket}; use a smaller max_slots") from error
                 self._shrink(bucket.num_latent_pixels - 1)
+        if self._buckets:
+            num, seconds = len(self._prepared), clock() - start
+            logger.info("captured %d of %d buckets in %.1f s%s", num, len(self._buckets), seconds, self._memory_note())
+
+    def _memory_note(self) -> str:
+        if self._device.type != "cuda":
+            return ""
+        return f"; {torch.cuda.memory_reserved(self._device) / 2**20:.0f} MiB are reserved"
 
     def _fits(self, bucket: BatchShape, group: RankGroup) -> bool:
         """Whether this rank has memory for a call of this shape, tried without the others."""
