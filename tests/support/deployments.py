@@ -76,12 +76,17 @@ def start(
     stderr: int | IO[str] = subprocess.PIPE,
     max_files: int | None = None,
 ) -> subprocess.Popen[str]:
-    """Without a spare process, which would take a core from most tests and serve none, unless `env` asks for one."""
+    """Without a spare process, which would take a core from most tests and serve none, unless `env` asks for one.
+
+    The number of slots is given: to look for it takes seconds that the machine has not, and finds another one each time.
+    """
     ports = ("--grpc-port", "0", "--http-port", "0")
     command = [sys.executable, "-m", "mii_serve", "deploy", *arguments]
     if "--grpc-port" not in arguments:
         command += ports
     patient = {"MII_SERVE_REPLICA_WAIT_S": str(PATIENCE_S), "MII_SERVE_ENABLE_SPARE_PROCESS": "0"}
+    if not {"--config", "reference"} & set(arguments):
+        patient["MII_SERVE_MAX_SLOTS"] = "8"
     environment = {**os.environ, **patient, **(env or {})}
     if max_files is not None:
         command = ["sh", "-c", f'ulimit -n {max_files}; exec "$@"', "sh", *command]
