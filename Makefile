@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTO := mii_serve/proto/v1/image_generation.proto
 
-.PHONY: clients chromium peers demo test test-fast deployment-test check stubs goldens grade gpu-test gpu-bench gpu-tune clean
+.PHONY: clients chromium peers demo test test-fast deployment-test image-test check stubs goldens grade gpu-test gpu-bench gpu-tune clean
 
 # torch goes first and pinned, so that nothing else decides which build is taken. The registry's own build brings several gigabytes
 # of CUDA packages; on a machine without a GPU, TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu' avoids them.
@@ -58,7 +58,12 @@ test-fast: $(INSTALLED)
 	tools/install_deployment_tools.sh .deployment-tools $(PYTHON)
 
 deployment-test: $(INSTALLED) .deployment-tools/.installed
-	$(BIN)/python -m pytest -m "not gpu" tests/deployment
+	$(BIN)/python -m pytest -m "not gpu" tests/deployment --ignore tests/deployment/test_image.py
+
+# Builds the CPU image without a registry, and serves from it: ten minutes and more on two cores. Needs root.
+image-test: $(INSTALLED) .deployment-tools/.installed
+	tools/install_deployment_tools.sh .deployment-tools $(PYTHON) image
+	$(BIN)/python -m pytest tests/deployment/test_image.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
