@@ -23,14 +23,14 @@ if any("mii_serve.replica" in argument for argument in sys.orig_argv):
 
     def build_crashing(*arguments, **named):
         engine = build(*arguments, **named)
-        run = engine.run
+        launch = engine.launch
 
-        def run_or_crash(plan):
+        def launch_or_crash(plan):
             if any(sample.params.prompt == {POISON!r} for sample in plan.joins):
                 os.kill(os.getpid(), signal.SIGSEGV)
-            return run(plan)
+            return launch(plan)
 
-        engine.run = run_or_crash
+        engine.launch = launch_or_crash
         return engine
 
     local.build_warm_engine = build_crashing
