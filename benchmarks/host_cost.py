@@ -45,7 +45,7 @@ SIDE_PX, NUM_STEPS, SCHEDULER = 64, 900, "ddim"
 NUM_WARM_UP_TURNS = 30
 
 
-class Nobody:
+class Unread:
     """Reads no events."""
 
     def put(self, entry: Event | Exception) -> None:
@@ -89,7 +89,7 @@ async def turns_of(engine: BatchedEngine, thread: ThreadPoolExecutor, num_turns:
     )
     params = engine.capabilities.resolve(asked, fallback_seed=0)
     for index in range(engine.capacity.max_slots):
-        await loop.submit(f"r{index}", ResolvedRequest(params=params, output=OutputOptions()), Nobody())
+        await loop.submit(f"r{index}", ResolvedRequest(params=params, output=OutputOptions()), Unread())
 
     async def reach(count: int) -> tuple[int, float]:
         while loop.activity().num_turns < count:

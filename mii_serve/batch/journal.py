@@ -151,7 +151,7 @@ class Journal:
 
     @classmethod
     def to_read(cls, path: Path) -> Journal:
-        """The journal of a job that nobody works on; it cannot be written to, and any number may read it."""
+        """The journal of a job that no process works on; it cannot be written to, and any number may read it."""
         journal = cls.__new__(cls)
         journal._path, journal._seq = path, 0
         uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"

@@ -51,15 +51,19 @@ class LocalGenerator:
                 while (event := runner.run(_next(events))) is not None:
                     yield event
             finally:
-                runner.run(_stop(events, turns))
+                runner.run(_stop(replica, events, turns))
 
 
 async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
     return await anext(events, None)
 
 
-async def _stop(events: AsyncGenerator[Event, None], turns: asyncio.Task[None]) -> None:
+async def _stop(replica: ReplicaLoop, events: AsyncGenerator[Event, None], turns: asyncio.Task[None]) -> None:
+    """The engine outlives the loop: it is to keep no sample of a request that is not read to its end."""
     await events.aclose()
+    idle = asyncio.create_task(replica.until_idle())
+    await asyncio.wait((idle, turns), return_when=asyncio.FIRST_COMPLETED)
+    idle.cancel()
     turns.cancel()
     with contextlib.suppress(asyncio.CancelledError, EngineError):
         await turns

@@ -111,7 +111,7 @@ class ReplicaLoop:
         is_fallback, num_ranks = bool(described.note), described.num_ranks
         self.metrics.engine(described.engine, described.dtype, is_fallback=is_fallback, num_ranks=num_ranks)
         self._generations: dict[str, _Generation] = {}
-        self._wake = asyncio.Event()
+        self._wake, self._idle = asyncio.Event(), asyncio.Event()
         self._turns = Turns(engine, self._wake_from_thread)
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._planned: deque[tuple[LatentShape, int]] = deque()
@@ -215,6 +215,7 @@ class ReplicaLoop:
     def _end(self, generation: _Generation) -> None:
         del self._generations[generation.request.id]
         self._scheduler.drop(generation.request.id)
+        self._idle.clear()
         self._wake.set()
 
     def _fail(self, generation: _Generation, error: MiiServeError) -> None:
@@ -239,7 +240,9 @@ class ReplicaLoop:
                     for sample in plan.joins:
                         self._report_start(sample.id)
                 elif self._turns.is_idle:
+                    self._idle.set()
                     await self._wake.wait()
+                    self._idle.clear()
                     continue
                 for result in await loop.run_in_executor(self._engine_thread, self._turns.step, plan):
                     self._take_in(result)
@@ -251,6 +254,10 @@ class ReplicaLoop:
         finally:
             self._fail_all(UnavailableError("the replica is stopping"))
             self._encoders.shutdown(wait=True)
+
+    async def until_idle(self) -> None:
+        """Wait until there is nothing to do: the engine has forgotten the samples of every request that has ended."""
+        await self._idle.wait()
 
     def _wake_from_thread(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed

@@ -31,7 +31,7 @@ class BatchWork:
         """`share` is the part of all work that batch requests get on a busy server, from 0 to below 1."""
         self.queue = SampleQueue()
         self.parked = Groups()
-        """Running samples that give way, also while nobody is there to give way to."""
+        """Running samples that give way, also while there is no other to give way to."""
         self.num_restarted = 0
         """How often a sample has left its slot to another one, to begin again later."""
         self._earned_per_work = share / (1 - share)

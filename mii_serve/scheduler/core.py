@@ -234,7 +234,7 @@ class Scheduler:
         """The group that has waited longest of those whose turn it may be, the batch samples that fill its padding, and the
         work by which the turn is measured."""
         if not self._has_others:
-            return self._batch_group(), [], 0  # how long a turn takes is measured where somebody waits for it
+            return self._batch_group(), [], 0  # how long a turn takes is measured where a caller waits for it
         if (key := self._groups.first_key) is None:
             return [], [], 0
         self._groups.had_turn(key)
@@ -246,7 +246,7 @@ class Scheduler:
     def _batch_group(self) -> list[RunningSample]:
         """What batch samples do while no others run. They make their last call only in the turn in which their pictures are
         given to the decoder, and do not fill it, so that none holds up the pictures of others."""
-        for running in self._groups.all():  # nobody is there to give way to
+        for running in self._groups.all():  # there is no other to give way to
             running.is_paid = False
             self._groups.remove(running)
             self.batch.parked.add(running)

@@ -1,4 +1,4 @@
-"""Decodes pictures beside the turns, so that nobody's next step waits for more than one batch of them.
+"""Decodes pictures beside the turns, so that no sample's next step waits for more than one batch of them.
 
 On CUDA a thread with a stream of its own decodes, while the turns go on on theirs. On a CPU the same cores compute both, and a
 second thread that computes would halve the speed of either (see `Engine`): there the parts that compute run in the engine's

@@ -133,7 +133,7 @@ def test_a_full_disk_stops_the_job_and_with_room_it_goes_on(tmp_path: Path, serv
         if "first" in done.stdout:
             break
     else:
-        pytest.skip("this machine lets nobody mount a small disk")
+        pytest.skip("a small disk cannot be mounted on this machine")
     assert "first 4" in done.stdout and "second 0" in done.stdout, (done.stdout, done.stderr)
     assert f"the disk is full at {out}; " in done.stderr
     assert "rows are left; run the same command again to go on" in done.stderr

@@ -211,7 +211,7 @@ def test_a_servers_description_survives_the_wire():
         default_scheduler_options={"a": "1"},
     ).with_replicas(
         [
-            ReplicaInfo(index=0, is_ready=True, num_restarts=0, activity=one),
+            ReplicaInfo(index=0, is_ready=True, num_restarts=0, activity=one, devices=("cpu, 1 thread", "cpu, 2 threads")),
             ReplicaInfo(index=1, is_ready=False, num_restarts=2, activity=None),
             ReplicaInfo(index=2, is_ready=True, num_restarts=0, activity=most),
         ]
