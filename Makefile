@@ -35,6 +35,14 @@ CLIENTS := $(patsubst tests/clients/%.txt,.clients/%/.installed,$(wildcard tests
 	DS_BUILD_OPS=0 .clients/mii/bin/pip install -q --no-deps --no-build-isolation -r $<
 	touch $@
 
+# A model that was exported for MLflow computes with torch: this environment borrows ours, too, and installs what is not there.
+.clients/mlflow/.installed: tests/clients/mlflow.txt $(INSTALLED)
+	test -x .clients/mlflow/bin/python || $(BIN)/python -m venv .clients/mlflow
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.clients/mlflow/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
+	.clients/mlflow/bin/pip install -q -r $<
+	touch $@
+
 clients: $(CLIENTS)
 
 demo: $(INSTALLED)
