@@ -65,7 +65,7 @@ test-fast: $(INSTALLED)
 .deployment-tools/.installed: tools/install_deployment_tools.sh
 	tools/install_deployment_tools.sh .deployment-tools $(PYTHON)
 
-deployment-test: $(INSTALLED) .deployment-tools/.installed
+deployment-test: $(INSTALLED) .deployment-tools/.installed .clients/azureml/.installed .clients/mlflow/.installed
 	$(BIN)/python -m pytest -m "not gpu" tests/deployment --ignore tests/deployment/test_image.py
 
 # Builds the CPU image without a registry, and serves from it: ten minutes and more on two cores. Needs root.
