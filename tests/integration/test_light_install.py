@@ -77,6 +77,7 @@ COMMANDS = (
     "config show",
     "deploy",
     "doctor",
+    "export-mlflow",
     "generate",
     "status",
     "verify",
@@ -189,6 +190,7 @@ for argv in sys.argv[1:]:
             ("verify", "server"),
             ("config show", "server"),
             ("config schema", "server"),
+            ("export-mlflow demo exported", "mlflow"),
         ],
     )
     async def test_every_other_command_names_the_extra_it_needs(self, tmp_path, command, extra):
