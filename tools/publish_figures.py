@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -210,20 +211,15 @@ def peers() -> str:
 
 
 def _peer(name: str, mix: str, result: dict[str, Any]) -> list[object]:
-    rows = {row.get("load"): row for row in result["rows"] if row["system"] == name and row.get("mix", mix) == mix}
-    able = rows.get("capacity")
-    if able is None:
-        return [
-            name.replace("_", " "),
-            "not measured: " + rows.get(None, {"skipped": "no time left"})["skipped"][:120],
-            "",
-            "",
-            "",
-            "",
-        ]
-    low, high = able["intervals"].get("requests_per_s", (None, None))
-    spread = "" if low is None or "unlocked" in name else f" ({low:.1f}-{high:.1f})"
-    cells = [name.replace("_", " "), f"{able['requests_per_s']:.1f}{spread}"]
+    of_mix = [row for row in result["rows"] if row["system"] == name and row.get("mix", mix) == mix]
+    able = [row for row in of_mix if row.get("load") == "capacity" and "skipped" not in row]
+    if not able:
+        why = next((row["skipped"] for row in of_mix if "skipped" in row), "no time left")
+        return [name.replace("_", " "), f"not measured: {why[:120]}", "", "", "", ""]
+    rows = {row.get("load"): row for row in of_mix}
+    bounds = [bound for row in able for bound in row["intervals"].get("requests_per_s", ()) if bound is not None]
+    spread = f" ({min(bounds):.1f}-{max(bounds):.1f})" if bounds and "unlocked" not in name else ""
+    cells = [name.replace("_", " "), f"{mean([row['requests_per_s'] for row in able]):.1f}{spread}"]
     for load in PEER_LOADS:
         row = rows.get(load)
         if row is None or "skipped" in row:
@@ -232,7 +228,7 @@ def _peer(name: str, mix: str, result: dict[str, Any]) -> list[object]:
         times = row["total_s"]
         said = "none" if times is None else f"{times['p50']:.2f}, {times['p95']:.2f}"
         cells.append(f"{100 * row['goodput']['share']:.0f} %, {said}")
-    checks = [row["check"] for row in rows.values() if "check" in row]
+    checks = [row["check"] for row in of_mix if "check" in row]
     wrong, num = sum(one["num_wrong"] for one in checks), sum(one["num_checked"] for one in checks)
     return [*cells, f"**{wrong} of {num} wrong**" if wrong else f"{num} checked, right"]
 
