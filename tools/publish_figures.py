@@ -191,6 +191,24 @@ def _engines(result: dict[str, Any]) -> str:
     return f"{about}:\n\n{markdown(header, cells)}"
 
 
+def engines_in_turn() -> str:
+    file = RESULTS / "engines-in-turn-demo.json"
+    if not file.exists():
+        return NOT_YET
+    result = json.loads(file.read_text())
+    cells = []
+    for row in result["rows"]:
+        times = [f"{seconds:.3f} ({row['min_s'][name]:.3f})" for name, seconds in row["median_s"].items()]
+        ratio = row["ratio"]
+        cells.append([row["num_images"], *times, f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"])
+    header = ["images at once", *(f"{name.replace('_', ' ')}, s (least)" for name in result["rows"][0]["median_s"]), "ratio"]
+    about = (
+        f"{result['num_inference_steps']} steps, medians of {result['rounds']} rounds, {result['device']}, load average "
+        f"{result['load_average'][0]:.1f} before, commit {str(result['commit'])[:12]}"
+    )
+    return f"{about}:\n\n{markdown(header, cells)}"
+
+
 def peers() -> str:
     file = RESULTS / "peers-demo.json"
     if not file.exists():
@@ -430,6 +448,7 @@ TABLES: dict[str, Callable[[], str]] = {
         front,
         overload,
         engines,
+        engines_in_turn,
         peers,
         threads,
         start,

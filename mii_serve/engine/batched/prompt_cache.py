@@ -19,8 +19,8 @@ from mii_serve.engine.truncation import dropped_text
 from mii_serve.engine.upload import upload
 
 CPU_TEXTS, CUDA_TEXTS = 1, 4
-"""Texts in a batch; smaller batches are padded to it. A guided sample brings one or two new texts, and on a CPU padding costs as
-much as texts do."""
+"""Texts in a batch; smaller batches are padded to it. A guided sample brings one or two new texts, and on a CPU
+padding is not free."""
 
 NUM_SPARE_ROWS = 32
 """Prompts kept beyond those in use; 4 MB each for v1-4 in half precision."""
