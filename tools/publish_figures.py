@@ -142,6 +142,9 @@ def overload() -> str:
         ["accepted and not in time", result["accepted_but_late"]],
         ["front, MiB, at the start and the end", ", ".join(str(result["memory_mib"][i]["front"]) for i in (0, -1))],
     ]
+    for phase, busy in result.get("cores_busy", {}).items():
+        what = f"cores busy {phase.replace('_', ' ')}: callers, front, replica"
+        cells.append([what, ", ".join(f"{busy[name]:.2f}" for name in ("callers", "front", "replicas"))])
     about = f"{result['seconds']:g} s, deadline {result['timeout']:g} s, queue of at most {result['max_waiting_s']:g} s"
     return f"The built-in model on {result['cores']} cores, {about}:\n\n{markdown(['', ''], cells)}"
 
