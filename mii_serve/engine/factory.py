@@ -21,7 +21,7 @@ from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.batched.buckets import BatchShape
 from mii_serve.engine.batched.engine import MAX_SLOTS
 from mii_serve.engine.kernels import KernelSet
-from mii_serve.engine.kernels.fused.install import native_kernels
+from mii_serve.engine.kernels.fused.install import Installed, native_kernels
 from mii_serve.engine.kernels.native import why_unsupported
 from mii_serve.engine.kernels.rows import RowParallelKernels
 from mii_serve.engine.kernels.sharded import ShardedKernels
@@ -116,10 +116,7 @@ def native_engine(
 ) -> BatchedEngine:
     """The batched engine with our own kernels. `why_unsupported` returns None for the model's UNet; see `BatchedEngine`."""
     installed = native_kernels(model, max_slots=max_slots or MAX_SLOTS)
-    kernels = _on_ranks(installed.kernels, group)
-    engine = BatchedEngine(model, kernels, max_slots=max_slots, buckets=buckets, note=note, group=group)
-    engine.description = replace(engine.description, kernels=installed.about)
-    return engine
+    return _batched(model, installed, max_slots=max_slots, buckets=buckets, note=note, group=group)
 
 
 def sharded_engine(model: LoadedModel, group: RankGroup, *, max_slots: int | None = None) -> BatchedEngine:
@@ -148,8 +145,23 @@ def deepspeed_engine(
     """
     from mii_serve.engine.kernels.deepspeed import install_kernels
 
-    kernels = _on_ranks(install_kernels(model, max_slots=max_slots or MAX_SLOTS), group)
-    return BatchedEngine(model, kernels, max_slots=max_slots, buckets=buckets, group=group)
+    installed = install_kernels(model, max_slots=max_slots or MAX_SLOTS)
+    return _batched(model, installed, max_slots=max_slots, buckets=buckets, group=group)
+
+
+def _batched(
+    model: LoadedModel,
+    installed: Installed,
+    *,
+    max_slots: int | None,
+    buckets: Sequence[BatchShape] | None = None,
+    note: str = "",
+    group: RankGroup | None,
+) -> BatchedEngine:
+    kernels = _on_ranks(installed.kernels, group)
+    engine = BatchedEngine(model, kernels, max_slots=max_slots, buckets=buckets, note=note, group=group)
+    engine.description = replace(engine.description, kernels=installed.about)
+    return engine
 
 
 def _on_ranks(kernels: KernelSet, group: RankGroup | None) -> KernelSet:

@@ -113,11 +113,23 @@ class FusedPass:
         )  # fmt: skip
         assert total is not None
         tokens = linear(tokens_of(normed), transformer.proj_in.weight.flatten(1), transformer.proj_in.bias)
+        tokens, total = self._blocks(transformer, merged, tokens, total, skips)
+        tokens_of(total).addmm_(tokens, transformer.proj_out.weight.flatten(1).t())
+        return Image(total)
+
+    def _blocks(
+        self,
+        transformer: Transformer2DModel,
+        merged: MergedTransformer,
+        tokens: torch.Tensor,
+        total: torch.Tensor,
+        skips: list[Image],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the transformer's blocks make of the tokens; `total`, to which it is added, has one entry per row afterwards."""
         num_tokens = total.shape[2] * total.shape[3]
         for block, of_block in zip(transformer.transformer_blocks, merged.blocks, strict=True):
             tokens, total = self._block(block, of_block, tokens, total, num_tokens, skips)
-        tokens_of(total).addmm_(tokens, transformer.proj_out.weight.flatten(1).t())
-        return Image(total)
+        return tokens, total
 
     def _block(
         self,
@@ -136,7 +148,7 @@ class FusedPass:
         tokens.addmm_(attended.view(len(tokens), -1), own.to_out[0].weight.t())
         query = linear(operations.layer_norm(tokens, block.norm2, merged.biases[1]), cross.to_q.weight)
         if self.sample_of_row is not None:
-            tokens, query, total = self._expand_to_rows(tokens, query, total, skips)
+            total, tokens, query = self._expand_to_rows(total, skips, tokens, query)
         query, keys, values = (
             one.unflatten(-1, (cross.heads, -1))
             for one in (
@@ -152,9 +164,7 @@ class FusedPass:
         tokens.addmm_(operations.linear_geglu(normed, widened.weight, widened.bias), block.ff.net[2].weight.t())
         return tokens, total
 
-    def _expand_to_rows(
-        self, tokens: torch.Tensor, query: torch.Tensor, total: torch.Tensor, skips: list[Image]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _expand_to_rows(self, total: torch.Tensor, skips: list[Image], *tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The activations with one entry per row instead of one per sample; so is all that comes after."""
         rows, self.sample_of_row = self.sample_of_row, None
         assert rows is not None
@@ -167,11 +177,16 @@ class FusedPass:
         for skip in skips:
             value = skip.value()
             skip.image = skip.total = image_of(taken(tokens_of(value)), value)
-        return taken(tokens), taken(query), image_of(taken(tokens_of(total)), total)
+        return image_of(taken(tokens_of(total)), total), *map(taken, tokens)
 
 
 class FusedKernels(NativeKernels):
-    """Implements `mii_serve.engine.kernels.KernelSet`. It takes the UNet's attention weights into one tensor for each block."""
+    """Implements `mii_serve.engine.kernels.KernelSet`. It takes the UNet's attention weights into one tensor for each block.
+
+    A subclass may compute the blocks of the transformers in another way (`fused_pass`, `_merge`).
+    """
+
+    fused_pass: type[FusedPass] = FusedPass
 
     def __init__(
         self,
@@ -185,7 +200,7 @@ class FusedKernels(NativeKernels):
         super().__init__(unet, max_latent_pixels_per_call=max_latent_pixels_per_call)
         self.operations = operations
         self.sampler = sampler or TorchSampler()
-        self._transformers = {module: _merged(module) for module in unet.modules() if isinstance(module, Transformer2DModel)}
+        self._transformers = {one: self._merge(one) for one in unet.modules() if isinstance(one, Transformer2DModel)}
         self._first_biases = torch.cat([resnet.conv1.bias for resnet in self._resnets])
         self._end_biases = {resnet: end_bias(resnet) for resnet in self._resnets}
 
@@ -201,7 +216,24 @@ class FusedKernels(NativeKernels):
         sample_of_row: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `KernelSet`."""
-        return FusedPass(self, timestep_embeds, prompts, sample_of_row).run(self._unet, model_input, self._halvings)
+        return self.fused_pass(self, timestep_embeds, prompts, sample_of_row).run(self._unet, model_input, self._halvings)
+
+    def _merge(self, transformer: Transformer2DModel) -> MergedTransformer:
+        blocks: list[MergedBlock] = []
+        bias: torch.Tensor | None = None
+        for block in transformer.transformer_blocks:
+            own, cross = block.attn1, block.attn2
+            weights = torch.cat((own.to_q.weight, own.to_k.weight, own.to_v.weight))
+            for layer, part in zip((own.to_q, own.to_k, own.to_v), weights.chunk(3), strict=True):
+                layer.weight = nn.Parameter(part, requires_grad=False)  # the same memory, not twice
+            first = bias
+            second = _added(first, own.to_out[0].bias)
+            third = _added(second, cross.to_out[0].bias)
+            bias = _added(third, block.ff.net[2].bias)
+            blocks.append(MergedBlock(weights, (first, second, third)))
+        out = transformer.proj_out
+        assert bias is not None
+        return MergedTransformer(tuple(blocks), out.weight.flatten(1).float() @ bias + out.bias.float())
 
     def merged(self, transformer: Transformer2DModel) -> MergedTransformer:
         return self._transformers[transformer]
@@ -285,24 +317,6 @@ def has_plain_shortcut(resnet: ResnetBlock2D) -> bool:
     """A linear layer of the channels, or none."""
     layer = resnet.conv_shortcut
     return layer is None or (layer.kernel_size == (1, 1) and layer.bias is not None)
-
-
-def _merged(transformer: Transformer2DModel) -> MergedTransformer:
-    blocks: list[MergedBlock] = []
-    bias: torch.Tensor | None = None
-    for block in transformer.transformer_blocks:
-        own, cross = block.attn1, block.attn2
-        weights = torch.cat((own.to_q.weight, own.to_k.weight, own.to_v.weight))
-        for layer, part in zip((own.to_q, own.to_k, own.to_v), weights.chunk(3), strict=True):
-            layer.weight = nn.Parameter(part, requires_grad=False)  # the same memory, not twice
-        first = bias
-        second = _added(first, own.to_out[0].bias)
-        third = _added(second, cross.to_out[0].bias)
-        bias = _added(third, block.ff.net[2].bias)
-        blocks.append(MergedBlock(weights, (first, second, third)))
-    out = transformer.proj_out
-    assert bias is not None
-    return MergedTransformer(tuple(blocks), out.weight.flatten(1).float() @ bias + out.bias.float())
 
 
 def _added(bias: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
