@@ -254,6 +254,7 @@ class TestWithoutThePrecautions:
     def test_the_workspace_would_be_taken_again_in_a_call(self, pair, operations):
         injected_attentions(pair[1]._unet)[0].config.layer_id = 0
         operations.calls.clear()
+        operations.free_bytes = 600 << 20  # it would take all there is
         workspace = operations.workspace
         error(*pair)
         assert operations.calls["allocate_workspace"] == 1 and operations.workspace is not workspace
