@@ -5,6 +5,7 @@ A turn is what `Denoiser.step` launches for guided samples: inputs, UNet call, g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.kernels.deepspeed import DeepSpeedKernels, FusedDeepSpeedKernels
 from mii_serve.engine.kernels.deepspeed.injection import inject
 from mii_serve.engine.kernels.fused.forward import FusedKernels
+from mii_serve.engine.kernels.fused.operations import Operations
 from mii_serve.engine.kernels.fused.sampler import FusedSampler
 from mii_serve.engine.kernels.fused.triton_operations import Launch, TritonOperations
 from mii_serve.engine.kernels.fused.vae import FusedDecoder
@@ -123,12 +125,12 @@ def diffusers_decode() -> Record:
         return _decode(fake_cuda.vae(fake), trace)
 
 
-def native_decode(also: Launch | None = None) -> Record:
+def native_decode(also: Launch | None = None, operations: Callable[[Launch], Operations] = TritonOperations) -> Record:
     """One picture by the VAE with all fused kernels, of which `also` gets the launches."""
     with fake_cuda.fake_cuda() as fake, Trace() as trace:
         vae = fake_cuda.vae(fake)
         vae.to(memory_format=torch.channels_last)
-        vae.decoder = FusedDecoder(vae.decoder, TritonOperations(launcher(trace, also)))
+        vae.decoder = FusedDecoder(vae.decoder, operations(launcher(trace, also)))
         return _decode(vae, trace)
 
 

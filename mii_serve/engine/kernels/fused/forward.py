@@ -20,10 +20,11 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.functional import conv2d, interpolate, linear, pad
 
-from mii_serve.engine.kernels.fused.operations import Operations, image_of, in_channels_last, summed, tokens_of
+from mii_serve.engine.kernels.fused.operations import Operations, Upsampling, image_of, in_channels_last, summed, tokens_of
 from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
 
@@ -98,7 +99,7 @@ class FusedPass:
                     larger = interpolate(hidden.value(), size=skips[-1].image.shape[-2:], mode="nearest")
                     hidden = convolved(upsampler.conv, larger)
                 else:
-                    hidden = convolved(upsampler.conv, upsampled(self.kernels.operations, hidden))
+                    hidden = upsampled(self.kernels.operations, self.kernels.upsampling_of(upsampler), upsampler, hidden)
         normed, _ = normalized(self.kernels.operations, hidden, unet.conv_norm_out, is_silu=True)
         return unet.conv_out(normed)
 
@@ -203,6 +204,8 @@ class FusedKernels(NativeKernels):
         self._transformers = {one: self._merge(one) for one in unet.modules() if isinstance(one, Transformer2DModel)}
         self._first_biases = torch.cat([resnet.conv1.bias for resnet in self._resnets])
         self._end_biases = {resnet: end_bias(resnet) for resnet in self._resnets}
+        upsamplers = (one for one in unet.modules() if isinstance(one, Upsample2D))
+        self._upsamplings = {one: Upsampling(one.conv.weight) for one in upsamplers}
 
     def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
         """See `KernelSet`: with the bias of the convolution before it."""
@@ -237,6 +240,9 @@ class FusedKernels(NativeKernels):
 
     def merged(self, transformer: Transformer2DModel) -> MergedTransformer:
         return self._transformers[transformer]
+
+    def upsampling_of(self, upsampler: Upsample2D) -> Upsampling:
+        return self._upsamplings[upsampler]
 
     def end_bias_of(self, resnet: ResnetBlock2D) -> torch.Tensor:
         return self._end_biases[resnet]
@@ -293,11 +299,11 @@ def convolved(layer: nn.Conv2d, image: torch.Tensor) -> Image:
     return Image(in_channels_last(made), layer.bias)
 
 
-def upsampled(operations: Operations, hidden: Image) -> torch.Tensor:
-    """An image twice as high and wide, whatever is still to be added to it."""
+def upsampled(operations: Operations, layer: Upsampling, upsampler: Upsample2D, hidden: Image) -> Image:
+    """An image twice as high and wide, whatever is still to be added to it, and convolved."""
     if hidden.total is not None:
-        return operations.upsample(hidden.total)
-    return operations.upsample(hidden.image, hidden.bias, hidden.residual)
+        return Image(operations.upsample(hidden.total, layer), upsampler.conv.bias)
+    return Image(operations.upsample(hidden.image, layer, hidden.bias, hidden.residual), upsampler.conv.bias)
 
 
 def why_not_fusible(unet: Any) -> str | None:
@@ -310,7 +316,18 @@ def why_not_fusible(unet: Any) -> str | None:
                 return f"a feed-forward part of type {type(module.ff.net[0]).__name__}"
         if isinstance(module, ResnetBlock2D) and not has_plain_shortcut(module):
             return "a shortcut that is no linear layer of the channels"
+        if isinstance(module, Upsample2D) and not is_plain_upsampler(module):
+            return "an upsampling that is not a plain one"
     return None
+
+
+def is_plain_upsampler(upsampler: Upsample2D) -> bool:
+    """Each pixel four times, then a convolution of 3 × 3."""
+    layer = upsampler.conv
+    is_usual = upsampler.norm is None and not upsampler.use_conv_transpose and upsampler.interpolate
+    return (
+        is_usual and type(layer) is nn.Conv2d and (layer.kernel_size, layer.padding, layer.stride) == ((3, 3), (1, 1), (1, 1))
+    )
 
 
 def has_plain_shortcut(resnet: ResnetBlock2D) -> bool:

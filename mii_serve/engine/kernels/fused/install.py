@@ -115,7 +115,7 @@ def this_device(device: torch.device) -> Device:
     import triton
 
     from mii_serve.engine.kernels.fused.sampler import FusedSampler
-    from mii_serve.engine.kernels.fused.triton_operations import TritonAfterLinear, TritonOperations
+    from mii_serve.engine.kernels.fused.triton_operations import TritonAfterLinear, TritonBeforeConvolution, TritonOperations
 
     seen = torch.cuda.get_device_properties(device)
     if (seen.major, seen.minor) < MIN_COMPUTE_CAPABILITY:
@@ -128,7 +128,11 @@ def this_device(device: torch.device) -> Device:
         "triton": triton.__version__,
         "kernels": source_digest(),
     }
-    ways = {"triton": TritonOperations(), "linear, then triton": TritonAfterLinear()}
+    ways = {
+        "triton": TritonOperations(),
+        "linear, then triton": TritonAfterLinear(),
+        "triton, then convolution": TritonBeforeConvolution(),
+    }
     return Device(about=about, ways=ways, samplers={"triton": FusedSampler()}, time_ms=time_ms)
 
 
