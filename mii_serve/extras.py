@@ -30,6 +30,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "otel": ("opentelemetry",),
     "parquet": ("pyarrow",),
     "ray": ("ray",),
+    "mlflow": ("mlflow", "pandas"),
 }
 """Top-level modules by extra, small extras first. Every extra but `bench` and `parquet` brings what `server` brings, too."""
 

@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
             "make the images of a file of prompts; goes on where it stopped",
             _BATCH_MORE,
         ),
+        ("export-mlflow", "MODEL DIR", _add_export_flags, "write a model as an MLflow model, without pickle", _EXPORT_MORE),
         ("config", "show|schema", _add_config_flags, "show the settings of a server and where they come from", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, model and load", ""),
         ("verify", "[MODEL]", _add_verify_flags, "compare an engine with the FP32 reference, stage by stage", _VERIFY_MORE),
@@ -269,6 +270,18 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     _add_tls_flags(parser)
 
 
+_EXPORT_MORE = """
+
+DIR gets the model's files, the code that makes its images and a signature with the column prompt and all parameters.
+mlflow.pyfunc.load_model loads it; mlflow models predict and mlflow models serve run it. Settings of the loaded model are
+environment variables (MII_SERVE_ENGINE, CONTENT_SAFETY_ENDPOINT, ...). mii_serve deploy takes DIR, too."""
+
+
+def _add_export_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, diffusers folder, or demo")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="folder to write; new or empty")
+
+
 def _add_status_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--target", default=DEFAULT_TARGET, metavar="HOST:PORT", help=f"the server, default {DEFAULT_TARGET}")
@@ -325,6 +338,8 @@ def _needed_extra(command: str, values: dict[str, Any]) -> str | None:
             return "server"
         case "generate":
             return "server" if values["target"] is None else None
+        case "export-mlflow":
+            return "mlflow"
         case "batch":
             return "server" if values["target"] is None and not values["only_check"] else None
         case _:
@@ -396,6 +411,12 @@ def _status(values: dict[str, Any]) -> int:
     return run(_connection(values), timeout=values["timeout"], is_json=values["json"])
 
 
+def _export_mlflow(values: dict[str, Any]) -> int:
+    from mii_serve.cli.export_mlflow import run
+
+    return run(values["model"], values["directory"])
+
+
 def _verify(values: dict[str, Any]) -> int:
     from mii_serve.cli.verify import run
 
@@ -425,6 +446,7 @@ _COMMANDS = {
     "config": _config,
     "deploy": _deploy,
     "doctor": _doctor,
+    "export-mlflow": _export_mlflow,
     "generate": _generate,
     "status": _status,
     "verify": _verify,

@@ -20,6 +20,7 @@ MODULE_OF = {
     "opentelemetry-exporter-otlp-proto-grpc": "opentelemetry",
     "opentelemetry-sdk": "opentelemetry",
     "grpcio-reflection": "grpc_reflection",
+    "mlflow-skinny": "mlflow",
     "pyyaml": "yaml",
 }
 """Where a distribution's module has another name than the distribution."""
