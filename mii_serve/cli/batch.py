@@ -21,12 +21,14 @@ from mii_serve.batch.inputs import STDIN
 from mii_serve.batch.job import Job, only_check, open_job
 from mii_serve.batch.journal import Counts, Journal
 from mii_serve.batch.output import JOURNAL, OutputFolder
+from mii_serve.batch.report import IndexFormat
 from mii_serve.batch.runner import End, Ending, JobRunner, Watch
 from mii_serve.batch.settings import JobSettings
 from mii_serve.cli.connection import Connection
 from mii_serve.cli.exits import ExitCode, say
 from mii_serve.cli.own_server import own_server
 from mii_serve.errors import InvalidRequestError, UnavailableError
+from mii_serve.extras import require
 from mii_serve.types import Capabilities, GenerationDefaults, Limits, ServerInfo
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class BatchFlags:
     retry_failed: bool
     only_check: bool
     is_json: bool
+    restart: bool = False
+    index: IndexFormat = "jsonl"
 
 
 def run(flags: BatchFlags, settings: JobSettings, connection: Connection | None, own: Mapping[str, Any]) -> int:
@@ -62,6 +66,8 @@ def run(flags: BatchFlags, settings: JobSettings, connection: Connection | None,
         InvalidRequestError: the input, the output folder or an option cannot be used.
         ConfigError: the job cannot be taken up like this.
     """
+    if flags.index == "parquet":
+        require("parquet")
     if flags.only_check:
         check_own(connection, own)
         return _only_check(flags, settings, connection)
@@ -84,6 +90,7 @@ def make_pictures(flags: BatchFlags, folder: Path, settings: JobSettings, target
         info,
         max_errors=flags.max_errors,
         retry_failed=flags.retry_failed,
+        restart=flags.restart,
         on_progress=lambda count: say(f"checked {count} rows"),
     ) as job:
         return _work(flags, job, target, info)
@@ -156,7 +163,7 @@ def _work(flags: BatchFlags, job: Job, connection: Connection, info: ServerInfo)
         )
         end = asyncio.run(_run(runner, connection)) if before.num_open else End(Ending.COMPLETE)
     try:
-        job.finish(end)
+        job.finish(end, flags.index)
     except (OSError, sqlite3.Error):
         if end.ending is Ending.COMPLETE:
             raise

@@ -255,6 +255,8 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-in-flight", type=int, metavar="N", help="requests at once, default twice the server's slots")
     add("--max-stall", type=float, default=600.0, metavar="SECONDS", help="stop if nothing was made for so long, default 600")
     add("--retry-failed", action="store_true", help="try the rows that failed again")
+    add("--restart", action="store_true", help="delete the job of this folder with its images and start from the first row")
+    add("--index", choices=("jsonl", "parquet"), default="jsonl", help="format of the index, default jsonl")
     add("--only-check", action="store_true", help="check the input and make nothing; exit code 2 if rows are wrong")
     add("--json", action="store_true", help="print one JSON object at the end, and no progress")
     _add_job_flags(parser, ("prompt", "seed"))
@@ -392,6 +394,8 @@ def _batch(values: dict[str, Any]) -> int:
         retry_failed=values["retry_failed"],
         only_check=values["only_check"],
         is_json=values["json"],
+        restart=values["restart"],
+        index=values["index"],
     )
     defaults = {name: values[name] for name in DEFAULT_NAMES if values[name] is not None}
     settings = JobSettings(
