@@ -113,6 +113,28 @@ def batch_job() -> str:
     return markdown(["", result["device"]], cells)
 
 
+def evaluate() -> str:
+    result = read("evaluate-demo.json")
+    names = ("right", "fd_safety_clip", "flagged")
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        found = row["estimates"][name]
+        value, low, high = (
+            f"{found[key]:.0f}" if found["value"] > 1 else f"{found[key]:.2f}" for key in ("value", "low", "high")
+        )
+        return f"{value} ({low} to {high})"
+
+    rows = [[f"{row['guidance_scale']:g}", *(cell(row, name) for name in names)] for row in result["rows"]]
+    distance = next(metric for metric in result["metrics"] if metric["name"] == "fd_safety_clip")
+    asked, bias = result["settings"], result["rows"][0]["estimates"]["fd_safety_clip"]["bias"]
+    return (
+        f"{result['num_prompts']} prompts, {asked['scheduler']}, {asked['num_inference_steps']} steps; {result['engine']}, "
+        f"{result['dtype']}, {result['device']}; {result['num_reference']} reference pictures:\n\n"
+        f"{markdown(['guidance scale', *names], rows)}\nSo few pictures make each distance too large by about {bias:.0f}. Two "
+        f"halves of the reference, {distance['floor_pictures']} pictures each, are {distance['floor']:.0f} apart.\n"
+    )
+
+
 def front() -> str:
     result = read("front-cost.json")
     requests, steps = result["requests"], result["steps"]
@@ -448,6 +470,7 @@ TABLES: dict[str, Callable[[], str]] = {
         host_cost,
         batch,
         batch_job,
+        evaluate,
         front,
         overload,
         engines,

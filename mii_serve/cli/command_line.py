@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_serve import __version__
-from mii_serve.cli import bench_flags
+from mii_serve.cli import bench_flags, evaluate_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
             _BATCH_MORE,
         ),
         ("export-mlflow", "MODEL DIR", _add_export_flags, "write a model as an MLflow model, without pickle", _EXPORT_MORE),
+        ("evaluate", "PROMPTS -o FOLDER", _add_evaluate_flags, evaluate_flags.LINE, evaluate_flags.MORE),
         ("config", "show|schema", _add_config_flags, "show the settings of a server and where they come from", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, model and load", ""),
         ("verify", "[MODEL]", _add_verify_flags, "compare an engine with the FP32 reference, stage by stage", _VERIFY_MORE),
@@ -255,11 +256,18 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-in-flight", type=int, metavar="N", help="requests at once, default twice the server's slots")
     add("--max-stall", type=float, default=600.0, metavar="SECONDS", help="stop if nothing was made for so long, default 600")
     add("--retry-failed", action="store_true", help="try the rows that failed again")
+    add("--restart", action="store_true", help="delete the job of this folder with its images and start from the first row")
+    add("--index", choices=("jsonl", "parquet"), default="jsonl", help="format of the index, default jsonl")
     add("--only-check", action="store_true", help="check the input and make nothing; exit code 2 if rows are wrong")
     add("--json", action="store_true", help="print one JSON object at the end, and no progress")
+    _add_job_flags(parser, ("prompt", "seed"))
+
+
+def _add_job_flags(parser: argparse.ArgumentParser, left_out: Sequence[str]) -> None:
+    """Parameters for all rows of a job but those left out, and the server that makes them."""
     group = parser.add_argument_group("parameters of rows that do not name them")
     for parameter in PARAMETERS:
-        if parameter.name not in ("prompt", "seed"):
+        if parameter.name not in left_out:
             flag = f"--{parameter.name.replace('_', '-')}"
             group.add_argument(flag, type=parameter.kind, metavar=_METAVARS[parameter.kind], help=parameter.help)
     add = parser.add_argument_group("without --target").add_argument
@@ -280,6 +288,11 @@ environment variables (MII_SERVE_ENGINE, CONTENT_SAFETY_ENDPOINT, ...). mii_serv
 def _add_export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, diffusers folder, or demo")
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder to write; new or empty")
+
+
+def _add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    evaluate_flags.add_flags(parser)
+    _add_job_flags(parser, ("prompt", "seed", "guidance_scale"))
 
 
 def _add_status_flags(parser: argparse.ArgumentParser) -> None:
@@ -334,7 +347,7 @@ def _add_tls_flags(parser: argparse.ArgumentParser) -> None:
 def _needed_extra(command: str, values: dict[str, Any]) -> str | None:
     """The extra that the command needs in any case; None if it needs none."""
     match command:
-        case "config" | "deploy" | "verify":
+        case "config" | "deploy" | "evaluate" | "verify":
             return "server"
         case "generate":
             return "server" if values["target"] is None else None
@@ -396,13 +409,28 @@ def _batch(values: dict[str, Any]) -> int:
         retry_failed=values["retry_failed"],
         only_check=values["only_check"],
         is_json=values["json"],
+        restart=values["restart"],
+        index=values["index"],
     )
     defaults = {name: values[name] for name in DEFAULT_NAMES if values[name] is not None}
     settings = JobSettings(
         defaults=defaults, seed=values["seed"], format=ImageFormat(values["format"]), shards=values["shards"]
     )
-    own: dict[str, Any] = {name: values[name] for name in ("model", "replicas", "engine", "dtype") if name in values}
-    return run(flags, settings, None if values["target"] is None else _connection(values), own)
+    return run(flags, settings, None if values["target"] is None else _connection(values), _own_server(values))
+
+
+def _own_server(values: dict[str, Any]) -> dict[str, Any]:
+    """The flags for a server that the command starts for itself."""
+    return {name: values[name] for name in ("model", "replicas", "engine", "dtype") if name in values}
+
+
+def _evaluate(values: dict[str, Any]) -> int:
+    from mii_serve.batch.settings import DEFAULT_NAMES
+    from mii_serve.cli.evaluate import EvaluateFlags, run
+
+    flags = EvaluateFlags(**{name: values[name] for name in evaluate_flags.NAMES})
+    defaults = {name: values[name] for name in DEFAULT_NAMES if values.get(name) is not None}
+    return run(flags, defaults, None if values["target"] is None else _connection(values), _own_server(values))
 
 
 def _status(values: dict[str, Any]) -> int:
@@ -447,6 +475,7 @@ _COMMANDS = {
     "deploy": _deploy,
     "doctor": _doctor,
     "export-mlflow": _export_mlflow,
+    "evaluate": _evaluate,
     "generate": _generate,
     "status": _status,
     "verify": _verify,

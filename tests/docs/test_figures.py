@@ -21,6 +21,7 @@ def test_there_are_tables_to_check():
         "batch",
         "batch_job",
         "engines",
+        "evaluate",
         "front",
         "host_cost",
         "inflight",

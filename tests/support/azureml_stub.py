@@ -1,8 +1,8 @@
 """A stub of Azure ML's control plane and of its storage, as azure-ai-ml calls them: resources that are put and read again,
 blobs that are uploaded and downloaded, jobs. All hosts are one HTTPS server on the loopback interface.
 
-It knows the calls that the real client makes in the notebooks, and notes every other one in `unknown`. Its answers have what the
-client reads of them, and were never compared with the real service's. An online endpoint passes requests on to `score_url`;
+It knows the calls that the real client makes in the notebooks, and notes every other one in `unknown`. Its answers have what
+the client reads of them, and were never compared with the real service's. An online endpoint passes requests on to `score_url`;
 `run_job` is a batch job.
 """
 
