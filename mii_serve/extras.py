@@ -29,7 +29,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "azure": ("azure", "aiohttp"),
     "otel": ("opentelemetry",),
     "parquet": ("pyarrow",),
-    "ray": ("ray",),
+    "ray": ("ray", "cryptography"),
 }
 """Top-level modules by extra, small extras first. Every extra but `bench` and `parquet` brings what `server` brings, too."""
 

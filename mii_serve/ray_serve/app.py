@@ -43,6 +43,12 @@ SHUTDOWN_MARGIN_S = 15.0
 MANY = 100_000
 """Calls at once: who has to wait is for our own admission to say, which knows how much work each of them is."""
 
+LOOK_BACK_S = 15.0
+"""The time over which Ray takes the mean of the accepted work. Replicas report it every ten seconds, or as often as is set in
+RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S."""
+QUIET = {"enable_access_log": False}
+"""Our own access log has a line for each call."""
+
 
 class Replica:
     """One engine. Its ranks are processes that it starts itself, so one placement group has all of their devices."""
@@ -147,8 +153,9 @@ def replica_options(scale: Scale, config: DeployConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "ray_actor_options": {**resources, "runtime_env": {"env_vars": threads}},
         "max_ongoing_requests": MANY,
+        "logging_config": QUIET,
         "health_check_period_s": 5,
-        "health_check_timeout_s": 30,
+        "health_check_timeout_s": 10,
         "graceful_shutdown_wait_loop_s": 2 * LIST_EVERY_S,  # then the fronts have another list
         "graceful_shutdown_timeout_s": config.drain_timeout_s + SHUTDOWN_MARGIN_S,
     }
@@ -163,7 +170,8 @@ def replica_options(scale: Scale, config: DeployConfig) -> dict[str, Any]:
         "policy_kwargs": {"target_s": scale.target_queued_s},
     }
     bounds = {"min_replicas": config.replicas, "initial_replicas": config.replicas, "max_replicas": scale.max_replicas}
-    return {**options, "autoscaling_config": {**bounds, "policy": policy, "upscale_delay_s": 5, "look_back_period_s": 5}}
+    delays = {"upscale_delay_s": scale.upscale_delay_s, "downscale_delay_s": scale.downscale_delay_s}
+    return {**options, "autoscaling_config": {**bounds, **delays, "policy": policy, "look_back_period_s": LOOK_BACK_S}}
 
 
 def front_options(config: DeployConfig) -> dict[str, Any]:
@@ -172,6 +180,8 @@ def front_options(config: DeployConfig) -> dict[str, Any]:
         "num_replicas": 1,
         "ray_actor_options": {"num_cpus": 1},
         "max_ongoing_requests": MANY,
+        "logging_config": QUIET,
+        "max_surge_percent": 100,  # at a redeploy the new one starts first: callers notice nothing
         "graceful_shutdown_timeout_s": 2 * config.drain_timeout_s + SHUTDOWN_MARGIN_S,
     }
 

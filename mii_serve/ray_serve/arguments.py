@@ -25,7 +25,7 @@ NOT_HERE = {
 class Scale(BaseModel):
     """What Ray has to know. `num_cpus` and `num_gpus` are those of one device's process, a rank; the setting `replicas` is the
     number of replicas to begin with, and the least. With `max_replicas` there are as many as bring the accepted work of each to
-    `target_queued_s` seconds.
+    `target_queued_s` seconds, once that has been so for a delay.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +34,8 @@ class Scale(BaseModel):
     num_gpus: float = Field(0.0, ge=0)
     max_replicas: int | None = Field(None, ge=1)
     target_queued_s: float = Field(10.0, gt=0)
+    upscale_delay_s: float = Field(5.0, ge=0)
+    downscale_delay_s: float = Field(300.0, ge=0)
 
 
 def read_arguments(arguments: Mapping[str, Any]) -> tuple[Scale, dict[str, Any], DeployConfig]:

@@ -35,7 +35,7 @@ METHODS: Mapping[str, Mapping[str, bool]] = {
     **{service: dict.fromkeys(("Txt2ImgReply", "Terminate", *NOT_SERVED), False) for service in MII_SERVICES},
 }
 """Each service's methods, and whether a method answers with a stream. Ray tells methods apart by their names alone."""
-PATHS = {name: f"/{service}/{name}" for service, methods in reversed(METHODS.items()) for name in methods}
+PATHS = {name: f"/{service}/{name}" for service, methods in reversed([*METHODS.items()]) for name in methods}
 IS_STREAM = {name: is_stream for methods in METHODS.values() for name, is_stream in methods.items()}
 
 
@@ -45,7 +45,7 @@ def add_to_server(servicer: Any, server: grpc.aio.Server) -> None:
     Ray imports this by its path (`grpc_servicer_functions`) and puts itself in the place of each method.
     """
     for service, methods in METHODS.items():
-        handlers = {
+        handlers: dict[str, Any] = {
             name: grpc.unary_stream_rpc_method_handler(getattr(servicer, name))
             if is_stream
             else grpc.unary_unary_rpc_method_handler(getattr(servicer, name))
