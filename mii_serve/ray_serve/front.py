@@ -22,7 +22,7 @@ from mii_serve.ray_serve.proxied import ProxiedCalls
 from mii_serve.ray_serve.replica import ReplicaDescription
 from mii_serve.safety.azure import open_moderator
 from mii_serve.server.dispatcher import Dispatcher
-from mii_serve.server.front import GrpcFront, bracketed, is_loopback
+from mii_serve.server.front import GrpcFront, bind_tcp, bracketed, is_loopback
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.membership import Membership
 from mii_serve.server.open_files import connection_limits
@@ -113,6 +113,7 @@ class FrontHost:
         retry = _PortRetry()
         while True:
             try:
+                bind_tcp("grpc_port", self._config.host, self._config.grpc_port).close()  # gRPC logs each failure of its own
                 return await self._front.listen(self._config.host, self._config.grpc_port)
             except ConfigError as error:
                 await retry.after(error)

@@ -16,13 +16,22 @@ from patience import PATIENCE_S
 
 from mii_serve.client import AsyncClient
 from mii_serve.config import DeployConfig
-from mii_serve.errors import DeadlineExceededError, EngineError, InvalidRequestError, PermissionDeniedError, UnsupportedError
+from mii_serve.errors import (
+    DeadlineExceededError,
+    EngineError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    UnavailableError,
+    UnsupportedError,
+)
 from mii_serve.proto.metadata import TIMEOUT_KEY
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
+from mii_serve.ray_serve import front as front_module
 from mii_serve.ray_serve.front import FrontHost
 from mii_serve.ray_serve.proxied import IS_STREAM, METHODS, add_to_server, method_of
 from mii_serve.ray_serve.replica import ReplicaHost
+from mii_serve.server.front import bind_tcp
 from mii_serve.server.mii import MII_SERVICES, NOT_SERVED
 
 LOOPBACK = "127.0.0.1"
@@ -206,6 +215,26 @@ async def test_what_mii_asks_for_and_is_not_served_is_refused_by_name(applicatio
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(b"")
     assert caught.value.code().name == UnsupportedError.grpc_code
+
+
+async def test_an_own_port_that_is_in_use_is_opened_when_it_is_free(monkeypatch):
+    monkeypatch.setattr(front_module, "RETRY_PORT_S", 0.02)
+    taken = bind_tcp("grpc_port", LOOPBACK, 0)
+    taken.listen()
+    port = taken.getsockname()[1]
+    front = FrontHost(CONFIG.model_copy(update={"grpc_port": port}))
+    await front.start()
+    try:
+        await asyncio.sleep(0.1)
+        taken.close()
+        async with AsyncClient(f"{LOOPBACK}:{port}") as client, asyncio.timeout(PATIENCE_S):
+            while True:
+                with contextlib.suppress(UnavailableError):
+                    assert await client.health(timeout=PATIENCE_S) == "NOT_SERVING"
+                    break
+                await asyncio.sleep(0.02)
+    finally:
+        await front.close()
 
 
 async def test_a_replica_whose_engine_failed_says_so_and_is_let_go(application):
