@@ -29,8 +29,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "azure": ("azure", "aiohttp"),
     "otel": ("opentelemetry",),
     "parquet": ("pyarrow",),
-    "ray": ("ray",),
     "mlflow": ("mlflow", "pandas"),
+    "ray": ("ray", "cryptography"),
 }
 """Top-level modules by extra, small extras first. Every extra but `bench` and `parquet` brings what `server` brings, too."""
 

@@ -338,6 +338,25 @@ def start() -> str:
     )
 
 
+def ray_proxy() -> str:
+    if not (RESULTS / "ray-proxy.json").exists():
+        return NOT_YET
+    result = read("ray-proxy.json")
+    rows = [
+        ("image call of one step, median ms (least-p95)", "image_ms"),
+        ("call that computes nothing, median ms (least-p95)", "info_ms"),
+        (f"stream, ms for each of {result['steps']} steps, median (least-p95)", "stream_ms_per_step"),
+    ]
+    cells = []
+    for text, name in rows:
+        direct, proxied = (result[name][way] for way in ("direct", "proxied"))
+        ratio = f"{proxied['median'] / direct['median']:.2f}"
+        cells.append([text, *(f"{one['median']} ({one['min']}-{one['p95']})" for one in (direct, proxied)), ratio])
+    rates = [result["images_per_s"][way] for way in ("direct", "proxied")]
+    cells.append([f"images/s, {result['callers']} callers", *rates, f"{rates[1] / rates[0]:.2f}"])
+    return f"{result['device']}:\n\n{markdown(['', 'own port', 'through the proxy', 'ratio'], cells)}"
+
+
 def ranks() -> str:
     """A table for each file: what was measured."""
     return "\n".join(_ranks(json.loads(file.read_text())) for file in sorted(RESULTS.glob("ranks-*.json"))) or NOT_YET
@@ -478,6 +497,7 @@ TABLES: dict[str, Callable[[], str]] = {
         peers,
         threads,
         start,
+        ray_proxy,
         ranks,
         ranks_computed,
         roofline,

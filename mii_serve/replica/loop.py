@@ -129,6 +129,11 @@ class ReplicaLoop:
     def engine(self) -> Engine:
         return self._engine
 
+    @property
+    def queued_work_s(self) -> float:
+        """Seconds that all accepted work takes; 0 before the first turn was measured."""
+        return self._scheduler.queued_work_s
+
     def activity(self) -> Activity:
         return Activity(
             uptime_s=time.monotonic() - self._born,

@@ -22,6 +22,8 @@ from mii_serve.proto.metadata import CLIENT_ID_KEY, check_client_id, check_reque
 from mii_serve.proto.metadata import IDEMPOTENCY_KEY as IDEMPOTENCY_KEY
 from mii_serve.proto.metadata import MAX_ID_CHARS as MAX_ID_CHARS
 from mii_serve.proto.metadata import REQUEST_ID_KEY as REQUEST_ID_KEY
+from mii_serve.proto.metadata import TIMEOUT_KEY as TIMEOUT_KEY
+from mii_serve.proto.metadata import check_timeout_s as check_timeout_s
 from mii_serve.server.access_log import AccessLog, CallLog, is_work
 from mii_serve.server.keys import KeyRing
 

@@ -19,7 +19,7 @@ from mii_serve.safety.moderation import Moderator
 from mii_serve.server.call import CallContext
 from mii_serve.server.idempotency import IdempotencyCache
 from mii_serve.server.moderation import ModerationFilter
-from mii_serve.server.replica_client import Loss, ReplicaAddress
+from mii_serve.server.replica_client import Loss, ReplicaAddress, ReplicaClient
 from mii_serve.server.router import Router, Work
 from mii_serve.types import (
     Capabilities,
@@ -84,7 +84,7 @@ class Dispatcher:
 
     async def attach(self, address: ReplicaAddress, index: int = 0, *, num_restarts: int = 0) -> ServerInfo:
         """Give work to the replica at this address from now on; returns its description of itself."""
-        replica = self._router.replicas[index]
+        replica = self._replica(index)
         info = await replica.attach(address)
         self._capabilities = info.capabilities
         self.metrics.replica_restarts.labels(str(index)).inc(max(0, num_restarts - replica.num_restarts))
@@ -93,8 +93,34 @@ class Dispatcher:
         return info
 
     async def detach(self, index: int = 0, loss: Loss | None = None) -> None:
-        await self._router.replicas[index].detach(loss or Loss(reason="the server is stopping", is_crash=False))
+        await self._replica(index).detach(loss or Loss(reason="the server is stopping", is_crash=False))
         self._router.serve_waiting()
+
+    async def add(self, address: ReplicaAddress) -> ReplicaClient:
+        """Attach one replica more, whose process is somebody else's to supervise.
+
+        Raises:
+            grpc.aio.AioRpcError: nothing answers at the address.
+        """
+        replica = self._router.add()
+        try:
+            await self.attach(address, replica.index)
+        except BaseException:
+            await self.remove(replica, Loss(reason="it did not answer", is_crash=False))
+            raise
+        return replica
+
+    def retire(self, replica: ReplicaClient, is_retiring: bool = True) -> None:
+        """Let an added replica finish what it has, and give it nothing new; or, with False, take that back."""
+        replica.is_retiring = is_retiring
+        self._router.serve_waiting()
+
+    async def remove(self, replica: ReplicaClient, loss: Loss) -> None:
+        """Detach an added replica for good. What it has not finished is made again elsewhere."""
+        await self._router.remove(replica, loss)
+
+    def _replica(self, index: int) -> ReplicaClient:
+        return next(replica for replica in self._router.replicas if replica.index == index)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False when some were left at the end.

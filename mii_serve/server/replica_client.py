@@ -308,12 +308,19 @@ class ReplicaClient:
         self.index = index
         self._on_recovery = on_recovery
         self.num_restarts = 0
+        self.is_retiring = False
+        """It finishes what it has and gets no new work."""
         self._connection: ReplicaConnection | None = None
 
     @property
     def connection(self) -> ReplicaConnection | None:
-        """Where new work may go; None from the first sign of its loss on."""
-        return None if self._connection is None or self._connection.is_broken else self._connection
+        """Where new work may go; None from the first sign of its loss on, and while it is retiring."""
+        return None if self._connection is None or self._connection.is_broken or self.is_retiring else self._connection
+
+    @property
+    def is_broken(self) -> bool:
+        """Its connection broke, and it is not known yet why."""
+        return self._connection is not None and self._connection.is_broken
 
     @property
     def is_up(self) -> bool:
