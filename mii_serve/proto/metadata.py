@@ -13,6 +13,8 @@ CLIENT_ID_KEY = "x-client-id"
 IDEMPOTENCY_KEY = "x-idempotency-key"
 """A caller's own name for a piece of work: the same name is worked on once and answered alike."""
 AUTHORIZATION_KEY = "authorization"
+PROVENANCE_KEY = "x-mii-provenance"
+"""Which marks the images of an answer carry: of `xmp`, `c2pa` and `watermark`, or `none`."""
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 """Where gRPC puts a `google.rpc.Status`."""
 
