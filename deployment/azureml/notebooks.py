@@ -3,9 +3,9 @@
     python notebooks.py online|batch|delete --subscription ID --group NAME --workspace NAME [--safe] [--set FILE:FIELD=VALUE]...
 
 `online` deploys to an online endpoint and asks it; `batch` deploys to a batch endpoint, sends it a folder of CSV files, and
-downloads the pictures; `delete` deletes both endpoints. `--safe` takes the files with content safety. `--set` changes a field of
-a YAML file, as `az ml --set` does. Needs azure-ai-ml and azure-identity; credentials are those of `az login`, of a workload's
-federated identity, or of a managed identity.
+downloads the pictures; `delete` deletes both endpoints. `--safe` takes the files with content safety. `--set` changes a field
+of a YAML file, as `az ml --set` does. Needs azure-ai-ml and azure-identity; credentials are those of `az login`, of a
+workload's federated identity, or of a managed identity.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("status", "", _add_status_flags, "show a server's health, model and load", ""),
         ("verify", "[MODEL]", _add_verify_flags, "compare an engine with the FP32 reference, stage by stage", _VERIFY_MORE),
         ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine needs", _DOCTOR_MORE),
+        ("inspect", "FILE...", _add_inspect_flags, "show what image files say about where they come from", _INSPECT_MORE),
         ("bench", "", _add_bench_flags, "send load to a server, measure it, and check its images", bench_flags.MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
@@ -331,6 +332,23 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=levels, default="warning", help="least level to log on stderr, default warning")
 
 
+_INSPECT_MORE = """
+
+It reads the digital source type, model and revision in the XMP, checks C2PA Content Credentials with the C2PA library (extra
+provenance), and looks for the watermark of Stable Diffusion's script. Formats: PNG, JPEG, WebP.
+
+Exit code 0: every file is marked as generated, and no signature is wrong; 1: one is not marked, or was changed after it was
+signed, or with --trust is not signed by whom it should be; 2: a file is no image that can be read; 6: Content Credentials were
+found and the extra is missing."""
+
+
+def _add_inspect_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, metavar="FILE", help="image files")
+    add("--trust", type=Path, metavar="FILE", help="certificates in PEM; signers must be vouched for by one of them")
+    add("--json", action="store_true", help="print one JSON array with an object for each file")
+
+
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
     parser.usage = bench_flags.USAGE
     bench_flags.add_flags(parser)
@@ -459,6 +477,12 @@ def _doctor(values: dict[str, Any]) -> int:
     return run(values["engine"], is_json=values["json"])
 
 
+def _inspect(values: dict[str, Any]) -> int:
+    from mii_serve.cli.inspect import run
+
+    return run(values["files"], values["trust"], is_json=values["json"])
+
+
 def _bench(values: dict[str, Any]) -> int:
     from mii_serve.cli import bench
 
@@ -477,6 +501,7 @@ _COMMANDS = {
     "export-mlflow": _export_mlflow,
     "evaluate": _evaluate,
     "generate": _generate,
+    "inspect": _inspect,
     "status": _status,
     "verify": _verify,
 }

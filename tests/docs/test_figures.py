@@ -28,10 +28,12 @@ def test_there_are_tables_to_check():
         "kernel_resources",
         "overload",
         "peers",
+        "provenance",
         "roofline",
         "savings",
         "scheduler",
         "start",
         "threads",
+        "watermark",
     ):
         assert f"<!-- figures: {name} -->\n\n" in pages
