@@ -86,7 +86,7 @@ def build_app(
     names = ModelNames(dispatcher, served_names)
     openai = OpenAiDialect()
     batches = routes_without_jobs(endpoints, openai) if jobs is None else Batches(jobs).routes(endpoints, openai)
-    calls = [*_calls(dispatcher, endpoints, settings, names), *batches, *page_routes(dispatcher, endpoints, files)]
+    calls = [*_calls(dispatcher, endpoints, settings, names), *batches, *page_routes(dispatcher, endpoints, files, jobs)]
     pool = connections or ConnectionPool(MAX_CONNECTIONS)
     checks = [Middleware(HostCheck, hosts or AllowedHosts()), Middleware(ConcurrencyLimit, pool)]
     app = Starlette(
