@@ -198,6 +198,8 @@ class DeployConfig(BaseSettings):
     drain_timeout_s: float = Field(30.0, ge=0)
     max_connection_age_s: float | None = Field(None, ge=1, le=86400)
     enable_spare_process: bool = True
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     http: HttpConfig = HttpConfig()
     limits: LimitsConfig = LimitsConfig()
     content_safety: ContentSafetyConfig = ContentSafetyConfig()

@@ -177,11 +177,8 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         help="return images without the model's safety check",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
-    levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log-level", choices=levels, default="info", help="least level to log on stderr, default info")
-    parser.add_argument(
-        "--log-format", choices=("text", "json"), default="text", help="format of log lines; json is one object per line"
-    )
+    add("--log-level", choices=("debug", "info", "warning", "error"), help="least level to log on stderr, default info")
+    add("--log-format", choices=("text", "json"), help="format of log lines, default text; json is one object per line")
 
 
 _METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X"}
@@ -386,8 +383,8 @@ def _connection(values: dict[str, Any]) -> Connection:
 def _deploy(values: dict[str, Any]) -> int:
     from mii_serve.cli.deploy import run
 
-    file, log_level, log_format = values.pop("config"), values.pop("log_level"), values.pop("log_format")
-    return run(values, file, log_level, log_format, values.pop("mii_config"))
+    file, mii_file = values.pop("config"), values.pop("mii_config")
+    return run(values, file, mii_file)
 
 
 def _config(values: dict[str, Any]) -> int:
@@ -396,7 +393,6 @@ def _config(values: dict[str, Any]) -> int:
     if values.pop("action") == "schema":
         return config.schema()
     file, is_effective, is_json = values.pop("config"), values.pop("effective"), values.pop("json")
-    del values["log_level"], values["log_format"]
     return config.show(values, file, is_effective=is_effective, is_json=is_json)
 
 

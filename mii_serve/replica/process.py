@@ -102,7 +102,12 @@ def _end() -> None:
 def _gpu_memory() -> dict[str, int]:
     import torch
 
-    return {"allocated": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
+    return {
+        "allocated": torch.cuda.memory_allocated(),
+        "peak": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.memory_reserved(),
+        "total": torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
+    }
 
 
 def _report(status_fd: int, **status: str) -> None:

@@ -58,7 +58,8 @@ class Dispatcher:
         """
         self._router = router or Router()
         self.metrics = metrics or FrontMetrics()
-        self._provenance = provenance or Provenance()
+        self._provenance = marks = provenance or Provenance()
+        self.metrics.signing_expiry.set_function(lambda: marks.expires_at)
         self._moderation = None if moderator is None else ModerationFilter(moderator, self.metrics, self._provenance)
         self.grpc_port: int | None = None
         """Where this deployment answers gRPC, for code that is shown to callers; None before it listens."""
@@ -265,12 +266,12 @@ class Dispatcher:
             for replica, info in zip(replicas, answers, strict=True)
         )
 
-    async def metrics_text(self) -> bytes:
-        """The front's metrics and those of every replica that answers, as Prometheus text."""
+    async def metrics_text(self, accept: str = "") -> bytes:
+        """The front's metrics and those of every replica that answers, in the form that `accept` names."""
         replicas = self._router.replicas
         texts = await asyncio.gather(*(replica.metrics(METRICS_TIMEOUT_S) for replica in replicas))
         known = {replica.index: text for replica, text in zip(replicas, texts, strict=True) if text is not None}
-        return together(self.metrics, known)
+        return together(self.metrics, known, accept)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
