@@ -18,7 +18,7 @@ from mii_serve.errors import ConfigError, EngineError, PermissionDeniedError
 from mii_serve.gateway.app import build_app, serve_http
 from mii_serve.gateway.errors import openai_problem, problem_response
 from mii_serve.gateway.hosts import AllowedHosts
-from mii_serve.ray_serve.proxied import ProxiedCalls
+from mii_serve.ray_serve.proxied import FROM_ELSEWHERE, ProxiedCalls
 from mii_serve.ray_serve.replica import ReplicaDescription
 from mii_serve.safety.azure import open_moderator
 from mii_serve.server.dispatcher import Dispatcher
@@ -148,7 +148,7 @@ class LocalCallers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope.get("client")
         if scope["type"] == "http" and (client is None or not is_loopback(client[0])):
-            error = PermissionDeniedError("the setting host lets this machine's callers in, and you call from another one")
+            error = PermissionDeniedError(FROM_ELSEWHERE)
             await problem_response(openai_problem(error))(scope, receive, send)
         else:
             await self._app(scope, receive, send)

@@ -27,6 +27,7 @@ def test_there_are_tables_to_check():
         "kernel_resources",
         "overload",
         "peers",
+        "ray_proxy",
         "roofline",
         "savings",
         "scheduler",
