@@ -144,6 +144,21 @@ class ContentSafetyConfig(BaseModel):
         return (self.endpoint or f"https://{self.account_name}.cognitiveservices.azure.com").rstrip("/")
 
 
+class ProvenanceConfig(BaseModel):
+    """Marks that say that a picture was generated.
+
+    `enable_metadata` writes XMP into every file, with the model and its revision. `certificate`, a chain in PEM whose first is
+    the signer's, and its private `key` sign every file as C2PA Content Credentials. `enable_watermark` changes pixels.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enable_metadata: bool = True
+    enable_watermark: bool = False
+    certificate: Path | None = None
+    key: Path | None = None
+
+
 class DeployConfig(BaseSettings):
     """Every setting of `mii_serve deploy`. Names that end in `_s` are seconds, in `_bytes` bytes, in `_px` pixels."""
 
@@ -186,6 +201,7 @@ class DeployConfig(BaseSettings):
     http: HttpConfig = HttpConfig()
     limits: LimitsConfig = LimitsConfig()
     content_safety: ContentSafetyConfig = ContentSafetyConfig()
+    provenance: ProvenanceConfig = ProvenanceConfig()
 
     @classmethod
     def load(cls, flags: dict[str, Any], file: Path | None = None, written: dict[str, Any] | None = None) -> DeployConfig:

@@ -24,6 +24,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # twice the lines fo
 
 REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60, 300)
+JOB_STATES = ("validating", "in_progress", "finalizing", "cancelling", "completed", "failed", "expired", "cancelled")
+ROW_STATES = ("open", "done", "failed")
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -69,6 +71,30 @@ class FrontMetrics:
         build.labels(__version__).set(1)
         for where in ("waiting", "running"):
             self.cancelled.labels(where)
+        self._jobs = Gauge("mii_serve_jobs", "Batch jobs that are kept, by state.", ("state",), registry=registry)
+        self._jobs_paused = Gauge(
+            "mii_serve_jobs_paused", "Batch jobs that cannot go on now, such as while the disk is full.", registry=registry
+        )
+        self._job_rows = Gauge(
+            "mii_serve_job_rows", "Rows of the batch jobs that have not ended, by state.", ("state",), registry=registry
+        )
+
+    def follow_jobs(self, jobs: JobsState) -> None:
+        """Let the gauges of jobs read this from now on."""
+        self._jobs_paused.set_function(lambda: jobs.num_paused)
+        for state in JOB_STATES:
+            self._jobs.labels(state).set_function(functools.partial(_one_of, jobs.job_counts, state))
+        for state in ROW_STATES:
+            self._job_rows.labels(state).set_function(functools.partial(_one_of, jobs.row_counts, state))
+
+
+class JobsState(Protocol):
+    """What the gauges of batch jobs read when they are asked."""
+
+    def job_counts(self) -> Mapping[str, int]: ...
+    def row_counts(self) -> Mapping[str, int]: ...
+    @property
+    def num_paused(self) -> int: ...
 
 
 class BatchState(Protocol):

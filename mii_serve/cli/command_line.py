@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_serve import __version__
-from mii_serve.cli import bench_flags
+from mii_serve.cli import bench_flags, evaluate_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
@@ -73,10 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
             "make the images of a file of prompts; goes on where it stopped",
             _BATCH_MORE,
         ),
+        ("export-mlflow", "MODEL DIR", _add_export_flags, "write a model as an MLflow model, without pickle", _EXPORT_MORE),
+        ("evaluate", "PROMPTS -o FOLDER", _add_evaluate_flags, evaluate_flags.LINE, evaluate_flags.MORE),
         ("config", "show|schema", _add_config_flags, "show the settings of a server and where they come from", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, model and load", ""),
         ("verify", "[MODEL]", _add_verify_flags, "compare an engine with the FP32 reference, stage by stage", _VERIFY_MORE),
         ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine needs", _DOCTOR_MORE),
+        ("inspect", "FILE...", _add_inspect_flags, "show what image files say about where they come from", _INSPECT_MORE),
         ("bench", "", _add_bench_flags, "send load to a server, measure it, and check its images", bench_flags.MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
@@ -254,11 +257,18 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-in-flight", type=int, metavar="N", help="requests at once, default twice the server's slots")
     add("--max-stall", type=float, default=600.0, metavar="SECONDS", help="stop if nothing was made for so long, default 600")
     add("--retry-failed", action="store_true", help="try the rows that failed again")
+    add("--restart", action="store_true", help="delete the job of this folder with its images and start from the first row")
+    add("--index", choices=("jsonl", "parquet"), default="jsonl", help="format of the index, default jsonl")
     add("--only-check", action="store_true", help="check the input and make nothing; exit code 2 if rows are wrong")
     add("--json", action="store_true", help="print one JSON object at the end, and no progress")
+    _add_job_flags(parser, ("prompt", "seed"))
+
+
+def _add_job_flags(parser: argparse.ArgumentParser, left_out: Sequence[str]) -> None:
+    """Parameters for all rows of a job but those left out, and the server that makes them."""
     group = parser.add_argument_group("parameters of rows that do not name them")
     for parameter in PARAMETERS:
-        if parameter.name not in ("prompt", "seed"):
+        if parameter.name not in left_out:
             flag = f"--{parameter.name.replace('_', '-')}"
             group.add_argument(flag, type=parameter.kind, metavar=_METAVARS[parameter.kind], help=parameter.help)
     add = parser.add_argument_group("without --target").add_argument
@@ -267,6 +277,23 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     add("--engine", default=argparse.SUPPRESS, metavar=ENGINES, help="what computes the images")
     add("--dtype", default=argparse.SUPPRESS, metavar=DTYPES, help="precision of the model")
     _add_tls_flags(parser)
+
+
+_EXPORT_MORE = """
+
+DIR gets the model's files, the code that makes its images and a signature with the column prompt and all parameters.
+mlflow.pyfunc.load_model loads it; mlflow models predict and mlflow models serve run it. Settings of the loaded model are
+environment variables (MII_SERVE_ENGINE, CONTENT_SAFETY_ENDPOINT, ...). mii_serve deploy takes DIR, too."""
+
+
+def _add_export_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, diffusers folder, or demo")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="folder to write; new or empty")
+
+
+def _add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    evaluate_flags.add_flags(parser)
+    _add_job_flags(parser, ("prompt", "seed", "guidance_scale"))
 
 
 def _add_status_flags(parser: argparse.ArgumentParser) -> None:
@@ -305,6 +332,23 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=levels, default="warning", help="least level to log on stderr, default warning")
 
 
+_INSPECT_MORE = """
+
+It reads the digital source type, model and revision in the XMP, checks C2PA Content Credentials with the C2PA library (extra
+provenance), and looks for the watermark of Stable Diffusion's script. Formats: PNG, JPEG, WebP.
+
+Exit code 0: every file is marked as generated, and no signature is wrong; 1: one is not marked, or was changed after it was
+signed, or with --trust is not signed by whom it should be; 2: a file is no image that can be read; 6: Content Credentials were
+found and the extra is missing."""
+
+
+def _add_inspect_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, metavar="FILE", help="image files")
+    add("--trust", type=Path, metavar="FILE", help="certificates in PEM; signers must be vouched for by one of them")
+    add("--json", action="store_true", help="print one JSON array with an object for each file")
+
+
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
     parser.usage = bench_flags.USAGE
     bench_flags.add_flags(parser)
@@ -321,10 +365,12 @@ def _add_tls_flags(parser: argparse.ArgumentParser) -> None:
 def _needed_extra(command: str, values: dict[str, Any]) -> str | None:
     """The extra that the command needs in any case; None if it needs none."""
     match command:
-        case "config" | "deploy" | "verify":
+        case "config" | "deploy" | "evaluate" | "verify":
             return "server"
         case "generate":
             return "server" if values["target"] is None else None
+        case "export-mlflow":
+            return "mlflow"
         case "batch":
             return "server" if values["target"] is None and not values["only_check"] else None
         case _:
@@ -381,19 +427,40 @@ def _batch(values: dict[str, Any]) -> int:
         retry_failed=values["retry_failed"],
         only_check=values["only_check"],
         is_json=values["json"],
+        restart=values["restart"],
+        index=values["index"],
     )
     defaults = {name: values[name] for name in DEFAULT_NAMES if values[name] is not None}
     settings = JobSettings(
         defaults=defaults, seed=values["seed"], format=ImageFormat(values["format"]), shards=values["shards"]
     )
-    own: dict[str, Any] = {name: values[name] for name in ("model", "replicas", "engine", "dtype") if name in values}
-    return run(flags, settings, None if values["target"] is None else _connection(values), own)
+    return run(flags, settings, None if values["target"] is None else _connection(values), _own_server(values))
+
+
+def _own_server(values: dict[str, Any]) -> dict[str, Any]:
+    """The flags for a server that the command starts for itself."""
+    return {name: values[name] for name in ("model", "replicas", "engine", "dtype") if name in values}
+
+
+def _evaluate(values: dict[str, Any]) -> int:
+    from mii_serve.batch.settings import DEFAULT_NAMES
+    from mii_serve.cli.evaluate import EvaluateFlags, run
+
+    flags = EvaluateFlags(**{name: values[name] for name in evaluate_flags.NAMES})
+    defaults = {name: values[name] for name in DEFAULT_NAMES if values.get(name) is not None}
+    return run(flags, defaults, None if values["target"] is None else _connection(values), _own_server(values))
 
 
 def _status(values: dict[str, Any]) -> int:
     from mii_serve.cli.status import run
 
     return run(_connection(values), timeout=values["timeout"], is_json=values["json"])
+
+
+def _export_mlflow(values: dict[str, Any]) -> int:
+    from mii_serve.cli.export_mlflow import run
+
+    return run(values["model"], values["directory"])
 
 
 def _verify(values: dict[str, Any]) -> int:
@@ -408,6 +475,12 @@ def _doctor(values: dict[str, Any]) -> int:
     from mii_serve.cli.doctor import run
 
     return run(values["engine"], is_json=values["json"])
+
+
+def _inspect(values: dict[str, Any]) -> int:
+    from mii_serve.cli.inspect import run
+
+    return run(values["files"], values["trust"], is_json=values["json"])
 
 
 def _bench(values: dict[str, Any]) -> int:
@@ -425,7 +498,10 @@ _COMMANDS = {
     "config": _config,
     "deploy": _deploy,
     "doctor": _doctor,
+    "export-mlflow": _export_mlflow,
+    "evaluate": _evaluate,
     "generate": _generate,
+    "inspect": _inspect,
     "status": _status,
     "verify": _verify,
 }

@@ -167,7 +167,7 @@ async def serve_http(
     connections = ConnectionPool(max_connections)
     listener = BoundedListener.of(bind_tcp("http_port", config.host, config.http_port), connections)
     hosts = AllowedHosts.of(config)
-    jobs = None if config.jobs_folder is None else Jobs(config.jobs_folder, dispatcher, config.served_model_name)
+    jobs = None if config.jobs_folder is None else Jobs(config.jobs_folder, dispatcher, config.served_model_name, keys)
     app = build_app(dispatcher, keys, config.http, config.served_model_name, hosts=hosts, connections=connections, jobs=jobs)
     listener.listen()  # callers who connect before the server has started wait for it
     settings = uvicorn.Config(

@@ -79,6 +79,15 @@ def make_pipeline(parts: dict[str, Any]) -> StableDiffusionPipeline:
     return pipeline
 
 
+def load_part(part: Part, *, dtype: Precision, device: torch.device) -> Any:
+    """One part by itself.
+
+    Raises:
+        ModelError: naming it.
+    """
+    return _load(part, TORCH_DTYPES[dtype], device, None)
+
+
 def _load(part: Part, dtype: torch.dtype, device: torch.device, shard: TensorShard | None) -> Any:
     try:
         if part.name in _MODEL_CLASSES:

@@ -16,6 +16,8 @@ TIMEOUT_KEY = "x-request-timeout-s"
 """Seconds the caller waits at most. Over gRPC it repeats the call's own deadline, for proxies that end the call and do not pass
 the deadline on."""
 AUTHORIZATION_KEY = "authorization"
+PROVENANCE_KEY = "x-mii-provenance"
+"""Which marks the images of an answer carry: of `xmp`, `c2pa` and `watermark`, or `none`."""
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 """Where gRPC puts a `google.rpc.Status`."""
 

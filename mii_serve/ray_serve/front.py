@@ -18,6 +18,7 @@ from mii_serve.errors import ConfigError, EngineError, PermissionDeniedError
 from mii_serve.gateway.app import build_app, serve_http
 from mii_serve.gateway.errors import openai_problem, problem_response
 from mii_serve.gateway.hosts import AllowedHosts
+from mii_serve.provenance import Provenance
 from mii_serve.ray_serve.proxied import FROM_ELSEWHERE, ProxiedCalls
 from mii_serve.ray_serve.replica import ReplicaDescription
 from mii_serve.safety.azure import open_moderator
@@ -50,7 +51,8 @@ class FrontHost:
         config = self._config
         moderator = await self._stack.enter_async_context(open_moderator(config.content_safety))
         router = Router(0, patience_s=config.replica_wait_s)
-        self._dispatcher = Dispatcher(router, moderator=moderator)
+        provenance = Provenance.of(config.provenance)
+        self._dispatcher = Dispatcher(router, moderator=moderator, provenance=provenance)
         self._membership = Membership(self._dispatcher)
         self._keys, self._tls = KeyRing(config.api_key_file), Tls.of(config)
         self._limits = connection_limits(config.replicas)

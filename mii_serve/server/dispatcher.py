@@ -14,7 +14,8 @@ from dataclasses import astuple, replace
 
 from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.metrics import FrontMetrics, together
-from mii_serve.proto.metadata import IDEMPOTENCY_KEY, check_idempotency_key
+from mii_serve.proto.metadata import IDEMPOTENCY_KEY, PROVENANCE_KEY, check_idempotency_key
+from mii_serve.provenance import Origin, Provenance
 from mii_serve.safety.moderation import Moderator
 from mii_serve.server.call import CallContext
 from mii_serve.server.idempotency import IdempotencyCache
@@ -26,6 +27,7 @@ from mii_serve.types import (
     Event,
     GenerationAnswer,
     GenerationRequest,
+    ImageReady,
     Priority,
     ReplicaInfo,
     ResolvedRequest,
@@ -44,12 +46,20 @@ class Dispatcher:
     """Refuses everything until a replica is attached, and new work again after `drain`."""
 
     def __init__(
-        self, router: Router | None = None, metrics: FrontMetrics | None = None, moderator: Moderator | None = None
+        self,
+        router: Router | None = None,
+        metrics: FrontMetrics | None = None,
+        moderator: Moderator | None = None,
+        provenance: Provenance | None = None,
     ) -> None:
-        """With a `moderator`, no prompt is worked on and no image leaves that it has not found harmless."""
+        """With a `moderator`, no prompt is worked on and no image leaves that it has not found harmless.
+
+        `provenance` is what the replicas put on their pictures, too.
+        """
         self._router = router or Router()
         self.metrics = metrics or FrontMetrics()
-        self._moderation = None if moderator is None else ModerationFilter(moderator, self.metrics)
+        self._provenance = provenance or Provenance()
+        self._moderation = None if moderator is None else ModerationFilter(moderator, self.metrics, self._provenance)
         self.grpc_port: int | None = None
         """Where this deployment answers gRPC, for code that is shown to callers; None before it listens."""
         self.metrics.replicas_ready.set_function(lambda: sum(replica.is_up for replica in self._router.replicas))
@@ -87,6 +97,8 @@ class Dispatcher:
         replica = self._replica(index)
         info = await replica.attach(address)
         self._capabilities = info.capabilities
+        if self._moderation is not None:
+            self._moderation.origin = Origin(model=info.model, model_revision=info.model_revision)
         self.metrics.replica_restarts.labels(str(index)).inc(max(0, num_restarts - replica.num_restarts))
         replica.num_restarts = num_restarts
         self._router.serve_waiting()
@@ -224,6 +236,11 @@ class Dispatcher:
         owner = call.client if call.key_name is not None else ""
         fingerprint = hashlib.sha256(repr(astuple(asked)).encode()).digest()
         return self._idempotency.events((owner, check_idempotency_key(key), call.part), fingerprint, work.request, run)
+
+    def provenance_headers(self, image: ImageReady) -> dict[str, str]:
+        """What marks the image carries, for protocols that also send raw pixels: those carry none but a watermark."""
+        marks = self._provenance.marks(image.format, image.width, image.height)
+        return {PROVENANCE_KEY: ", ".join(marks) or "none"}
 
     async def server_info(self) -> ServerInfo:
         """What runs here and how busy it is, of all replicas together.

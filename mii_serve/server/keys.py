@@ -84,6 +84,10 @@ class KeyRing:
         else:
             logger.info("%d API keys read", len(self._keys))
 
+    def has(self, name: str) -> bool:
+        """Whether a key of this name may call. Where there are no keys, everybody may."""
+        return self._keys is None or any(key.name == name for key in self._keys)
+
     @contextlib.contextmanager
     def admitted(self, authorization: str | None, *, is_work: bool = True) -> Iterator[str | None]:
         """Let a call with this `authorization` header in while the block runs; gives the key's name.

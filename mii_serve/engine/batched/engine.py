@@ -128,6 +128,8 @@ class BatchedEngine:
             buckets = declare_buckets(self._max_slots, *latent_shape) if self._device.type == "cuda" else ()
         self._buckets = tuple(buckets)
         pipeline.unet.to(memory_format=torch.channels_last)
+        if self._device.type == "cpu":  # on CUDA the fused decoder sets its own
+            pipeline.vae.to(memory_format=torch.channels_last)
         self._prompts = PromptCache(pipeline, kernels, max_in_use=2 * self._max_slots)
         self._timesteps = TimestepCache(kernels, dtype=pipeline.unet.dtype, device=self._device)
         self._denoiser = Denoiser(
