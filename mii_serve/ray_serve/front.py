@@ -18,7 +18,8 @@ from mii_serve.errors import ConfigError, EngineError, PermissionDeniedError
 from mii_serve.gateway.app import build_app, serve_http
 from mii_serve.gateway.errors import openai_problem, problem_response
 from mii_serve.gateway.hosts import AllowedHosts
-from mii_serve.ray_serve.proxied import ProxiedCalls
+from mii_serve.provenance import Provenance
+from mii_serve.ray_serve.proxied import FROM_ELSEWHERE, ProxiedCalls
 from mii_serve.ray_serve.replica import ReplicaDescription
 from mii_serve.safety.azure import open_moderator
 from mii_serve.server.dispatcher import Dispatcher
@@ -50,7 +51,8 @@ class FrontHost:
         config = self._config
         moderator = await self._stack.enter_async_context(open_moderator(config.content_safety))
         router = Router(0, patience_s=config.replica_wait_s)
-        self._dispatcher = Dispatcher(router, moderator=moderator)
+        provenance = Provenance.of(config.provenance)
+        self._dispatcher = Dispatcher(router, moderator=moderator, provenance=provenance)
         self._membership = Membership(self._dispatcher)
         self._keys, self._tls = KeyRing(config.api_key_file), Tls.of(config)
         self._limits = connection_limits(config.replicas)
@@ -148,7 +150,7 @@ class LocalCallers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope.get("client")
         if scope["type"] == "http" and (client is None or not is_loopback(client[0])):
-            error = PermissionDeniedError("the setting host lets this machine's callers in, and you call from another one")
+            error = PermissionDeniedError(FROM_ELSEWHERE)
             await problem_response(openai_problem(error))(scope, receive, send)
         else:
             await self._app(scope, receive, send)

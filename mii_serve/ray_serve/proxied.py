@@ -38,6 +38,8 @@ METHODS: Mapping[str, Mapping[str, bool]] = {
 PATHS = {name: f"/{service}/{name}" for service, methods in reversed([*METHODS.items()]) for name in methods}
 IS_STREAM = {name: is_stream for methods in METHODS.values() for name, is_stream in methods.items()}
 
+FROM_ELSEWHERE = "the setting host lets this machine's callers in, and you call from another one"
+
 
 def add_to_server(servicer: Any, server: grpc.aio.Server) -> None:
     """Register all methods with Ray's proxy, as bytes: the front reads and refuses messages itself.
@@ -122,7 +124,7 @@ class ProxiedCalls:
 
     def _check(self, wire: bytes, context: _Context) -> None:
         if self._is_local_only and not is_loopback(address_of(context.peer())):
-            raise PermissionDeniedError("the setting host lets this machine's callers in, and you call from another one")
+            raise PermissionDeniedError(FROM_ELSEWHERE)
         if len(wire) > MAX_REQUEST_BYTES:
             raise InvalidRequestError("request", f"must be at most {MAX_REQUEST_BYTES} bytes")
         context.read_timeout()

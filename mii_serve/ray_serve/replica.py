@@ -26,8 +26,8 @@ from cryptography.x509.oid import NameOID
 from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
 from mii_serve.errors import EngineError
-from mii_serve.replica.local import build_warm_engine
-from mii_serve.replica.loop import ReplicaLoop
+from mii_serve.provenance import Provenance
+from mii_serve.replica.local import build_loop, build_warm_engine
 from mii_serve.replica.service import ListenOn, replica_server
 from mii_serve.server.front import bracketed
 from mii_serve.server.membership import Member
@@ -78,14 +78,9 @@ class ReplicaHost:
             ConfigError, ModelError, EngineError: as `mii_serve deploy` would.
         """
         config = self._config
+        provenance = Provenance.of(config.provenance)
         engine = await asyncio.get_running_loop().run_in_executor(self._thread, self._build, config)
-        self._loop = ReplicaLoop(
-            engine,
-            self._thread,
-            max_waiting_samples=config.max_waiting_samples,
-            max_waiting_s=config.max_waiting_s,
-            batch_share=config.batch_share,
-        )
+        self._loop = build_loop(config, engine, self._thread, provenance)
         self._turns = asyncio.create_task(self._loop.run())
         key, certificate = self_signed(self._ip)
         token, host = secrets.token_urlsafe(32), bracketed(self._ip)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
 from mii_serve.errors import EngineError
+from mii_serve.metrics import ReplicaMetrics
 from mii_serve.provenance import Provenance
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.types import Capabilities, Event, GenerationAnswer, GenerationRequest, ResolvedRequest, draw_seed, gather
@@ -102,3 +103,30 @@ def build_warm_engine(config: DeployConfig) -> Engine:
     engine = build_engine(config)
     engine.warmup()
     return engine
+
+
+def build_loop(config: DeployConfig, engine: Engine, engine_thread: ThreadPoolExecutor, provenance: Provenance) -> ReplicaLoop:
+    """The loop of a replica that serves, as it is configured; `engine_thread` has built the engine."""
+    metrics = ReplicaMetrics()
+    if engine.description.device.startswith("cuda"):
+        metrics.follow_memory(_gpu_memory)
+    return ReplicaLoop(
+        engine,
+        engine_thread,
+        max_waiting_samples=config.max_waiting_samples,
+        max_waiting_s=config.max_waiting_s,
+        batch_share=config.batch_share,
+        metrics=metrics,
+        provenance=provenance,
+    )
+
+
+def _gpu_memory() -> dict[str, int]:
+    import torch
+
+    return {
+        "allocated": torch.cuda.memory_allocated(),
+        "peak": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.memory_reserved(),
+        "total": torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
+    }

@@ -23,11 +23,10 @@ from pathlib import Path
 from mii_serve.config import DeployConfig
 from mii_serve.errors import MiiServeError
 from mii_serve.logs import configure_logs
-from mii_serve.metrics import ReplicaMetrics
 from mii_serve.models.quiet import quiet_libraries
 from mii_serve.parent import end_with_parent
 from mii_serve.provenance import Provenance
-from mii_serve.replica.local import build_warm_engine
+from mii_serve.replica.local import build_loop, build_warm_engine
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import ListenOn, replica_server
 from mii_serve.threads import wait_briefly
@@ -62,18 +61,7 @@ def main() -> int:
         provenance = Provenance.of(config.provenance)
         with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
             engine = thread.submit(build_warm_engine, config).result()
-            metrics = ReplicaMetrics()
-            if engine.description.device.startswith("cuda"):
-                metrics.follow_memory(_gpu_memory)
-            loop = ReplicaLoop(
-                engine,
-                thread,
-                max_waiting_samples=config.max_waiting_samples,
-                max_waiting_s=config.max_waiting_s,
-                batch_share=config.batch_share,
-                metrics=metrics,
-                provenance=provenance,
-            )
+            loop = build_loop(config, engine, thread, provenance)
             asyncio.run(_serve(loop, config, provenance, order["socket"], status_fd))
     except MiiServeError as error:
         _report(status_fd, state="failed", error=type(error).__name__, message=str(error))
@@ -97,17 +85,6 @@ def _name_process(name: str) -> None:
 def _end() -> None:
     flush_traces()
     os._exit(0)
-
-
-def _gpu_memory() -> dict[str, int]:
-    import torch
-
-    return {
-        "allocated": torch.cuda.memory_allocated(),
-        "peak": torch.cuda.max_memory_allocated(),
-        "reserved": torch.cuda.memory_reserved(),
-        "total": torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
-    }
 
 
 def _report(status_fd: int, **status: str) -> None:

@@ -31,7 +31,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
         pytest.skip("unshare may make no network here, and without one Ray would listen on this machine's addresses")
     folder = tmp_path_factory.mktemp("ray")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [*spaces, PYTHON, ROOT / "tests" / "deployment" / "ray_scenario.py", folder]
+    command = [*spaces, PYTHON, ROOT / "tests" / "support" / "ray_scenario.py", folder]
     with (folder / "scenario.log").open("w") as log:
         ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, timeout=LIMIT_S)
     if ran.returncode != 0:

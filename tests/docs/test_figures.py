@@ -29,6 +29,7 @@ def test_there_are_tables_to_check():
         "overload",
         "peers",
         "provenance",
+        "ray_proxy",
         "roofline",
         "savings",
         "scheduler",
