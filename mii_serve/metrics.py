@@ -118,15 +118,6 @@ class FrontMetrics:
         for state in ROW_STATES:
             self._job_rows.labels(state).set_function(functools.partial(_one_of, jobs.row_counts, state))
 
-
-class JobsState(Protocol):
-    """What the gauges of batch jobs read when they are asked."""
-
-    def job_counts(self) -> Mapping[str, int]: ...
-    def row_counts(self) -> Mapping[str, int]: ...
-    @property
-    def num_paused(self) -> int: ...
-
     def key_request(self, name: str, code: str, seconds: float, num_images: int) -> None:
         """Note a finished call with the API key of this name."""
         if name not in self._key_names and len(self._key_names) >= MAX_KEY_NAMES:
@@ -135,6 +126,15 @@ class JobsState(Protocol):
         self._key_requests.labels(name, code).inc()
         self._key_duration.labels(name).observe(seconds)
         self._key_images.labels(name).inc(num_images)
+
+
+class JobsState(Protocol):
+    """What the gauges of batch jobs read when they are asked."""
+
+    def job_counts(self) -> Mapping[str, int]: ...
+    def row_counts(self) -> Mapping[str, int]: ...
+    @property
+    def num_paused(self) -> int: ...
 
 
 class BatchState(Protocol):
