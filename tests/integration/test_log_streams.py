@@ -94,8 +94,9 @@ def test_every_line_is_json_however_it_was_written():
         warnings.warn("a warning")
         say_as_json()
         say("warning: said")
+        # In this order: the log's thread could write between the text and its line end.
         child = "import sys; from mii_serve.logs import *; configure_logs('info', 'json'); "
-        child += "logging.info('a child'); print('a plain child', file=sys.stderr)"
+        child += "print('a plain child', file=sys.stderr); logging.info('a child')"
         subprocess.run([sys.executable, "-c", child], check=True)
         thread = threading.Thread(target=lambda: 1 / 0)
         thread.start()
