@@ -39,8 +39,8 @@ _CONFIG_FILES = {
 }
 _ALTERNATIVE_CONFIG_FILES = {"feature_extractor": ("processor_config.json",)}
 """Read before the usual one, where they are there."""
-_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-_TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CHECKPOINTS = (".safetensors", ".ckpt")
 _INTERRUPTED = "the download was interrupted. Fetch the model again; an interrupted `hf download` continues where it stopped"
 
@@ -171,14 +171,14 @@ def _config_files(folder: Path, part: str) -> tuple[Path, ...]:
     if part != "tokenizer":
         others = (folder / name for name in _ALTERNATIVE_CONFIG_FILES.get(part, ()))
         return (folder / _CONFIG_FILES.get(part, "config.json"), *(file for file in others if file.is_file()))
-    for names in _TOKENIZER_FILES:
+    for names in TOKENIZER_FILES:
         if all((folder / name).is_file() for name in names):
-            known = (*(name for names in _TOKENIZER_FILES for name in names), *_TOKENIZER_OPTIONS)
+            known = (*(name for names in TOKENIZER_FILES for name in names), *TOKENIZER_OPTIONS)
             present = tuple(folder / name for name in known if (folder / name).is_file())
             for file in present:
                 check_not_a_pointer(file)
             return present
-    wanted = " or ".join(" with ".join(names) for names in _TOKENIZER_FILES)
+    wanted = " or ".join(" with ".join(names) for names in TOKENIZER_FILES)
     raise ModelError(f"tokenizer: {folder} has no {wanted}. Fetch or copy the model again")
 
 
@@ -197,9 +197,6 @@ def _hint(folder: Path) -> str:
         return f"Did you mean {below[0].parent}?"
     if _has_unfinished_download(folder):
         return f"It looks as if {_INTERRUPTED}"
-    if any(path.suffix in _CHECKPOINTS for path in folder.iterdir()):
-        return "A single-file checkpoint must be converted once: " + CONVERT_CHECKPOINT
+    if checkpoints := sorted(path for path in folder.iterdir() if path.suffix in _CHECKPOINTS):
+        return f"If the model is a single file, give that file: {checkpoints[0]}"
     return "Give the folder that holds it"
-
-
-CONVERT_CHECKPOINT = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"

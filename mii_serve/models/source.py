@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from mii_serve.errors import ModelError
 from mii_serve.models import DEMO, RANDOM_SD_V1_4
-from mii_serve.models.check import CONVERT_CHECKPOINT, MODEL_INDEX
+from mii_serve.models.check import MODEL_INDEX
+from mii_serve.models.single_file.files import ENDINGS
 
 if TYPE_CHECKING:
     from mii_serve.models import Precision
@@ -29,11 +30,12 @@ _CACHE_FOLDER = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)", re.A
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundModel:
-    """`commit` is the hub's, None where it is not known."""
+    """`commit` is the hub's, None where it is not known. `file` is set where the model is a single file in the folder."""
 
     name: str
     folder: Path
     commit: str | None = None
+    file: Path | None = None
 
 
 def find_model(
@@ -90,9 +92,10 @@ def _local(path: Path, revision: str | None) -> FoundModel:
     if not path.is_dir():
         if path.name == MODEL_INDEX:
             raise ModelError(f"{path} is a file. Give the folder it is in")
-        raise ModelError(
-            f"{path} is a file, not a model folder. A single-file checkpoint must be converted once: {CONVERT_CHECKPOINT}"
-        )
+        if path.suffix not in ENDINGS:
+            raise ModelError(f"{path} is neither a model folder nor a file of weights ({', '.join(ENDINGS)})")
+        _refuse_revision(str(path), revision)
+        return FoundModel(name=path.stem, folder=path.parent, file=path)
     folder = _inside_azure_folder(path)
     resolved = folder.resolve()
     if resolved.parent.name == "snapshots" and _COMMIT.fullmatch(resolved.name):

@@ -51,9 +51,9 @@ def test_a_folder_with_little_more_than_an_unfinished_download_says_so(tmp_path:
     assert "interrupted" in refused(tmp_path)
 
 
-def test_a_folder_with_a_single_file_checkpoint_says_how_to_convert_it(tmp_path: Path) -> None:
+def test_a_folder_with_a_single_file_checkpoint_says_to_give_that_file(tmp_path: Path) -> None:
     (tmp_path / "v1-5-pruned.ckpt").touch()
-    assert "from_single_file" in refused(tmp_path)
+    assert f"give that file: {tmp_path / 'v1-5-pruned.ckpt'}" in refused(tmp_path)
 
 
 def test_another_pipeline_is_named_with_the_one_supported(model_folder: Path, edit: EditFile) -> None:

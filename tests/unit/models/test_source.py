@@ -109,10 +109,16 @@ def test_a_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
     assert "revision main is of no use" in refused(make_model(tmp_path / "m"), "main")
 
 
-@pytest.mark.parametrize("name", ["v1-5.safetensors", "v1-5.ckpt"])
-def test_a_single_file_checkpoint_says_how_to_convert_it(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["v1.5-pruned.safetensors", "v1.5-pruned.ckpt"])
+def test_a_file_of_weights_is_a_model_of_its_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    assert "from_single_file" in refused(tmp_path / name)
+    assert find(name) == FoundModel(name="v1.5-pruned", folder=tmp_path, file=tmp_path / name)
+    assert "revision main is of no use" in refused(name, "main")
+
+
+def test_any_other_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    assert "neither a model folder nor a file of weights (.safetensors, .ckpt" in refused("notes.txt")
 
 
 def test_the_index_instead_of_its_folder_is_told(tmp_path: Path) -> None:
