@@ -16,7 +16,8 @@ from mii_serve.errors import ModelError
 if TYPE_CHECKING:
     from mii_serve.models import Precision
 
-MODEL_PARTS = ("unet", "vae", "text_encoder", "safety_checker")
+SAFETY_CHECKER = "safety_checker"
+MODEL_PARTS = ("unet", "vae", "text_encoder", SAFETY_CHECKER)
 """The parts that have weights."""
 
 _DIFFUSERS_PARTS = ("unet", "vae")
@@ -70,14 +71,18 @@ class Weights:
 
 
 def candidates(part: str, dtype: Precision, *, allow_pickle: bool) -> tuple[Candidate, ...]:
-    """How the part's weights may be stored, best first."""
+    """How the part's weights may be stored, best first.
+
+    A safety checker may always be a pickle, since many models have no other and to serve them without it is worse. It is read
+    without running code, as all pickles are.
+    """
     variants = ("fp16", None) if dtype == "fp16" else (None, "fp16")
     is_diffusers = part in _DIFFUSERS_PARTS
     stems = {
         "safetensors": "diffusion_pytorch_model" if is_diffusers else "model",
         "bin": "diffusion_pytorch_model" if is_diffusers else "pytorch_model",
     }
-    endings = ("safetensors", "bin") if allow_pickle else ("safetensors",)
+    endings = ("safetensors", "bin") if allow_pickle or part == SAFETY_CHECKER else ("safetensors",)
     return tuple(Candidate(stems[ending], ending, variant) for ending in endings for variant in variants)
 
 

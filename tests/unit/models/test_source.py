@@ -155,6 +155,20 @@ def test_a_diffusers_folder_is_itself_whatever_lies_in_it(tmp_path: Path) -> Non
     assert find(folder).folder == folder
 
 
+@pytest.mark.parametrize(
+    "inner", ["model", "artifacts", "artifacts/stable-diffusion", "mlflow_model_folder/artifacts/data/sd", "sd/artifacts/model"]
+)
+def test_a_folder_of_another_name_below_artifacts_or_one_down_is_found(tmp_path: Path, inner: str) -> None:
+    folder = make_model(tmp_path / "sd-v2" / "1" / inner)
+    make_model(tmp_path / "sd-v2" / "1" / ".cache")
+    assert find("sd-v2/1") == FoundModel(name="sd-v2", folder=folder)
+
+
+def test_several_models_in_a_folder_are_all_named(tmp_path: Path) -> None:
+    first, second = make_model(tmp_path / "m" / "a"), make_model(tmp_path / "m" / "b")
+    assert f"holds several models: {first}, {second}. Give one of them" in refused("m")
+
+
 def test_an_mlflow_model_without_a_diffusers_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "MLmodel").touch()
     assert "INPUT_model_path" in refused(tmp_path)
