@@ -169,6 +169,7 @@ class DeployConfig(BaseSettings):
     model: str = Field("demo", min_length=1)
     served_model_name: Annotated[tuple[ServedName, ...], NoDecode, BeforeValidator(_names)] = ()
     revision: str | None = None
+    tokenizer: Path | None = None
     allow_pickle: bool = False
     enable_safety_checker: bool = True
     engine: EngineChoice = "auto"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "127.0.0.1:50050"
 ENGINES = f"{{{','.join(ENGINE_CHOICES)}}}"
 DTYPES = "{auto,fp32,fp16,bf16}"
-MODELS = "hub id, diffusers folder, Azure ML model folder, or demo, the model in the package and the default"
+MODELS = "hub id, diffusers folder, single file, Azure ML model folder, or demo, the model in the package and the default"
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -169,6 +169,7 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-slots", type=int, metavar="N", help="images that run at once, per copy")
     add("--verify", action="store_true", help="compare the engine with the FP32 reference first, and serve only if it passes")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer of a model that is a single file, which has none")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     add(
         "--disable-safety-checker",
@@ -319,6 +320,7 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="{auto,cpu,cuda}", help="where the engine and the reference run")
     add("--max-slots", type=int, metavar="N", help="images that run at once: the size of the batch")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer of a model that is a single file, which has none")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file, as JSON")
