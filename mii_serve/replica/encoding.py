@@ -43,6 +43,8 @@ def _metadata(parameters: EffectiveParameters, seed: int) -> PngInfo:
     They say what was asked for and what was done. Files are passed on, so nothing of the host goes into them.
     """
     params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams)}
+    if parameters.strength is None:
+        del params["strength"]
     engine = {name: getattr(parameters, name) for name in ENGINE_FIELDS}
     scheduler = {
         "scheduler_class": parameters.scheduler_class,

@@ -12,7 +12,7 @@ from fake_engine import FakeEngine
 from PIL import Image
 
 from mii_serve.replica.encoding import encode_picture
-from mii_serve.types import EffectiveParameters, ImageFormat, OutputOptions, Picture, RequestedParams
+from mii_serve.types import PARAMETER_NAMES, EffectiveParameters, ImageFormat, OutputOptions, Picture, RequestedParams
 
 RGB = random.Random(0).randbytes(24 * 16 * 3)
 PICTURE = Picture(width=24, height=16, rgb=RGB, nsfw_content_detected=False)
@@ -58,7 +58,7 @@ def test_metadata_says_nothing_of_the_host():
     file = encode_picture(PICTURE, OutputOptions(embed_metadata=True), parameters, seed=7)
     texts = Image.open(io.BytesIO(file)).text
     assert set(json.loads(texts["mii_serve"])) == {
-        *RequestedParams.__dataclass_fields__,
+        *PARAMETER_NAMES,
         *("engine", "dtype", "model", "model_revision"),
         *("scheduler_class", "scheduler_options"),
     }
