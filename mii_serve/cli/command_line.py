@@ -18,7 +18,7 @@ from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_stre
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
-from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, ImageFormat, RequestedParams
+from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, STRENGTH, ImageFormat, RequestedParams
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
@@ -205,6 +205,10 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
         if parameter.name != "prompt":
             flag = f"--{parameter.name.replace('_', '-')}"
             request.add_argument(flag, type=parameter.kind, metavar=_METAVARS[parameter.kind], help=parameter.help)
+    request.add_argument(
+        "--image", type=Path, metavar="FILE", help="start from this PNG, JPEG or WebP image; gives the size, too"
+    )
+    request.add_argument("--strength", type=float, metavar=_METAVARS[float], help=STRENGTH.help)
     add = parser.add_argument_group("without --target").add_argument
     # No default: a flag that was not given leaves the choice to the environment.
     add("--model", default=argparse.SUPPRESS, metavar="MODEL", help=MODELS)
@@ -399,10 +403,12 @@ def _config(values: dict[str, Any]) -> int:
 
 
 def _generate(values: dict[str, Any]) -> int:
+    from mii_serve.cli.files import read_image
     from mii_serve.cli.generate import run
 
+    image = None if values["image"] is None else read_image("--image", values["image"])
     return run(
-        RequestedParams(**{name: values[name] for name in PARAMETER_NAMES}),
+        RequestedParams(**{name: values[name] for name in PARAMETER_NAMES}, image=image, strength=values["strength"]),
         output=values["output"],
         embed_metadata=values["embed_metadata"],
         connection=None if values["target"] is None else _connection(values),

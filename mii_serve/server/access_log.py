@@ -38,6 +38,8 @@ class CallLog(dict[str, object]):
 
     def add_params(self, params: GenerationParams) -> None:
         self.update({name: getattr(params, name) for name in _LOGGED})
+        if params.strength is not None:
+            self["strength"] = params.strength
 
     def add_event(self, event: Event) -> None:
         match event:
