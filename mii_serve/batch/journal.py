@@ -17,6 +17,8 @@ from typing import Any
 from mii_serve.batch.inputs import Content
 from mii_serve.errors import ConfigError
 
+CLEARED = "cleared"
+"""The key that is there while the files of a job that was cleared are being removed."""
 FORMAT = 1
 """Of the database; a journal of another format is not touched."""
 LOCK_TIMEOUT_S = 0.5
@@ -160,6 +162,13 @@ class Journal:
 
     def close(self) -> None:
         self._database.close()
+
+    def clear(self) -> None:
+        """Forget the job. What is left is the key `CLEARED`: its files are still to be removed."""
+        with self.transaction() as database:
+            for table in ("row", "picture", "input", "shard", "job"):
+                database.execute(f"DELETE FROM {table}")
+            self.put(CLEARED, True)
 
     # ---- the job ---------------------------------------------------------------------------------------------------
 

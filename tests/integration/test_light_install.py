@@ -70,6 +70,7 @@ LIGHT_MODULES = (
 )
 COMMANDS = (
     "",
+    "batch",
     "bench",
     "bench compare",
     "config",
@@ -77,6 +78,7 @@ COMMANDS = (
     "config show",
     "deploy",
     "doctor",
+    "evaluate",
     "export-mlflow",
     "generate",
     "status",
@@ -188,6 +190,7 @@ for argv in sys.argv[1:]:
             ("deploy demo", "server"),
             ("generate circle", "server"),
             ("verify", "server"),
+            ("evaluate in.csv -o out --guidance 1", "server"),
             ("config show", "server"),
             ("config schema", "server"),
             ("export-mlflow demo exported", "mlflow"),
