@@ -51,6 +51,7 @@ def test_rows_share_the_batch_and_keep_their_order(model, engine):
     assert max(len(plan.steps) for plan in engine.plans) == 4
     with Image.open(io.BytesIO(base64.b64decode(rows[0][1]))) as image:
         assert image.size == (64, 64)
+    assert b"trainedAlgorithmicMedia" in base64.b64decode(rows[0][1]), "marked as the server marks its images"
 
 
 def test_threads_share_it_too_and_an_error_is_the_callers_own(model, engine):
