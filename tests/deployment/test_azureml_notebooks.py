@@ -83,7 +83,7 @@ def test_the_notebooks_run_from_the_first_cell_to_the_last(tmp_path, is_safe):
                     "columns": ["prompt"],
                     "data": ["a red circle", "a skull"],
                     "index": [0, 1],
-                    "parameters": {"num_inference_steps": 2},
+                    "parameters": {"num_inference_steps": 2, "seed": 3},
                 }
             }
         )
