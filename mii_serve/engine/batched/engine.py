@@ -36,6 +36,7 @@ from mii_serve.engine.upload import upload
 from mii_serve.engine.warmup import make_pictures, warm_up_request
 from mii_serve.errors import EngineError
 from mii_serve.models import LoadedModel
+from mii_serve.safety.checker import keep_thresholds_on_host
 from mii_serve.samplers.build import ModelSchedulers
 from mii_serve.samplers.sampling import Samplings, Uncompiled
 from mii_serve.samplers.update import estimate_x0
@@ -128,6 +129,7 @@ class BatchedEngine:
             buckets = declare_buckets(self._max_slots, *latent_shape) if self._device.type == "cuda" else ()
         self._buckets = tuple(buckets)
         pipeline.unet.to(memory_format=torch.channels_last)
+        keep_thresholds_on_host(pipeline)
         self._prompts = PromptCache(pipeline, kernels, max_in_use=2 * self._max_slots)
         self._timesteps = TimestepCache(kernels, dtype=pipeline.unet.dtype, device=self._device)
         self._denoiser = Denoiser(
