@@ -6,8 +6,8 @@
 
 It checks that version and changelog agree, builds the source distribution and from it the wheel, both twice, under different
 circumstances, and compares every byte. Then it installs the wheel into an empty environment, draws a picture with it and
-inspects it, writes what that environment holds as a CycloneDX SBOM, and the licence of every package of the tested set. It needs
-a network for packages. What is published, and where, is left to the person who runs it.
+inspects it, writes what that environment holds as a CycloneDX SBOM, and the licence of every package of the tested set.
+Packages come over the network. What is published, and where, is left to the person who runs it.
 """
 
 from __future__ import annotations
