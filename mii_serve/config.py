@@ -169,6 +169,7 @@ class DeployConfig(BaseSettings):
     model: str = Field("demo", min_length=1)
     served_model_name: Annotated[tuple[ServedName, ...], NoDecode, BeforeValidator(_names)] = ()
     revision: str | None = None
+    tokenizer: Path | None = None
     allow_pickle: bool = False
     enable_safety_checker: bool = True
     engine: EngineChoice = "auto"
@@ -198,6 +199,8 @@ class DeployConfig(BaseSettings):
     drain_timeout_s: float = Field(30.0, ge=0)
     max_connection_age_s: float | None = Field(None, ge=1, le=86400)
     enable_spare_process: bool = True
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     http: HttpConfig = HttpConfig()
     limits: LimitsConfig = LimitsConfig()
     content_safety: ContentSafetyConfig = ContentSafetyConfig()

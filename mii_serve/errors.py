@@ -91,7 +91,11 @@ class QueueFullError(MiiServeError):
 
 
 class RateLimitedError(QueueFullError):
-    """The caller's API key has reached its own limit; other callers are not affected."""
+    """The caller's API key has reached its own limit; other callers are not affected. `key_name` is for the server."""
+
+    def __init__(self, text: str, retry_after_s: float | None = None, *, key_name: str | None = None) -> None:
+        super().__init__(text, retry_after_s)
+        self.key_name = key_name
 
 
 class UnauthenticatedError(MiiServeError):

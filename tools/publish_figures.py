@@ -432,7 +432,7 @@ def ranks_computed() -> str:
     """What follows from the shares and from the UNet's configuration alone."""
     from mii_serve.engine.kernels.sharded_traffic import traffic_of_call
     from mii_serve.engine.kernels.shares import shares
-    from mii_serve.models.random_init import SD_V1_4
+    from mii_serve.models.families import SD_V1_4
 
     cells = []
     for num_samples in (1, 2, 4, 8):

@@ -10,6 +10,7 @@ row number within the file, prompt, name of the picture, `nsfw_content_detected`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 START_TIMEOUT_S = float(os.environ.get("MII_SERVE_STARTUP_TIMEOUT_S", "900"))
+STOP_TIMEOUT_S, EXIT_TIMEOUT_S = 60.0, 5.0
 WORKER = Path(__file__).with_name("batch_worker.py")
 OF_THIS_PYTHON = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
 """Where this Python finds its modules and libraries is of no use to another one."""
@@ -56,8 +58,7 @@ def init() -> None:
     line = worker.stdout.readline() if ready else ""
     answer = json.loads(line) if line else {"error": "it ended" if ready else f"it was not ready within {START_TIMEOUT_S:g} s"}
     if "error" in answer:
-        worker.kill()
-        worker.wait()
+        _end(worker)
         raise RuntimeError(f"the deployment did not start: {answer['error']}")
     _worker = worker
 
@@ -83,10 +84,34 @@ def run(mini_batch: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS), index=index, dtype=object)
 
 
+def shutdown() -> None:
+    """End the worker, where the driver says that there is no more to do; without this it ends with the driver."""
+    global _worker
+    if _worker is not None:
+        _end(_worker, STOP_TIMEOUT_S)
+        _worker = None
+
+
+def _end(worker: subprocess.Popen[str], patience_s: float = 0.0) -> int:
+    """The exit code of a worker that is let end for so long, and then killed."""
+    assert worker.stdin is not None and worker.stdout is not None
+    with contextlib.suppress(OSError):  # what was written last did not arrive
+        worker.stdin.close()
+    try:
+        worker.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        worker.kill()
+    worker.stdout.close()
+    return worker.wait()
+
+
 def _ask(question: dict[str, object]) -> dict:  # type: ignore[type-arg]
     """The worker's answer; a worker that has ended is started again first."""
     global _worker
-    if _worker is None or _worker.poll() is not None:
+    if _worker is not None and _worker.poll() is not None:
+        _end(_worker)
+        _worker = None
+    if _worker is None:
         init()
     assert _worker is not None and _worker.stdin is not None and _worker.stdout is not None
     try:
@@ -96,7 +121,7 @@ def _ask(question: dict[str, object]) -> dict:  # type: ignore[type-arg]
     except OSError:
         line = ""
     if not line:
-        _worker.kill()
-        raise RuntimeError(f"the deployment has ended, exit code {_worker.wait()}; the next mini-batch starts another")
+        code, _worker = _end(_worker, EXIT_TIMEOUT_S), None
+        raise RuntimeError(f"the deployment has ended, exit code {code}; the next mini-batch starts another")
     answer: dict[str, object] = json.loads(line)
     return answer

@@ -40,6 +40,7 @@ from mii_serve.batch.runner import FINAL, FIRST_PAUSE_S, HOPELESS, LONGEST_PAUSE
 from mii_serve.batch.settings import DEFAULT_NAMES, JobSettings
 from mii_serve.cli.own_server import own_server
 from mii_serve.client import AsyncClient
+from mii_serve.config import CONTENT_SAFETY_VARIABLES
 from mii_serve.errors import ConfigError, ContentBlockedError, InvalidRequestError, MiiServeError
 from mii_serve.types import Capabilities, EffectiveParameters, ImageFormat, RequestedParams
 
@@ -52,6 +53,7 @@ LOCK_TIMEOUT_S = 60.0
 DEFAULT_STALL_S = 600.0
 BATCH_THRESHOLD = "1"
 """Of content safety, as in Azure's batch samples; a server's default is 2."""
+CONTENT_SAFETY_PREFIX = "MII_SERVE_CONTENT_SAFETY__"
 PARAMETERS_VARIABLE, STALL_VARIABLE = "MII_SERVE_BATCH_PARAMETERS", "MII_SERVE_BATCH_STALL_S"
 MODEL_MARKS = ("MLmodel", "model_index.json", "mlflow_model_folder")
 NAMES = uuid.UUID("6f0a3c58-2f0e-5d0b-9d6e-6b1f3f1c8d11")
@@ -323,7 +325,8 @@ def model_folder(given: Path) -> Path:
 
 def prepare_environment() -> list[str]:
     """Set what the server is to inherit; the arguments of `mii_serve deploy`."""
-    if any(name.startswith("CONTENT_SAFETY_") for name in os.environ):
+    is_moderated = any(name in CONTENT_SAFETY_VARIABLES or name.startswith(CONTENT_SAFETY_PREFIX) for name in os.environ)
+    if is_moderated and f"{CONTENT_SAFETY_PREFIX}THRESHOLD" not in os.environ:
         os.environ.setdefault("CONTENT_SAFETY_THRESHOLD", BATCH_THRESHOLD)
     if (given := os.environ.get("AZUREML_MODEL_DIR")) and not os.environ.get("MLFLOW_MODEL_FOLDER"):
         return [str(model_folder(Path(given)))]

@@ -18,7 +18,7 @@ from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_stre
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
-from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, ImageFormat, RequestedParams
+from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, STRENGTH, ImageFormat, RequestedParams
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "127.0.0.1:50050"
 ENGINES = f"{{{','.join(ENGINE_CHOICES)}}}"
 DTYPES = "{auto,fp32,fp16,bf16}"
-MODELS = "hub id, diffusers folder, Azure ML model folder, or demo, the model in the package and the default"
+MODELS = "hub id, diffusers folder, single file, Azure ML model folder, or demo, the model in the package and the default"
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -169,6 +169,7 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-slots", type=int, metavar="N", help="images that run at once, per copy")
     add("--verify", action="store_true", help="compare the engine with the FP32 reference first, and serve only if it passes")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer of a model that is a single file, which has none")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     add(
         "--disable-safety-checker",
@@ -177,11 +178,8 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         help="return images without the model's safety check",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
-    levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log-level", choices=levels, default="info", help="least level to log on stderr, default info")
-    parser.add_argument(
-        "--log-format", choices=("text", "json"), default="text", help="format of log lines; json is one object per line"
-    )
+    add("--log-level", choices=("debug", "info", "warning", "error"), help="least level to log on stderr, default info")
+    add("--log-format", choices=("text", "json"), help="format of log lines, default text; json is one object per line")
 
 
 _METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X"}
@@ -207,6 +205,10 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
         if parameter.name != "prompt":
             flag = f"--{parameter.name.replace('_', '-')}"
             request.add_argument(flag, type=parameter.kind, metavar=_METAVARS[parameter.kind], help=parameter.help)
+    request.add_argument(
+        "--image", type=Path, metavar="FILE", help="start from this PNG, JPEG or WebP image; gives the size, too"
+    )
+    request.add_argument("--strength", type=float, metavar=_METAVARS[float], help=STRENGTH.help)
     add = parser.add_argument_group("without --target").add_argument
     # No default: a flag that was not given leaves the choice to the environment.
     add("--model", default=argparse.SUPPRESS, metavar="MODEL", help=MODELS)
@@ -322,6 +324,7 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="{auto,cpu,cuda}", help="where the engine and the reference run")
     add("--max-slots", type=int, metavar="N", help="images that run at once: the size of the batch")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer of a model that is a single file, which has none")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file, as JSON")
@@ -386,8 +389,8 @@ def _connection(values: dict[str, Any]) -> Connection:
 def _deploy(values: dict[str, Any]) -> int:
     from mii_serve.cli.deploy import run
 
-    file, log_level, log_format = values.pop("config"), values.pop("log_level"), values.pop("log_format")
-    return run(values, file, log_level, log_format, values.pop("mii_config"))
+    file, mii_file = values.pop("config"), values.pop("mii_config")
+    return run(values, file, mii_file)
 
 
 def _config(values: dict[str, Any]) -> int:
@@ -396,15 +399,16 @@ def _config(values: dict[str, Any]) -> int:
     if values.pop("action") == "schema":
         return config.schema()
     file, is_effective, is_json = values.pop("config"), values.pop("effective"), values.pop("json")
-    del values["log_level"], values["log_format"]
     return config.show(values, file, is_effective=is_effective, is_json=is_json)
 
 
 def _generate(values: dict[str, Any]) -> int:
+    from mii_serve.cli.files import read_image
     from mii_serve.cli.generate import run
 
+    image = None if values["image"] is None else read_image("--image", values["image"])
     return run(
-        RequestedParams(**{name: values[name] for name in PARAMETER_NAMES}),
+        RequestedParams(**{name: values[name] for name in PARAMETER_NAMES}, image=image, strength=values["strength"]),
         output=values["output"],
         embed_metadata=values["embed_metadata"],
         connection=None if values["target"] is None else _connection(values),

@@ -69,7 +69,7 @@ class Signer:
         require(EXTRA)
         import c2pa
 
-        algorithm, chain, secret = _material(certificate, key)
+        algorithm, chain, secret, self.expires_at = _material(certificate, key)
         self._context = c2pa.Context(settings=c2pa.Settings.from_dict(_SETTINGS))
         # The library refuses some calls on an object that another thread uses. A signature takes a millisecond or two.
         self._lock = threading.Lock()
@@ -166,8 +166,8 @@ def _manifest(model: str, model_revision: str) -> str:
     return json.dumps({"claim_generator_info": [software], "assertions": [actions]})
 
 
-def _material(certificate: Path, key: Path) -> tuple[str, bytes, bytes]:
-    """The algorithm, the chain and the key, as the library takes them."""
+def _material(certificate: Path, key: Path) -> tuple[str, bytes, bytes, float]:
+    """The algorithm, the chain and the key, as the library takes them; when the first of the chain expires, since 1970."""
     from cryptography import x509
     from cryptography.hazmat.primitives import serialization
 
@@ -186,7 +186,8 @@ def _material(certificate: Path, key: Path) -> tuple[str, bytes, bytes]:
         raise ConfigError(KEY, f"{key} is not the key of the first certificate in {certificate}")
     # The library reads PKCS #8 alone.
     plain = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return _algorithm(private), chain, plain
+    expires_at = min(one.not_valid_after_utc.timestamp() for one in certificates)
+    return _algorithm(private), chain, plain, expires_at
 
 
 def _algorithm(key: PrivateKeyTypes) -> str:

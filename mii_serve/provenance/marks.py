@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ class Provenance:
     @property
     def is_signing(self) -> bool:
         return self._signer is not None
+
+    @property
+    def expires_at(self) -> float:
+        """When a certificate of the chain expires and signing ends, in seconds since 1970; infinite without signing."""
+        return math.inf if self._signer is None else self._signer.expires_at
 
     def reload(self) -> None:
         """Read certificate and key again. Ones that cannot be used change nothing."""

@@ -39,6 +39,8 @@ def _texts(parameters: EffectiveParameters, seed: int) -> dict[str, str]:
     They say what was asked for and what was done. Files are passed on, so nothing of the host goes into them.
     """
     params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams)}
+    if parameters.strength is None:
+        del params["strength"]
     engine = {name: getattr(parameters, name) for name in ENGINE_FIELDS}
     scheduler = {
         "scheduler_class": parameters.scheduler_class,

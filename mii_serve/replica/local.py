@@ -43,17 +43,26 @@ class LocalGenerator:
             InvalidRequestError: naming the field and the rule.
             EngineError: the engine failed.
         """
-        params = self._engine.capabilities.resolve(request.params, fallback_seed=draw_seed())
+        resolved = self._resolved(request)
         with asyncio.Runner() as runner:
-            room = params.num_images_per_prompt
+            room = resolved.params.num_images_per_prompt
             replica = ReplicaLoop(self._engine, self._engine_thread, max_waiting_samples=room, provenance=self._provenance)
-            events = replica.generate(uuid.uuid4().hex, ResolvedRequest(params=params, output=request.output))
+            events = replica.generate(uuid.uuid4().hex, resolved)
             turns = runner.get_loop().create_task(replica.run())
             try:
                 while (event := runner.run(_next(events))) is not None:
                     yield event
             finally:
                 runner.run(_stop(replica, events, turns))
+
+    def _resolved(self, request: GenerationRequest) -> ResolvedRequest:
+        if request.params.image is None:
+            params, image = self.capabilities.resolve(request.params, fallback_seed=draw_seed()), None
+        else:
+            from mii_serve.safety.input_image import resolve_with_image
+
+            params, image = resolve_with_image(self.capabilities, request.params, fallback_seed=draw_seed())
+        return ResolvedRequest(params=params, output=request.output, input_image=image)
 
 
 async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
@@ -124,4 +133,9 @@ def build_loop(config: DeployConfig, engine: Engine, engine_thread: ThreadPoolEx
 def _gpu_memory() -> dict[str, int]:
     import torch
 
-    return {"allocated": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
+    return {
+        "allocated": torch.cuda.memory_allocated(),
+        "peak": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.memory_reserved(),
+        "total": torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
+    }

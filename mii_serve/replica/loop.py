@@ -205,6 +205,7 @@ class ReplicaLoop:
             priority=resolved.priority,
             deadline=deadline,
             preview_every=output.preview_every,
+            input_image=resolved.input_image,
         )
         position = self._scheduler.add(request, now)
         generation = self._generations[request_id] = _Generation(

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
-from mii_serve.errors import InvalidRequestError, MiiServeError
+from mii_serve.errors import InvalidRequestError, MiiServeError, RateLimitedError
 from mii_serve.metrics import FrontMetrics
 from mii_serve.proto.metadata import AUTHORIZATION_KEY as AUTHORIZATION_KEY
 from mii_serve.proto.metadata import CLIENT_ID_KEY, check_client_id, check_request_id
@@ -122,6 +122,7 @@ class Admission:
                 raise call.problem
             counts = is_work(call.method) if call.is_work is None else call.is_work
             with self._keys.admitted(call.headers.get(AUTHORIZATION_KEY), is_work=counts) as key_name:
+                call.log.add_key(key_name)
                 context = CallContext(
                     request_id=call.request_id,
                     client=_client_of(key_name, check_client_id(call.headers.get(CLIENT_ID_KEY)), call.address),
@@ -136,6 +137,8 @@ class Admission:
             code = "OK"
         except MiiServeError as error:
             code = error.grpc_code
+            if isinstance(error, RateLimitedError):
+                call.log.add_key(error.key_name)
             await refuse(error)
         except asyncio.CancelledError:
             raise

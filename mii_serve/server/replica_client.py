@@ -278,6 +278,7 @@ class ReplicaConnection:
 
 
 def _encoded(number: int, order: Order) -> pb.Generate:
+    image = order.request.input_image
     return pb.Generate(
         id=number,
         request=encode_request(order.request),
@@ -286,6 +287,7 @@ def _encoded(number: int, order: Order) -> pb.Generate:
         timeout_s=order.left_s,
         traceparent=order.traceparent or "",
         has_steps=order.has_steps,
+        input_image=None if image is None else pb.InputImage(rgb=image.rgb),
     )
 
 

@@ -200,7 +200,7 @@ class Router:
 
         def take(replicas: Sequence[ReplicaConnection]) -> None:
             first = 0
-            work_per_image = work.params.work_per_call * work.params.num_inference_steps
+            work_per_image = work.params.work_per_call * work.params.num_steps
             for replica, count in shares(replicas, num_images, work_per_image, is_batch=work.is_batch):
                 parts.append(_Part(work, first, count))
                 self._book(parts[-1], replica)
@@ -376,7 +376,7 @@ class _Account:
     def __init__(self, connection: ReplicaConnection, part: _Part, on_close: Callable[[], None]) -> None:
         self.connection = connection
         self._work_per_call = part.params.work_per_call
-        self._left = dict.fromkeys(part.indexes, part.params.num_inference_steps)
+        self._left = dict.fromkeys(part.indexes, part.params.num_steps)
         self._is_batch = part.work.is_batch
         self._on_close = on_close
         self._add(sum(self._left.values()))

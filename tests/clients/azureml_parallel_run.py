@@ -1,9 +1,9 @@
 """A stand-in for the driver of Azure ML's batch deployments, which comes with the job and is on no index.
 
-It does what Azure's documentation and samples say of it: `init()` once, `run()` for each mini-batch of paths, a mini-batch
-whose `run()` raises is tried again, files of mini-batches that failed for good are counted against the error threshold, and
-what `run()` returns is appended to the output file as `parallel_run_step.settings.json` beside the script says, without a
-header. It leaves out: several workers and nodes, time limits, and what Azure does with a worker that ends.
+It does what Azure's documentation and samples say of it: `init()` once, `run()` for each mini-batch of paths, `shutdown()` at
+the end. A mini-batch whose `run()` raises is tried again, files of mini-batches that failed for good are counted against the
+error threshold, and what `run()` returns is appended to the output file as `parallel_run_step.settings.json` beside the script
+says, without a header. It leaves out: several workers and nodes, time limits, and what Azure does with a worker that ends.
 
 Arguments: the script, the folder with the input, the folder for the output, and JSON with `mini_batch_size`, `max_retries`,
 `error_threshold`, `output_file_name`. Prints a JSON object with the numbers of files and tries, the errors, and the output file
@@ -52,6 +52,8 @@ for first in range(0, len(files), size):
     if 0 <= settings.get("error_threshold", -1) < num_failed:
         errors.append(f"the job has failed: {num_failed} files failed, the error threshold is {settings['error_threshold']}")
         break
+
+entry.shutdown()
 
 read = []
 if predictions_file.exists():

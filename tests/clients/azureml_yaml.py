@@ -8,7 +8,14 @@ import json
 import logging
 import sys
 
-from azure.ai.ml import load_batch_endpoint, load_compute, load_environment, load_online_deployment, load_online_endpoint
+from azure.ai.ml import (
+    load_batch_endpoint,
+    load_compute,
+    load_environment,
+    load_online_deployment,
+    load_online_endpoint,
+    load_workspace,
+)
 from azure.ai.ml.entities._load_functions import load_model_batch_deployment
 
 logging.disable(logging.CRITICAL)
@@ -19,6 +26,7 @@ LOADERS = {
     "environment": load_environment,
     "online deployment": load_online_deployment,
     "online endpoint": load_online_endpoint,
+    "workspace": load_workspace,
 }
 
 told = []

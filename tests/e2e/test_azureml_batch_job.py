@@ -17,6 +17,7 @@ from PIL import Image
 
 from mii_serve.models.source import DEMO_FOLDER
 
+BLACK = ((0, 0),) * 3
 SCRIPT = FOLDER / "batch_score.py"
 
 
@@ -57,7 +58,8 @@ def test_a_job_with_content_safety_read_back_as_the_notebook_does(tmp_path):
 
     def judge(image: Image.Image) -> dict[str, int]:
         content = double.images[-1]
-        unchecked.extend(path for path, there in files_below(tmp_path).items() if there == content)
+        if image.getextrema() != BLACK:  # what the model's own checker flags is one and the same picture
+            unchecked.extend(path for path, there in files_below(tmp_path).items() if there == content)
         if len(double.images) == 1:  # the first verdict is none: Azure's driver tries the mini-batch again
             double.image_mode = "no json"
         elif double.image_mode == "no json":

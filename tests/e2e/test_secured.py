@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import ssl
@@ -40,7 +41,9 @@ def secured(folder):
     pair = folder / "localhost.pem"
     flags = ("--api-key-file", folder / "keys", "--tls-cert", pair, "--tls-key", pair, "--tls-client-ca", folder / "ca.pem")
     signing = {"CERTIFICATE": folder / "signing" / "chain.pem", "KEY": folder / "signing" / "key.pem"}
-    environment = {f"MII_SERVE_PROVENANCE__{name}": str(file) for name, file in signing.items()}
+    environment = {"MII_SERVE_LOG_FORMAT": "json"} | {
+        f"MII_SERVE_PROVENANCE__{name}": str(file) for name, file in signing.items()
+    }
     with deployed("demo", "--host", "localhost", *map(str, flags), env=environment) as running:
         yield running
 
@@ -97,6 +100,16 @@ def test_keys_and_certificates_are_read_again_on_sighup(secured, folder):
         lambda: draw(secured, folder, KEY, *tls_flags(folder)) and signer_of(folder / "out.png").startswith("Second"), "signs"
     )
     assert secured.replica_pids() == replicas
+
+
+def test_every_line_of_its_log_is_json_and_names_the_key(secured):
+    secured.log.seek(0)
+    lines = [json.loads(line) for line in secured.log]
+    messages = " ".join(line["message"] for line in lines)
+    for text in ("deploying demo", "listening on localhost", "serving demo", "API keys read", "certificate was read again"):
+        assert text in messages
+    assert {"studio", "key-1", "key-2"} & {line["request"].get("key") for line in lines if "request" in line}
+    assert KEY not in messages and NEW_KEY not in messages
 
 
 def test_http_speaks_tls_too(secured, folder):

@@ -229,6 +229,53 @@ def test_pictures_of_a_worker_that_was_killed_are_gone(tmp_path, monkeypatch):
         assert list(staging.iterdir()) == []
 
 
+WORKER_DOUBLE = """
+import json, os, sys
+said = "{folder}/said"
+if not os.path.exists("{folder}/can start"):
+    print(json.dumps({{"error": "ConfigError: no such model"}}), flush=True)
+    sys.exit(1)
+print(json.dumps({{"ready": True}}), flush=True)
+for line in sys.stdin:
+    if not os.path.exists(said):
+        open(said, "w").close()
+        os._exit(9)
+    print(json.dumps({{"rows": [], "asked": json.loads(line)}}), flush=True)
+open("{folder}/left", "w").close()
+"""
+
+
+def test_a_worker_that_ends_is_started_again_and_one_that_cannot_start_says_why(tmp_path, monkeypatch):
+    score = script("batch_score")
+    (tmp_path / "worker.py").write_text(WORKER_DOUBLE.format(folder=tmp_path))
+    monkeypatch.setattr(score, "WORKER", tmp_path / "worker.py")
+    with pytest.raises(RuntimeError, match="did not start: ConfigError: no such model"):
+        score.init()
+    (tmp_path / "can start").touch()
+    score.init()
+    with pytest.raises(RuntimeError, match=r"has ended, exit code .*; the next mini-batch starts another"):
+        score._ask({"files": []})
+    assert score._ask({"files": ["ü"]}) == {"rows": [], "asked": {"files": ["ü"]}}
+    score.shutdown()
+    assert (tmp_path / "left").exists(), "it was let end by itself"
+
+
+def test_content_safety_is_stricter_in_batch_jobs(monkeypatch):
+    for name, value, threshold in (
+        ("CONTENT_SAFETY_ENDPOINT", "https://x", "1"),
+        ("MII_SERVE_CONTENT_SAFETY__KEY", "k", "1"),
+        ("MII_SERVE_CONTENT_SAFETY__THRESHOLD", "4", None),
+        ("CONTENT_SAFETY_SERVICE_HOST", "10.0.0.1", None),
+        ("CONTENT_SAFETY_THRESHOLD", "2", "2"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setenv("CONTENT_SAFETY_THRESHOLD", "")
+            patched.delenv("CONTENT_SAFETY_THRESHOLD")  # whatever is set is gone afterwards
+            patched.setenv(name, value)
+            assert worker.prepare_environment() == []
+            assert worker.os.environ.get("CONTENT_SAFETY_THRESHOLD") == threshold, name
+
+
 def test_parameters_for_all_rows_are_checked_before_any_work():
     capabilities = FakeEngine().capabilities
     given = {"MII_SERVE_BATCH_PARAMETERS": '{"num_inference_steps": 3, "seed": 9}'}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,22 @@ KINDS = {
     "managedOnlineDeployment": "online deployment",
     "managedOnlineEndpoint": "online endpoint",
     "modelBatchDeployment": "batch deployment",
+    "workspace": "workspace",
 }
+METRICS = {
+    "CpuMemoryUtilizationPercentage",
+    "CpuUtilizationPercentage",
+    "DeploymentCapacity",
+    "DiskUtilization",
+    "GpuMemoryUtilizationPercentage",
+    "GpuUtilizationPercentage",
+    "RequestLatency_P50",
+    "RequestLatency_P90",
+    "RequestLatency_P95",
+    "RequestLatency_P99",
+    "RequestsPerMinute",
+}
+"""Of an online deployment, by Azure's documentation."""
 FILES = sorted(FOLDER.glob("*.yaml"))
 WRONG = {
     "mini_batch_size": ("batch-deployment.yaml", {"settings.mini_batch_size": "one"}),
@@ -56,6 +72,21 @@ def test_azures_client_reads_every_file_and_notices_what_is_wrong(tmp_path):
         batch["settings"]["environment_variables"]
     ) == {"CONTENT_SAFETY_ENDPOINT", "CONTENT_SAFETY_THRESHOLD", "UAI_CLIENT_ID"}
     assert read["endpoint-safe.yaml"]["identity"]["type"] == "user_assigned"
+    [rule] = read["workspace-network.yaml"]["managed_network"]["outbound_rules"]
+    assert rule["type"] == "private_endpoint" and rule["destination"]["subresource_target"] == "account"
+
+
+def test_the_autoscale_rules_name_metrics_that_a_deployment_has():
+    template = json.loads((FOLDER / "autoscale.json").read_text())
+    [resource] = template["resources"]
+    [profile] = resource["properties"]["profiles"]
+    rules = [(rule["metricTrigger"], rule["scaleAction"]) for rule in profile["rules"]]
+    assert {trigger["metricName"] for trigger, _ in rules} <= METRICS
+    assert {trigger["metricResourceUri"] for trigger, _ in rules} == {"[parameters('deploymentId')]"}
+    assert [action["direction"] for _, action in rules] == ["Increase", "Decrease", "Decrease"]
+    used = set(re.findall(r"parameters\('(\w+)'\)", json.dumps(resource)))
+    assert used == set(template["parameters"])
+    assert template["parameters"]["fastMs"]["defaultValue"] < template["parameters"]["slowMs"]["defaultValue"]
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if "deployment" in path.name], ids=lambda path: path.name)

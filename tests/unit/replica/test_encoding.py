@@ -15,7 +15,7 @@ from mii_serve.provenance import Provenance
 from mii_serve.provenance.marks import PNG_XMP
 from mii_serve.provenance.report import report_on
 from mii_serve.replica.encoding import encode_picture
-from mii_serve.types import EffectiveParameters, ImageFormat, OutputOptions, Picture, RequestedParams
+from mii_serve.types import PARAMETER_NAMES, EffectiveParameters, ImageFormat, OutputOptions, Picture, RequestedParams
 
 RGB = random.Random(0).randbytes(24 * 16 * 3)
 PICTURE = Picture(width=24, height=16, rgb=RGB, nsfw_content_detected=False)
@@ -62,7 +62,7 @@ def test_metadata_says_nothing_of_the_host():
     texts = Image.open(io.BytesIO(file)).text
     assert set(texts) == {"mii_serve", "parameters", PNG_XMP}
     assert set(json.loads(texts["mii_serve"])) == {
-        *RequestedParams.__dataclass_fields__,
+        *PARAMETER_NAMES,
         *("engine", "dtype", "model", "model_revision"),
         *("scheduler_class", "scheduler_options"),
     }
