@@ -113,6 +113,25 @@ def batch_job() -> str:
     return markdown(["", result["device"]], cells)
 
 
+def batch_interference() -> str:
+    if not (RESULTS / "batch-interference.json").exists():
+        return NOT_YET
+    result = read("batch-interference.json")
+    found = result["latency_s"]
+    cells = [[f"{way} the flood", found[way]["p50"], found[way]["p95"]] for way in ("without", "with")]
+    alone = result["flood_alone_per_s"]
+    batch, normal = (sum(alone[name]) / len(alone[name]) for name in ("batch", "normal"))
+    about = (
+        f"{found['with']['count']} requests of {result['num_inference_steps']} steps each way, in {result['rounds']} rounds in "
+        f"turn, {result['rate_per_s']:.2f} a second, {result['max_slots']} slots ({result['device']})"
+    )
+    return (
+        f"Latency of the other requests in seconds; {about}:\n\n{markdown(['', 'p50', 'p95'], cells)}\n"
+        f"The p95 is {result['p95_ratio']:.2f} times as long with the flood. When nobody else asks, batch requests make "
+        f"{batch:.2f} images/s and normal requests {normal:.2f}.\n"
+    )
+
+
 def evaluate() -> str:
     result = read("evaluate-demo.json")
     names = ("right", "fd_safety_clip", "flagged")
@@ -451,7 +470,8 @@ def ranks_computed() -> str:
 def roofline() -> str:
     result = read("roofline.json")
     tables = []
-    for what, title in (("turn", "A turn"), ("decode", "The VAE, one picture")):
+    titles = {"turn": "A turn", "decode": "The VAE, one picture", "unsteady": "native, turns that are not steady"}
+    for what, title in titles.items():
         rows = [row for row in result["rows"] if row["what"] == what]
         cells = [
             [
@@ -527,6 +547,7 @@ TABLES: dict[str, Callable[[], str]] = {
         scheduler,
         host_cost,
         batch,
+        batch_interference,
         batch_job,
         evaluate,
         front,

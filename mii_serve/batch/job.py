@@ -97,7 +97,7 @@ def open_job(
         if retry_failed:
             journal.reopen_failed()
         Shards(journal, output).unpack_where_open()
-        if journal.counts().num_open:
+        if journal.has_open():
             output.remove(INDEX, PARQUET_INDEX, ERRORS)  # they are not those of all rows
         known = {file.name: file for file in inputs}
         in_order = [known[name] for name, _ in journal.inputs()]

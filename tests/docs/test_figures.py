@@ -19,6 +19,7 @@ def test_there_are_tables_to_check():
     pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
     for name in (
         "batch",
+        "batch_interference",
         "batch_job",
         "engines",
         "evaluate",

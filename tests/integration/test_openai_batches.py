@@ -160,6 +160,10 @@ async def test_files_and_jobs_are_there_for_their_key_alone(tmp_path: Path):
         for path in (f"/files/{file_id}", f"/files/{batch['output_file_id']}/content", f"/batches/{batch['id']}"):
             assert (await client.get(path, headers=stranger)).status_code == 404
         assert (await client.get("/files", headers=stranger)).json()["data"] == []
+        page = str(client.base_url).removesuffix("/v1/") + "/ui/jobs"
+        assert (await client.get(page, headers=stranger)).json() == {"jobs": [], "num_jobs": 0}
+        [listed] = (await client.get(page)).json()["jobs"]
+        assert (listed["id"], listed["name"], listed["completed"]) == (batch["id"], "in.jsonl", 1)
         assert (await client.delete(f"/files/{file_id}", headers=stranger)).status_code == 404
         assert (await client.get("/files", headers={"authorization": "Bearer wrong-key"})).status_code == 401
         for known in (file_id, batch["output_file_id"]):

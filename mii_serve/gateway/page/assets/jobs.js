@@ -61,7 +61,7 @@ function show(one, job) {
 function link(file, title) {
   const path = `/v1/files/${file.id}/content`;
   if (server.hasKey()) {
-    const command = `curl -OJ -H "authorization: Bearer $MII_SERVE_API_KEY" ${location.origin}${path}`;
+    const command = `curl -o ${file.name} -H "authorization: Bearer $MII_SERVE_API_KEY" ${location.origin}${path}`;
     const box = element("details", "job-file");
     const code = element("code", "", command);
     code.tabIndex = 0;
