@@ -86,7 +86,7 @@ gpu-test: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu_tests.py
 
 gpu-bench: $(INSTALLED)
-	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/engines.py --repeats 3
 	$(BIN)/python tools/publish_figures.py
 
 gpu-tune: $(INSTALLED)
