@@ -98,7 +98,7 @@ gpu-test: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu_tests.py
 
 gpu-bench: $(INSTALLED)
-	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/engines.py --repeats 3
 	$(BIN)/python tools/publish_figures.py
 
 gpu-tune: $(INSTALLED)

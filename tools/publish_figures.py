@@ -516,6 +516,13 @@ def kernel_times() -> str:
             shape = "×".join(map(str, (row["size"], *row["shape"])))
             cells.append([f"`{row['operation']}` {shape}", ", ".join(f"{way} {1000 * ms:.1f}" for way, ms in ways)])
         refused = "".join(f"Not {what}: {why}.\n" for what, why in result["refused"].items())
+        whole = [
+            [one["what"], one["num_samples"], *(f"{one['ms'][way]:.2f} ({one['first_s'][way]:.1f})" for way in one["ms"])]
+            for one in result["calls"]
+        ]
+        if whole:
+            header = ["", "samples", *(f"{way}, ms (first call, s)" for way in result["calls"][0]["ms"])]
+            tables.append(f"{result['device']}, measured:\n\n{markdown(header, whole)}")
         tables.append(f"{result['device']}, measured:\n\n{markdown(['shape', 'µs, the fastest first'], cells)}\n{refused}")
     return "\n".join(tables) or NOT_YET
 
