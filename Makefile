@@ -35,6 +35,14 @@ CLIENTS := $(patsubst tests/clients/%.txt,.clients/%/.installed,$(wildcard tests
 	DS_BUILD_OPS=0 .clients/mii/bin/pip install -q --no-deps --no-build-isolation -r $<
 	touch $@
 
+# A model that was exported for MLflow computes with torch: this environment borrows ours, too, and installs what is not there.
+.clients/mlflow/.installed: tests/clients/mlflow.txt $(INSTALLED)
+	test -x .clients/mlflow/bin/python || $(BIN)/python -m venv .clients/mlflow
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.clients/mlflow/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
+	.clients/mlflow/bin/pip install -q -r $<
+	touch $@
+
 clients: $(CLIENTS)
 
 demo: $(INSTALLED)
@@ -57,7 +65,7 @@ test-fast: $(INSTALLED)
 .deployment-tools/.installed: tools/install_deployment_tools.sh
 	tools/install_deployment_tools.sh .deployment-tools $(PYTHON)
 
-deployment-test: $(INSTALLED) .deployment-tools/.installed
+deployment-test: $(INSTALLED) .deployment-tools/.installed .clients/azureml/.installed .clients/mlflow/.installed
 	$(BIN)/python -m pytest -m "not gpu" tests/deployment --ignore tests/deployment/test_image.py
 
 # Builds the CPU image without a registry, and serves from it: ten minutes and more on two cores. Needs root.

@@ -30,7 +30,6 @@ from mii_serve.engine.kernels.fused.measuring import MeasuringOperations
 from mii_serve.engine.kernels.fused.operations import Operations, TorchOperations
 from mii_serve.engine.kernels.fused.vae import FusedDecoder
 from mii_serve.models import RANDOM_SD_V1_4, load_model
-from mii_serve.types import LATENT_SCALE
 
 RESULTS = Path(__file__).parent / "results"
 NUM_SAMPLES = (1, 8, 16, 4, 2)
@@ -89,7 +88,7 @@ def measure(
         with torch.no_grad():
             pipeline.unet.to(memory_format=torch.channels_last)
             pipeline.vae.decoder.to(memory_format=torch.channels_last)
-            inputs = PassInputs(pipeline.unet, (model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE))
+            inputs = PassInputs.of(model)
             kernels = FusedKernels(pipeline.unet, measuring)
             for index, count in enumerate(num_samples):
                 inputs.prediction(kernels, count)

@@ -3,8 +3,9 @@
 
     python benchmarks/roofline.py        under a minute on a CPU
 
-Nothing is timed. Each row is traced with fake CUDA tensors (`cuda_trace.py` says what of it is modelled); its bound on a device
-is the sum over all kernels of the longer of arithmetic and bytes at the device's published peaks. A real turn takes longer.
+Nothing is timed. Each row is traced with fake CUDA tensors (`cuda_trace.py` and `modelled_deepspeed.py` say what of it is
+modelled); its bound on a device is the sum over all kernels of the longer of arithmetic and bytes at the device's published
+peaks. A real turn takes longer.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ PEAKS = {"A100": (312e12, 2.039e12), "H100": (989e12, 3.35e12), "H200": (989e12,
 TURNS: dict[str, Callable[[int], Record]] = {
     "native": traced_turns.native_turn,
     "native, unfused": traced_turns.unfused_turn,
+    "deepspeed": traced_turns.deepspeed_turn,
+    "deepspeed, unfused": lambda n: traced_turns.deepspeed_turn(n, is_fused=False),
     "diffusers, NCHW": lambda n: traced_turns.diffusers_call(n, is_channels_last=False),
     "diffusers, NHWC": lambda n: traced_turns.diffusers_call(n, is_channels_last=True),
 }

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -182,6 +183,9 @@ def overload() -> str:
         ["accepted and not in time", result["accepted_but_late"]],
         ["front, MiB, at the start and the end", ", ".join(str(result["memory_mib"][i]["front"]) for i in (0, -1))],
     ]
+    for phase, busy in result.get("cores_busy", {}).items():
+        what = f"cores busy {phase.replace('_', ' ')}: callers, front, replica"
+        cells.append([what, ", ".join(f"{busy[name]:.2f}" for name in ("callers", "front", "replicas"))])
     about = f"{result['seconds']:g} s, deadline {result['timeout']:g} s, queue of at most {result['max_waiting_s']:g} s"
     return f"The built-in model on {result['cores']} cores, {about}:\n\n{markdown(['', ''], cells)}"
 
@@ -231,6 +235,24 @@ def _engines(result: dict[str, Any]) -> str:
     return f"{about}:\n\n{markdown(header, cells)}"
 
 
+def engines_in_turn() -> str:
+    file = RESULTS / "engines-in-turn-demo.json"
+    if not file.exists():
+        return NOT_YET
+    result = json.loads(file.read_text())
+    cells = []
+    for row in result["rows"]:
+        times = [f"{seconds:.3f} ({row['min_s'][name]:.3f})" for name, seconds in row["median_s"].items()]
+        ratio = row["ratio"]
+        cells.append([row["num_images"], *times, f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"])
+    header = ["images at once", *(f"{name.replace('_', ' ')}, s (least)" for name in result["rows"][0]["median_s"]), "ratio"]
+    about = (
+        f"{result['num_inference_steps']} steps, medians of {result['rounds']} rounds, {result['device']}, load average "
+        f"{result['load_average'][0]:.1f} before, commit {str(result['commit'])[:12]}"
+    )
+    return f"{about}:\n\n{markdown(header, cells)}"
+
+
 def peers() -> str:
     file = RESULTS / "peers-demo.json"
     if not file.exists():
@@ -251,20 +273,15 @@ def peers() -> str:
 
 
 def _peer(name: str, mix: str, result: dict[str, Any]) -> list[object]:
-    rows = {row.get("load"): row for row in result["rows"] if row["system"] == name and row.get("mix", mix) == mix}
-    able = rows.get("capacity")
-    if able is None:
-        return [
-            name.replace("_", " "),
-            "not measured: " + rows.get(None, {"skipped": "no time left"})["skipped"][:120],
-            "",
-            "",
-            "",
-            "",
-        ]
-    low, high = able["intervals"].get("requests_per_s", (None, None))
-    spread = "" if low is None or "unlocked" in name else f" ({low:.1f}-{high:.1f})"
-    cells = [name.replace("_", " "), f"{able['requests_per_s']:.1f}{spread}"]
+    of_mix = [row for row in result["rows"] if row["system"] == name and row.get("mix", mix) == mix]
+    able = [row for row in of_mix if row.get("load") == "capacity" and "skipped" not in row]
+    if not able:
+        why = next((row["skipped"] for row in of_mix if "skipped" in row), "no time left")
+        return [name.replace("_", " "), f"not measured: {why[:120]}", "", "", "", ""]
+    rows = {row.get("load"): row for row in of_mix}
+    bounds = [bound for row in able for bound in row["intervals"].get("requests_per_s", ()) if bound is not None]
+    spread = f" ({min(bounds):.1f}-{max(bounds):.1f})" if bounds and "unlocked" not in name else ""
+    cells = [name.replace("_", " "), f"{mean([row['requests_per_s'] for row in able]):.1f}{spread}"]
     for load in PEER_LOADS:
         row = rows.get(load)
         if row is None or "skipped" in row:
@@ -273,7 +290,7 @@ def _peer(name: str, mix: str, result: dict[str, Any]) -> list[object]:
         times = row["total_s"]
         said = "none" if times is None else f"{times['p50']:.2f}, {times['p95']:.2f}"
         cells.append(f"{100 * row['goodput']['share']:.0f} %, {said}")
-    checks = [row["check"] for row in rows.values() if "check" in row]
+    checks = [row["check"] for row in of_mix if "check" in row]
     wrong, num = sum(one["num_wrong"] for one in checks), sum(one["num_checked"] for one in checks)
     return [*cells, f"**{wrong} of {num} wrong**" if wrong else f"{num} checked, right"]
 
@@ -318,6 +335,45 @@ def threads() -> str:
     return f"Milliseconds a turn ({about}):\n\n{markdown(header, cells)}"
 
 
+def provenance() -> str:
+    result = read("provenance.json")
+    costs, marks = result["costs"], result["costs"]["watermark"]
+    kinds = ("nothing", "xmp", "xmp_and_c2pa")
+    cells = [
+        [kind.upper(), *(costs[kind][f"{name}_ms"] for name in kinds), *(costs[kind][f"{name}_bytes"] for name in kinds)]
+        for kind in ("png", "jpeg", "webp")
+    ]
+    header = ["", "ms, no marks", "XMP", "XMP and C2PA", "bytes, no marks", "XMP", "XMP and C2PA"]
+    side = result["size_px"]
+    return (
+        f"Median processor time to write a {side} x {side} picture, and its size ({result['device']}):\n\n"
+        f"{markdown(header, cells)}\n"
+        f"To put the watermark in takes {marks['embed_ms']} ms, to look for it {marks['read_ms']} ms.\n"
+    )
+
+
+def watermark() -> str:
+    result = read("provenance.json")
+    files = {"unmarked": "never marked", "png": "PNG", "jpeg_95": "JPEG 95", "jpeg_80": "JPEG 80", "webp_90": "WebP 90"}
+    cells = [
+        [
+            row["pictures"],
+            row["count"],
+            row["mean_change"],
+            *(f"{row[name]['found']} ({row[name]['median_share']})" for name in files),
+        ]
+        for row in result["watermark"]
+    ]
+    package = result["package"]
+    shares = ", ".join(f"{name.replace('_', ' ')} {package[name]['median']}" for name in package if name != "package_embed_ms")
+    header = ["cuts of", "pictures", "mean change of 255", *files.values()]
+    return (
+        "In how many pictures the watermark is found, and the median share of its bits that match (0.5 is chance):\n\n"
+        f"{markdown(header, cells)}\n"
+        f"Beside the package invisible-watermark, median share of the bits: {shares}.\n"
+    )
+
+
 def start() -> str:
     result = read("start-demo.json")
     names = ("process", "imports", "load", "warm_up")
@@ -338,6 +394,25 @@ def start() -> str:
         f"{markdown(['a deployment', 'without a spare', 'with one'], outside)}\n"
         f"A spare has {memory['unique_mib']} MiB for itself, {memory['proportional_mib']} MiB with a share of what is shared.\n"
     )
+
+
+def ray_proxy() -> str:
+    if not (RESULTS / "ray-proxy.json").exists():
+        return NOT_YET
+    result = read("ray-proxy.json")
+    rows = [
+        ("image call of one step, median ms (least-p95)", "image_ms"),
+        ("call that computes nothing, median ms (least-p95)", "info_ms"),
+        (f"stream, ms for each of {result['steps']} steps, median (least-p95)", "stream_ms_per_step"),
+    ]
+    cells = []
+    for text, name in rows:
+        direct, proxied = (result[name][way] for way in ("direct", "proxied"))
+        ratio = f"{proxied['median'] / direct['median']:.2f}"
+        cells.append([text, *(f"{one['median']} ({one['min']}-{one['p95']})" for one in (direct, proxied)), ratio])
+    rates = [result["images_per_s"][way] for way in ("direct", "proxied")]
+    cells.append([f"images/s, {result['callers']} callers", *rates, f"{rates[1] / rates[0]:.2f}"])
+    return f"{result['device']}:\n\n{markdown(['', 'own port', 'through the proxy', 'ratio'], cells)}"
 
 
 def ranks() -> str:
@@ -376,7 +451,7 @@ def ranks_computed() -> str:
     """What follows from the shares and from the UNet's configuration alone."""
     from mii_serve.engine.kernels.sharded_traffic import traffic_of_call
     from mii_serve.engine.kernels.shares import shares
-    from mii_serve.models.random_init import SD_V1_4
+    from mii_serve.models.families import SD_V1_4
 
     cells = []
     for num_samples in (1, 2, 4, 8):
@@ -477,15 +552,19 @@ TABLES: dict[str, Callable[[], str]] = {
         front,
         overload,
         engines,
+        engines_in_turn,
         peers,
         threads,
         start,
+        ray_proxy,
         ranks,
         ranks_computed,
         roofline,
         kernel_times,
         gpu_tests,
         kernel_resources,
+        provenance,
+        watermark,
     )
 }
 

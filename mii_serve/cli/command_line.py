@@ -18,7 +18,7 @@ from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_stre
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
-from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, ImageFormat, RequestedParams
+from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, STRENGTH, ImageFormat, RequestedParams
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "127.0.0.1:50050"
 ENGINES = f"{{{','.join(ENGINE_CHOICES)}}}"
 DTYPES = "{auto,fp32,fp16,bf16}"
-MODELS = "hub id, diffusers folder, Azure ML model folder, or demo, the model in the package and the default"
+MODELS = "hub id, diffusers folder, single file, Azure ML model folder, or demo, the model in the package and the default"
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -73,11 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
             "make the images of a file of prompts; goes on where it stopped",
             _BATCH_MORE,
         ),
+        ("export-mlflow", "MODEL DIR", _add_export_flags, "write a model as an MLflow model, without pickle", _EXPORT_MORE),
         ("evaluate", "PROMPTS -o FOLDER", _add_evaluate_flags, evaluate_flags.LINE, evaluate_flags.MORE),
         ("config", "show|schema", _add_config_flags, "show the settings of a server and where they come from", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, model and load", ""),
         ("verify", "[MODEL]", _add_verify_flags, "compare an engine with the FP32 reference, stage by stage", _VERIFY_MORE),
         ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine needs", _DOCTOR_MORE),
+        ("inspect", "FILE...", _add_inspect_flags, "show what image files say about where they come from", _INSPECT_MORE),
         ("bench", "", _add_bench_flags, "send load to a server, measure it, and check its images", bench_flags.MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
@@ -167,6 +169,7 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-slots", type=int, metavar="N", help="images that run at once, per copy")
     add("--verify", action="store_true", help="compare the engine with the FP32 reference first, and serve only if it passes")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer of a model that is a single file, which has none")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     add(
         "--disable-safety-checker",
@@ -175,11 +178,8 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         help="return images without the model's safety check",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
-    levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log-level", choices=levels, default="info", help="least level to log on stderr, default info")
-    parser.add_argument(
-        "--log-format", choices=("text", "json"), default="text", help="format of log lines; json is one object per line"
-    )
+    add("--log-level", choices=("debug", "info", "warning", "error"), help="least level to log on stderr, default info")
+    add("--log-format", choices=("text", "json"), help="format of log lines, default text; json is one object per line")
 
 
 _METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X"}
@@ -205,6 +205,10 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
         if parameter.name != "prompt":
             flag = f"--{parameter.name.replace('_', '-')}"
             request.add_argument(flag, type=parameter.kind, metavar=_METAVARS[parameter.kind], help=parameter.help)
+    request.add_argument(
+        "--image", type=Path, metavar="FILE", help="start from this PNG, JPEG or WebP image; gives the size, too"
+    )
+    request.add_argument("--strength", type=float, metavar=_METAVARS[float], help=STRENGTH.help)
     add = parser.add_argument_group("without --target").add_argument
     # No default: a flag that was not given leaves the choice to the environment.
     add("--model", default=argparse.SUPPRESS, metavar="MODEL", help=MODELS)
@@ -277,6 +281,18 @@ def _add_job_flags(parser: argparse.ArgumentParser, left_out: Sequence[str]) -> 
     _add_tls_flags(parser)
 
 
+_EXPORT_MORE = """
+
+DIR gets the model's files, the code that makes its images and a signature with the column prompt and all parameters.
+mlflow.pyfunc.load_model loads it; mlflow models predict and mlflow models serve run it. Settings of the loaded model are
+environment variables (MII_SERVE_ENGINE, CONTENT_SAFETY_ENDPOINT, ...). mii_serve deploy takes DIR, too."""
+
+
+def _add_export_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, diffusers folder, or demo")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="folder to write; new or empty")
+
+
 def _add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
     evaluate_flags.add_flags(parser)
     _add_job_flags(parser, ("prompt", "seed", "guidance_scale"))
@@ -308,6 +324,7 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="{auto,cpu,cuda}", help="where the engine and the reference run")
     add("--max-slots", type=int, metavar="N", help="images that run at once: the size of the batch")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer of a model that is a single file, which has none")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file, as JSON")
@@ -316,6 +333,23 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     )
     levels = ("debug", "info", "warning", "error")
     parser.add_argument("--log-level", choices=levels, default="warning", help="least level to log on stderr, default warning")
+
+
+_INSPECT_MORE = """
+
+It reads the digital source type, model and revision in the XMP, checks C2PA Content Credentials with the C2PA library (extra
+provenance), and looks for the watermark of Stable Diffusion's script. Formats: PNG, JPEG, WebP.
+
+Exit code 0: every file is marked as generated, and no signature is wrong; 1: one is not marked, or was changed after it was
+signed, or with --trust is not signed by whom it should be; 2: a file is no image that can be read; 6: Content Credentials were
+found and the extra is missing."""
+
+
+def _add_inspect_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, metavar="FILE", help="image files")
+    add("--trust", type=Path, metavar="FILE", help="certificates in PEM; signers must be vouched for by one of them")
+    add("--json", action="store_true", help="print one JSON array with an object for each file")
 
 
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
@@ -338,6 +372,8 @@ def _needed_extra(command: str, values: dict[str, Any]) -> str | None:
             return "server"
         case "generate":
             return "server" if values["target"] is None else None
+        case "export-mlflow":
+            return "mlflow"
         case "batch":
             return "server" if values["target"] is None and not values["only_check"] else None
         case _:
@@ -353,8 +389,8 @@ def _connection(values: dict[str, Any]) -> Connection:
 def _deploy(values: dict[str, Any]) -> int:
     from mii_serve.cli.deploy import run
 
-    file, log_level, log_format = values.pop("config"), values.pop("log_level"), values.pop("log_format")
-    return run(values, file, log_level, log_format, values.pop("mii_config"))
+    file, mii_file = values.pop("config"), values.pop("mii_config")
+    return run(values, file, mii_file)
 
 
 def _config(values: dict[str, Any]) -> int:
@@ -363,15 +399,16 @@ def _config(values: dict[str, Any]) -> int:
     if values.pop("action") == "schema":
         return config.schema()
     file, is_effective, is_json = values.pop("config"), values.pop("effective"), values.pop("json")
-    del values["log_level"], values["log_format"]
     return config.show(values, file, is_effective=is_effective, is_json=is_json)
 
 
 def _generate(values: dict[str, Any]) -> int:
+    from mii_serve.cli.files import read_image
     from mii_serve.cli.generate import run
 
+    image = None if values["image"] is None else read_image("--image", values["image"])
     return run(
-        RequestedParams(**{name: values[name] for name in PARAMETER_NAMES}),
+        RequestedParams(**{name: values[name] for name in PARAMETER_NAMES}, image=image, strength=values["strength"]),
         output=values["output"],
         embed_metadata=values["embed_metadata"],
         connection=None if values["target"] is None else _connection(values),
@@ -424,6 +461,12 @@ def _status(values: dict[str, Any]) -> int:
     return run(_connection(values), timeout=values["timeout"], is_json=values["json"])
 
 
+def _export_mlflow(values: dict[str, Any]) -> int:
+    from mii_serve.cli.export_mlflow import run
+
+    return run(values["model"], values["directory"])
+
+
 def _verify(values: dict[str, Any]) -> int:
     from mii_serve.cli.verify import run
 
@@ -436,6 +479,12 @@ def _doctor(values: dict[str, Any]) -> int:
     from mii_serve.cli.doctor import run
 
     return run(values["engine"], is_json=values["json"])
+
+
+def _inspect(values: dict[str, Any]) -> int:
+    from mii_serve.cli.inspect import run
+
+    return run(values["files"], values["trust"], is_json=values["json"])
 
 
 def _bench(values: dict[str, Any]) -> int:
@@ -453,8 +502,10 @@ _COMMANDS = {
     "config": _config,
     "deploy": _deploy,
     "doctor": _doctor,
+    "export-mlflow": _export_mlflow,
     "evaluate": _evaluate,
     "generate": _generate,
+    "inspect": _inspect,
     "status": _status,
     "verify": _verify,
 }

@@ -39,7 +39,7 @@ from mii_serve.gateway.page.calls import page_routes
 from mii_serve.gateway.page.files import PageFiles, wants_page
 from mii_serve.gateway.paths import NormalizedPaths
 from mii_serve.gateway.protocol import HttpProtocol
-from mii_serve.metrics import CONTENT_TYPE
+from mii_serve.metrics import content_type
 from mii_serve.server.call import Admission
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import bind_tcp, bracketed
@@ -78,7 +78,8 @@ def build_app(
         return files.page(request) if wants_page(request) else JSONResponse("healthy", headers={"vary": "accept"})
 
     async def metrics(request: Request) -> Response:
-        return Response(await dispatcher.metrics_text(), media_type=CONTENT_TYPE)
+        accept = request.headers.get("accept", "")
+        return Response(await dispatcher.metrics_text(accept), media_type=content_type(accept), headers={"vary": "accept"})
 
     answers = {"/livez": livez, "/readyz": readyz, "/health": readyz, "/healthz": readyz, "/metrics": metrics, "/": root}
     routes = [Route(path, answer) for path, answer in answers.items()]

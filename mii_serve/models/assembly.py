@@ -6,14 +6,16 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from mii_serve.errors import ModelError
-from mii_serve.models import RANDOM_SD_V1_4, LoadedModel
-from mii_serve.models.check import CheckedFolder, check_folder
+from mii_serve.errors import ConfigError, ModelError
+from mii_serve.models import RANDOM_SD_V1_4, AddedParts, LoadedModel
+from mii_serve.models.check import check_folder
 from mii_serve.models.defaults import DeclaredDefaults, defaults_files, read_defaults, settle
-from mii_serve.models.fingerprint import revision_of
-from mii_serve.models.loading import check_device, load_pipeline
+from mii_serve.models.fingerprint import fingerprint_of_named, revision_of
+from mii_serve.models.loading import TORCH_DTYPES, check_device, load_pipeline
 from mii_serve.models.random_init import load_random
-from mii_serve.models.source import FoundModel, find_model
+from mii_serve.models.single_file.check import check_file
+from mii_serve.models.single_file.loading import load_file
+from mii_serve.models.source import find_model
 from mii_serve.models.tensor_parallel import TensorShard, keep_shard
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def load(
     allow_pickle: bool,
     enable_safety_checker: bool,
     limits: LimitsConfig,
+    added: AddedParts,
     shard: TensorShard | None = None,
 ) -> LoadedModel:
     on_device = check_device(device)
@@ -52,11 +55,20 @@ def load(
         enable_safety_checker=enable_safety_checker,
     )
     try:
+        if found.file is not None:
+            file = check_file(found.file, allow_pickle=allow_pickle, tokenizer=added.tokenizer)
+            _warn_about_the_checker(found.name, False, enable_safety_checker)
+            with ThreadPoolExecutor(1, thread_name_prefix="revision") as beside:
+                named = beside.submit(fingerprint_of_named, file.files)
+                pipeline = load_file(file, dtype=TORCH_DTYPES[dtype], device=on_device, shard=shard)
+                return _loaded(pipeline, found.name, named.result(), DeclaredDefaults(), limits)
+        if added.tokenizer is not None:
+            raise ConfigError("tokenizer", f"is for models in a single file, and {found.name} has its own; leave it out")
         checked = check_folder(
             found.folder, dtype=dtype, allow_pickle=allow_pickle, enable_safety_checker=enable_safety_checker
         )
         declared = read_defaults(found.folder)
-        _warn_about_the_checker(found, checked, enable_safety_checker)
+        _warn_about_the_checker(found.name, "safety_checker" in checked.parts, enable_safety_checker)
         with ThreadPoolExecutor(1, thread_name_prefix="revision") as beside:
             # Both read the same files, so that the second to come finds them in memory.
             named = beside.submit(revision_of, found.folder, (*checked.files, *defaults_files(found.folder)), found.commit)
@@ -80,8 +92,8 @@ def _loaded(
     return LoadedModel(pipeline=pipeline, name=name, revision=revision, defaults=defaults, limits=limits)
 
 
-def _warn_about_the_checker(found: FoundModel, checked: CheckedFolder, enable_safety_checker: bool) -> None:
+def _warn_about_the_checker(name: str, has_checker: bool, enable_safety_checker: bool) -> None:
     if not enable_safety_checker:
-        _logger.warning("%s: the safety checker is turned off; images are not checked", found.name)
-    elif "safety_checker" not in checked.parts:
-        _logger.warning("%s has no safety checker; images are not checked", found.name)
+        _logger.warning("%s: the safety checker is turned off; images are not checked", name)
+    elif not has_checker:
+        _logger.warning("%s has no safety checker; images are not checked", name)

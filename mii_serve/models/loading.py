@@ -66,6 +66,7 @@ def load_pipeline(
         name: _load(part, TORCH_DTYPES[dtype], device, shard if name == "unet" else None)
         for name, part in checked.parts.items()
     }
+    _embed_added_tokens(parts["tokenizer"], parts["text_encoder"], checked)
     _check_tokens(parts["tokenizer"], parts["text_encoder"], checked)
     return make_pipeline(parts)
 
@@ -139,6 +140,22 @@ def _scheduler_class(part: Part) -> Any:
             " model_index.json, or install a diffusers that has it"
         )
     return cls
+
+
+def _embed_added_tokens(tokenizer: Any, text_encoder: Any, checked: CheckedFolder) -> None:
+    """Give the tokens that were added to the tokenizer alone, as textual inversion does, the embedding of unknown words."""
+    num_known = text_encoder.config.vocab_size
+    added = sorted(token for token, number in tokenizer.get_added_vocab().items() if number >= num_known)
+    if not added or len(tokenizer) != num_known + len(added):
+        return
+    _logger.warning(
+        "%s: the text_encoder has no embedding for %s, which the tokenizer knows. In prompts they mean nothing",
+        checked.folder,
+        ", ".join(added[:3]) + (", …" if len(added) > 3 else ""),
+    )
+    unknown = text_encoder.get_input_embeddings().weight[tokenizer.unk_token_id].clone()
+    table = text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False).requires_grad_(False)
+    table.weight[num_known:] = unknown
 
 
 def _check_tokens(tokenizer: Any, text_encoder: Any, checked: CheckedFolder) -> None:

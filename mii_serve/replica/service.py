@@ -24,7 +24,19 @@ from mii_serve.proto.replica.replica_pb2_grpc import ReplicaServicer, add_Replic
 from mii_serve.proto.status import status_of
 from mii_serve.proto.v1.image_generation_pb2 import GetServerInfoResponse
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.types import Done, Event, ImageReady, Preview, Queued, ReplicaInfo, RequestedParams, ServerInfo, Started, Step
+from mii_serve.types import (
+    Done,
+    Event,
+    ImageReady,
+    InputImage,
+    Preview,
+    Queued,
+    ReplicaInfo,
+    RequestedParams,
+    ServerInfo,
+    Started,
+    Step,
+)
 
 if TYPE_CHECKING:  # grpc's classes are generic in their type stubs only
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -173,7 +185,7 @@ class _Front:
         try:
             await self._loop.submit(
                 request_id,
-                decode_resolved(order.request),
+                decode_resolved(order.request, _input_image(order)),
                 _Outlet(self, front_id),
                 client=order.client,
                 timeout_s=order.timeout_s if order.HasField("timeout_s") else None,
@@ -247,6 +259,10 @@ class _Front:
         if not self._after:
             self._changed.clear()
         return report
+
+
+def _input_image(order: pb.Generate) -> InputImage | None:
+    return InputImage(rgb=order.input_image.rgb) if order.HasField("input_image") else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,10 +107,12 @@ class KeyRing:
             return
         usage = self._usage.setdefault(key.name, _Usage())
         if key.max_concurrent_requests is not None and usage.num_running >= key.max_concurrent_requests:
-            raise RateLimitedError(f"the API key {key.name!r} may have {key.max_concurrent_requests} requests at once", 1.0)
+            raise RateLimitedError(
+                f"the API key {key.name!r} may have {key.max_concurrent_requests} requests at once", 1.0, key_name=key.name
+            )
         if key.requests_per_minute is not None and (wait_s := usage.take(key.requests_per_minute, self._clock())):
             text = f"the API key {key.name!r} may make {key.requests_per_minute} requests a minute"
-            raise RateLimitedError(text, max(SHORTEST_RETRY_S, wait_s))
+            raise RateLimitedError(text, max(SHORTEST_RETRY_S, wait_s), key_name=key.name)
         usage.num_running += 1
         try:
             yield key.name

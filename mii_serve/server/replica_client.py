@@ -271,6 +271,7 @@ class ReplicaConnection:
 
 
 def _encoded(number: int, order: Order) -> pb.Generate:
+    image = order.request.input_image
     return pb.Generate(
         id=number,
         request=encode_request(order.request),
@@ -279,6 +280,7 @@ def _encoded(number: int, order: Order) -> pb.Generate:
         timeout_s=order.left_s,
         traceparent=order.traceparent or "",
         has_steps=order.has_steps,
+        input_image=None if image is None else pb.InputImage(rgb=image.rgb),
     )
 
 
@@ -308,12 +310,19 @@ class ReplicaClient:
         self.index = index
         self._on_recovery = on_recovery
         self.num_restarts = 0
+        self.is_retiring = False
+        """It finishes what it has and gets no new work."""
         self._connection: ReplicaConnection | None = None
 
     @property
     def connection(self) -> ReplicaConnection | None:
-        """Where new work may go; None from the first sign of its loss on."""
-        return None if self._connection is None or self._connection.is_broken else self._connection
+        """Where new work may go; None from the first sign of its loss on, and while it is retiring."""
+        return None if self._connection is None or self._connection.is_broken or self.is_retiring else self._connection
+
+    @property
+    def is_broken(self) -> bool:
+        """Its connection broke, and it is not known yet why."""
+        return self._connection is not None and self._connection.is_broken
 
     @property
     def is_up(self) -> bool:

@@ -29,10 +29,13 @@ def test_there_are_tables_to_check():
         "kernel_resources",
         "overload",
         "peers",
+        "provenance",
+        "ray_proxy",
         "roofline",
         "savings",
         "scheduler",
         "start",
         "threads",
+        "watermark",
     ):
         assert f"<!-- figures: {name} -->\n\n" in pages

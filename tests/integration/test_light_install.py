@@ -79,6 +79,7 @@ COMMANDS = (
     "deploy",
     "doctor",
     "evaluate",
+    "export-mlflow",
     "generate",
     "status",
     "verify",
@@ -192,6 +193,7 @@ for argv in sys.argv[1:]:
             ("evaluate in.csv -o out --guidance 1", "server"),
             ("config show", "server"),
             ("config schema", "server"),
+            ("export-mlflow demo exported", "mlflow"),
         ],
     )
     async def test_every_other_command_names_the_extra_it_needs(self, tmp_path, command, extra):

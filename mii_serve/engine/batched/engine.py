@@ -27,6 +27,7 @@ from mii_serve.engine.batched.stepping import ObjectStepping, Stepping, TableSte
 from mii_serve.engine.batched.tail import Tail
 from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.capabilities import capabilities_of, description_of
+from mii_serve.engine.input_images import encode_images
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.engine.sample_errors import is_of_one_sample, sample_error
@@ -36,7 +37,7 @@ from mii_serve.engine.upload import upload
 from mii_serve.engine.warmup import make_pictures, warm_up_request
 from mii_serve.errors import EngineError
 from mii_serve.models import LoadedModel
-from mii_serve.samplers.build import ModelSchedulers
+from mii_serve.samplers.build import ModelSchedulers, refuse_without_noise
 from mii_serve.samplers.sampling import Samplings, Uncompiled
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
@@ -128,6 +129,8 @@ class BatchedEngine:
             buckets = declare_buckets(self._max_slots, *latent_shape) if self._device.type == "cuda" else ()
         self._buckets = tuple(buckets)
         pipeline.unet.to(memory_format=torch.channels_last)
+        if self._device.type == "cpu":  # on CUDA the fused decoder sets its own
+            pipeline.vae.to(memory_format=torch.channels_last)
         self._prompts = PromptCache(pipeline, kernels, max_in_use=2 * self._max_slots)
         self._timesteps = TimestepCache(kernels, dtype=pipeline.unet.dtype, device=self._device)
         self._denoiser = Denoiser(
@@ -164,10 +167,13 @@ class BatchedEngine:
         return seconds
 
     def check(self, params: GenerationParams) -> int:
-        return self._samplings.of(params.scheduler, params.num_inference_steps).num_calls
+        sampling = self._samplings.of_request(params)
+        if params.strength is not None:
+            refuse_without_noise(self._schedulers, params)
+        return sampling.num_calls
 
     def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
-        is_compiled = self._samplings.is_compiled(params.scheduler, params.num_inference_steps)
+        is_compiled = self._samplings.is_compiled(params)
         return self._schedulers.describe(params.scheduler, is_compiled=is_compiled)
 
     def warmup(self) -> None:
@@ -255,6 +261,7 @@ class BatchedEngine:
         texts += [sample.params.negative_prompt for sample in joins if sample.params.is_guided]
         with timer.time("encode"):
             prompts = self._prompts.acquire(texts)
+            encoded = encode_images(self._pipeline.vae, joins, self.capacity.max_decodes)
         negative_prompts = iter(prompts[len(joins) :])
         for sample, prompt in zip(joins, prompts, strict=False):  # the negative ones follow
             params = sample.params
@@ -263,21 +270,28 @@ class BatchedEngine:
             stepping = self._stepping(params, generator)
             # In float32 whatever the UNet's dtype, so that every engine starts from the same noise.
             size = (1, self._num_channels, *params.latent_shape)
-            latents = randn_tensor(size, generator=generator, dtype=torch.float32)[0] * stepping.init_noise_sigma
+            image_latents = None if sample.id not in encoded else encoded[sample.id].drawn(generator)
+            noise = upload(randn_tensor(size, generator=generator, dtype=torch.float32)[0], self._device)
+            if image_latents is None:
+                latents = noise * stepping.init_noise_sigma
+            else:
+                of_image, of_noise = stepping.noise_level(0)
+                latents = of_image * image_latents + of_noise * noise
             self._samples[sample.id] = BatchedSample(
                 sample=sample,
                 stepping=stepping,
                 prompt=prompt,
                 negative_prompt=next(negative_prompts) if params.is_guided else None,
-                slot=self._denoiser.pool(params.latent_shape).acquire(upload(latents, self._device)),
+                slot=self._denoiser.pool(params.latent_shape).acquire(latents),
             )
 
     def _stepping(self, params: GenerationParams, generator: torch.Generator) -> Stepping:
-        sampling = self._samplings.of(params.scheduler, params.num_inference_steps)
+        sampling = self._samplings.of_request(params)
         if not isinstance(sampling, Uncompiled):
             return TableStepping(sampling, generator)
-        scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device)
-        return ObjectStepping(scheduler, generator)
+        num_skipped_steps = params.num_skipped_steps
+        scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device, num_skipped_steps)
+        return ObjectStepping(scheduler, generator, num_skipped_steps)
 
     def _step(self, ids: Sequence[SampleId], shown: Sequence[SampleId], timer: StageTimer) -> Results:
         due = [self._samples[sample_id] for sample_id in ids if sample_id not in self._failed]
