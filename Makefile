@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTO := mii_serve/proto/v1/image_generation.proto
 
-.PHONY: clients chromium peers demo test test-fast deployment-test image-test check stubs goldens grade gpu-test gpu-bench gpu-tune clean
+.PHONY: clients chromium peers demo test test-fast deployment-test image-test release check stubs goldens grade gpu-test gpu-bench gpu-tune clean
 
 # torch goes first and pinned, so that nothing else decides which build is taken. The registry's own build brings several gigabytes
 # of CUDA packages; on a machine without a GPU, TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu' avoids them.
@@ -79,6 +79,10 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Wheel, source distribution, SBOM, licences and checksums in dist/, tried in an empty environment. RELEASE_FLAGS=--draft for a trial.
+release: $(INSTALLED)
+	$(BIN)/python tools/release.py $(RELEASE_FLAGS)
+
 stubs: $(INSTALLED)
 	PATH=$(BIN):$$PATH $(BIN)/python tools/generate_stubs.py
 
@@ -113,4 +117,4 @@ peers: $(INSTALLED) .peers/.installed
 	$(BIN)/python benchmarks/peers.py
 
 clean:
-	rm -rf $(VENV) .clients .peers .deployment-tools build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .clients .peers .release .deployment-tools build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

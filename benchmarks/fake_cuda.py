@@ -64,6 +64,11 @@ def _placed(make: Any, fake: FakeTensorMode, dtype: torch.dtype) -> Any:
             model = make().eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
+    return place(model, fake)
+
+
+def place(model: nn.Module, fake: FakeTensorMode) -> Any:
+    """Its parameters and buffers, which are on the device `meta`, on `DEVICE`."""
     for module in model.modules():
         for name, value in list(module._parameters.items()):
             if value is not None:

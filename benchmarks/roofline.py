@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import traced_engine
 import traced_turns
 from cuda_trace import Record
 
@@ -70,6 +71,9 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     for name, trace_decode in DECODES.items():
         rows.append({"row": name, "what": "decode", "num_samples": 1, **figures(trace_decode())})
+        print(json.dumps(rows[-1]), flush=True)
+    for name, record in traced_engine.unsteady().items():
+        rows.append({"row": name, "what": "unsteady", "num_samples": 2 - name.startswith("a guided"), **figures(record)})
         print(json.dumps(rows[-1]), flush=True)
     about = environment.circumstances((*environment.PACKAGES, "triton"))
     arguments.out.write_text(json.dumps({**about, "model": "v1-4", "dtype": "fp16", "rows": rows}, indent=1) + "\n")

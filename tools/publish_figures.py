@@ -470,7 +470,8 @@ def ranks_computed() -> str:
 def roofline() -> str:
     result = read("roofline.json")
     tables = []
-    for what, title in (("turn", "A turn"), ("decode", "The VAE, one picture")):
+    titles = {"turn": "A turn", "decode": "The VAE, one picture", "unsteady": "native, turns that are not steady"}
+    for what, title in titles.items():
         rows = [row for row in result["rows"] if row["what"] == what]
         cells = [
             [

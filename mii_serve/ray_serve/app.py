@@ -55,8 +55,8 @@ class Replica:
 
     async def __init__(self, settings: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         wait_briefly()
-        _start_logs()
         self._config = settings_of(settings)
+        _start_logs(self._config)
         self._host = ReplicaHost(self._config, ray.util.get_node_ip_address())
         await self._host.start()
 
@@ -80,8 +80,8 @@ class Front:
 
     async def __init__(self, settings: Mapping[str, Any], replicas: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         """`replicas` is Ray's handle of the other deployment."""
-        _start_logs()
         config = settings_of(settings)
+        _start_logs(config)
         if config.api_key_file is None:
             logger.warning("Ray's gRPC proxy listens on all addresses, and there is no api_key_file; %s", _who_may_call(config))
         self._replicas = replicas
@@ -186,8 +186,8 @@ def front_options(config: DeployConfig) -> dict[str, Any]:
     }
 
 
-def _start_logs() -> None:
-    configure_logs("INFO", "text")
+def _start_logs(config: DeployConfig) -> None:
+    configure_logs(config.log_level, config.log_format)
     start_tracing()
 
 

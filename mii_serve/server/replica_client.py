@@ -39,6 +39,8 @@ PROBE_EVERY_S = 10.0
 """How often a replica whose stream broke is asked whether it is still there, until the supervisor says how it ended."""
 REPLICA_CHANNEL_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.client_idle_timeout_ms", 2**31 - 1))
 """A connection is kept as long as its replica lives: for another one, the socket's file may have been cleaned away."""
+KEEPALIVE_MS = 10_000
+"""How often a replica on another machine is pinged, and how long the answer may take: a machine that is gone says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,12 @@ class ReplicaAddress:
     def channel(self) -> grpc.aio.Channel:
         if self.credentials is None:
             return grpc.aio.insecure_channel(self.target, options=REPLICA_CHANNEL_OPTIONS)
-        return grpc.aio.secure_channel(self.target, self.credentials, options=REPLICA_CHANNEL_OPTIONS)
+        keepalive = (
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),  # one minute without it, whatever keepalive_timeout_ms says
+            ("grpc.http2.max_pings_without_data", 0),
+        )
+        return grpc.aio.secure_channel(self.target, self.credentials, options=(*REPLICA_CHANNEL_OPTIONS, *keepalive))
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

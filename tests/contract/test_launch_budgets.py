@@ -15,6 +15,7 @@ if sys.platform != "linux":
 
 import fake_cuda
 import torch
+import traced_engine
 import traced_turns
 from cuda_trace import Record, Trace
 from roofline import figures
@@ -32,6 +33,19 @@ MAX_DEEPSPEED_KERNELS = 700
 MAX_DEEPSPEED_TURN_GB = {1: 7.3, 8: 46.5}
 MAX_DEEPSPEED_PEAK_GIB = 1.1
 """Of the activations of a turn of 8 guided samples, with what its kernels write to the workspace."""
+MAX_UNSTEADY_KERNELS = 700
+MAX_UNSTEADY_GB = {
+    "a guided sample joins": 5.4,
+    "an unguided one joins": 6.8,
+    "both end": 6.2,
+    "the tail of both": 14.0,
+}
+WAITS_OF_THE_TAIL = {
+    "_local_scalar_dense at engine/decode.py",
+    "event at engine/batched/decoding.py",
+    "copy device to host at diffusers/pipelines/stable_diffusion/safety_checker.py",
+}
+"""In the decoding thread, for its own stream: whether the images are finite, the pictures, the checker's scores."""
 MAX_DECODE_KERNELS = 150
 MAX_DECODE_GB = 5.9
 
@@ -45,6 +59,11 @@ def turns() -> dict[int, Record]:
 def deepspeed_turns() -> dict[int, Record]:
     pytest.importorskip("deepspeed")
     return {num_samples: traced_turns.deepspeed_turn(num_samples) for num_samples in MAX_DEEPSPEED_TURN_GB}
+
+
+@pytest.fixture(scope="module")
+def unsteady() -> dict[str, Record]:
+    return traced_engine.unsteady()
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +108,21 @@ def test_a_turn_with_deepspeeds_blocks(deepspeed_turns):
     assert deepspeed_turns[8].peak_bytes <= MAX_DEEPSPEED_PEAK_GIB * 2**30
 
 
+def test_turns_in_which_samples_join_are_mixed_and_end(unsteady):
+    assert MAX_UNSTEADY_GB.keys() == unsteady.keys()
+    for name, record in unsteady.items():
+        assert record.num_bytes <= MAX_UNSTEADY_GB[name] * 1e9, name
+        assert record.num_kernels <= MAX_UNSTEADY_KERNELS
+        assert record.in_float64 == []
+        if name != "the tail of both":
+            assert record.waits == {}, name
+            assert record.layout_conversions == [], name
+
+
+def test_the_decoding_thread_waits_for_nothing_but_results(unsteady):
+    assert {place.rpartition(":")[0] for place in unsteady["the tail of both"].waits} == WAITS_OF_THE_TAIL
+
+
 def test_kernels_and_bytes_of_a_decode(decode):
     assert decode.num_kernels <= MAX_DECODE_KERNELS
     assert decode.num_bytes <= MAX_DECODE_GB * 1e9
@@ -99,9 +133,10 @@ def published() -> dict[tuple[str, str, int], dict[str, Any]]:
     return {(row["row"], row["what"], row["num_samples"]): row for row in json.loads(RESULTS.read_text())["rows"]}
 
 
-def test_published_figures_are_those_of_today(published, turns, deepspeed_turns, decode):
+def test_published_figures_are_those_of_today(published, turns, deepspeed_turns, unsteady, decode):
     of_today = {("native", "turn", num_samples): record for num_samples, record in turns.items()}
     of_today |= {("deepspeed", "turn", num_samples): record for num_samples, record in deepspeed_turns.items()}
+    of_today |= {(name, "unsteady", 2 - name.startswith("a guided")): record for name, record in unsteady.items()}
     of_today["native", "decode", 1] = decode
     for name, record in of_today.items():
         assert published[name].items() >= figures(record).items(), "run benchmarks/roofline.py"

@@ -16,7 +16,8 @@ from mii_serve.types import ENGINE_CHOICES
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOYMENT = (ROOT / "deployment" / "README.md", ROOT / "deployment" / "azureml" / "README.md")
-OTHER_PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *DEPLOYMENT)
+TOP = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md")
+OTHER_PAGES = (*TOP, ROOT / "benchmarks" / "README.md", *DEPLOYMENT)
 PAGES = sorted([*OTHER_PAGES, *(ROOT / "docs").rglob("*.md")])
 SETTINGS = setting_names(DeployConfig)
 OF_SCRIPTS = {

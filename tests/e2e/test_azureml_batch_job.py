@@ -101,11 +101,3 @@ def test_a_job_with_content_safety_read_back_as_the_notebook_does(tmp_path):
     assert not files_below(tmp_path / "tmp")
     assert not (output / "parameters_torn.csv.jsonl").exists()
     assert not [process for process in psutil.process_iter(["environ"]) if str(tmp_path) in str(process.info["environ"])]
-
-
-def test_no_deployment_no_job(tmp_path):
-    environment = {**os.environ, "MII_SERVE_PYTHON": str(python_of_mii_serve(tmp_path)), "CONTENT_SAFETY_ENDPOINT": "https://x"}
-    environment |= {"TMPDIR": str(tmp_path), "MLFLOW_TRACKING_URI": ""}
-    (tmp_path / "input").mkdir()
-    with pytest.raises(pytest.fail.Exception, match="did not start"):
-        drive(tmp_path / "input", tmp_path / "output", "{}", environment)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from content_safety_double import FAILURES, KEY, double_in_a_thread
+from content_safety_double import KEY, double_in_a_thread
 from fake_engine import FakeEngine
 from PIL import Image
 
@@ -79,9 +79,7 @@ def test_content_safety_blocks_texts_and_pictures(double, model, engine, monkeyp
 @pytest.mark.parametrize("stage", ["text", "image"])
 def test_no_verdict_no_picture(double, model, monkeypatch, tmp_path, stage):
     monkeypatch.setattr(model, "_output", tmp_path / "pictures")
-    for mode in FAILURES:
-        if mode in ("hang", "500", "503", "429", "half an answer"):
-            continue  # slow ones; the moderator's own tests have them
+    for mode in ("no json", "one severity missing"):  # the moderator's own tests have the others
         setattr(double, f"{stage}_mode", mode)
         with pytest.raises(ModerationFailedError):
             model.predict(["a circle"], SMALL)

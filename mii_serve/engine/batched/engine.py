@@ -37,6 +37,7 @@ from mii_serve.engine.upload import upload
 from mii_serve.engine.warmup import make_pictures, warm_up_request
 from mii_serve.errors import EngineError
 from mii_serve.models import LoadedModel
+from mii_serve.safety.checker import keep_thresholds_on_host
 from mii_serve.samplers.build import ModelSchedulers, refuse_without_noise
 from mii_serve.samplers.sampling import Samplings, Uncompiled
 from mii_serve.samplers.update import estimate_x0
@@ -131,6 +132,7 @@ class BatchedEngine:
         pipeline.unet.to(memory_format=torch.channels_last)
         if self._device.type == "cpu":  # on CUDA the fused decoder sets its own
             pipeline.vae.to(memory_format=torch.channels_last)
+        keep_thresholds_on_host(pipeline)
         self._prompts = PromptCache(pipeline, kernels, max_in_use=2 * self._max_slots)
         self._timesteps = TimestepCache(kernels, dtype=pipeline.unet.dtype, device=self._device)
         self._denoiser = Denoiser(
