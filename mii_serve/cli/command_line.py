@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_serve import __version__
-from mii_serve.cli import bench_flags, evaluate_flags
+from mii_serve.cli import batch_flags, bench_flags, evaluate_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
@@ -66,13 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, usage, add_flags, line, more in (
         ("deploy", "[MODEL]", _add_server_flags, "start a server", _DEPLOY_MORE),
         ("generate", "PROMPT", _add_generate_flags, "make the image of one prompt and write it to a file", ""),
-        (
-            "batch",
-            "INPUT -o FOLDER",
-            _add_batch_flags,
-            "make the images of a file of prompts; goes on where it stopped",
-            _BATCH_MORE,
-        ),
+        ("batch", "INPUT -o FOLDER", _add_batch_flags, batch_flags.LINE, batch_flags.MORE),
         ("export-mlflow", "MODEL DIR", _add_export_flags, "write a model as an MLflow model, without pickle", _EXPORT_MORE),
         ("evaluate", "PROMPTS -o FOLDER", _add_evaluate_flags, evaluate_flags.LINE, evaluate_flags.MORE),
         ("config", "show|schema", _add_config_flags, "show the settings of a server and where they come from", _CONFIG_MORE),
@@ -225,44 +219,8 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     _add_tls_flags(parser)
 
 
-_BATCH_MORE = """
-
-INPUT is a .jsonl, .csv or .parquet file, a folder of such files, or - for JSON lines on stdin. A row has the parameters of an
-image by their names, of which only prompt is needed, and optionally an id; other members are copied to the index. Lines of
-OpenAI's batch format are read, too. The whole input is checked before any image is made.
-
-Rows that others' requests leave no time for wait: the server makes them when it is idle. The folder then holds pictures/,
-index.jsonl, errors.jsonl and manifest.json. The same command continues a job that was stopped, killed or has failed.
-
-Exit code 0: all images were made; 3: some rows failed; 4: stopped, and the same command continues; 130: Ctrl-C, the same."""
-
-
 def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("input", type=Path, metavar="INPUT", help="file, folder or - with a row for each prompt")
-    add("-o", "--output", type=Path, metavar="FOLDER", help="folder of the job; new, or that of a job to continue")
-    add("--target", metavar="HOST:PORT", help="use this server; without it, start one and stop it at the end")
-    add("--format", choices=("png", "jpeg", "webp"), default="png", help="format of the images, default png")
-    add(
-        "--shards",
-        choices=("folder", "webdataset"),
-        default="folder",
-        help="leave images in folders (default), or pack them in tar files for WebDataset in the end",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="seed of the job: rows without a seed get one from it; default 0")
-    add(
-        "--max-errors",
-        type=int,
-        metavar="N",
-        help="stop if more rows fail; without it, only the check stops at a wrong row",
-    )
-    add("--max-in-flight", type=int, metavar="N", help="requests at once, default twice the server's slots")
-    add("--max-stall", type=float, default=600.0, metavar="SECONDS", help="stop if nothing was made for so long, default 600")
-    add("--retry-failed", action="store_true", help="try the rows that failed again")
-    add("--restart", action="store_true", help="delete the job of this folder with its images and start from the first row")
-    add("--index", choices=("jsonl", "parquet"), default="jsonl", help="format of the index, default jsonl")
-    add("--only-check", action="store_true", help="check the input and make nothing; exit code 2 if rows are wrong")
-    add("--json", action="store_true", help="print one JSON object at the end, and no progress")
+    batch_flags.add_flags(parser)
     _add_job_flags(parser, ("prompt", "seed"))
 
 

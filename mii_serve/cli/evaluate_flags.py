@@ -1,4 +1,4 @@
-"""The flags of `mii_serve evaluate` that `batch` has not. This module imports nothing that would slow `--help` down."""
+"""The flags that `mii_serve evaluate` alone has. This module imports nothing that would slow `--help` down."""
 
 from __future__ import annotations
 

@@ -35,6 +35,8 @@ def load_image_checker(model: str, *, device: str) -> ImageChecker:
     on_device = check_device(device)
     with quiet_libraries():
         found = find_model(model, revision=None, dtype="fp32", allow_pickle=False, enable_safety_checker=True)
+        if found.file is not None:
+            raise ModelError(f"{found.name} is a single file, which has no safety checker; name a model in a folder")
         checked: CheckedFolder = check_folder(found.folder, dtype="fp32")
         if any(name not in checked.parts for name in PARTS):
             raise ModelError(f"{found.name} has no safety checker, so there are no embeddings of it")

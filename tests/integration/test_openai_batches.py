@@ -312,8 +312,9 @@ async def test_a_full_disk_pauses_a_job_and_nobody_else(tmp_path: Path, monkeypa
     monkeypatch.setattr(jobs.OutputFolder, "write_pictures", written)
     async with served(tmp_path) as (client, _):
         batch = await created(client, await uploaded(client, *(line(n) for n in range(3))))
-        while not await metric(client, "mii_serve_jobs_paused"):
-            pass
+        async with asyncio.timeout(PATIENCE_S):
+            while not await metric(client, "mii_serve_jobs_paused"):
+                pass
         assert (await client.post("/images/generations", json={"prompt": "a circle"})).status_code == 200
         assert (await client.get(f"/batches/{batch['id']}")).json()["status"] == "in_progress"
         is_full = False
@@ -333,8 +334,9 @@ async def test_the_job_of_a_key_that_is_revoked_is_cancelled_and_says_so(tmp_pat
         assert (await client.get(f"/batches/{batch['id']}")).status_code == 401
         [stored] = (tmp_path / "jobs" / "batches").glob("*/meta.json")
         other = {"authorization": f"Bearer {OTHER}"}
-        while (meta := json.loads(stored.read_text()))["status"] != "cancelled":
-            assert (await client.get("/batches", headers=other)).json()["data"] == []
+        async with asyncio.timeout(PATIENCE_S):
+            while (meta := json.loads(stored.read_text()))["status"] != "cancelled":
+                assert (await client.get("/batches", headers=other)).json()["data"] == []
         assert meta["errors"][0]["code"] == "api_key_revoked" and 20 <= meta["completed"] < 100
         assert meta["completed"] <= len(list((tmp_path / "jobs").rglob("*.png"))), "what was made is kept"
 
