@@ -70,6 +70,10 @@ ServedName = Annotated[str, Field(pattern=r"^[!-~]([ -~]*[!-~])?$", max_length=2
 """A name of the model in requests: printable ASCII, because paths and logs hold it."""
 
 
+EmbeddingToken = Annotated[str, Field(pattern=r"^[^\s,=]+$", max_length=64)]
+"""A word of prompts."""
+
+
 def _names(given: object) -> object:
     """Names from flags, a variable (separated by commas) or a file, without duplicates and empty ones."""
     if isinstance(given, str):
@@ -77,6 +81,18 @@ def _names(given: object) -> object:
     if not isinstance(given, list | tuple):
         return given
     return tuple(dict.fromkeys(name for name in given if name != ""))
+
+
+def _paths_by_name(given: object) -> object:
+    """Paths by name from flags (NAME=PATH), a variable (separated by commas) or a file."""
+    if isinstance(given, str):
+        given = [pair for pair in given.split(",") if pair.strip()]
+    if not isinstance(given, list | tuple):
+        return given
+    pairs = [str(pair).strip().partition("=") for pair in given]
+    if any(not (name and path) for name, _, path in pairs):
+        raise ValueError("must be NAME=PATH")
+    return {name: path for name, _, path in pairs}
 
 
 class HttpConfig(BaseModel):
@@ -170,6 +186,8 @@ class DeployConfig(BaseSettings):
     served_model_name: Annotated[tuple[ServedName, ...], NoDecode, BeforeValidator(_names)] = ()
     revision: str | None = None
     tokenizer: Path | None = None
+    vae: Path | None = None
+    embedding: Annotated[dict[EmbeddingToken, Path], NoDecode, BeforeValidator(_paths_by_name)] = Field(default_factory=dict)
     allow_pickle: bool = False
     enable_safety_checker: bool = True
     engine: EngineChoice = "auto"

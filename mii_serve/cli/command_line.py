@@ -164,6 +164,13 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
     add("--verify", action="store_true", help="compare the engine with the FP32 reference first, and serve only if it passes")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
     add("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer of a model that is a single file, which has none")
+    add("--vae", type=Path, metavar="PATH", help="a VAE, folder or file, in the place of the model's own")
+    add(
+        "--embedding",
+        action="append",
+        metavar="TOKEN=PATH",
+        help="a word for prompts and its embedding (textual inversion); repeat it for more",
+    )
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     add(
         "--disable-safety-checker",

@@ -254,7 +254,7 @@ def _load(config: DeployConfig, device: str, dtype: Precision, shard: TensorShar
 
 
 def added_parts(config: DeployConfig) -> AddedParts:
-    return AddedParts(tokenizer=config.tokenizer)
+    return AddedParts(tokenizer=config.tokenizer, vae=config.vae, embeddings=config.embedding)
 
 
 def _reference_dtype(config: DeployConfig) -> Precision:

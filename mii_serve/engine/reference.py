@@ -225,14 +225,13 @@ class ReferenceEngine:
         with self._timer.time("safety"):
             pictures, flags = checked_pictures(self._pipeline, decoded.images)
         picture = pictures[0].convert("RGB")
-        tokenizer = self._pipeline.tokenizer
         return Picture(
             width=picture.width,
             height=picture.height,
             rgb=picture.tobytes(),
             nsfw_content_detected=None if flags is None else flags[0],
-            dropped_prompt=dropped_text(tokenizer, params.prompt),
-            dropped_negative_prompt=dropped_text(tokenizer, params.negative_prompt) if params.is_guided else "",
+            dropped_prompt=dropped_text(self._pipeline, params.prompt),
+            dropped_negative_prompt=dropped_text(self._pipeline, params.negative_prompt) if params.is_guided else "",
         )
 
 

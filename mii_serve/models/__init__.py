@@ -24,6 +24,7 @@ Importing this package costs nothing; torch, diffusers and transformers are impo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -46,9 +47,14 @@ RANDOM_SD_V1_4 = "random-sd-v1-4"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedParts:
-    """What the operator gives beside the model: the folder of the tokenizer for a model in a single file."""
+    """What the operator gives beside the model.
+
+    The folder of the tokenizer for a model in a single file; a VAE in the place of the model's own; embeddings by their tokens.
+    """
 
     tokenizer: Path | None = None
+    vae: Path | None = None
+    embeddings: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

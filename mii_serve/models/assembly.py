@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from mii_serve.errors import ConfigError, ModelError
 from mii_serve.models import RANDOM_SD_V1_4, AddedParts, LoadedModel
 from mii_serve.models.check import check_folder
 from mii_serve.models.defaults import DeclaredDefaults, defaults_files, read_defaults, settle
 from mii_serve.models.fingerprint import fingerprint_of_named, revision_of
+from mii_serve.models.given_embedding import GivenEmbedding, find_embedding
+from mii_serve.models.given_vae import GivenVae, find_vae
 from mii_serve.models.loading import TORCH_DTYPES, check_device, load_pipeline
 from mii_serve.models.random_init import load_random
 from mii_serve.models.single_file.check import check_file
@@ -40,7 +47,10 @@ def load(
     shard: TensorShard | None = None,
 ) -> LoadedModel:
     on_device = check_device(device)
+    given = _Given.find(added, dtype=dtype, allow_pickle=allow_pickle)
     if model == RANDOM_SD_V1_4:
+        if added != AddedParts():
+            raise ConfigError("model", f"{RANDOM_SD_V1_4} takes no tokenizer, VAE or embeddings; leave them out")
         pipeline, digest = load_random(
             revision=revision, dtype=dtype, device=on_device, enable_safety_checker=enable_safety_checker
         )
@@ -61,7 +71,8 @@ def load(
             with ThreadPoolExecutor(1, thread_name_prefix="revision") as beside:
                 named = beside.submit(fingerprint_of_named, file.files)
                 pipeline = load_file(file, dtype=TORCH_DTYPES[dtype], device=on_device, shard=shard)
-                return _loaded(pipeline, found.name, named.result(), DeclaredDefaults(), limits)
+                revision_name = given.add_to(pipeline, named.result(), dtype=dtype, device=on_device)
+                return _loaded(pipeline, found.name, revision_name, DeclaredDefaults(), limits)
         if added.tokenizer is not None:
             raise ConfigError("tokenizer", f"is for models in a single file, and {found.name} has its own; leave it out")
         checked = check_folder(
@@ -73,12 +84,38 @@ def load(
             # Both read the same files, so that the second to come finds them in memory.
             named = beside.submit(revision_of, found.folder, (*checked.files, *defaults_files(found.folder)), found.commit)
             pipeline = load_pipeline(checked, dtype=dtype, device=on_device, shard=shard)
-            revision_name = named.result()
+            own_revision = named.result()
+        revision_name = given.add_to(pipeline, own_revision, dtype=dtype, device=on_device)
     except OSError as error:
         raise ModelError(f"{found.folder} cannot be read: {error}. Check its permissions and its disk") from error
-    if found.commit not in (None, revision_name):
+    if found.commit not in (None, own_revision):
         _logger.warning("%s: the files are not, or not provably, those of commit %s", found.name, found.commit)
     return _loaded(pipeline, found.name, revision_name, declared, limits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """What is added to the model's own parts, found and checked."""
+
+    vae: GivenVae | None
+    embeddings: Sequence[GivenEmbedding]
+
+    @classmethod
+    def find(cls, added: AddedParts, *, dtype: Precision, allow_pickle: bool) -> _Given:
+        vae = None if added.vae is None else find_vae(added.vae, dtype=dtype, allow_pickle=allow_pickle)
+        embeddings = [find_embedding(*each, allow_pickle=allow_pickle) for each in added.embeddings.items()]
+        return cls(vae=vae, embeddings=embeddings)
+
+    def add_to(self, pipeline: StableDiffusionPipeline, revision: str, *, dtype: Precision, device: torch.device) -> str:
+        """The revision of the model with what was added."""
+        files: dict[str, Path] = {}
+        if self.vae is not None:
+            pipeline.register_modules(vae=self.vae.load(dtype=dtype, device=device))
+            files |= self.vae.files
+        for embedding in self.embeddings:
+            embedding.add_to(pipeline)
+            files[f"embedding/{embedding.token}"] = embedding.file.path
+        return f"{revision}+{fingerprint_of_named(files)}" if files else revision
 
 
 def _loaded(

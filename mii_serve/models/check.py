@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii_serve.errors import ModelError
-from mii_serve.models.architecture import check_architecture
+from mii_serve.models.architecture import check_architecture, check_vae
 from mii_serve.models.hints import INTERRUPTED, MODEL_INDEX, has_unfinished_download, hint_for
 from mii_serve.models.weights import MODEL_PARTS, Weights, check_not_a_pointer, find_weights
 
@@ -41,7 +41,7 @@ PIPELINES = frozenset(
 _IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 _KNOWN_CLASSES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
-    "vae": ("diffusers", ("AutoencoderKL",)),
+    "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
     "text_encoder": ("transformers", ("CLIPTextModel",)),
     "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
     "scheduler": ("diffusers", ()),  # any class that ends so
@@ -160,6 +160,22 @@ def _read_index(folder: Path) -> tuple[dict[str, str], list[str]]:
             " (enable_safety_checker)"
         )
     return classes, unused
+
+
+def check_vae_folder(folder: Path, *, dtype: Precision, allow_pickle: bool) -> Part:
+    """A VAE in a folder of its own, as `save_pretrained` leaves it.
+
+    Raises:
+        ModelError
+    """
+    config = read_json(folder / "config.json")
+    known = _KNOWN_CLASSES["vae"][1]
+    if (class_name := config.get("_class_name")) not in known:
+        raise ModelError(f"{folder} is a {class_name}; expected a VAE, that is {' or '.join(known)}")
+    check_vae(config, str(folder))
+    weights = find_weights(folder, "vae", dtype, allow_pickle=allow_pickle)
+    files = (folder / "config.json", *weights.all_files)
+    return Part(name="vae", class_name=class_name, folder=folder, weights=weights, files=files)
 
 
 def _known_class(index: Path, name: str, entry: list[Any]) -> str:

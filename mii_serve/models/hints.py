@@ -14,7 +14,7 @@ MODEL_INDEX = "model_index.json"
 INTERRUPTED = "the download was interrupted. Fetch the model again; an interrupted `hf download` continues where it stopped"
 
 _LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
-_EMBEDDING_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
+EMBEDDING_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 _CHECKPOINTS = (".safetensors", ".ckpt")
 _MAX_NAMED = 3
 
@@ -57,7 +57,7 @@ def has_unfinished_download(folder: Path) -> bool:
 def _hint_of_parts(names: Collection[str]) -> str | None:
     if any(name in names for name in _LORA_FILES):
         return f"It is {what_else({'lora_A.weight': ()})}"
-    if any(name in names for name in _EMBEDDING_FILES):
+    if any(name in names for name in EMBEDDING_FILES):
         return f"It is {what_else({'emb_params': ()})}"
     return None
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
@@ -31,6 +31,7 @@ _MODEL_CLASSES: dict[str, Any] = {
     "text_encoder": CLIPTextModel,
     "safety_checker": StableDiffusionSafetyChecker,
 }
+_VAE_CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 _OTHER_CLASSES: dict[str, Any] = {"tokenizer": CLIPTokenizer, "feature_extractor": CLIPImageProcessor}
 
 _logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ def _load_weights(part: Part, dtype: torch.dtype, device: torch.device, shard: T
     if shard is not None and not part.weights.is_pickle:
         module, found = load_shard(part.folder, part.weights.files, shard=shard, dtype=dtype, device=device)
     else:
-        module, found = _MODEL_CLASSES[part.name].from_pretrained(
+        cls = _VAE_CLASSES[part.class_name] if part.name == "vae" else _MODEL_CLASSES[part.name]
+        module, found = cls.from_pretrained(
             str(part.folder),
             torch_dtype=dtype,  # the name that every supported version of both libraries knows
             variant=part.weights.variant,
@@ -149,7 +151,8 @@ def _embed_added_tokens(tokenizer: Any, text_encoder: Any, checked: CheckedFolde
     if not added or len(tokenizer) != num_known + len(added):
         return
     _logger.warning(
-        "%s: the text_encoder has no embedding for %s, which the tokenizer knows. In prompts they mean nothing",
+        "%s: the text_encoder has no embedding for %s, which the tokenizer knows. In prompts they mean nothing, unless"
+        " --embedding TOKEN=PATH gives one",
         checked.folder,
         ", ".join(added[:3]) + (", …" if len(added) > 3 else ""),
     )

@@ -24,6 +24,8 @@ from mii_serve.errors import InvalidRequestError
 from mii_serve.models import RANDOM_SD_V1_4
 from mii_serve.models.check import CheckedFolder, check_folder
 from mii_serve.models.defaults import DeclaredDefaults, read_defaults
+from mii_serve.models.given_embedding import find_embedding
+from mii_serve.models.given_vae import find_vae
 from mii_serve.models.quiet import quiet_libraries
 from mii_serve.models.single_file.check import CheckedFile, check_file
 from mii_serve.models.single_file.configs import write_configs
@@ -111,6 +113,13 @@ def _draw(config: DeployConfig, names: list[str], params: GenerationParams, devi
         declared = DeclaredDefaults()
         checked = check_file(found.file, allow_pickle=config.allow_pickle, tokenizer=config.tokenizer)
         pipeline = _load_file(checked).to(device)
+    if config.vae is not None:
+        pipeline.vae = find_vae(config.vae, dtype="fp32", allow_pickle=config.allow_pickle).load(
+            dtype="fp32", device=torch.device(device)
+        )
+    for token, path in config.embedding.items():
+        vectors = find_embedding(token, path, allow_pickle=config.allow_pickle).vectors()
+        pipeline.load_textual_inversion(vectors, token=token)
     pipeline.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {"num_inference_steps": NUM_STEPS}
     if declared != DeclaredDefaults() or config.limits != LimitsConfig():

@@ -17,7 +17,7 @@ Tensors = dict[str, torch.Tensor]
 
 def original_tensors(pipeline: Any, *, is_v2: bool = False) -> Tensors:
     text = _open_clip(pipeline.text_encoder) if is_v2 else _clip(pipeline.text_encoder)
-    return {**_unet(pipeline.unet), **_vae(pipeline.vae), **text}
+    return {**_unet(pipeline.unet), **vae_tensors(pipeline.vae), **text}
 
 
 def save_original(pipeline: Any, file: Path, *, is_v2: bool = False, metadata: dict[str, str] | None = None) -> Path:
@@ -49,7 +49,7 @@ def _unet(unet: Any) -> Tensors:
     return _renamed(unet, "model.diffusion_model.", prefixes, {".resnets.": inner})
 
 
-def _vae(vae: Any) -> Tensors:
+def vae_tensors(vae: Any) -> Tensors:
     levels = len(vae.config.block_out_channels)
     prefixes = {name: name for name in ("quant_conv", "post_quant_conv")}
     for side in ("encoder", "decoder"):

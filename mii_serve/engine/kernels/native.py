@@ -58,13 +58,18 @@ def why_unsupported(unet: Any) -> str | None:
     for option, neutral in NEUTRAL_OPTIONS.items():
         if (value := getattr(unet.config, option, neutral)) != neutral:
             return f"{option}={value!r}"
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+    for block in (*unet.down_blocks, *_mid_blocks(unet), *unet.up_blocks):
         if (kind := type(block).__name__) not in KNOWN_BLOCKS:
             return f"a block of type {kind}"
     for module in unet.modules():
         if isinstance(module, Attention) and type(module.processor) is not AttnProcessor2_0:
             return f"an attention processor of type {type(module.processor).__name__}"
     return None
+
+
+def _mid_blocks(unet: Any) -> Sequence[Any]:
+    """None of them in distilled UNets such as tiny-sd's and bk-sdm-small's."""
+    return [] if unet.mid_block is None else [unet.mid_block]
 
 
 @dataclass(slots=True, eq=False)
@@ -87,9 +92,10 @@ class ForwardPass:
         self.skips.append(hidden)
         for block in unet.down_blocks:
             hidden = self._down(block, hidden)
-        hidden = self._resnet(unet.mid_block.resnets[0], hidden)
-        for transformer, resnet in zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True):
-            hidden = self._resnet(resnet, self._transformer(transformer, hidden))
+        for block in _mid_blocks(unet):
+            hidden = self._resnet(block.resnets[0], hidden)
+            for transformer, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+                hidden = self._resnet(resnet, self._transformer(transformer, hidden))
         for block in unet.up_blocks:
             hidden = self._up(block, hidden, is_odd)
         return unet.conv_out(silu(unet.conv_norm_out(hidden)))

@@ -69,12 +69,12 @@ def what_else(shapes: Shapes) -> str | None:
             " pipeline.load_lora_weights(FILE); pipeline.fuse_lora(); pipeline.save_pretrained(FOLDER)"
         )
     if is_embedding(shapes):
-        return "an embedding of textual inversion, not a model. Give the model it is for"
+        return "an embedding of textual inversion, not a model. Give the model it is for, and --embedding TOKEN=FILE"
     for prefixes, what in _MODELS:
         if any(name.startswith(prefixes) for name in shapes):
             return f"{what}. {_ONLY}"
     if is_vae(shapes):
-        return "a VAE alone. Give the model it is for"
+        return "a VAE alone. Give the model it is for, and --vae FILE"
     if not any(name.startswith(UNET) for name in shapes):
         for prefixes, what in _PARTS:
             if any(name.startswith(prefixes) for name in shapes):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from original_layout import original_tensors, save_original
-from plain_diffusers import our_pictures, plain_picture
+from plain_diffusers import LEVELS_OFF, faults, our_pictures, plain_picture
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from mii_serve.engine.factory import native_engine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.errors import ConfigError, ModelError
 from mii_serve.models import AddedParts, LoadedModel
@@ -130,8 +131,9 @@ def test_it_is_the_pipeline_of_from_single_file(checkpoint: Checkpoint, load: Lo
             theirs = StableDiffusionPipeline.from_single_file(str(checkpoint.file), config=str(configs), local_files_only=True)
         theirs.set_progress_bar_config(disable=True)
         assert same_tensors(model.pipeline, theirs)
-        made = our_pictures(ReferenceEngine(model), {"default": FEW})["default"]
-        assert (made == plain_picture(theirs, **FEW)).all()
+        expected = {"default": plain_picture(theirs, **FEW)}
+        assert not faults(expected, our_pictures(ReferenceEngine(model), {"default": FEW}), 0)
+    assert not faults(expected, our_pictures(native_engine(model), {"default": FEW}), LEVELS_OFF["native"])
     assert model.name == "my-model"
     assert model.revision.startswith("sha256:")
     assert model.defaults.height == (768 if checkpoint.is_v2 else 512)

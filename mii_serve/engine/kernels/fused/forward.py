@@ -86,9 +86,10 @@ class FusedPass:
                 value = hidden.value()
                 hidden = convolved(downsampler.conv, value if downsampler.padding else pad(value, (0, 1, 0, 1)))
                 skips.append(hidden)
-        hidden = self._resnet(unet.mid_block.resnets[0], hidden)
-        for transformer, resnet in zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True):
-            hidden = self._resnet(resnet, self._transformer(transformer, hidden, skips))
+        if (middle := unet.mid_block) is not None:
+            hidden = self._resnet(middle.resnets[0], hidden)
+            for transformer, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
+                hidden = self._resnet(resnet, self._transformer(transformer, hidden, skips))
         for block in unet.up_blocks:
             for index, resnet in enumerate(block.resnets):
                 hidden = self._resnet(resnet, hidden, skips.pop().value())
