@@ -44,7 +44,7 @@ def _metadata(parameters: EffectiveParameters, seed: int) -> PngInfo:
     """
     params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams)}
     if parameters.strength is None:
-        del params["strength"]
+        del params["strength"], params["has_mask"]
     engine = {name: getattr(parameters, name) for name in ENGINE_FIELDS}
     scheduler = {
         "scheduler_class": parameters.scheduler_class,
