@@ -112,9 +112,9 @@ def build_request(prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
         raise InvalidRequestError("prompt", "must be text", type(prompt).__name__)
     given = {**_DEFAULTS, **options}
     others = {name: given[name] for name in (*PARAMETER_NAMES, "strength") if name != "prompt"}
-    images = {name: _file_of(name, given[name]) for name in ("image", "mask_image")}
+    image, mask_image = (_file_of(name, given[name]) for name in ("image", "mask_image"))
     return GenerationRequest(
-        params=RequestedParams(prompt=prompt, **images, **others),
+        params=RequestedParams(prompt=prompt, image=image, mask_image=mask_image, **others),
         output=OutputOptions.checked(
             format=_member(ImageFormat, "output_format", given["output_format"]),
             quality=given["quality"],
