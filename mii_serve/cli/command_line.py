@@ -209,6 +209,8 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     request.add_argument(
         "--image", type=Path, metavar="FILE", help="start from this PNG, JPEG or WebP image; gives the size, too"
     )
+    help = "an image of the same size: where it is light, the image is repainted, where it is dark, it stays"
+    request.add_argument("--mask-image", type=Path, metavar="FILE", help=help)
     request.add_argument("--strength", type=float, metavar=_METAVARS[float], help=STRENGTH.help)
     add = parser.add_argument_group("without --target").add_argument
     # No default: a flag that was not given leaves the choice to the environment.
@@ -371,9 +373,11 @@ def _generate(values: dict[str, Any]) -> int:
     from mii_serve.cli.files import read_image
     from mii_serve.cli.generate import run
 
-    image = None if values["image"] is None else read_image("--image", values["image"])
+    given = {name: values[name] for name in (*PARAMETER_NAMES, STRENGTH.name)}
+    for name, flag in (("image", "--image"), ("mask_image", "--mask-image")):
+        given[name] = None if values[name] is None else read_image(flag, values[name])
     return run(
-        RequestedParams(**{name: values[name] for name in PARAMETER_NAMES}, image=image, strength=values["strength"]),
+        RequestedParams(**given),
         output=values["output"],
         embed_metadata=values["embed_metadata"],
         connection=None if values["target"] is None else _connection(values),

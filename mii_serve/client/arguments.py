@@ -37,6 +37,7 @@ class GenerateOptions(GenerationKwargs, total=False):
     """The keyword arguments of `generate`: the parameters of the request, and those of the call."""
 
     image: Image.Image | bytes | None
+    mask_image: Image.Image | bytes | None
     output_format: OutputFormat
     quality: int | None
     embed_metadata: bool
@@ -61,6 +62,7 @@ _HELPS = {
     **{parameter.name: parameter.help for parameter in PARAMETERS},
     "image": "start from this image: of Pillow, or the content of a PNG, JPEG or WebP file; without height and width, the"
     " result has its size, rounded down to multiples of 8",
+    "mask_image": "an image of the same size: where it is light, the image is repainted, where it is dark, it stays",
     STRENGTH.name: STRENGTH.help,
 }
 
@@ -109,9 +111,10 @@ def build_request(prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
     if not isinstance(prompt, str):
         raise InvalidRequestError("prompt", "must be text", type(prompt).__name__)
     given = {**_DEFAULTS, **options}
-    others = {name: given[name] for name in PARAMETER_NAMES if name != "prompt"}
+    others = {name: given[name] for name in (*PARAMETER_NAMES, "strength") if name != "prompt"}
+    image, mask_image = (_file_of(name, given[name]) for name in ("image", "mask_image"))
     return GenerationRequest(
-        params=RequestedParams(prompt=prompt, image=_file_of("image", given["image"]), strength=given["strength"], **others),
+        params=RequestedParams(prompt=prompt, image=image, mask_image=mask_image, **others),
         output=OutputOptions.checked(
             format=_member(ImageFormat, "output_format", given["output_format"]),
             quality=given["quality"],

@@ -1,4 +1,5 @@
-"""The images that requests start from, as the VAE's latents: what `StableDiffusionImg2ImgPipeline` makes of them."""
+"""The images that requests start from, as the VAE's latents: what diffusers' `StableDiffusionImg2ImgPipeline` makes of them,
+and of those with a mask `StableDiffusionInpaintPipeline`."""
 
 from __future__ import annotations
 
@@ -26,11 +27,43 @@ class EncodedImage:
     scaling_factor: float
 
     def drawn(self, generator: torch.Generator) -> torch.Tensor:
-        """The latents that a sample starts from; `generator` is the sample's own, on the CPU."""
+        """A sample's latents of the image; `generator` is the sample's own, on the CPU."""
         if self.std is None:
             return self.scaling_factor * self.mean
         noise = upload(randn_tensor((1, *self.mean.shape), generator=generator, dtype=torch.float32)[0], self.mean.device)
         return self.scaling_factor * (self.mean + self.std * noise)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptImage:
+    """What a sample with a mask keeps of its image: `mask` is 1 × height × width, 1 where the image is repainted, else 0."""
+
+    mask: torch.Tensor
+    image_latents: torch.Tensor
+    noise: torch.Tensor
+
+
+def mask_of(image: InputImage, params: GenerationParams) -> torch.Tensor | None:
+    """The mask in latent pixels as `prepare_mask_latents` makes it, 1 × 1 × height × width, on the CPU."""
+    if image.mask is None:
+        return None
+    levels = np.frombuffer(image.mask, np.uint8).reshape(1, 1, params.height, params.width)
+    binary = torch.from_numpy((levels >= 128).astype(np.float32))
+    return torch.nn.functional.interpolate(binary, size=params.latent_shape)
+
+
+def skip_masked_image(noise: torch.Tensor, generator: torch.Generator) -> None:
+    """Draw what the pipeline draws for the latents of the masked image, which only a UNet of nine channels takes."""
+    randn_tensor((1, *noise.shape[-3:]), generator=generator, dtype=torch.float32)
+
+
+def keep_unmasked(states: torch.Tensor, slots: torch.Tensor, levels: torch.Tensor, kept: Sequence[KeptImage]) -> None:
+    """Put the image back where the masks of the samples in these slots let it stay, as noisy as `levels` say, N × 2."""
+    mask, image_latents, noise = (
+        torch.stack(one) for one in zip(*((k.mask, k.image_latents, k.noise) for k in kept), strict=True)
+    )
+    of_image, of_noise = levels[:, :, None, None, None].unbind(dim=1)
+    states[slots, 0] = (1 - mask) * (of_image * image_latents + of_noise * noise) + mask * states[slots, 0]
 
 
 def pixels_of(image: InputImage, params: GenerationParams) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The engine that the others are compared with: FP32, plain diffusers modules, one diffusers scheduler object per image.
 
-Computes what `StableDiffusionPipeline.__call__` computes, and for a request with an image `StableDiffusionImg2ImgPipeline`,
-operation by operation, so that on the same machine its pictures are
+Computes what `StableDiffusionPipeline.__call__` computes, and for a request with an image `StableDiffusionImg2ImgPipeline`
+or, with a mask, `StableDiffusionInpaintPipeline`, operation by operation, so that on the same machine its pictures are
 the same bits; only the loop is turned inside out, one UNet call per turn. Slow on purpose and never optimised.
 """
 
@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from mii_serve.engine.capabilities import capabilities_of, description_of
 from mii_serve.engine.decode import decode, is_finite
-from mii_serve.engine.input_images import pixels_of
+from mii_serve.engine.input_images import KeptImage, mask_of, pixels_of, skip_masked_image
 from mii_serve.engine.probe import UNetCall, without_checker
 from mii_serve.engine.sample_errors import is_of_one_sample, not_finite, sample_error
 from mii_serve.engine.stage_timer import StageTimer
@@ -58,6 +58,7 @@ class ReferenceSample:
     generator: torch.Generator
     prompt_embeds: torch.Tensor
     latents: torch.Tensor
+    kept_image: KeptImage | None = None
     step: int = 0
 
     @property
@@ -143,12 +144,7 @@ class ReferenceEngine:
         generator = torch.Generator("cpu").manual_seed(sample.seed)
         channels = pipeline.unet.config.in_channels
         shape = (1, channels, params.height // LATENT_SCALE, params.width // LATENT_SCALE)
-        image_latents = self._image_latents(sample, generator)
-        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=prompt_embeds.dtype)
-        if image_latents is None:
-            latents = noise * scheduler.init_noise_sigma
-        else:
-            latents = scheduler.add_noise(image_latents, noise, timesteps[:1])
+        latents, kept_image = self._first_latents(sample, scheduler, timesteps[:1], generator, shape)
         return ReferenceSample(
             sample=sample,
             scheduler=scheduler,
@@ -157,16 +153,30 @@ class ReferenceEngine:
             generator=generator,
             prompt_embeds=prompt_embeds,
             latents=latents,
+            kept_image=kept_image,
         )
 
-    def _image_latents(self, sample: Sample, generator: torch.Generator) -> torch.Tensor | None:
-        if sample.input_image is None:
-            return None
-        vae = self._pipeline.vae
+    def _first_latents(
+        self, sample: Sample, scheduler: Any, timestep: torch.Tensor, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> tuple[torch.Tensor, KeptImage | None]:
+        """What the sample starts from, and what it keeps of its image."""
+        image, vae = sample.input_image, self._pipeline.vae
+        if image is None:
+            noise = randn_tensor(shape, generator=generator, device=self._device, dtype=self._pipeline.unet.dtype)
+            return noise * scheduler.init_noise_sigma, None
         with self._timer.time("encode"):
-            pixels = pixels_of(sample.input_image, sample.params).to(self._device)
-            latents: torch.Tensor = vae.config.scaling_factor * retrieve_latents(vae.encode(pixels), generator=generator)
-        return latents
+            encoded = vae.encode(pixels_of(image, sample.params).to(self._device))
+        image_latents = vae.config.scaling_factor * retrieve_latents(encoded, generator=generator)
+        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=image_latents.dtype)
+        if (mask := mask_of(image, sample.params)) is None:
+            return scheduler.add_noise(image_latents, noise, timestep), None
+        image_latents = image_latents.contiguous()  # as the pipeline's are here: convolutions sum in the order of the memory
+        kept_image = KeptImage(mask=mask.to(self._device), image_latents=image_latents, noise=noise)
+        if hasattr(encoded, "latent_dist"):
+            skip_masked_image(noise, generator)
+        if sample.params.strength == 1.0:
+            return noise * scheduler.init_noise_sigma, kept_image
+        return scheduler.add_noise(image_latents, noise, timestep), kept_image
 
     def _or_failed(self, do: Callable[..., SampleProgress], running: ReferenceSample, *arguments: bool) -> SampleProgress:
         try:
@@ -195,6 +205,11 @@ class ReferenceEngine:
                     noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, guidance_rescale)
             running.latents = scheduler.step(noise_pred, timestep, latents, **running.step_kwargs, return_dict=False)[0]
         running.step += 1
+        if (kept := running.kept_image) is not None:
+            original = kept.image_latents
+            if running.step < len(running.timesteps):
+                original = scheduler.add_noise(original, kept.noise, running.timesteps[running.step].reshape(1))
+            running.latents = (1 - kept.mask) * original + kept.mask * running.latents
         preview = None
         if is_shown:
             first = len(scheduler.timesteps) - len(running.timesteps)

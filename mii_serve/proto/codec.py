@@ -122,6 +122,7 @@ def encode_request(request: GenerationRequest | ResolvedRequest) -> pb.GenerateR
         _put(message, name, getattr(request.params, name))
     if isinstance(request.params, RequestedParams):
         _put(message, "image", request.params.image)
+        _put(message, "mask_image", request.params.mask_image)
     for name in ("quality", "embed_metadata", "preview_every"):
         _put(message.output, name, getattr(output, name))
     return message
@@ -168,11 +169,10 @@ def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
         raise InvalidRequestError(
             "request", "has fields this server does not know", f"field numbers {unknown[:MAX_NAMED_FIELDS]}"
         )
-    asked = {name: _optional(message, name) for name in PARAMETER_NAMES if name != "prompt"}
+    names = (*PARAMETER_NAMES, "image", "mask_image", "strength")
+    asked = {name: _optional(message, name) for name in names if name != "prompt"}
     return GenerationRequest(
-        params=RequestedParams(
-            prompt=message.prompt, image=_optional(message, "image"), strength=_optional(message, "strength"), **asked
-        ),
+        params=RequestedParams(prompt=message.prompt, **asked),
         output=_decode_output(message.output),
         priority=_decode_priority(message.priority),
     )
@@ -181,8 +181,9 @@ def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
 def decode_resolved(message: pb.GenerateRequest, input_image: InputImage | None = None) -> ResolvedRequest:
     """Read a resolved request that this package wrote. Nothing is checked again."""
     values = {name: getattr(message, name) for name in PARAMETER_NAMES}
+    has_mask = input_image is not None and input_image.mask is not None
     return ResolvedRequest(
-        params=GenerationParams(**values, strength=_optional(message, "strength")),
+        params=GenerationParams(**values, strength=_optional(message, "strength"), has_mask=has_mask),
         output=_decode_output(message.output),
         priority=_decode_priority(message.priority),
         input_image=input_image,

@@ -40,7 +40,7 @@ def _texts(parameters: EffectiveParameters, seed: int) -> dict[str, str]:
     """
     params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams)}
     if parameters.strength is None:
-        del params["strength"]
+        del params["strength"], params["has_mask"]
     engine = {name: getattr(parameters, name) for name in ENGINE_FIELDS}
     scheduler = {
         "scheduler_class": parameters.scheduler_class,

@@ -272,7 +272,10 @@ class _Front:
 
 
 def _input_image(order: pb.Generate) -> InputImage | None:
-    return InputImage(rgb=order.input_image.rgb) if order.HasField("input_image") else None
+    if not order.HasField("input_image"):
+        return None
+    image = order.input_image
+    return InputImage(rgb=image.rgb, mask=image.mask if image.HasField("mask") else None)
 
 
 @dataclass(frozen=True, slots=True)

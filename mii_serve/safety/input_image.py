@@ -48,7 +48,8 @@ def resolve_with_image(
         size = _size_of(asked, file, capabilities.limits)
         params = capabilities.resolve(replace(asked, height=size[0], width=size[1]), fallback_seed=fallback_seed)
         image = _resized(rgb_of(file, "image"), params)
-    return params, InputImage(rgb=image.tobytes())
+        mask = None if asked.mask_image is None else _mask_of(asked.mask_image, len(asked.image), file, params)
+    return params, InputImage(rgb=image.tobytes(), mask=mask)
 
 
 def opened(content: bytes, field: str) -> Image.Image:
@@ -98,6 +99,18 @@ def rgb_of(file: Image.Image, field: str) -> Image.Image:
     if not is_opaque:
         raise InvalidRequestError(field, "must not be transparent anywhere; put it on a background")
     return image
+
+
+def _mask_of(content: bytes, num_image_bytes: int, image: Image.Image, params: GenerationParams) -> bytes:
+    field = "mask_image"
+    if (num_bytes := len(content) + num_image_bytes) > MAX_IMAGE_BYTES:
+        raise InvalidRequestError(field, f"must have at most {MAX_IMAGE_BYTES} bytes together with the image", str(num_bytes))
+    with opened(content, field) as mask:
+        if mask.size != image.size:
+            rule = f"must have the image's size, {image.width} × {image.height} pixels"
+            raise InvalidRequestError(field, rule, f"{mask.width} × {mask.height}")
+        rgb_of(mask, field)  # refuses what must be refused
+        return _resized(mask, params).convert("L").tobytes()
 
 
 def _size_of(asked: RequestedParams, file: Image.Image, limits: Limits) -> tuple[int, int]:

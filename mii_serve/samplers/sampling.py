@@ -64,7 +64,7 @@ class Samplings:
         Raises:
             InvalidRequestError: it cannot be done with this model.
         """
-        return self.of(params.scheduler, params.num_inference_steps, params.num_skipped_steps)
+        return self.of(params.scheduler, params.num_inference_steps, params.num_skipped_steps, is_blended=params.has_mask)
 
     def is_compiled(self, params: GenerationParams) -> bool:
         """Whether there is a table for a request; False as well where it cannot be done at all."""

@@ -308,13 +308,14 @@ class Dispatcher:
 
 
 def _fingerprint(asked: GenerationRequest | ResolvedRequest) -> bytes:
-    """The same for equal requests; an image counts by its digest."""
-    image: bytes | None
+    """The same for equal requests; images count by their digests."""
+    images: tuple[bytes | None, ...] = ()
     if isinstance(asked, ResolvedRequest):
-        image = None if asked.input_image is None else asked.input_image.rgb
-        asked = replace(asked, input_image=None)
-    else:
-        image = asked.params.image
-        asked = replace(asked, params=replace(asked.params, image=None))
-    of_image = b"" if image is None else hashlib.sha256(image).digest()
-    return hashlib.sha256(repr(astuple(asked)).encode() + of_image).digest()
+        if asked.input_image is not None:
+            images = asked.input_image.rgb, asked.input_image.mask
+            asked = replace(asked, input_image=None)
+    elif asked.params.image is not None:
+        images = asked.params.image, asked.params.mask_image
+        asked = replace(asked, params=replace(asked.params, image=None, mask_image=None))
+    digests = [None if image is None else hashlib.sha256(image).digest() for image in images]
+    return hashlib.sha256(repr((astuple(asked), digests)).encode()).digest()

@@ -287,7 +287,7 @@ def _encoded(number: int, order: Order) -> pb.Generate:
         timeout_s=order.left_s,
         traceparent=order.traceparent or "",
         has_steps=order.has_steps,
-        input_image=None if image is None else pb.InputImage(rgb=image.rgb),
+        input_image=None if image is None else pb.InputImage(rgb=image.rgb, mask=image.mask),
     )
 
 

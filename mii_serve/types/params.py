@@ -26,8 +26,8 @@ LatentShape = tuple[int, int]
 BatchKey = tuple[int, ...]
 """See `GenerationParams.batch_key`."""
 
-IMAGE_STRENGTH = 0.8
-"""Of a request with an image that names none, as in diffusers."""
+IMAGE_STRENGTH, MASK_STRENGTH = 0.8, 1.0
+"""Of a request with an image that names none, and with a mask, as in diffusers."""
 
 MAX_IMAGE_BYTES = 8 * 1024 * 1024
 """Of the files of a request."""
@@ -88,7 +88,7 @@ class GenerationDefaults:
 class GenerationParams:
     """A request with nothing left open. A picture is a pure function of these, its index and the request's `InputImage`.
 
-    `strength` is None where there is no such image.
+    `strength` is None where there is no such image. `has_mask`: only a part of the image is repainted.
     """
 
     prompt: str = field(repr=False)
@@ -102,6 +102,7 @@ class GenerationParams:
     scheduler: str
     seed: int
     strength: float | None = None
+    has_mask: bool = False
 
     def seed_of(self, image_index: int) -> int:
         """Image i of a request is image 0 of the same request with seed + i (modulo 2**64)."""
@@ -165,7 +166,7 @@ class GenerationKwargs(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestedParams:
-    """What a caller asked for, before defaults and rules; None is "left out". `image` is the content of a file."""
+    """What a caller asked for, before defaults and rules; None is "left out". The images are contents of files."""
 
     prompt: str = field(repr=False)
     negative_prompt: str | None = field(default=None, repr=False)
@@ -178,6 +179,7 @@ class RequestedParams:
     scheduler: str | None = None
     seed: int | None = None
     image: bytes | None = field(default=None, repr=False)
+    mask_image: bytes | None = field(default=None, repr=False)
     strength: float | None = None
 
 
@@ -201,14 +203,18 @@ class Capabilities:
             if value is None:
                 value = fallback_seed if parameter.name == "seed" else parameter.default_in(self.defaults)
             values[parameter.name] = parameter.checked(value, self)
-        return GenerationParams(**values, strength=self._strength_of(asked, values["num_inference_steps"]))
+        strength = self._strength_of(asked, values["num_inference_steps"])
+        return GenerationParams(**values, strength=strength, has_mask=asked.mask_image is not None)
 
     def _strength_of(self, asked: RequestedParams, num_inference_steps: int) -> float | None:
         if asked.image is None:
+            if asked.mask_image is not None:
+                raise InvalidRequestError("mask_image", "is for requests with an image only")
             if asked.strength is not None:
                 raise InvalidRequestError("strength", "is for requests with an image only", str(asked.strength)[:80])
             return None
-        strength: float = STRENGTH.checked(IMAGE_STRENGTH if asked.strength is None else asked.strength, self)
+        usual = IMAGE_STRENGTH if asked.mask_image is None else MASK_STRENGTH
+        strength: float = STRENGTH.checked(usual if asked.strength is None else asked.strength, self)
         if _num_steps_left(num_inference_steps, strength) < 1:
             least = f"1 / num_inference_steps, here {1 / num_inference_steps:.3g}: no step would be made"
             raise InvalidRequestError("strength", f"must be at least {least}", str(strength))
@@ -397,15 +403,19 @@ STRENGTH = Parameter(
     kind=float,
     bounds=lambda limits: (0, 1),
     default=IMAGE_STRENGTH,
-    help="how far the result may leave the image: the part of the steps that is made; 0.8 by default",
+    help="how far the result may leave the image: the part of the steps that is made; 0.8 by default, with a mask 1",
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputImage:
-    """The image that a request starts from, in the request's size: `rgb` is height × width × 3 bytes, row by row."""
+    """The image that a request starts from, in the request's size: `rgb` is height × width × 3 bytes, row by row.
+
+    `mask` is height × width bytes: where one is 128 or more, the image is repainted, elsewhere it stays.
+    """
 
     rgb: bytes = field(repr=False)
+    mask: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

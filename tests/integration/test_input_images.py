@@ -52,6 +52,15 @@ async def test_the_engine_gets_the_pixels_and_the_answer_says_what_was_done(serv
     assert server.loop.activity().num_steps == 2 * 3
 
 
+async def test_a_mask_reaches_the_engine_in_the_images_size(server, client):
+    mask = Image.linear_gradient("L").resize(IMAGE.size)
+    done = (await client.generate("a", image=IMAGE, mask_image=mask)).parameters
+    assert (done.strength, done.has_mask) == (1.0, True)
+    [sample] = joined(server)
+    assert sample.params.has_mask
+    assert sample.input_image.mask == mask.resize((72, 96), Image.Resampling.LANCZOS).tobytes()
+
+
 async def test_a_request_without_an_image_has_no_strength(server, client):
     assert (await client.generate("a")).parameters.strength is None
     [sample] = joined(server)
@@ -72,6 +81,8 @@ async def test_what_is_refused_names_its_field_and_is_never_queued(server, clien
         ({"image": "a path"}, "image"),
         ({"image": IMAGE, "strength": 0.1, "num_inference_steps": 4}, "strength"),
         ({"strength": 0.5}, "strength"),
+        ({"image": IMAGE, "mask_image": IMAGE.rotate(90, expand=True)}, "mask_image"),
+        ({"mask_image": IMAGE}, "mask_image"),
     ]
     for asked, field in refused:
         with pytest.raises(InvalidRequestError) as refusal:
@@ -91,6 +102,8 @@ async def test_an_idempotency_key_belongs_to_the_images_bytes(client):
     assert (await client.generate("a", image=IMAGE, idempotency_key="k")).encoded == first.encoded
     with pytest.raises(InvalidRequestError, match="another request already"):
         await client.generate("a", image=IMAGE.rotate(180), idempotency_key="k")
+    with pytest.raises(InvalidRequestError, match="another request already"):
+        await client.generate("a", image=IMAGE, mask_image=IMAGE, strength=0.8, idempotency_key="k")
 
 
 async def test_the_largest_file_passes_grpcs_bound_and_a_larger_one_is_refused_by_name(server):

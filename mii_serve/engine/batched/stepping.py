@@ -41,7 +41,10 @@ class Stepping(Protocol):
         ...
 
     def noise_level(self, step: int) -> tuple[float, float]:
-        """The factors of an image's latents and of the noise that make its noisy latents before this step."""
+        """The factors of an image's latents and of the noise that make its noisy latents before this step.
+
+        After the last one, with `num_calls`, there is no noise.
+        """
         ...
 
     def timestep(self, step: int) -> float:
@@ -124,6 +127,8 @@ class ObjectStepping:
         return float(self._scheduler.init_noise_sigma)
 
     def noise_level(self, step: int) -> tuple[float, float]:
+        if step == self.num_calls:
+            return 1.0, 0.0
         return noise_level(self._scheduler, self._scheduler_timesteps[step])
 
     def timestep(self, step: int) -> float:

@@ -36,10 +36,12 @@ class Generate(_message.Message):
     def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[_image_generation_pb2.GenerateRequest, _Mapping]] = ..., request_id: _Optional[str] = ..., client: _Optional[str] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., input_image: _Optional[_Union[InputImage, _Mapping]] = ..., has_steps: _Optional[bool] = ...) -> None: ...
 
 class InputImage(_message.Message):
-    __slots__ = ("rgb",)
+    __slots__ = ("rgb", "mask")
     RGB_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
     rgb: bytes
-    def __init__(self, rgb: _Optional[bytes] = ...) -> None: ...
+    mask: bytes
+    def __init__(self, rgb: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("id",)

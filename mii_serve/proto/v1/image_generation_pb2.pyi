@@ -34,7 +34,7 @@ PRIORITY_LOW: Priority
 PRIORITY_BATCH: Priority
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "output", "priority", "guidance_rescale", "image", "strength")
+    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "output", "priority", "guidance_rescale", "image", "strength", "mask_image")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class GenerateRequest(_message.Message):
     GUIDANCE_RESCALE_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    MASK_IMAGE_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     height: int
@@ -63,7 +64,8 @@ class GenerateRequest(_message.Message):
     guidance_rescale: float
     image: bytes
     strength: float
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., guidance_rescale: _Optional[float] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ...) -> None: ...
+    mask_image: bytes
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., guidance_rescale: _Optional[float] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
     __slots__ = ("format", "quality", "embed_metadata", "preview_every")
@@ -98,7 +100,7 @@ class GeneratedImage(_message.Message):
     def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., seed: _Optional[int] = ..., nsfw_content_detected: _Optional[bool] = ..., moderation_blocked: _Optional[bool] = ...) -> None: ...
 
 class EffectiveParameters(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "engine", "dtype", "device", "model", "model_revision", "dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "is_scheduler_compiled", "guidance_rescale", "strength")
+    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "engine", "dtype", "device", "model", "model_revision", "dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "is_scheduler_compiled", "guidance_rescale", "strength", "has_mask")
     class SchedulerOptionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +129,7 @@ class EffectiveParameters(_message.Message):
     IS_SCHEDULER_COMPILED_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_RESCALE_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    HAS_MASK_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     height: int
@@ -148,7 +151,8 @@ class EffectiveParameters(_message.Message):
     is_scheduler_compiled: bool
     guidance_rescale: float
     strength: float
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dropped_prompt: _Optional[str] = ..., dropped_negative_prompt: _Optional[str] = ..., scheduler_class: _Optional[str] = ..., scheduler_options: _Optional[_Mapping[str, str]] = ..., is_scheduler_compiled: _Optional[bool] = ..., guidance_rescale: _Optional[float] = ..., strength: _Optional[float] = ...) -> None: ...
+    has_mask: bool
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dropped_prompt: _Optional[str] = ..., dropped_negative_prompt: _Optional[str] = ..., scheduler_class: _Optional[str] = ..., scheduler_options: _Optional[_Mapping[str, str]] = ..., is_scheduler_compiled: _Optional[bool] = ..., guidance_rescale: _Optional[float] = ..., strength: _Optional[float] = ..., has_mask: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "images", "parameters", "timings")

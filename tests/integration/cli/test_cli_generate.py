@@ -78,9 +78,11 @@ def test_every_flag_reaches_the_server(run: Run, server: RunningServer, tmp_path
 
 def test_an_image_to_start_from_is_sent_as_its_file_is(run: Run, server: RunningServer, tmp_path: Path) -> None:
     (tmp_path / "sketch.png").write_bytes(b"its content")
-    assert run("generate", "a cat", "--target", server.target, "--image", "sketch.png", "--strength", "0.4").code == 0
+    flags = ["--image", "sketch.png", "--mask-image", "sketch.png", "--strength", "0.4"]
+    assert run("generate", "a cat", "--target", server.target, *flags).code == 0
     (request,) = server.servicer.requests
-    assert request.params == RequestedParams(prompt="a cat", image=b"its content", strength=0.4)
+    asked = RequestedParams(prompt="a cat", image=b"its content", mask_image=b"its content", strength=0.4)
+    assert request.params == asked
     ran = run("generate", "a cat", "--target", server.target, "--image", "none.png")
     assert (ran.code, len(server.servicer.requests)) == (2, 1)
     assert "--image: must be a file that can be read" in ran.err

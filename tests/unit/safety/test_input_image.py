@@ -126,3 +126,31 @@ def test_parameters_that_do_not_go_with_an_image_are_refused(asked, field, rule)
 def test_strength_is_for_requests_with_an_image():
     with pytest.raises(InvalidRequestError, match="strength: is for requests with an image only"):
         CAPABILITIES.resolve(RequestedParams(prompt="a", strength=0.5), fallback_seed=1)
+
+
+def test_a_mask_is_resized_and_made_grey_as_diffusers_does():
+    image, mask = some(size=(101, 79)), some(size=(101, 79))
+    params, found = resolved(file_of(image), mask_image=file_of(mask))
+    assert (params.strength, params.has_mask) == (1.0, True)
+    assert found.mask == mask.resize((96, 72), Image.Resampling.LANCZOS).convert("L").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("mask", "rule"),
+    [
+        (file_of(some(size=(95, 80))), "must have the image's size, 96 × 80 pixels, got 95 × 80"),
+        (file_of(TRANSPARENT), "transparent"),
+        (b"no file", "readable"),
+        (GOOD + bytes(MAX_IMAGE_BYTES - len(GOOD)), "together with the image"),
+    ],
+    ids=["another size", "transparent", "no image", "too large together"],
+)
+def test_a_mask_is_refused_by_its_own_name(mask, rule):
+    with pytest.raises(InvalidRequestError, match=rule) as refusal:
+        resolved(GOOD, mask_image=mask)
+    assert refusal.value.field == "mask_image"
+
+
+def test_a_mask_is_for_requests_with_an_image():
+    with pytest.raises(InvalidRequestError, match="mask_image: is for requests with an image only"):
+        CAPABILITIES.resolve(RequestedParams(prompt="a", mask_image=b"x"), fallback_seed=1)
