@@ -14,7 +14,7 @@ from mii_serve.errors import ModelError
 from mii_serve.models.architecture import check_vae
 from mii_serve.models.check import Part, check_vae_folder
 from mii_serve.models.families import SD_V1_4
-from mii_serve.models.loading import load_part
+from mii_serve.models.loading import TORCH_DTYPES, load_part
 from mii_serve.models.single_file.configs import vae_sizes
 from mii_serve.models.single_file.contents import VAE, is_vae, what_else
 from mii_serve.models.single_file.files import ENDINGS, WeightsFile, read_file
