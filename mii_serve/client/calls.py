@@ -53,6 +53,7 @@ OPTIONS: tuple[tuple[str, str | int], ...] = (
     # A call that waits notices that the server's machine has disappeared.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # which gRPC 1.85 waits for instead
 )
 
 _SEVERAL_SERVERS = ("dns:", "ipv4:", "ipv6:")

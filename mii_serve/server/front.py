@@ -32,6 +32,7 @@ _SERVER_OPTIONS = (
     # A client whose machine is gone without a word is noticed within a minute, and its slots are freed.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # which gRPC 1.85 waits for instead
     ("grpc.keepalive_permit_without_calls", 1),
     # Clients may ping as often as every ten seconds; gRPC's own bound, five minutes, hangs up on those behind a strict proxy.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
