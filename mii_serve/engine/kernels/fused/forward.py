@@ -190,9 +190,9 @@ class FusedKernels(NativeKernels):
         self._first_biases = torch.cat([resnet.conv1.bias for resnet in self._resnets])
         self._end_biases = {resnet: end_bias(resnet) for resnet in self._resnets}
 
-    def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def embed_timesteps(self, timesteps: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
         """See `KernelSet`: with the bias of the convolution before it."""
-        return super().embed_timesteps(timesteps) + self._first_biases
+        return super().embed_timesteps(timesteps, guidance) + self._first_biases
 
     def predict_noise(
         self,
