@@ -18,7 +18,6 @@ _UNSUPPORTED_INPUTS = {
     "num_class_embeds": "class labels",
     "addition_embed_type": "additional embeddings (as in SDXL)",
     "encoder_hid_dim_type": "image or projected prompt embeddings (as in IP-Adapter)",
-    "time_cond_proj_dim": "the guidance scale as an embedding (as in latent consistency models)",
 }
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from model_layouts import copy_of_the_demo, words_that_the_text_encoder_does_not_know
+from diffusers import AutoencoderKL, AutoencoderTiny, LatentConsistencyModelPipeline
+from model_layouts import copy_of_the_demo, latent_consistency_model, words_that_the_text_encoder_does_not_know
 from original_layout import vae_tensors
 from plain_diffusers import LEVELS_OFF, faults, our_pictures, plain_picture, plain_pipeline, told
 from safetensors.torch import save_file
@@ -134,3 +134,19 @@ def test_an_embedding_fills_in_a_word_that_the_model_only_names(folder: Path, tm
     save_file({"<my-cat>": torch.zeros(2, width + 1)}, tmp_path / "wide.safetensors")
     with pytest.raises(ModelError, match=rf"has vectors of {width + 1} numbers, and the model's text encoder takes {width}"):
         load(folder, embeddings={"<my-cat>": tmp_path / "wide.safetensors"})
+
+
+def test_a_latent_consistency_model_draws_as_its_own_pipeline_does_when_nothing_is_said(tmp_path: Path) -> None:
+    folder = copy_of_the_demo(tmp_path / "lcm")
+    latent_consistency_model(folder)
+    with quiet_libraries():
+        pipeline = LatentConsistencyModelPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    scales = (1.0, 3.1, 12.7)
+    expected = {"default": plain_picture(pipeline)} | {
+        str(scale): plain_picture(pipeline, guidance_scale=scale, num_inference_steps=2) for scale in scales
+    }
+    asked = {"default": {}} | {str(scale): {"guidance_scale": scale, "num_inference_steps": 2} for scale in scales}
+    for name, engine in ENGINES.items():
+        wrong = faults(expected, our_pictures(engine(load(folder)), asked), LEVELS_OFF[name])
+        assert not wrong, f"{name}: {told(wrong)}"

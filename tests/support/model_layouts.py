@@ -425,6 +425,21 @@ def index_of_image_to_image(folder: Path) -> None:
     index(folder, _class_name="StableDiffusionImg2ImgPipeline", image_encoder=["transformers", "CLIPVisionModelWithProjection"])
 
 
+def latent_consistency_model(folder: Path) -> Layout:
+    """Its UNet takes the guidance scale in, and makes no second row of it."""
+    edit(folder / "unet" / "config.json", lambda content: content.update(time_cond_proj_dim=33))
+
+    def take_guidance_in(tensors: Tensors) -> Tensors:
+        width = tensors["time_embedding.linear_1.weight"].shape[1]
+        made = torch.randn(width, 33, generator=torch.Generator().manual_seed(1))
+        return tensors | {"time_embedding.cond_proj.weight": made * 0.1}
+
+    rewrite(weights(folder, "unet"), take_guidance_in)
+    scheduler(folder, "LCMScheduler", clip_sample=False, steps_offset=1)
+    index(folder, _class_name="LatentConsistencyModelPipeline", requires_safety_checker=True)
+    return Layout(asked={"guidance_scale": 6.3, "negative_prompt": "which it does not read"})
+
+
 def safe_stable_diffusion_with_a_pickled_checker(folder: Path) -> Layout:
     """Diffusers no longer has that pipeline's checker, and is shown the same folder with the usual one."""
     file = weights(folder, "safety_checker")
@@ -529,6 +544,7 @@ LAYOUTS: Mapping[str, Builder] = {
         padded_with_another_token,
         words_that_the_text_encoder_does_not_know,
         index_of_image_to_image,
+        latent_consistency_model,
         safe_stable_diffusion_with_a_pickled_checker,
         azure_model_folder,
         mlflow_folder,

@@ -4,8 +4,8 @@ It walks the modules of a `UNet2DConditionModel` in the order of its `forward` (
 leaves out what need not be computed again:
 
 - keys and values of the cross-attentions depend on the prompt alone: computed once (`project_prompts`), kept for all steps;
-- the residual blocks' projections of the time embedding depend on the timestep alone: computed once (`embed_timesteps`), kept
-  for all samples;
+- the residual blocks' projections of the time embedding depend on the timestep, and in latent consistency models on the
+  guidance scale: computed once (`embed_timesteps`), kept for all samples;
 - the two rows of a guided sample have the same activations until the first cross-attention: computed once up to there;
 - a division by an output scale of 1.0 is left out.
 
@@ -23,7 +23,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
 
 from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
 from mii_serve.types import EngineName
@@ -45,7 +45,6 @@ NEUTRAL_OPTIONS: dict[str, object] = {
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
-    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
 }
 """The options of a `UNet2DConditionModel` that Stable Diffusion v1.x does not use, and that this module does not implement."""
@@ -187,10 +186,13 @@ class NativeKernels:
         keys = [attention.to_k(prompt_embeds) for attention in self._cross]
         return torch.cat((*keys, *(attention.to_v(prompt_embeds) for attention in self._cross)), dim=-1)
 
-    def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def embed_timesteps(self, timesteps: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
         """See `KernelSet`: what each residual block adds at these timesteps."""
         frequencies = self._unet.time_proj(timesteps).to(self._dtype)
-        embedding = silu(self._unet.time_embedding(frequencies))
+        condition = None
+        if guidance is not None:
+            condition = _embed_guidance(guidance, self._unet.config.time_cond_proj_dim).to(self._dtype)
+        embedding = silu(self._unet.time_embedding(frequencies, condition))
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self._resnets], dim=-1)
 
     def predict_noise(
@@ -225,6 +227,15 @@ def _pointwise(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
 
 def _channels_last(image: torch.Tensor) -> torch.Tensor:
     return image.permute(0, 2, 3, 1)
+
+
+def _embed_guidance(guidance: torch.Tensor, width: int) -> torch.Tensor:
+    """N × `width`, as `StableDiffusionPipeline.get_guidance_scale_embedding` has it."""
+    half = width // 2
+    exponents = torch.log(torch.tensor(10000.0)) / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -exponents).to(guidance.device)
+    angles = (guidance * 1000.0)[:, None] * frequencies[None, :]
+    return pad(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), (0, width % 2))
 
 
 def _take(activation: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -268,7 +268,6 @@ def test_the_half_precision_variant_serves_every_precision_where_there_is_no_oth
         ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type"),
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type"),
         ("unet", {"encoder_hid_dim_type": "ip_image_proj"}, "encoder_hid_dim_type"),
-        ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
         ("vae", {"block_out_channels": [4, 4, 4]}, "scale factor is 4"),
         ("vae", {"latent_channels": 16}, "latent_channels is 16"),
     ],

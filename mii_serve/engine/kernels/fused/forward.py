@@ -208,9 +208,9 @@ class FusedKernels(NativeKernels):
         upsamplers = (one for one in unet.modules() if isinstance(one, Upsample2D))
         self._upsamplings = {one: Upsampling(one.conv.weight) for one in upsamplers}
 
-    def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def embed_timesteps(self, timesteps: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
         """See `KernelSet`: with the bias of the convolution before it."""
-        return super().embed_timesteps(timesteps) + self._first_biases
+        return super().embed_timesteps(timesteps, guidance) + self._first_biases
 
     def predict_noise(
         self,
