@@ -21,6 +21,7 @@ from typing import Any
 
 from mii_serve.config import DeployConfig
 from mii_serve.errors import ContentBlockedError
+from mii_serve.provenance import Provenance
 from mii_serve.replica.local import build_warm_engine
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.safety.azure import open_moderator
@@ -65,7 +66,12 @@ class TextToImage:
 
     async def _start(self, config: DeployConfig) -> None:
         self._moderator: Moderator | None = await self._left.enter_async_context(open_moderator(config.content_safety))
-        self._replica = ReplicaLoop(self._engine, self._engine_thread, max_waiting_samples=config.max_waiting_samples)
+        self._replica = ReplicaLoop(
+            self._engine,
+            self._engine_thread,
+            max_waiting_samples=config.max_waiting_samples,
+            provenance=Provenance.of(config.provenance),
+        )
         self._turns = asyncio.create_task(self._replica.run())
 
     def predict(self, prompts: Sequence[str], parameters: Mapping[str, Any]) -> list[tuple[str, str, bool | None]]:
