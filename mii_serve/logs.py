@@ -78,9 +78,11 @@ class DroppingQueueHandler(logging.handlers.QueueHandler):
 
     def _take_line(self, text: str) -> None:
         """Queue a line: as it is, if it is one of a child's log, else as a record."""
-        if _is_json_line(text):
+        if (start := text.find(_JSON_START)) >= 0 and _is_json_line(text[start:]):
+            if start:  # a child wrote something without a line end before its log wrote this
+                self._take_line(text[:start])
             with self.lock or contextlib.nullcontext():
-                self.enqueue(logging.makeLogRecord({"msg": text}))
+                self.enqueue(logging.makeLogRecord({"msg": text[start:]}))
         elif (found := _ABSL_LINE.fullmatch(text)) is not None:
             self.handle(_record(found[3], _ABSL_LEVELS[found[1]], "grpc", at=found[2]))
         elif text.strip():
@@ -185,9 +187,11 @@ def _record(text: str, level: str, name: str, **more: str) -> logging.LogRecord:
     return logging.makeLogRecord({"name": name, "levelno": number, "levelname": level, "msg": text, **more})
 
 
+_JSON_START = '{"time": "'
+"""How each line of `JsonFormatter` begins."""
+
+
 def _is_json_line(text: str) -> bool:
-    if not text.startswith("{"):
-        return False
     try:
         return "message" in json.loads(text)
     except ValueError:

@@ -94,9 +94,8 @@ def test_every_line_is_json_however_it_was_written():
         warnings.warn("a warning")
         say_as_json()
         say("warning: said")
-        # In this order: the log's thread could write between the text and its line end.
         child = "import sys; from mii_serve.logs import *; configure_logs('info', 'json'); "
-        child += "print('a plain child', file=sys.stderr); logging.info('a child')"
+        child += "print('a plain child', file=sys.stderr); sys.stderr.write('half a line'); logging.info('a child')"
         subprocess.run([sys.executable, "-c", child], check=True)
         thread = threading.Thread(target=lambda: 1 / 0)
         thread.start()
@@ -111,7 +110,7 @@ def test_every_line_is_json_however_it_was_written():
     assert found.pop("a record") == found.pop("a child") == ("INFO", "root")
     assert found.pop("no port") == ("ERROR", "grpc")
     assert found.pop("warning: said") == ("WARNING", "mii_serve.cli")
-    for text in ("not a\ufffd line of ours", "a plain child", "without an end"):
+    for text in ("not a\ufffd line of ours", "a plain child", "half a line", "without an end"):
         assert found.pop(text) == ("WARNING", "stderr")
     assert [name for _, name in found.values()].count("py.warnings") == 1
     errors = [line["exception"].splitlines()[-1] for line in told if line["level"] == "CRITICAL"]

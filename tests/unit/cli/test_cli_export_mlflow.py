@@ -30,9 +30,15 @@ def test_the_parameters_are_those_of_the_product_with_the_models_defaults():
 
 
 def test_the_requirements_are_what_is_installed_without_other_extras(monkeypatch):
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        return "3.0" if name in ("mlflow-skinny", "pandas") else installed(name)  # which the tests do not install
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     found = dict(line.split("==") for line in requirements())
     assert {"torch", "diffusers", "grpcio", "pydantic"} <= set(found) and not {"deepspeed", "pytest", "starlette"} & set(found)
-    assert found["torch"] == importlib.metadata.version("torch").partition("+")[0]
+    assert found["torch"] == installed("torch").partition("+")[0]
 
     def missing(name: str) -> list[str]:
         raise importlib.metadata.PackageNotFoundError(name)
