@@ -17,7 +17,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
 
-from mii_serve.engine.capabilities import capabilities_of, description_of
+from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in
 from mii_serve.engine.decode import decode, is_finite
 from mii_serve.engine.input_images import KeptImage, mask_of, pixels_of, skip_masked_image
 from mii_serve.engine.probe import UNetCall, without_checker
@@ -134,7 +134,7 @@ class ReferenceEngine:
         params, pipeline = sample.params, self._pipeline
         scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device, params.num_skipped_steps)
         timesteps = scheduler.timesteps[first_call(scheduler, params.num_skipped_steps) :]
-        is_guided = params.is_guided
+        is_guided = self._is_guided(params)
         with self._timer.time("encode"):
             prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
                 params.prompt, self._device, 1, is_guided, params.negative_prompt
@@ -192,12 +192,18 @@ class ReferenceEngine:
         scheduler, latents = running.scheduler, running.latents
         timestep = running.timesteps[running.step]
         guidance_scale, guidance_rescale = running.sample.params.guidance_scale, running.sample.params.guidance_rescale
-        is_guided = running.sample.params.is_guided
+        is_guided = self._is_guided(running.sample.params)
         model_input = torch.cat([latents] * 2) if is_guided else latents
         model_input = scheduler.scale_model_input(model_input, timestep)
         with self._timer.time("denoise"):
             embeds = running.prompt_embeds
-            noise_pred = self._pipeline.unet(model_input, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+            noise_pred = self._pipeline.unet(
+                model_input,
+                timestep,
+                encoder_hidden_states=embeds,
+                timestep_cond=self._embedded_guidance(guidance_scale, latents.dtype),
+                return_dict=False,
+            )[0]
             if is_guided:
                 noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
                 noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
@@ -216,6 +222,18 @@ class ReferenceEngine:
             x0 = torch.from_numpy(x0_coefficients(scheduler, first=first)[running.step - 1 : running.step]).to(self._device)
             preview = self._preview(running, estimate_x0(model_input[:1], noise_pred, x0))
         return replace(running.progress, preview=preview)
+
+    def _is_guided(self, params: GenerationParams) -> bool:
+        return params.is_guided and not takes_guidance_in(self._pipeline.unet)
+
+    def _embedded_guidance(self, guidance_scale: float, dtype: torch.dtype) -> torch.Tensor | None:
+        """What a latent consistency model takes in, None for any other."""
+        unet = self._pipeline.unet
+        if not takes_guidance_in(unet):
+            return None
+        width = unet.config.time_cond_proj_dim
+        embedded = self._pipeline.get_guidance_scale_embedding(torch.tensor([guidance_scale - 1.0]), embedding_dim=width)
+        return embedded.to(device=self._device, dtype=dtype)
 
     def _finish(self, running: ReferenceSample) -> SampleProgress:
         picture = self._picture(running, running.latents)
@@ -240,14 +258,13 @@ class ReferenceEngine:
         with self._timer.time("safety"):
             pictures, flags = checked_pictures(self._pipeline, decoded.images)
         picture = pictures[0].convert("RGB")
-        tokenizer = self._pipeline.tokenizer
         return Picture(
             width=picture.width,
             height=picture.height,
             rgb=picture.tobytes(),
             nsfw_content_detected=None if flags is None else flags[0],
-            dropped_prompt=dropped_text(tokenizer, params.prompt),
-            dropped_negative_prompt=dropped_text(tokenizer, params.negative_prompt) if params.is_guided else "",
+            dropped_prompt=dropped_text(self._pipeline, params.prompt),
+            dropped_negative_prompt=dropped_text(self._pipeline, params.negative_prompt) if self._is_guided(params) else "",
         )
 
 

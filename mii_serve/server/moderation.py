@@ -18,6 +18,7 @@ from typing import Literal
 
 from mii_serve.errors import ContentBlockedError, DeadlineExceededError, MiiServeError, ModerationFailedError
 from mii_serve.metrics import FrontMetrics
+from mii_serve.provenance import Origin, Provenance
 from mii_serve.safety.moderation import ModerationVerdict, Moderator
 from mii_serve.server.router import Work
 from mii_serve.types import Done, Event, ImageFormat, ImageReady, InputImage, Preview
@@ -35,8 +36,10 @@ _Check = asyncio.Task[Event | None]
 class ModerationFilter:
     """Passes on what the moderator found harmless."""
 
-    def __init__(self, moderator: Moderator, metrics: FrontMetrics) -> None:
-        self._moderator = moderator
+    def __init__(self, moderator: Moderator, metrics: FrontMetrics, provenance: Provenance | None = None) -> None:
+        """`origin` must be set before there is work."""
+        self._moderator, self._provenance = moderator, provenance or Provenance()
+        self.origin = Origin(model="", model_revision="")
         self._metrics = metrics
         for stage in ("input", "output", "preview"):
             for outcome in ("passed", "blocked", "failed"):
@@ -48,6 +51,7 @@ class ModerationFilter:
         Raises:
             ContentBlockedError: the texts or the request's image are refused; nothing was made.
             ModerationFailedError: there is no verdict on a text or a finished image.
+            ProvenanceError: the black image in a blocked one's place could not be signed.
             DeadlineExceededError: the caller's time ran out meanwhile.
         """
         start = time.monotonic()
@@ -115,7 +119,8 @@ class ModerationFilter:
             return replace(event, moderation_blocked=False)
         from mii_serve.safety.pictures import black_picture
 
-        black = await asyncio.to_thread(black_picture, event.format, event.width, event.height)
+        size = event.width, event.height
+        black = await asyncio.to_thread(black_picture, event.format, *size, self._provenance, self.origin)
         return replace(event, encoded=black, moderation_blocked=True)
 
     async def _verdict(self, part: CheckedPart, image: Preview | ImageReady, work: Work) -> ModerationVerdict:

@@ -127,6 +127,20 @@ class Router:
     def is_up(self) -> bool:
         return any(replica.is_up for replica in self.replicas)
 
+    def add(self) -> ReplicaClient:
+        """One replica more, with the lowest index that is free. It gets work once it is attached."""
+        taken = {replica.index for replica in self.replicas}
+        index = next(index for index in range(len(taken) + 1) if index not in taken)
+        added = ReplicaClient(index, self.serve_waiting)
+        self.replicas = [*self.replicas, added]  # a new list, because others may be iterating over the old one
+        return added
+
+    async def remove(self, replica: ReplicaClient, loss: Loss) -> None:
+        """Forget a replica. What still runs on it is made again elsewhere, as after any loss."""
+        self.replicas = [other for other in self.replicas if other is not replica]
+        await replica.detach(loss)
+        self.serve_waiting()
+
     def serve_waiting(self) -> None:
         """Give replicas to those who wait for some. Called whenever a replica comes, goes or has less to do."""
         up = [connection for replica in self.replicas if (connection := replica.connection)]

@@ -26,7 +26,7 @@ from mii_serve.engine.batched.slot_search import NUM_SAMPLES, find_slots
 from mii_serve.engine.batched.stepping import ObjectStepping, Stepping, TableStepping
 from mii_serve.engine.batched.tail import Tail
 from mii_serve.engine.batched.timestep_cache import TimestepCache
-from mii_serve.engine.capabilities import capabilities_of, description_of
+from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in
 from mii_serve.engine.input_images import EncodedImage, KeptImage, encode_images, keep_unmasked, mask_of, skip_masked_image
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.ranks.group import RankGroup
@@ -37,6 +37,7 @@ from mii_serve.engine.upload import upload
 from mii_serve.engine.warmup import make_pictures, warm_up_request
 from mii_serve.errors import EngineError
 from mii_serve.models import LoadedModel
+from mii_serve.safety.checker import keep_thresholds_on_host
 from mii_serve.samplers.build import ModelSchedulers, refuse_without_noise
 from mii_serve.samplers.sampling import Samplings, Uncompiled
 from mii_serve.samplers.update import estimate_x0
@@ -120,6 +121,7 @@ class BatchedEngine:
         self._group = group
         self._device = torch.device(pipeline.device)
         self._num_channels = pipeline.unet.config.in_channels
+        self._embeds_guidance = takes_guidance_in(pipeline.unet)
         self._schedulers = ModelSchedulers(pipeline.scheduler)
         self._samplings = Samplings(self._schedulers)
         self._looks_for_slots = max_slots is None and group is None
@@ -132,6 +134,7 @@ class BatchedEngine:
         pipeline.unet.to(memory_format=torch.channels_last)
         if self._device.type == "cpu":  # on CUDA the fused decoder sets its own
             pipeline.vae.to(memory_format=torch.channels_last)
+        keep_thresholds_on_host(pipeline)
         self._prompts = PromptCache(pipeline, kernels, max_in_use=2 * self._max_slots)
         self._timesteps = TimestepCache(kernels, dtype=pipeline.unet.dtype, device=self._device)
         self._denoiser = Denoiser(
@@ -259,7 +262,7 @@ class BatchedEngine:
         if not joins:
             return
         texts = [sample.params.prompt for sample in joins]
-        texts += [sample.params.negative_prompt for sample in joins if sample.params.is_guided]
+        texts += [sample.params.negative_prompt for sample in joins if self._is_guided(sample.params)]
         with timer.time("encode"):
             prompts = self._prompts.acquire(texts)
             encoded = encode_images(self._pipeline.vae, joins, self.capacity.max_decodes)
@@ -274,7 +277,7 @@ class BatchedEngine:
                 sample=sample,
                 stepping=stepping,
                 prompt=prompt,
-                negative_prompt=next(negative_prompts) if params.is_guided else None,
+                negative_prompt=next(negative_prompts) if self._is_guided(params) else None,
                 slot=self._denoiser.pool(params.latent_shape).acquire(latents),
                 kept_image=kept_image,
             )
@@ -297,6 +300,10 @@ class BatchedEngine:
                 return noise * stepping.init_noise_sigma, kept_image
         of_image, of_noise = stepping.noise_level(0)
         return of_image * image_latents + of_noise * noise, kept_image
+
+    def _is_guided(self, params: GenerationParams) -> bool:
+        """By a second row; a latent consistency model takes the guidance scale in with the timestep."""
+        return params.is_guided and not self._embeds_guidance
 
     def _stepping(self, params: GenerationParams, generator: torch.Generator) -> Stepping:
         sampling = self._samplings.of_request(params)
@@ -345,7 +352,8 @@ class BatchedEngine:
     def _inputs(self, due: Sequence[BatchedSample], failed: Results) -> tuple[list[BatchedSample], list[SampleInputs]]:
         """The samples that can make their next step, and the inputs of it; the others are added to `failed`."""
         pool, able, inputs = self._denoiser.pool(due[0].latent_shape), [], []
-        timestep_rows = self._timesteps.rows([one.stepping.timestep(one.step) for one in due])
+        scales = [one.sample.params.guidance_scale for one in due] if self._embeds_guidance else None
+        timestep_rows = self._timesteps.rows([one.stepping.timestep(one.step) for one in due], scales)
         for one, timestep_row in zip(due, timestep_rows, strict=True):
             try:
                 input_scale, matrix, noise = one.stepping.before(one.step, pool.state, one.slot)

@@ -95,7 +95,7 @@ class PromptCache:
         for text, projected in zip(texts, self._project(self._embed(texts)), strict=False):  # the rest is padding
             row = self._free_row()
             self.projected[row] = projected
-            self._known[text] = Prompt(text, row, dropped_text(self._pipeline.tokenizer, text))
+            self._known[text] = Prompt(text, row, dropped_text(self._pipeline, text))
         self.num_encoded += len(texts)
 
     def _embed(self, texts: Sequence[str]) -> torch.Tensor:
