@@ -28,6 +28,7 @@ from mii_serve.gateway.dialects.azure_score import AzureDialect, Score
 from mii_serve.gateway.dialects.huggingface import HuggingFaceDialect, TextToImage
 from mii_serve.gateway.dialects.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.dialects.openai_batches import Batches, routes_without_jobs
+from mii_serve.gateway.dialects.openai_edits import Edits, read_edit
 from mii_serve.gateway.errors import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
 from mii_serve.gateway.hosts import AllowedHosts, HostCheck
 from mii_serve.gateway.image_links import ImageStore
@@ -109,6 +110,10 @@ def _calls(dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, n
         endpoints.route("/score", Score(dispatcher, settings), azure),
         *(
             endpoints.route(f"{prefix}/images/generations", images, openai)
+            for prefix in ("/v1", "", "/openai/deployments/{deployment}")
+        ),
+        *(
+            endpoints.route(f"{prefix}/images/edits", Edits(images), openai, read=read_edit)
             for prefix in ("/v1", "", "/openai/deployments/{deployment}")
         ),
         endpoints.route("/v1/models", models.all, openai, method="GET", is_work=False),

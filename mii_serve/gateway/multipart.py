@@ -1,4 +1,4 @@
-"""A `multipart/form-data` body, read piece by piece: small fields into memory, one file onto the disk."""
+"""A `multipart/form-data` body, read piece by piece: small fields into memory; one file onto the disk, or some into memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,10 @@ from mii_serve.gateway.errors import BodyTooLargeError, MediaTypeError
 
 MAX_FIELDS = 32
 MAX_FIELD_BYTES = 4096
+MAX_TEXT_BYTES = 64 * 1024
+"""Of a field of a form that is a request: prompts are longer than other fields."""
 MAX_HEADER_BYTES = 8192
+FORM_TIMEOUT_S = 120.0
 UPLOAD_TIMEOUT_S = 900.0
 """A body that trickles in must not hold a connection for ever."""
 _BOUNDARY = re.compile(r'boundary="?([0-9A-Za-z\'()+_,./:=? -]{1,70})"?', re.ASCII)
@@ -36,6 +39,14 @@ class Upload:
 
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+@dataclass(slots=True)
+class Form:
+    """The fields of a form, and the files that came with it."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +144,43 @@ async def read_upload(request: Request, folder: Path, max_bytes: int) -> Upload:
         raise
     upload.fields = {name: value.decode("utf-8", "replace") for name, value in values.items()}
     return upload
+
+
+async def read_form(request: Request, max_bytes: int, file_names: Collection[str]) -> Form:
+    """The form of a request, all of it in memory. Parts of the `file_names` are files; each comes once, as does each field.
+
+    Raises:
+        BodyTooLargeError, MediaTypeError, InvalidRequestError: naming the rule.
+        RequestCancelledError: the caller left before the body was complete.
+    """
+    parser = FormParser(_boundary(request.headers.get("content-type", "")))
+    parts, name = dict[str, bytearray](), ""
+    try:
+        async with asyncio.timeout(FORM_TIMEOUT_S):
+            async for piece in _pieces(request, max_bytes):
+                for part in parser.feed(piece):
+                    if isinstance(part, Begin):
+                        name = part.name.removesuffix("[]")
+                        if name in parts:
+                            raise InvalidRequestError(name[:80], "must come once")
+                        if len(parts) >= MAX_FIELDS:
+                            raise InvalidRequestError("body", f"must have at most {MAX_FIELDS} fields")
+                        parts[name] = bytearray()
+                        continue
+                    parts[name] += part
+                    if name not in file_names and len(parts[name]) > MAX_TEXT_BYTES:
+                        raise InvalidRequestError(name[:80], f"must be at most {MAX_TEXT_BYTES} bytes")
+    except TimeoutError:
+        raise InvalidRequestError("body", f"must arrive within {FORM_TIMEOUT_S:g} seconds") from None
+    if not parser.is_over:
+        raise InvalidRequestError("body", _MALFORMED)
+    form = Form()
+    for name, content in parts.items():
+        if name in file_names:
+            form.files[name] = bytes(content)
+        else:
+            form.fields[name] = _text(bytes(content))
+    return form
 
 
 def _begun(part: Begin, upload: Upload, values: dict[str, bytes]) -> str:

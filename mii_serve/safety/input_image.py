@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types import (
@@ -52,6 +52,28 @@ def resolve_with_image(
     return params, InputImage(rgb=image.tobytes(), mask=mask)
 
 
+def edit_files(image: bytes, mask: bytes | None) -> tuple[bytes, bytes | None]:
+    """The image and the mask of OpenAI's edits as those of a request.
+
+    There, what is transparent is to be repainted: in the mask or, without one, in the image itself.
+
+    Raises:
+        InvalidRequestError: naming the field and the rule.
+    """
+    alpha = None
+    if mask is not None:
+        with opened(mask, "mask_image") as file:
+            if (alpha := _alpha_of(_loaded(file, "mask_image"))) is None:
+                raise InvalidRequestError("mask_image", "must have an alpha channel: what is transparent is repainted")
+    with opened(image, "image") as file:
+        own = _alpha_of(_loaded(file, "image"))
+        if own is not None:
+            image = _png(file.convert("RGBA").convert("RGB"))
+            if alpha is None and own.getextrema() != (255, 255):
+                alpha = own
+    return image, None if alpha is None else _png(ImageOps.invert(alpha))
+
+
 def opened(content: bytes, field: str) -> Image.Image:
     """A file whose pixels are not decoded yet.
 
@@ -83,22 +105,37 @@ def rgb_of(file: Image.Image, field: str) -> Image.Image:
     Raises:
         InvalidRequestError: it is truncated or broken, rotated by EXIF, transparent, or not in RGB or grey.
     """
+    alpha = _alpha_of(_loaded(file, field))
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        raise InvalidRequestError(field, "must not be transparent anywhere; put it on a background")
+    return file.convert("RGB")
+
+
+def _loaded(file: Image.Image, field: str) -> Image.Image:
     if file.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         raise InvalidRequestError(field, "must be in RGB or grey", file.mode)
     try:
         file.load()
         orientation = file.getexif().get(_EXIF_ORIENTATION, 1)
-        has_alpha = "A" in file.mode or "transparency" in file.info
-        is_opaque = not has_alpha or file.convert("RGBA").getchannel("A").getextrema() == (255, 255)
-        image = file.convert("RGB")
     except Exception as error:
         raise _unreadable(field) from error
     if orientation not in (0, 1):
         rule = "must not be rotated by its EXIF orientation; rotate its pixels, for example with PIL.ImageOps.exif_transpose"
         raise InvalidRequestError(field, rule, str(orientation)[:80])
-    if not is_opaque:
-        raise InvalidRequestError(field, "must not be transparent anywhere; put it on a background")
-    return image
+    return file
+
+
+def _alpha_of(image: Image.Image) -> Image.Image | None:
+    """None where it has no transparency at all."""
+    if "A" not in image.mode and "transparency" not in image.info:
+        return None
+    return image.convert("RGBA").getchannel("A")
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def _mask_of(content: bytes, num_image_bytes: int, image: Image.Image, params: GenerationParams) -> bytes:

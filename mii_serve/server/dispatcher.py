@@ -12,13 +12,14 @@ import hashlib
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import astuple, replace
 
-from mii_serve.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
+from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.metrics import FrontMetrics, together
 from mii_serve.proto.metadata import IDEMPOTENCY_KEY, PROVENANCE_KEY, check_idempotency_key
 from mii_serve.provenance import Origin, Provenance
 from mii_serve.safety.moderation import Moderator
 from mii_serve.server.call import CallContext
 from mii_serve.server.idempotency import IdempotencyCache
+from mii_serve.server.input_images import InputImages
 from mii_serve.server.moderation import ModerationFilter
 from mii_serve.server.replica_client import Loss, ReplicaAddress, ReplicaClient
 from mii_serve.server.router import Router, Work
@@ -38,8 +39,6 @@ from mii_serve.types import (
 )
 
 INFO_TIMEOUT_S = 10.0
-MAX_DECODING_IMAGES = 2
-"""Callers' images that are decoded at once; each takes tens of megabytes, and a core."""
 METRICS_TIMEOUT_S = 2.0
 """One replica that does not answer must not cost the scrape."""
 
@@ -71,7 +70,7 @@ class Dispatcher:
             self.metrics.replica_restarts.labels(str(replica.index))
         self._capabilities: Capabilities | None = None
         self._idempotency = IdempotencyCache()
-        self._decoding_images = asyncio.Semaphore(MAX_DECODING_IMAGES)
+        self._input_images = InputImages()
         self._is_draining = False
         self._is_stopping = False
         self._active: set[object] = set()
@@ -168,19 +167,6 @@ class Dispatcher:
         params = self.capabilities.resolve(request.params, fallback_seed=draw_seed())
         return ResolvedRequest(params=params, output=request.output, priority=request.priority)
 
-    async def _with_image(self, request: GenerationRequest, call: CallContext) -> ResolvedRequest:
-        """As `resolve`, and its image is decoded, in a thread and not many at a time."""
-        from mii_serve.safety.input_image import resolve_with_image  # Pillow is for those who send images
-
-        try:
-            async with asyncio.timeout(call.left_s), self._decoding_images:
-                params, image = await asyncio.to_thread(
-                    resolve_with_image, self.capabilities, request.params, fallback_seed=draw_seed()
-                )
-        except TimeoutError:
-            raise DeadlineExceededError("the time ran out before the image was read") from None
-        return ResolvedRequest(params=params, output=request.output, priority=request.priority, input_image=image)
-
     async def generate(self, request: GenerationRequest | ResolvedRequest, call: CallContext) -> GenerationAnswer:
         """The images of the request, all at once. Cancelling this cancels the work.
 
@@ -207,20 +193,22 @@ class Dispatcher:
         with self._counted():
             if isinstance(request, ResolvedRequest):
                 resolved = request
+            elif request.params.image is None:
+                resolved = self.resolve(request)
             else:
-                has_image = request.params.image is not None
-                resolved = await self._with_image(request, call) if has_image else self.resolve(request)
+                resolved = await self._input_images.resolved(self.capabilities, request, call)
             work = Work(
                 request=resolved,
                 call=call,
                 has_steps=has_steps or call.idempotency_key is not None,  # a later call with the key may want them
             )
             call.log.add_params(work.params)
-            async with contextlib.aclosing(self._events_of(work, request)) as events:
-                while (event := await self._next(events, work.request.priority)) is not None:
-                    call.log.add_event(event)
-                    if has_steps or not isinstance(event, Step):
-                        yield event
+            with self._input_images.held(request, resolved):
+                async with contextlib.aclosing(self._events_of(work, request)) as events:
+                    while (event := await self._next(events, work.request.priority)) is not None:
+                        call.log.add_event(event)
+                        if has_steps or not isinstance(event, Step):
+                            yield event
 
     async def _next(self, events: AsyncGenerator[Event, None], priority: Priority) -> Event | None:
         """The request's next event; None after the last. Not awaited any longer once the server is stopping."""

@@ -2,8 +2,10 @@
 
 import base64
 import json
+import struct
 import sys
 import urllib.request
+import zlib
 
 import openai
 
@@ -42,7 +44,26 @@ seen["models"] = [model.id for model in client.models.list()]
 events = client.images.generate(prompt="a", stream=True, partial_images=2, extra_body={"num_inference_steps": 12})
 seen["events"] = [[event.type, getattr(event, "partial_image_index", None), event.b64_json[:4]] for event in events]
 
+
+def png(alpha):
+    """A file of 64 x 64 pixels, as transparent as this."""
+    rows = (b"\0" + bytes([200, 30, 40, alpha]) * 64) * 64
+    header = struct.pack(">IIBBBBB", 64, 64, 8, 6, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        file += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return file
+
+
+def edited(**more):
+    return client.images.edit(image=("room.png", png(255), "image/png"), prompt="a", model="fake", **more)
+
+
+whole = edited(n=2, extra_body={"seed": 5, "strength": 0.5})
+masked = edited(mask=("mask.png", png(0), "image/png"), size="64x64")
+seen["edits"] = [[item.seed for item in whole.data], [base64.b64decode(item.b64_json)[:4].hex() for item in masked.data]]
 seen["errors"] = {
+    "mask": failed(lambda: edited(mask=("mask.png", b"no image", "image/png"))),
     "size": failed(lambda: client.images.generate(prompt="a", size="99x99")),
     "model": failed(lambda: client.images.generate(prompt="a", model="dall-e-3")),
     "unknown": failed(lambda: client.images.generate(prompt="a", extra_body={"steps": 3})),

@@ -45,7 +45,9 @@ async def test_openais_client(served, name):
     assert partials in ([("image_generation.partial_image", index) for index in range(num)] for num in (1, 2))
     assert last == ("image_generation.completed", None)
     assert {start for _, _, start in seen["events"]} == {"iVBO"}
+    assert seen["edits"] == [[5, 6], ["89504e47"]]
     assert seen["errors"] == {
+        "mask": ["BadRequestError", 400, "invalid_value"],
         "size": ["BadRequestError", 400, "invalid_value"],
         "model": ["NotFoundError", 404, "model_not_found"],
         "unknown": ["BadRequestError", 400, "invalid_value"],

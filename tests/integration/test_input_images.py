@@ -13,9 +13,10 @@ from PIL import Image
 from servers import RunningServer, running_server
 
 from mii_serve.client import AsyncClient
-from mii_serve.errors import InvalidRequestError
+from mii_serve.errors import InvalidRequestError, QueueFullError
 from mii_serve.proto.codec import MAX_REQUEST_BYTES
 from mii_serve.proto.v1 import image_generation_pb2 as pb
+from mii_serve.server import input_images
 
 IMAGE = Image.effect_noise((75, 101), 60).convert("RGB")
 
@@ -95,6 +96,19 @@ async def test_more_images_than_are_encoded_in_one_go_join_one_turn_later(server
     server.engine._capacity = server.loop._scheduler._capacity = type(server.engine.capacity)(max_slots=4, max_decodes=2)
     await asyncio.gather(*(client.generate("a", image=IMAGE) for _ in range(4)))
     assert max(len(plan.joins) for plan in server.engine.plans) <= 2
+
+
+async def test_images_that_wait_are_held_within_a_bound_of_memory(server, client, monkeypatch):
+    file, pixels = png(IMAGE), 72 * 96 * 3
+    monkeypatch.setattr(input_images, "MAX_HELD_BYTES", len(file) + pixels)
+    server.engine.gate.clear()
+    first = asyncio.create_task(client.generate("a", image=file))
+    await server.until(lambda: server.loop.activity().num_running == 1)
+    with pytest.raises(QueueFullError, match="MiB of images wait or are worked on already"):
+        await client.generate("a", image=file)
+    server.engine.gate.set()
+    await first
+    await client.generate("a", image=file)
 
 
 async def test_an_idempotency_key_belongs_to_the_images_bytes(client):

@@ -11,7 +11,7 @@ import contextlib
 import re
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator
@@ -56,7 +56,12 @@ EFFECTIVE = (
 """Members of an answer's `parameters`."""
 FORMATS = {"png": ImageFormat.PNG, "jpeg": ImageFormat.JPEG, "jpg": ImageFormat.JPEG, "webp": ImageFormat.WEBP}
 _SIZE = re.compile(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", re.ASCII)
-_PATHS = {"num_images_per_prompt": "n", "output.quality": "output_compression", "output.preview_every": "partial_images"}
+_PATHS = {
+    "mask_image": "mask",
+    "num_images_per_prompt": "n",
+    "output.quality": "output_compression",
+    "output.preview_every": "partial_images",
+}
 
 
 def _size(value: Any) -> tuple[int, int] | None:
@@ -96,6 +101,18 @@ class _ImagesBody(Parameters):
 
 
 ImagesBody = with_parameters(_ImagesBody, IMAGES_PARAMETERS)
+
+
+class _EditsBody(_ImagesBody):
+    unsupported: ClassVar = {
+        "input_fidelity": "is not supported: strength says how far the result may leave the image",
+    }
+
+    strength: float | None = None
+
+
+EditsBody = with_parameters(_EditsBody, IMAGES_PARAMETERS)
+"""The fields of a form with an image, once numbers are numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,12 +165,19 @@ class Images:
         self._store = store
 
     async def __call__(self, call: HttpCall) -> Response | EventStream:
-        body = validated(ImagesBody, call.body)
+        return await self.answer(call, validated(ImagesBody, call.body))
+
+    async def answer(self, call: HttpCall, body: _ImagesBody, **images: Any) -> Response | EventStream:
+        """`images` are parameters of the request beside those of the body."""
         for name in (call.request.path_params.get("deployment"), body.model):
             if name:
                 await self._names.check(name)
         capabilities = self._dispatcher.capabilities
         request = parse(body, capabilities)
+        if images:
+            generation = request.generation
+            generation = replace(generation, params=replace(generation.params, **images))
+            request = replace(request, generation=generation)
         call.context.log["is_stream"] = request.num_partials is not None
         check_budget(self._settings, [request.generation], capabilities.defaults.num_inference_steps)
         try:

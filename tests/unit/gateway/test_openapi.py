@@ -34,6 +34,8 @@ def test_every_parameter_is_described():
     assert properties("ScoreParameters") == set(azure_score.ScoreParameters.model_fields)
     assert properties("ScoreRow") == set(azure_score.COLUMNS)
     assert properties("ImagesRequest") == set(openai.ImagesBody.model_fields)
+    edits = set(openai.EditsBody.model_fields) - {"stream", "partial_images"}
+    assert properties("EditsRequest") == {"image", "mask", *edits}
     task = document()["components"]["schemas"]["TextToImageRequest"]["properties"]
     assert set(task["parameters"]["properties"]) == set(huggingface.TaskParameters.model_fields)
     assert set(task["options"]["properties"]) == set(huggingface.TaskOptions.model_fields)
