@@ -138,6 +138,10 @@ class Trace(TorchDispatchMode):
         """Forget what was recorded; what is allocated stays, and does not count."""
         self.record, self._live_bytes = Record(), 0
 
+    def wait(self, what: str) -> None:
+        """The host waits for the device in a way that PyTorch does not dispatch; called by a double of it."""
+        self.record.waits[f"{what} at {_site(sys._getframe(2))}"] += 1
+
     def launch(self, name: str, tensors: Sequence[torch.Tensor], *, flops: int = 0) -> None:
         """A kernel that PyTorch does not dispatch, which reads or writes each of the tensors once."""
         self._add(name, tensors[-1], sum(map(_bytes, tensors)), flops=flops)
@@ -151,8 +155,8 @@ class Trace(TorchDispatchMode):
             with self, torch._C.DisableTorchFunction():
                 if (made := func.decompose(*args, **kwargs)) is not NotImplemented:
                     return made
-        if name == "_pin_memory":
-            pinned = args[0].clone()
+        if name == "_pin_memory" or kwargs.pop("pin_memory", False):
+            pinned = args[0].clone() if name == "_pin_memory" else func(*args, **kwargs)
             self._pinned.add(pinned.untyped_storage())
             return pinned
         if name == "convolution":
@@ -160,6 +164,8 @@ class Trace(TorchDispatchMode):
         inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
         if name in WAITS and any(one.is_cuda for one in inputs):
             self.record.waits[f"{name} at {_site()}"] += 1
+        if name == "_local_scalar_dense":  # what it would be is not known
+            return True if args[0].dtype == torch.bool else 0
         made = func(*args, **kwargs)
         outputs = [one for one in tree_leaves(made) if isinstance(one, torch.Tensor)]
         for one in outputs:
@@ -277,9 +283,9 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _site() -> str:
+def _site(frame: Any = None) -> str:
     """The innermost line that is neither torch's nor this file's."""
-    frame = sys._getframe(1)
+    frame = frame or sys._getframe(1)
     while frame.f_back is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
         frame = frame.f_back
     return f"{frame.f_code.co_filename.rpartition('/mii_serve/')[2].rpartition('site-packages/')[2]}:{frame.f_lineno}"

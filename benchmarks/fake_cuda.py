@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,15 @@ def vae(fake: FakeTensorMode, dtype: torch.dtype = torch.float16) -> Any:
     return _placed(lambda: AutoencoderKL(**SD_V1_4.vae), fake, dtype)
 
 
-def to_channels_last(model: nn.Module) -> None:
-    """`model.to(memory_format=torch.channels_last)`, which cannot swap fake parameters."""
-    for module in model.modules():
+def _to(self: nn.Module, device: Any = None, *, memory_format: torch.memory_format | None = None) -> nn.Module:
+    """`nn.Module.to`, which cannot swap fake parameters."""
+    for module in self.modules():
         for name, value in list(module._parameters.items()):
-            if value is not None and value.dim() == 4:
-                module._parameters[name] = nn.Parameter(
-                    value.detach().to(memory_format=torch.channels_last), requires_grad=False
-                )
+            if value is not None:
+                made = value.detach() if device is None else value.detach().to(device)
+                made = made.to(memory_format=memory_format) if memory_format and made.dim() == 4 else made
+                module._parameters[name] = nn.Parameter(made, requires_grad=False)
+    return self
 
 
 def _placed(make: Any, fake: FakeTensorMode, dtype: torch.dtype) -> Any:
@@ -62,6 +64,11 @@ def _placed(make: Any, fake: FakeTensorMode, dtype: torch.dtype) -> Any:
             model = make().eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
+    return place(model, fake)
+
+
+def place(model: nn.Module, fake: FakeTensorMode) -> Any:
+    """Its parameters and buffers, which are on the device `meta`, on `DEVICE`."""
     for module in model.modules():
         for name, value in list(module._parameters.items()):
             if value is not None:
@@ -69,6 +76,7 @@ def _placed(make: Any, fake: FakeTensorMode, dtype: torch.dtype) -> Any:
         for name, value in list(module._buffers.items()):
             if value is not None:
                 module._buffers[name] = _on_device(value, fake)
+    model.to = types.MethodType(_to, model)
     return model
 
 

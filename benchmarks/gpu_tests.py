@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -34,13 +35,21 @@ ORDER = (
 """By what a first run on a GPU should say first: are the kernels right, are the graphs, are the pictures."""
 
 
+MAX_TEST_S = 240
+"""What takes longer hangs, and ends the run."""
+
+
 class KeptResults:
-    """A pytest plugin: orders the tests, leaves out those that passed before and those there is no time for, keeps the rest."""
+    """A pytest plugin: orders the tests, leaves out those that passed before and those there is no time for, keeps the rest.
+
+    A test that ended the process comes last in the next run.
+    """
 
     def __init__(self, out: Path, about: dict[str, Any], *, budget_s: float, order: Sequence[str] = ORDER) -> None:
         self._out, self._about, self._order = out, about, order
         self._ends = time.monotonic() + budget_s
         self.results: dict[str, dict[str, Any]] = {}
+        self._cut_short: set[str] = set()
 
     def resume(self) -> None:
         """Take in what an earlier run on this device and commit found."""
@@ -49,16 +58,19 @@ class KeptResults:
         before = json.loads(self._out.read_text())
         if all(before.get(name) == self._about.get(name) for name in ("commit", "device", "versions")):
             self.results = {name: row for name, row in before["tests"].items() if row["outcome"] == "passed"}
+            self._cut_short = {name for name, row in before["tests"].items() if row["outcome"] == "begun"}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         known = [item for item in items if item.nodeid in self.results]
         config.hook.pytest_deselected(items=known)
         left = [item for item in items if item.nodeid not in self.results]
-        items[:] = sorted(left, key=lambda item: self._place(item.path.stem))
+        items[:] = sorted(left, key=lambda item: (item.nodeid in self._cut_short, self._place(item.path.stem)))
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if time.monotonic() > self._ends:
             pytest.skip("no time left")
+        self.results[item.nodeid] = {"outcome": "begun", "seconds": 0.0}  # it may end the process
+        self._write()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
@@ -100,7 +112,12 @@ def main() -> int:
     kept = KeptResults(arguments.out or RESULTS / f"gpu-tests-{name}.json", about, budget_s=arguments.budget)
     if not arguments.again:
         kept.resume()
-    code = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", str(arguments.folder)], plugins=[kept])
+    sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "tests/support")]
+    # Without the project's configuration, which asks for plugins and turns warnings into errors: neither is about a GPU.
+    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(ROOT)]
+    options += ["--confcutdir", str(ROOT)]
+    options += ["-o", f"faulthandler_timeout={MAX_TEST_S}", "-o", "faulthandler_exit_on_timeout=true"]
+    code = pytest.main([*options, "-W", "ignore::pytest.PytestUnknownMarkWarning", str(arguments.folder)], plugins=[kept])
     sys.stdout.write(kept.table())
     return 0 if code == pytest.ExitCode.NO_TESTS_COLLECTED and kept.results else int(code)
 

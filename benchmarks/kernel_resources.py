@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from mii_serve.bench import environment
 from mii_serve.engine.kernels.fused.tiles import Tile
+from mii_serve.engine.kernels.fused.triton_operations import TritonBeforeConvolution
 
 RESULTS = Path(__file__).parent / "results" / "kernel-resources.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -100,6 +101,7 @@ def of_full_size(num_samples: Iterable[int] = (1, 8)) -> list[Compilation]:
     for count in num_samples:
         traced_turns.native_turn(count, launch)
     traced_turns.native_decode(launch)
+    traced_turns.native_decode(launch, TritonBeforeConvolution)
     return sorted(found, key=lambda one: (one.name, str(one.tile), str(one.constants)))
 
 

@@ -3,8 +3,9 @@
 
     python benchmarks/roofline.py        under a minute on a CPU
 
-Nothing is timed. Each row is traced with fake CUDA tensors (`cuda_trace.py` says what of it is modelled); its bound on a device
-is the sum over all kernels of the longer of arithmetic and bytes at the device's published peaks. A real turn takes longer.
+Nothing is timed. Each row is traced with fake CUDA tensors (`cuda_trace.py` and `modelled_deepspeed.py` say what of it is
+modelled); its bound on a device is the sum over all kernels of the longer of arithmetic and bytes at the device's published
+peaks. A real turn takes longer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import traced_engine
 import traced_turns
 from cuda_trace import Record
 
@@ -28,6 +30,8 @@ PEAKS = {"A100": (312e12, 2.039e12), "H100": (989e12, 3.35e12), "H200": (989e12,
 TURNS: dict[str, Callable[[int], Record]] = {
     "native": traced_turns.native_turn,
     "native, unfused": traced_turns.unfused_turn,
+    "deepspeed": traced_turns.deepspeed_turn,
+    "deepspeed, unfused": lambda n: traced_turns.deepspeed_turn(n, is_fused=False),
     "diffusers, NCHW": lambda n: traced_turns.diffusers_call(n, is_channels_last=False),
     "diffusers, NHWC": lambda n: traced_turns.diffusers_call(n, is_channels_last=True),
 }
@@ -67,6 +71,9 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     for name, trace_decode in DECODES.items():
         rows.append({"row": name, "what": "decode", "num_samples": 1, **figures(trace_decode())})
+        print(json.dumps(rows[-1]), flush=True)
+    for name, record in traced_engine.unsteady().items():
+        rows.append({"row": name, "what": "unsteady", "num_samples": 2 - name.startswith("a guided"), **figures(record)})
         print(json.dumps(rows[-1]), flush=True)
     about = environment.circumstances((*environment.PACKAGES, "triton"))
     arguments.out.write_text(json.dumps({**about, "model": "v1-4", "dtype": "fp16", "rows": rows}, indent=1) + "\n")

@@ -5,6 +5,7 @@ A turn is what `Denoiser.step` launches for guided samples: inputs, UNet call, g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,15 @@ import fake_cuda
 import numpy as np
 import torch
 from cuda_trace import Record, Trace
+from modelled_deepspeed import modelled_operations
 
 from mii_serve.engine.batched.batch_inputs import MATRIX_SIZE, SampleInputs
 from mii_serve.engine.batched.denoiser import Denoiser
 from mii_serve.engine.kernels import KernelSet
+from mii_serve.engine.kernels.deepspeed import DeepSpeedKernels, FusedDeepSpeedKernels
+from mii_serve.engine.kernels.deepspeed.injection import inject
 from mii_serve.engine.kernels.fused.forward import FusedKernels
+from mii_serve.engine.kernels.fused.operations import Operations
 from mii_serve.engine.kernels.fused.sampler import FusedSampler
 from mii_serve.engine.kernels.fused.triton_operations import Launch, TritonOperations
 from mii_serve.engine.kernels.fused.vae import FusedDecoder
@@ -32,7 +37,7 @@ def native_turn(num_samples: int, also: Launch | None = None) -> Record:
     """With all fused kernels, of which `also` gets the launches."""
     with fake_cuda.fake_cuda() as fake, Trace() as trace:
         unet = fake_cuda.unet(fake)
-        fake_cuda.to_channels_last(unet)
+        unet.to(memory_format=torch.channels_last)
         launch = launcher(trace, also)
         kernels = FusedKernels(unet, TritonOperations(launch), sampler=FusedSampler(launch))
         return turn(kernels, num_samples, trace)
@@ -42,8 +47,21 @@ def unfused_turn(num_samples: int) -> Record:
     """With torch's operations alone."""
     with fake_cuda.fake_cuda() as fake, Trace() as trace:
         unet = fake_cuda.unet(fake)
-        fake_cuda.to_channels_last(unet)
+        unet.to(memory_format=torch.channels_last)
         return turn(NativeKernels(unet), num_samples, trace)
+
+
+def deepspeed_turn(num_samples: int, *, is_fused: bool = True) -> Record:
+    """With DeepSpeed's blocks, whose operations are modelled, and our fused kernels around them."""
+    with fake_cuda.fake_cuda() as fake, Trace() as trace, modelled_operations(trace):
+        unet = fake_cuda.unet(fake)
+        unet.to(memory_format=torch.channels_last)
+        inject(unet)
+        launch, workspace = launcher(trace), SimpleNamespace(release=lambda: None)
+        kernels: KernelSet = DeepSpeedKernels(unet, workspace)
+        if is_fused:
+            kernels = FusedDeepSpeedKernels(unet, workspace, TritonOperations(launch), sampler=FusedSampler(launch))
+        return turn(kernels, num_samples, trace)
 
 
 def launcher(trace: Trace, also: Launch | None = None) -> Launch:
@@ -91,7 +109,7 @@ def diffusers_call(num_samples: int, *, is_channels_last: bool) -> Record:
     with fake_cuda.fake_cuda() as fake:
         unet = fake_cuda.unet(fake)
         if is_channels_last:
-            fake_cuda.to_channels_last(unet)
+            unet.to(memory_format=torch.channels_last)
         latents, timestep, prompts = (
             torch.zeros(size, dtype=DTYPE, device=fake_cuda.DEVICE)
             for size in ((2 * num_samples, NUM_CHANNELS, *LATENT_SHAPE), (), (2 * num_samples, NUM_TOKENS, TEXT_WIDTH))
@@ -107,12 +125,12 @@ def diffusers_decode() -> Record:
         return _decode(fake_cuda.vae(fake), trace)
 
 
-def native_decode(also: Launch | None = None) -> Record:
+def native_decode(also: Launch | None = None, operations: Callable[[Launch], Operations] = TritonOperations) -> Record:
     """One picture by the VAE with all fused kernels, of which `also` gets the launches."""
     with fake_cuda.fake_cuda() as fake, Trace() as trace:
         vae = fake_cuda.vae(fake)
-        fake_cuda.to_channels_last(vae)
-        vae.decoder = FusedDecoder(vae.decoder, TritonOperations(launcher(trace, also)))
+        vae.to(memory_format=torch.channels_last)
+        vae.decoder = FusedDecoder(vae.decoder, operations(launcher(trace, also)))
         return _decode(vae, trace)
 
 

@@ -160,6 +160,21 @@ class ContentSafetyConfig(BaseModel):
         return (self.endpoint or f"https://{self.account_name}.cognitiveservices.azure.com").rstrip("/")
 
 
+class ProvenanceConfig(BaseModel):
+    """Marks that say that a picture was generated.
+
+    `enable_metadata` writes XMP into every file, with the model and its revision. `certificate`, a chain in PEM whose first is
+    the signer's, and its private `key` sign every file as C2PA Content Credentials. `enable_watermark` changes pixels.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enable_metadata: bool = True
+    enable_watermark: bool = False
+    certificate: Path | None = None
+    key: Path | None = None
+
+
 class DeployConfig(BaseSettings):
     """Every setting of `mii_serve deploy`. Names that end in `_s` are seconds, in `_bytes` bytes, in `_px` pixels."""
 
@@ -202,9 +217,12 @@ class DeployConfig(BaseSettings):
     drain_timeout_s: float = Field(30.0, ge=0)
     max_connection_age_s: float | None = Field(None, ge=1, le=86400)
     enable_spare_process: bool = True
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     http: HttpConfig = HttpConfig()
     limits: LimitsConfig = LimitsConfig()
     content_safety: ContentSafetyConfig = ContentSafetyConfig()
+    provenance: ProvenanceConfig = ProvenanceConfig()
 
     @classmethod
     def load(cls, flags: dict[str, Any], file: Path | None = None, written: dict[str, Any] | None = None) -> DeployConfig:

@@ -113,6 +113,47 @@ def batch_job() -> str:
     return markdown(["", result["device"]], cells)
 
 
+def batch_interference() -> str:
+    if not (RESULTS / "batch-interference.json").exists():
+        return NOT_YET
+    result = read("batch-interference.json")
+    found = result["latency_s"]
+    cells = [[f"{way} the flood", found[way]["p50"], found[way]["p95"]] for way in ("without", "with")]
+    alone = result["flood_alone_per_s"]
+    batch, normal = (sum(alone[name]) / len(alone[name]) for name in ("batch", "normal"))
+    about = (
+        f"{found['with']['count']} requests of {result['num_inference_steps']} steps each way, in {result['rounds']} rounds in "
+        f"turn, {result['rate_per_s']:.2f} a second, {result['max_slots']} slots ({result['device']})"
+    )
+    return (
+        f"Latency of the other requests in seconds; {about}:\n\n{markdown(['', 'p50', 'p95'], cells)}\n"
+        f"The p95 is {result['p95_ratio']:.2f} times as long with the flood. When nobody else asks, batch requests make "
+        f"{batch:.2f} images/s and normal requests {normal:.2f}.\n"
+    )
+
+
+def evaluate() -> str:
+    result = read("evaluate-demo.json")
+    names = ("right", "fd_safety_clip", "flagged")
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        found = row["estimates"][name]
+        value, low, high = (
+            f"{found[key]:.0f}" if found["value"] > 1 else f"{found[key]:.2f}" for key in ("value", "low", "high")
+        )
+        return f"{value} ({low} to {high})"
+
+    rows = [[f"{row['guidance_scale']:g}", *(cell(row, name) for name in names)] for row in result["rows"]]
+    distance = next(metric for metric in result["metrics"] if metric["name"] == "fd_safety_clip")
+    asked, bias = result["settings"], result["rows"][0]["estimates"]["fd_safety_clip"]["bias"]
+    return (
+        f"{result['num_prompts']} prompts, {asked['scheduler']}, {asked['num_inference_steps']} steps; {result['engine']}, "
+        f"{result['dtype']}, {result['device']}; {result['num_reference']} reference pictures:\n\n"
+        f"{markdown(['guidance scale', *names], rows)}\nSo few pictures make each distance too large by about {bias:.0f}. Two "
+        f"halves of the reference, {distance['floor_pictures']} pictures each, are {distance['floor']:.0f} apart.\n"
+    )
+
+
 def front() -> str:
     result = read("front-cost.json")
     requests, steps = result["requests"], result["steps"]
@@ -142,6 +183,9 @@ def overload() -> str:
         ["accepted and not in time", result["accepted_but_late"]],
         ["front, MiB, at the start and the end", ", ".join(str(result["memory_mib"][i]["front"]) for i in (0, -1))],
     ]
+    for phase, busy in result.get("cores_busy", {}).items():
+        what = f"cores busy {phase.replace('_', ' ')}: callers, front, replica"
+        cells.append([what, ", ".join(f"{busy[name]:.2f}" for name in ("callers", "front", "replicas"))])
     about = f"{result['seconds']:g} s, deadline {result['timeout']:g} s, queue of at most {result['max_waiting_s']:g} s"
     return f"The built-in model on {result['cores']} cores, {about}:\n\n{markdown(['', ''], cells)}"
 
@@ -291,6 +335,45 @@ def threads() -> str:
     return f"Milliseconds a turn ({about}):\n\n{markdown(header, cells)}"
 
 
+def provenance() -> str:
+    result = read("provenance.json")
+    costs, marks = result["costs"], result["costs"]["watermark"]
+    kinds = ("nothing", "xmp", "xmp_and_c2pa")
+    cells = [
+        [kind.upper(), *(costs[kind][f"{name}_ms"] for name in kinds), *(costs[kind][f"{name}_bytes"] for name in kinds)]
+        for kind in ("png", "jpeg", "webp")
+    ]
+    header = ["", "ms, no marks", "XMP", "XMP and C2PA", "bytes, no marks", "XMP", "XMP and C2PA"]
+    side = result["size_px"]
+    return (
+        f"Median processor time to write a {side} x {side} picture, and its size ({result['device']}):\n\n"
+        f"{markdown(header, cells)}\n"
+        f"To put the watermark in takes {marks['embed_ms']} ms, to look for it {marks['read_ms']} ms.\n"
+    )
+
+
+def watermark() -> str:
+    result = read("provenance.json")
+    files = {"unmarked": "never marked", "png": "PNG", "jpeg_95": "JPEG 95", "jpeg_80": "JPEG 80", "webp_90": "WebP 90"}
+    cells = [
+        [
+            row["pictures"],
+            row["count"],
+            row["mean_change"],
+            *(f"{row[name]['found']} ({row[name]['median_share']})" for name in files),
+        ]
+        for row in result["watermark"]
+    ]
+    package = result["package"]
+    shares = ", ".join(f"{name.replace('_', ' ')} {package[name]['median']}" for name in package if name != "package_embed_ms")
+    header = ["cuts of", "pictures", "mean change of 255", *files.values()]
+    return (
+        "In how many pictures the watermark is found, and the median share of its bits that match (0.5 is chance):\n\n"
+        f"{markdown(header, cells)}\n"
+        f"Beside the package invisible-watermark, median share of the bits: {shares}.\n"
+    )
+
+
 def start() -> str:
     result = read("start-demo.json")
     names = ("process", "imports", "load", "warm_up")
@@ -311,6 +394,25 @@ def start() -> str:
         f"{markdown(['a deployment', 'without a spare', 'with one'], outside)}\n"
         f"A spare has {memory['unique_mib']} MiB for itself, {memory['proportional_mib']} MiB with a share of what is shared.\n"
     )
+
+
+def ray_proxy() -> str:
+    if not (RESULTS / "ray-proxy.json").exists():
+        return NOT_YET
+    result = read("ray-proxy.json")
+    rows = [
+        ("image call of one step, median ms (least-p95)", "image_ms"),
+        ("call that computes nothing, median ms (least-p95)", "info_ms"),
+        (f"stream, ms for each of {result['steps']} steps, median (least-p95)", "stream_ms_per_step"),
+    ]
+    cells = []
+    for text, name in rows:
+        direct, proxied = (result[name][way] for way in ("direct", "proxied"))
+        ratio = f"{proxied['median'] / direct['median']:.2f}"
+        cells.append([text, *(f"{one['median']} ({one['min']}-{one['p95']})" for one in (direct, proxied)), ratio])
+    rates = [result["images_per_s"][way] for way in ("direct", "proxied")]
+    cells.append([f"images/s, {result['callers']} callers", *rates, f"{rates[1] / rates[0]:.2f}"])
+    return f"{result['device']}:\n\n{markdown(['', 'own port', 'through the proxy', 'ratio'], cells)}"
 
 
 def ranks() -> str:
@@ -368,7 +470,8 @@ def ranks_computed() -> str:
 def roofline() -> str:
     result = read("roofline.json")
     tables = []
-    for what, title in (("turn", "A turn"), ("decode", "The VAE, one picture")):
+    titles = {"turn": "A turn", "decode": "The VAE, one picture", "unsteady": "native, turns that are not steady"}
+    for what, title in titles.items():
         rows = [row for row in result["rows"] if row["what"] == what]
         cells = [
             [
@@ -413,6 +516,13 @@ def kernel_times() -> str:
             shape = "×".join(map(str, (row["size"], *row["shape"])))
             cells.append([f"`{row['operation']}` {shape}", ", ".join(f"{way} {1000 * ms:.1f}" for way, ms in ways)])
         refused = "".join(f"Not {what}: {why}.\n" for what, why in result["refused"].items())
+        whole = [
+            [one["what"], one["num_samples"], *(f"{one['ms'][way]:.2f} ({one['first_s'][way]:.1f})" for way in one["ms"])]
+            for one in result["calls"]
+        ]
+        if whole:
+            header = ["", "samples", *(f"{way}, ms (first call, s)" for way in result["calls"][0]["ms"])]
+            tables.append(f"{result['device']}, measured:\n\n{markdown(header, whole)}")
         tables.append(f"{result['device']}, measured:\n\n{markdown(['shape', 'µs, the fastest first'], cells)}\n{refused}")
     return "\n".join(tables) or NOT_YET
 
@@ -444,7 +554,9 @@ TABLES: dict[str, Callable[[], str]] = {
         scheduler,
         host_cost,
         batch,
+        batch_interference,
         batch_job,
+        evaluate,
         front,
         overload,
         engines,
@@ -452,12 +564,15 @@ TABLES: dict[str, Callable[[], str]] = {
         peers,
         threads,
         start,
+        ray_proxy,
         ranks,
         ranks_computed,
         roofline,
         kernel_times,
         gpu_tests,
         kernel_resources,
+        provenance,
+        watermark,
     )
 }
 

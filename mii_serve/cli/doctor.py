@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mii_serve.cli.exits import ExitCode
+from mii_serve.engine.engine_times import newest_times
 from mii_serve.engine.kernel_choices import kept_choices
 from mii_serve.engine.machine import PACKAGES, Machine, inspect_machine
 from mii_serve.engine.requirements import first_missing, preferred, requirements
@@ -29,7 +30,7 @@ EXTRAS = {
 def run(engine: EngineChoice, *, is_json: bool) -> int:
     """Print the verdict; the exit code is about `engine`."""
     machine = inspect_machine()
-    chosen = preferred(machine) if engine == "auto" else engine
+    chosen = preferred(machine, newest_times()) if engine == "auto" else engine
     if is_json:
         print(json.dumps(as_json(machine), indent=1))
     else:
@@ -56,7 +57,7 @@ def as_json(machine: Machine) -> dict[str, Any]:
             for extra, (packages, remedy) in EXTRAS.items()
         },
         "fused_kernels": [{"device": one.device, "chosen": one.summary()} for one in kept_choices()],
-        "auto": preferred(machine),
+        "auto": preferred(machine, newest_times()),
         "max_gpu_ranks": _max_gpu_ranks(machine),
     }
 
@@ -95,7 +96,10 @@ def _show(machine: Machine) -> None:
         console.print("\nfused kernels, as measured by the native engine", style="bold")
         for choice in kept:
             console.print(Text(f"  {choice.device}: {choice.summary()}"))
-    console.print(f"\nauto takes: {preferred(machine)}", style="bold")
+    times = newest_times()
+    console.print(f"\nauto takes: {preferred(machine, times)}", style="bold")
+    if times is not None:
+        console.print(Text(f"  {times.device}: {times.summary()}"))
 
 
 def _show_line(console: Any, is_met: bool, text: str, remedy: str) -> None:

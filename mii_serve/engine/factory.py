@@ -1,7 +1,8 @@
 """Loads the configured model and builds the configured engine for it.
 
-`auto` is `deepspeed` where DeepSpeed is installed and its kernels pass their check, `native` otherwise, and `reference` for a
-UNet that neither supports. What could not be used, and why, is the engine's note.
+`auto` is `deepspeed` where DeepSpeed is installed, its kernels pass their check and a UNet call with them has been measured to
+be the faster one, `native` otherwise, and `reference` for a UNet that neither supports. What could not be used, and why, is the
+engine's note; what was measured is told with the kernels.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import diffusers
 import torch
@@ -20,8 +21,11 @@ from mii_serve.engine import Engine
 from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.batched.buckets import BatchShape
 from mii_serve.engine.batched.engine import MAX_SLOTS
+from mii_serve.engine.engine_times import COMPUTED_TO_BE_FASTER
 from mii_serve.engine.kernels import KernelSet
-from mii_serve.engine.kernels.fused.install import native_kernels
+from mii_serve.engine.kernels.comparison import compare_engines
+from mii_serve.engine.kernels.deepspeed import install_kernels
+from mii_serve.engine.kernels.fused.install import Installed, native_kernels
 from mii_serve.engine.kernels.native import why_unsupported
 from mii_serve.engine.kernels.rows import RowParallelKernels
 from mii_serve.engine.kernels.sharded import ShardedKernels
@@ -72,19 +76,24 @@ def _build(config: DeployConfig, group: RankGroup | None) -> Engine:
     if group is not None and config.parallelism == "tensor":
         model = _load(config, device, _dtype(config, device), TensorShard(rank=group.rank, world_size=group.size))
         return sharded_engine(model, group, max_slots=config.max_slots)
-    note = ""
-    if config.engine in ("auto", "deepspeed"):
+    if config.engine == "deepspeed":
+        return deepspeed_engine(_deepspeed_model(config, device), max_slots=config.max_slots, group=group)
+    taken = _Native()
+    if config.engine == "auto":
         try:
-            return _deepspeed(config, device, group)
+            found = _faster(config, device, group)
         except UnusableEngineError as error:
-            if config.engine == "deepspeed":
-                raise
-            note = f"not deepspeed: {error.rule}"
-            logger.info("%s", note)
-    model = _load(config, device, _dtype(config, device))
+            found = _Native(note=f"not deepspeed: {error.rule}")
+            logger.info("%s", found.note)
+        if not isinstance(found, _Native):
+            return found
+        taken = found
+    note, why = taken.note, taken.why
+    model = taken.model or _load(config, device, _dtype(config, device))
+    del taken
     reason = why_unsupported(model.pipeline.unet)
     if reason is None:
-        return native_engine(model, max_slots=config.max_slots, note=note, group=group)
+        return native_engine(model, max_slots=config.max_slots, note=note, group=group, why=why)
     if config.engine == "native":
         raise ModelError(f"the native engine cannot run this UNet: {reason}. Use the engine 'reference'")
     logger.warning("the reference engine serves this model, one picture at a time: its UNet has %s", reason)
@@ -93,17 +102,60 @@ def _build(config: DeployConfig, group: RankGroup | None) -> Engine:
     return ReferenceEngine(_load(config, device, "fp32"), note=note)
 
 
-def _deepspeed(config: DeployConfig, device: str, group: RankGroup | None) -> Engine:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Native:
+    """`auto` has taken `native`, with this note or for this reason. `model` is loaded already where it is not None."""
+
+    model: LoadedModel | None = None
+    note: str = ""
+    why: str = ""
+
+
+def _faster(config: DeployConfig, device: str, group: RankGroup | None) -> BatchedEngine | _Native:
+    """Of the engines `native` and `deepspeed`, where both can run.
+
+    Raises:
+        UnusableEngineError: deepspeed cannot.
+    """
+    _require_deepspeed(config, device)
+    if group is not None:  # each rank would measure something else
+        why = f"{COMPUTED_TO_BE_FASTER} by computed bounds, as ranks do not measure which engine is the faster"
+        if COMPUTED_TO_BE_FASTER == "native":
+            return _Native(why=why)
+        return deepspeed_engine(_deepspeed_model(config, device), max_slots=config.max_slots, group=group, why=why)
+    model = _deepspeed_model(config, device)
+    comparison = compare_engines(model, max_slots=config.max_slots or MAX_SLOTS)
+    times, installed = comparison.times, comparison.deepspeed
+    why = f"{times.faster} by measurement: {times.summary()}"
+    logger.info("%s", why)
+    if times.faster == "deepspeed":
+        return deepspeed_engine(model, max_slots=config.max_slots, installed=installed, why=why)
+    if installed is None:
+        return _Native(model=model, why=why)
+    installed.kernels.close()
+    return _Native(why=why)  # the UNet has been changed in place
+
+
+def _deepspeed_model(config: DeployConfig, device: str) -> LoadedModel:
+    """The model, loaded for DeepSpeed's kernels.
+
+    Raises:
+        UnusableEngineError: they cannot run here, or cannot run this UNet.
+    """
+    _require_deepspeed(config, device)
+    model = _load(config, device, "fp16")
+    if (reason := why_unsupported(model.pipeline.unet)) is not None:
+        raise UnusableEngineError(f"deepspeed cannot run this UNet: it has {reason}")
+    return model
+
+
+def _require_deepspeed(config: DeployConfig, device: str) -> None:
     if config.dtype not in ("auto", "fp16"):
         raise UnusableEngineError(f"deepspeed computes in fp16 only, and the setting dtype is {config.dtype!r}")
     if not device.startswith("cuda") and config.device != "auto":
         raise UnusableEngineError(f"deepspeed computes on CUDA only, and the setting device is {config.device!r}")
     if (missing := first_missing("deepspeed", inspect_machine())) is not None:
         raise UnusableEngineError(f"deepspeed needs {missing.what}, found {missing.found}; fix it with: {missing.remedy}")
-    model = _load(config, device, "fp16")
-    if (reason := why_unsupported(model.pipeline.unet)) is not None:
-        raise UnusableEngineError(f"deepspeed cannot run this UNet: it has {reason}")
-    return deepspeed_engine(model, max_slots=config.max_slots, group=group)
 
 
 def native_engine(
@@ -113,13 +165,14 @@ def native_engine(
     buckets: Sequence[BatchShape] | None = None,
     note: str = "",
     group: RankGroup | None = None,
+    why: str = "",
 ) -> BatchedEngine:
-    """The batched engine with our own kernels. `why_unsupported` returns None for the model's UNet; see `BatchedEngine`."""
+    """The batched engine with our own kernels. `why_unsupported` returns None for the model's UNet; see `BatchedEngine`.
+
+    `why` this engine runs is told with its kernels.
+    """
     installed = native_kernels(model, max_slots=max_slots or MAX_SLOTS)
-    kernels = _on_ranks(installed.kernels, group)
-    engine = BatchedEngine(model, kernels, max_slots=max_slots, buckets=buckets, note=note, group=group)
-    engine.description = replace(engine.description, kernels=installed.about)
-    return engine
+    return _batched(model, installed, max_slots=max_slots, buckets=buckets, note=note, group=group, why=why)
 
 
 def sharded_engine(model: LoadedModel, group: RankGroup, *, max_slots: int | None = None) -> BatchedEngine:
@@ -140,16 +193,33 @@ def deepspeed_engine(
     max_slots: int | None = None,
     buckets: Sequence[BatchShape] | None = None,
     group: RankGroup | None = None,
+    installed: Installed | None = None,
+    why: str = "",
 ) -> BatchedEngine:
-    """The batched engine with DeepSpeed's kernels. The UNet of `model`, in float16, is changed in place.
+    """The batched engine with DeepSpeed's kernels. The UNet of `model`, in float16, is changed in place, unless they are
+    `installed` in it already. `why` this engine runs is told with them.
 
     Raises:
         UnusableEngineError: DeepSpeed cannot do it, or its kernels do not compute what the UNet computes.
     """
-    from mii_serve.engine.kernels.deepspeed import install_kernels
+    installed = installed or install_kernels(model, max_slots=max_slots or MAX_SLOTS)
+    return _batched(model, installed, max_slots=max_slots, buckets=buckets, group=group, why=why)
 
-    kernels = _on_ranks(install_kernels(model, max_slots=max_slots or MAX_SLOTS), group)
-    return BatchedEngine(model, kernels, max_slots=max_slots, buckets=buckets, group=group)
+
+def _batched(
+    model: LoadedModel,
+    installed: Installed,
+    *,
+    max_slots: int | None,
+    buckets: Sequence[BatchShape] | None = None,
+    note: str = "",
+    group: RankGroup | None,
+    why: str = "",
+) -> BatchedEngine:
+    kernels = _on_ranks(installed.kernels, group)
+    engine = BatchedEngine(model, kernels, max_slots=max_slots, buckets=buckets, note=note, group=group)
+    engine.description = replace(engine.description, kernels="; ".join(filter(None, (installed.about, why))))
+    return engine
 
 
 def _on_ranks(kernels: KernelSet, group: RankGroup | None) -> KernelSet:

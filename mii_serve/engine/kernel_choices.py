@@ -43,11 +43,12 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What was measured, and why what could not be used was refused."""
+    """What was measured, and why what could not be used was refused. `num_left` shapes there was no time to measure."""
 
     device: str
     measurements: tuple[Measurement, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    num_left: int = 0
 
     def usual(self, operation: str) -> str:
         """The way that is the fastest for most of an operation's shapes."""
@@ -89,7 +90,7 @@ class ChoiceFile:
             return None
 
     def write(self, choice: Choice) -> None:
-        _write(self._path, json.dumps({"about": self._about, **asdict(choice)}, indent=1) + "\n")
+        write_whole(self._path, json.dumps({"about": self._about, **asdict(choice)}, indent=1) + "\n")
 
     def ended_the_process(self) -> str | None:
         """What was being tried when a start before this one ended without a result."""
@@ -99,14 +100,14 @@ class ChoiceFile:
             return None
 
     def begin(self, what: str) -> None:
-        _write(self._trying, what)
+        write_whole(self._trying, what)
 
     def end(self) -> None:
         with contextlib.suppress(OSError):
             self._trying.unlink(missing_ok=True)
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Whole or not at all: several ranks may write it at once."""
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
@@ -134,7 +135,8 @@ def choice_from(found: Mapping[str, Any]) -> Choice:
     )
     if not all(TORCH in one.ms and one.operation in OPERATIONS for one in measurements):
         raise ValueError("a measurement without torch's")
-    return Choice(device=str(found["device"]), measurements=measurements, refused=dict(found["refused"]))
+    num_left = int(found.get("num_left", 0))
+    return Choice(device=str(found["device"]), measurements=measurements, refused=dict(found["refused"]), num_left=num_left)
 
 
 def kept_choices(folder: Path | None = None) -> list[Choice]:

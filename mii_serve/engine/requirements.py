@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mii_serve.engine.engine_times import COMPUTED_TO_BE_FASTER, EngineTimes
 from mii_serve.engine.machine import Machine
 from mii_serve.extras import how_to_get
 from mii_serve.types import EngineName
@@ -42,9 +43,14 @@ def first_missing(engine: EngineName, machine: Machine) -> Requirement | None:
     return next((one for one in requirements(engine, machine) if not one.is_met), None)
 
 
-def preferred(machine: Machine) -> EngineName:
-    """The engine `auto` tries first: `deepspeed` where all it needs is installed, else `native`."""
-    return "deepspeed" if first_missing("deepspeed", machine) is None else "native"
+def preferred(machine: Machine, times: EngineTimes | None) -> EngineName:
+    """The engine `auto` takes by what is known: `native` where `deepspeed` cannot run, else what was measured to be faster.
+
+    `times` are those of a start on this machine; where there are none, computed bounds decide.
+    """
+    if first_missing("deepspeed", machine) is not None:
+        return "native"
+    return COMPUTED_TO_BE_FASTER if times is None else times.faster
 
 
 def _deepspeed(machine: Machine) -> Sequence[Requirement]:

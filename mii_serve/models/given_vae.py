@@ -45,7 +45,7 @@ class GivenVae:
             ModelError
         """
         if isinstance(self.source, Part):
-            return load_part(self.source, dtype=TORCH_DTYPES[dtype], device=device)
+            return load_part(self.source, dtype=dtype, device=device)
         prefix, config = _prefix(self.source), _config(self.source)
         names = vae_sources(self.source.shapes, num_levels=len(config["block_out_channels"]), prefix=prefix)
         with self.source.opened() as content:

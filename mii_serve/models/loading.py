@@ -81,12 +81,13 @@ def make_pipeline(parts: dict[str, Any]) -> StableDiffusionPipeline:
     return pipeline
 
 
-def load_part(part: Part, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """
+def load_part(part: Part, *, dtype: Precision, device: torch.device) -> Any:
+    """One part by itself.
+
     Raises:
-        ModelError: naming the part.
+        ModelError: naming it.
     """
-    return _load(part, dtype, device, None)
+    return _load(part, TORCH_DTYPES[dtype], device, None)
 
 
 def _load(part: Part, dtype: torch.dtype, device: torch.device, shard: TensorShard | None) -> Any:

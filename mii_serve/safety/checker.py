@@ -39,6 +39,15 @@ def checker_input(pipeline: Any, rgb: npt.NDArray[np.uint8]) -> torch.Tensor:
     return pixel_values
 
 
+def keep_thresholds_on_host(pipeline: Any) -> None:
+    """The checker reads its thresholds one by one on the host: from a device each would wait for it."""
+    checker = pipeline.safety_checker
+    for name in ("concept_embeds_weights", "special_care_embeds_weights"):
+        thresholds = getattr(checker, name, None)
+        if thresholds is not None and thresholds.device.type != "cpu":
+            setattr(checker, name, torch.nn.Parameter(thresholds.cpu(), requires_grad=False))
+
+
 def flags_of(pipeline: Any, images: torch.Tensor, clip_input: torch.Tensor) -> list[bool]:
     """Whether the checker fires, of each image; it may change `images`, which are N × 3 × H × W in [-1, 1]."""
     _, flags = pipeline.safety_checker(images=images, clip_input=clip_input.to(images.device, images.dtype))

@@ -94,6 +94,37 @@ def test_a_run_goes_on_where_the_one_before_stopped(tmp_path, monkeypatch):
     assert written[-1][-1]["max_levels_off"] == 1, "compared with the picture that was kept"
 
 
+def test_the_time_a_row_takes_to_load_is_not_the_time_it_has(monkeypatch, tmp_path):
+    import engines
+
+    now = [0.0]
+    monkeypatch.setattr(engines.time, "monotonic", lambda: now[0])
+
+    @contextlib.contextmanager
+    def opening(name, place):
+        now[0] += 100.0
+        yield SimpleNamespace(dtype="fp16")
+
+    def measure(row, sampler, num_steps, count, repeats):
+        now[0] += count
+        figures = {"sampler": sampler, "num_inference_steps": num_steps, "num_images": count, "median_s": count / (repeats + 2)}
+        return {**figures, "pictures": [Image.new("RGB", (4, 4))]}
+
+    monkeypatch.setattr(engines, "opened", opening)
+    monkeypatch.setattr(engines, "measure", measure)
+    arguments = SimpleNamespace(rows=list(engines.ROWS), quick=False, repeats=3)
+    facts = {"calls": {}, "guidance_scale": 7.5, "matmul_peak_tflops": {}, "unet_gflop_per_row": 1.0}
+    written: list[list[dict]] = []
+    truth = engines.Truth(tmp_path)
+    engines.run(None, facts, arguments, engines.Clock(520.0, 0.0), [], truth, lambda rows: written.append(list(rows)))
+    measured = [row["row"] for row in written[-1] if "median_s" in row]
+    assert [measured.count(name) for name in ("reference", "native")] == [2, 10], "all there is of what matters most"
+    assert measured.count("diffusers_eager") >= 5
+    assert len(written) > len(engines.ROWS), "written after each measurement"
+    assert written[-1][-1]["skipped"] == "no time left to load it"
+    assert now[0] < 600
+
+
 def test_the_unet_of_v1_4_is_counted_as_published():
     """803 GFLOP a row at 64×64 latent cells, convolutions, linear layers and attention together."""
     import torch

@@ -40,6 +40,15 @@ def test_gpu_tests_run_in_order_and_what_passed_is_not_run_again(tmp_path):
     assert "no time left" in (tmp_path / "results.json").read_text()
 
 
+def test_a_test_that_ends_the_process_is_the_last_one_of_the_next_run(tmp_path):
+    gpu = "import os, pytest\npytestmark = pytest.mark.gpu\n"
+    (tmp_path / "test_fused_on_cuda.py").write_text(gpu + "def test_killer(): os._exit(3)\ndef test_other(): pass\n")
+    code, outcomes, _ = run_tests(tmp_path)
+    assert (code, outcomes) == (3, {"test_killer": "begun"})
+    code, outcomes, _ = run_tests(tmp_path)
+    assert (code, list(outcomes.items())) == (3, [("test_other", "passed"), ("test_killer", "begun")])
+
+
 class TestKernelTimes:
     def measure(self, out: Path, budget_s: float = 600.0, *, commit: str = "a", has_clock: bool = True) -> dict:
         device = fast_device()[0] if has_clock else replace(fast_device()[0], time_ms=None)
@@ -55,6 +64,8 @@ class TestKernelTimes:
         assert {one["fastest"] for one in found["measurements"]} == {"fast"}
         assert "cudnn" in json.dumps(found["refused"]), "an attention that is not there is named"
         assert "fast 500.0, torch 1000.0" in kernel_times.table(found)
+        whole = [(one["what"], one["num_samples"], set(one["ms"]) == set(kernel_times.CONVOLUTIONS)) for one in found["calls"]]
+        assert whole == [("UNet call", 1, True), ("decode", 1, True), ("UNet call", 2, True)]
         assert self.measure(out, has_clock=False) == found
 
     def test_what_there_was_no_time_for_is_measured_by_the_next_run(self, tmp_path):

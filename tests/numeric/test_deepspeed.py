@@ -20,7 +20,7 @@ from drawing import draw
 from mii_serve.config import LimitsConfig
 from mii_serve.engine.batched.buckets import declare_buckets
 from mii_serve.engine.factory import deepspeed_engine
-from mii_serve.engine.kernels.deepspeed import DeepSpeedKernels
+from mii_serve.engine.kernels.deepspeed import DeepSpeedKernels, FusedDeepSpeedKernels, install_kernels
 from mii_serve.engine.kernels.deepspeed.injection import (
     FUSED_NORM,
     inject,
@@ -30,6 +30,9 @@ from mii_serve.engine.kernels.deepspeed.injection import (
 )
 from mii_serve.engine.kernels.deepspeed.self_check import MAX_ERROR, compare, predictions
 from mii_serve.engine.kernels.deepspeed.workspace import Workspace, elements_per_token, num_elements
+from mii_serve.engine.kernels.fused.forward import FusedKernels
+from mii_serve.engine.kernels.fused.install import Installed
+from mii_serve.engine.kernels.fused.operations import TorchOperations
 from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.errors import UnusableEngineError
@@ -186,6 +189,35 @@ class TestInjection:
         assert why_not_injectable(change(make_unet())) == named
 
 
+class WrongNorm(TorchOperations):
+    def group_norm(self, *arguments: Any, **named: Any) -> Any:
+        normed, total = super().group_norm(*arguments, **named)
+        return 1.2 * normed, total
+
+
+class TestFusedAroundTheBlocks:
+    @pytest.mark.parametrize("size", [(8, 8), (9, 7)], ids=str)
+    @pytest.mark.parametrize("config", [{}, {"use_linear_projection": True}, {"transformer_layers_per_block": 2}], ids=str)
+    def test_the_injected_unet_answers_what_the_fp32_unet_answers(self, config, size):
+        before, plain, workspace = make_injected(**config)
+        assert error(before, FusedDeepSpeedKernels(plain._unet, workspace, TorchOperations()), size) < RIGHT
+        workspace.release()
+
+    @pytest.mark.parametrize(
+        ("operations_around", "kind"), [(TorchOperations, FusedDeepSpeedKernels), (WrongNorm, DeepSpeedKernels)]
+    )
+    def test_they_run_where_they_pass_the_check(self, operations_around, kind, caplog):
+        model = load("fp16", LimitsConfig(min_size_px=64, max_size_px=64))
+        unet = model.pipeline.unet.to(memory_format=torch.channels_last)
+        around = Installed(FusedKernels(unet, operations_around()), "fused: as measured")
+        installed = install_kernels(model, max_slots=1, around=around)
+        assert type(installed.kernels) is kind
+        is_fused = kind is FusedDeepSpeedKernels
+        assert installed.about.startswith("fused: as measured" if is_fused else "not fused around DeepSpeed's blocks: ")
+        assert is_fused or " off for latents of " in caplog.text
+        installed.kernels.close()
+
+
 def undo(name: str, unguarded: Callable[[Any], Any]) -> Callable[[DeepSpeedKernels], None]:
     def apply(injected: DeepSpeedKernels) -> None:
         for attention in injected_attentions(injected._unet):
@@ -222,6 +254,7 @@ class TestWithoutThePrecautions:
     def test_the_workspace_would_be_taken_again_in_a_call(self, pair, operations):
         injected_attentions(pair[1]._unet)[0].config.layer_id = 0
         operations.calls.clear()
+        operations.free_bytes = 600 << 20  # it would take all there is
         workspace = operations.workspace
         error(*pair)
         assert operations.calls["allocate_workspace"] == 1 and operations.workspace is not workspace

@@ -14,6 +14,7 @@ from mii_serve.engine.decode import Decoded, decode, is_finite
 from mii_serve.engine.sample_errors import not_finite
 from mii_serve.engine.stage_timer import StageTimer
 from mii_serve.engine.turns import TurnResult
+from mii_serve.engine.upload import upload
 from mii_serve.safety.checker import checker_input, flags_of, to_rgb
 from mii_serve.types import Picture, SampleProgress
 
@@ -80,9 +81,10 @@ class Decoding:
         if decoded.good and self._pipeline.safety_checker is not None:
             yield "host"
             clip_input = checker_input(self._pipeline, rgb.numpy())
+            clip_input = clip_input.to(decoded.images.dtype)
             yield "device"
             with self._timer.time("safety"):
-                flags = flags_of(self._pipeline, decoded.good_images, clip_input)
+                flags = flags_of(self._pipeline, decoded.good_images, upload(clip_input, decoded.images.device))
         self._progress = tuple(self._outcomes(decoded, rgb, flags))
 
     def _outcomes(self, decoded: Decoded, rgb: torch.Tensor, flags: list[bool] | None) -> Iterator[SampleProgress]:

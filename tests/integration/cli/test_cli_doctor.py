@@ -93,9 +93,9 @@ def test_an_unknown_engine_is_wrong_usage(run: Run) -> None:
 def test_any_machine_can_be_told_in_json(machine, monkeypatch, capsys) -> None:
     monkeypatch.setattr(doctor, "inspect_machine", lambda: machine)
     assert doctor.run("deepspeed", is_json=True) == (0 if machine is COMPLETE else 1)
-    assert json.loads(capsys.readouterr().out)["auto"] == ("deepspeed" if machine is COMPLETE else "native")
+    assert json.loads(capsys.readouterr().out)["auto"] == "native"  # nothing has been timed
     assert doctor.run("auto", is_json=False) == 0
-    assert f"auto takes: {'deepspeed' if machine is COMPLETE else 'native'}" in capsys.readouterr().out
+    assert "auto takes: native" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("system", "num_gpus", "num_ranks"), [("Linux 6", 4, 4), ("Linux 6", 0, 0), ("Darwin 24", 2, 1)])

@@ -12,6 +12,9 @@ from machines import COMPLETE, MISSING
 
 from mii_serve.config import DeployConfig
 from mii_serve.engine import factory
+from mii_serve.engine.engine_times import EngineTimes
+from mii_serve.engine.kernels.comparison import Comparison
+from mii_serve.engine.kernels.fused.install import Installed
 from mii_serve.engine.machine import Machine
 from mii_serve.errors import ModelError, UnusableEngineError
 from mii_serve.models import LoadedModel
@@ -22,12 +25,18 @@ def machine(monkeypatch):
     """Let the factory see another machine; models are not loaded, engines not built."""
     loaded = []
 
-    def put(seen: Machine, *, deepspeed_fails: str = "") -> list[str]:
+    def put(seen: Machine, *, deepspeed_fails: str = "", deepspeed_ms: float = 1.0, is_known: bool = False) -> list[str]:
         def load(config, device, dtype):
             loaded.append(dtype)
             return SimpleNamespace(pipeline=SimpleNamespace(unet=None))
 
-        def deepspeed(model, *, max_slots, group):
+        def compare(model, *, max_slots):
+            if deepspeed_fails:
+                raise UnusableEngineError(deepspeed_fails)
+            times = EngineTimes(device="a", native_ms=(2.0, 8.0), deepspeed_ms=(deepspeed_ms, 4 * deepspeed_ms))
+            return Comparison(times, None if is_known else Installed(SimpleNamespace(close=lambda: None), ""))
+
+        def deepspeed(model, *, max_slots, group=None, installed=None, why=""):
             if deepspeed_fails:
                 raise UnusableEngineError(deepspeed_fails)
             return FakeEngine()
@@ -37,8 +46,11 @@ def machine(monkeypatch):
         monkeypatch.setattr(factory, "_device", lambda name: "cuda" if seen.gpus else "cpu")
         monkeypatch.setattr(factory, "why_unsupported", lambda unet: None)
         monkeypatch.setattr(
-            factory, "native_engine", lambda model, *, max_slots, note, group: SimpleNamespace(name="native", note=note)
+            factory,
+            "native_engine",
+            lambda model, *, max_slots, note, group, why: SimpleNamespace(name="native", note=note, why=why),
         )
+        monkeypatch.setattr(factory, "compare_engines", compare)
         monkeypatch.setattr(factory, "deepspeed_engine", deepspeed)
         return loaded
 
@@ -54,6 +66,21 @@ def test_deepspeed_is_built_in_half_precision_where_it_can_run(machine, engine):
     loaded = machine(COMPLETE)
     assert isinstance(build(engine=engine), FakeEngine)
     assert loaded == ["fp16"]
+
+
+@pytest.mark.parametrize(("is_known", "loaded"), [(False, ["fp16", "fp16"]), (True, ["fp16"])], ids=["measured now", "before"])
+def test_auto_takes_native_where_a_call_with_deepspeeds_kernels_is_slower(machine, is_known, loaded):
+    seen = machine(COMPLETE, deepspeed_ms=2.1, is_known=is_known)
+    built = build(engine="auto")
+    assert (built.name, built.note) == ("native", ""), "it is no fallback"
+    assert built.why == "native by measurement: a UNet call takes 2.1, 8.4 ms with deepspeed, 2.0, 8.0 ms with native"
+    assert seen == loaded, "an injected UNet is not used for native"
+
+
+def test_ranks_do_not_measure_which_engine_is_faster(machine):
+    machine(COMPLETE)
+    built = factory._build(DeployConfig.load({"model": "demo", "tensor_parallel": 2}), SimpleNamespace(rank=0, size=2))
+    assert (built.name, built.note) == ("native", "") and "by computed bounds" in built.why
 
 
 @pytest.mark.parametrize(("seen", "what", "found", "remedy"), MISSING.values(), ids=list(MISSING))

@@ -7,15 +7,22 @@ from dataclasses import replace
 import pytest
 from machines import COMPLETE, MISSING, with_extensions
 
+from mii_serve.engine.engine_times import COMPUTED_TO_BE_FASTER, EngineTimes
 from mii_serve.engine.requirements import first_missing, preferred, requirements
 from mii_serve.types import ENGINES
 
 
-def test_on_a_complete_machine_nothing_is_missing_and_auto_takes_what_was_installed_on_purpose():
+def times(deepspeed_ms: float) -> EngineTimes:
+    return EngineTimes(device="a", native_ms=(2.0, 9.0), deepspeed_ms=(deepspeed_ms, 9.0))
+
+
+def test_on_a_complete_machine_nothing_is_missing_and_auto_takes_what_was_measured_to_be_faster():
     for engine in ENGINES:
         assert first_missing(engine, COMPLETE) is None
         assert all(one.is_met and not one.remedy for one in requirements(engine, COMPLETE))
-    assert preferred(COMPLETE) == "deepspeed"
+    assert preferred(COMPLETE, times(1.9)) == "deepspeed"
+    assert preferred(COMPLETE, times(2.1)) == preferred(COMPLETE, times(2.0)) == "native"
+    assert preferred(COMPLETE, None) == COMPUTED_TO_BE_FASTER
 
 
 @pytest.mark.parametrize(("machine", "what", "found", "remedy"), MISSING.values(), ids=list(MISSING))
@@ -28,7 +35,7 @@ def test_what_is_missing_is_named_with_its_remedy_and_leaves_native_alone(machin
         assert others == [], "and nothing else is wrong"
     else:
         assert others == ["DeepSpeed's extensions, built for this torch and its CUDA"], "which has none"
-    assert first_missing("native", machine) is None and preferred(machine) == "native"
+    assert first_missing("native", machine) is None and preferred(machine, times(1.0)) == "native"
 
 
 def test_without_nvcc_the_extensions_are_built_elsewhere():

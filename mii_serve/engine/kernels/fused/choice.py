@@ -19,7 +19,7 @@ from mii_serve.engine.kernels.fused.measuring import (
     linear_geglu_shape,
     upsample_shape,
 )
-from mii_serve.engine.kernels.fused.operations import Norm, Operations, TorchOperations
+from mii_serve.engine.kernels.fused.operations import Norm, Operations, TorchOperations, Upsampling
 
 
 class ChosenOperations:
@@ -67,9 +67,13 @@ class ChosenOperations:
         )
 
     def upsample(
-        self, image: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+        self,
+        image: torch.Tensor,
+        layer: Upsampling,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._way(*upsample_shape(image)).upsample(image, bias, residual)
+        return self._way(*upsample_shape(image, layer, residual)).upsample(image, layer, bias, residual)
 
     def layer_norm(self, tokens: torch.Tensor, norm: Norm, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self._way(*layer_norm_shape(tokens)).layer_norm(tokens, norm, bias)
@@ -81,9 +85,9 @@ class ChosenOperations:
         return self._way(*attention_shape(query, key)).attention(query, key, value)
 
 
-def source_digest() -> str:
+def source_digest(folder: Path = Path(__file__).parent) -> str:
     """Of the kernels and what calls them."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(folder.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

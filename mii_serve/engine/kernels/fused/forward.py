@@ -20,10 +20,11 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.functional import conv2d, interpolate, linear, pad
 
-from mii_serve.engine.kernels.fused.operations import Operations, image_of, in_channels_last, summed, tokens_of
+from mii_serve.engine.kernels.fused.operations import Operations, Upsampling, image_of, in_channels_last, summed, tokens_of
 from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
 
@@ -99,7 +100,7 @@ class FusedPass:
                     larger = interpolate(hidden.value(), size=skips[-1].image.shape[-2:], mode="nearest")
                     hidden = convolved(upsampler.conv, larger)
                 else:
-                    hidden = convolved(upsampler.conv, upsampled(self.kernels.operations, hidden))
+                    hidden = upsampled(self.kernels.operations, self.kernels.upsampling_of(upsampler), upsampler, hidden)
         normed, _ = normalized(self.kernels.operations, hidden, unet.conv_norm_out, is_silu=True)
         return unet.conv_out(normed)
 
@@ -114,11 +115,23 @@ class FusedPass:
         )  # fmt: skip
         assert total is not None
         tokens = linear(tokens_of(normed), transformer.proj_in.weight.flatten(1), transformer.proj_in.bias)
+        tokens, total = self._blocks(transformer, merged, tokens, total, skips)
+        tokens_of(total).addmm_(tokens, transformer.proj_out.weight.flatten(1).t())
+        return Image(total)
+
+    def _blocks(
+        self,
+        transformer: Transformer2DModel,
+        merged: MergedTransformer,
+        tokens: torch.Tensor,
+        total: torch.Tensor,
+        skips: list[Image],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the transformer's blocks make of the tokens; `total`, to which it is added, has one entry per row afterwards."""
         num_tokens = total.shape[2] * total.shape[3]
         for block, of_block in zip(transformer.transformer_blocks, merged.blocks, strict=True):
             tokens, total = self._block(block, of_block, tokens, total, num_tokens, skips)
-        tokens_of(total).addmm_(tokens, transformer.proj_out.weight.flatten(1).t())
-        return Image(total)
+        return tokens, total
 
     def _block(
         self,
@@ -137,7 +150,7 @@ class FusedPass:
         tokens.addmm_(attended.view(len(tokens), -1), own.to_out[0].weight.t())
         query = linear(operations.layer_norm(tokens, block.norm2, merged.biases[1]), cross.to_q.weight)
         if self.sample_of_row is not None:
-            tokens, query, total = self._expand_to_rows(tokens, query, total, skips)
+            total, tokens, query = self._expand_to_rows(total, skips, tokens, query)
         query, keys, values = (
             one.unflatten(-1, (cross.heads, -1))
             for one in (
@@ -153,9 +166,7 @@ class FusedPass:
         tokens.addmm_(operations.linear_geglu(normed, widened.weight, widened.bias), block.ff.net[2].weight.t())
         return tokens, total
 
-    def _expand_to_rows(
-        self, tokens: torch.Tensor, query: torch.Tensor, total: torch.Tensor, skips: list[Image]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _expand_to_rows(self, total: torch.Tensor, skips: list[Image], *tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The activations with one entry per row instead of one per sample; so is all that comes after."""
         rows, self.sample_of_row = self.sample_of_row, None
         assert rows is not None
@@ -168,11 +179,16 @@ class FusedPass:
         for skip in skips:
             value = skip.value()
             skip.image = skip.total = image_of(taken(tokens_of(value)), value)
-        return taken(tokens), taken(query), image_of(taken(tokens_of(total)), total)
+        return image_of(taken(tokens_of(total)), total), *map(taken, tokens)
 
 
 class FusedKernels(NativeKernels):
-    """Implements `mii_serve.engine.kernels.KernelSet`. It takes the UNet's attention weights into one tensor for each block."""
+    """Implements `mii_serve.engine.kernels.KernelSet`. It takes the UNet's attention weights into one tensor for each block.
+
+    A subclass may compute the blocks of the transformers in another way (`fused_pass`, `_merge`).
+    """
+
+    fused_pass: type[FusedPass] = FusedPass
 
     def __init__(
         self,
@@ -186,9 +202,11 @@ class FusedKernels(NativeKernels):
         super().__init__(unet, max_latent_pixels_per_call=max_latent_pixels_per_call)
         self.operations = operations
         self.sampler = sampler or TorchSampler()
-        self._transformers = {module: _merged(module) for module in unet.modules() if isinstance(module, Transformer2DModel)}
+        self._transformers = {one: self._merge(one) for one in unet.modules() if isinstance(one, Transformer2DModel)}
         self._first_biases = torch.cat([resnet.conv1.bias for resnet in self._resnets])
         self._end_biases = {resnet: end_bias(resnet) for resnet in self._resnets}
+        upsamplers = (one for one in unet.modules() if isinstance(one, Upsample2D))
+        self._upsamplings = {one: Upsampling(one.conv.weight) for one in upsamplers}
 
     def embed_timesteps(self, timesteps: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
         """See `KernelSet`: with the bias of the convolution before it."""
@@ -202,10 +220,30 @@ class FusedKernels(NativeKernels):
         sample_of_row: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `KernelSet`."""
-        return FusedPass(self, timestep_embeds, prompts, sample_of_row).run(self._unet, model_input, self._halvings)
+        return self.fused_pass(self, timestep_embeds, prompts, sample_of_row).run(self._unet, model_input, self._halvings)
+
+    def _merge(self, transformer: Transformer2DModel) -> MergedTransformer:
+        blocks: list[MergedBlock] = []
+        bias: torch.Tensor | None = None
+        for block in transformer.transformer_blocks:
+            own, cross = block.attn1, block.attn2
+            weights = torch.cat((own.to_q.weight, own.to_k.weight, own.to_v.weight))
+            for layer, part in zip((own.to_q, own.to_k, own.to_v), weights.chunk(3), strict=True):
+                layer.weight = nn.Parameter(part, requires_grad=False)  # the same memory, not twice
+            first = bias
+            second = _added(first, own.to_out[0].bias)
+            third = _added(second, cross.to_out[0].bias)
+            bias = _added(third, block.ff.net[2].bias)
+            blocks.append(MergedBlock(weights, (first, second, third)))
+        out = transformer.proj_out
+        assert bias is not None
+        return MergedTransformer(tuple(blocks), out.weight.flatten(1).float() @ bias + out.bias.float())
 
     def merged(self, transformer: Transformer2DModel) -> MergedTransformer:
         return self._transformers[transformer]
+
+    def upsampling_of(self, upsampler: Upsample2D) -> Upsampling:
+        return self._upsamplings[upsampler]
 
     def end_bias_of(self, resnet: ResnetBlock2D) -> torch.Tensor:
         return self._end_biases[resnet]
@@ -262,11 +300,11 @@ def convolved(layer: nn.Conv2d, image: torch.Tensor) -> Image:
     return Image(in_channels_last(made), layer.bias)
 
 
-def upsampled(operations: Operations, hidden: Image) -> torch.Tensor:
-    """An image twice as high and wide, whatever is still to be added to it."""
+def upsampled(operations: Operations, layer: Upsampling, upsampler: Upsample2D, hidden: Image) -> Image:
+    """An image twice as high and wide, whatever is still to be added to it, and convolved."""
     if hidden.total is not None:
-        return operations.upsample(hidden.total)
-    return operations.upsample(hidden.image, hidden.bias, hidden.residual)
+        return Image(operations.upsample(hidden.total, layer), upsampler.conv.bias)
+    return Image(operations.upsample(hidden.image, layer, hidden.bias, hidden.residual), upsampler.conv.bias)
 
 
 def why_not_fusible(unet: Any) -> str | None:
@@ -279,31 +317,24 @@ def why_not_fusible(unet: Any) -> str | None:
                 return f"a feed-forward part of type {type(module.ff.net[0]).__name__}"
         if isinstance(module, ResnetBlock2D) and not has_plain_shortcut(module):
             return "a shortcut that is no linear layer of the channels"
+        if isinstance(module, Upsample2D) and not is_plain_upsampler(module):
+            return "an upsampling that is not a plain one"
     return None
+
+
+def is_plain_upsampler(upsampler: Upsample2D) -> bool:
+    """Each pixel four times, then a convolution of 3 × 3."""
+    layer = upsampler.conv
+    is_usual = upsampler.norm is None and not upsampler.use_conv_transpose and upsampler.interpolate
+    return (
+        is_usual and type(layer) is nn.Conv2d and (layer.kernel_size, layer.padding, layer.stride) == ((3, 3), (1, 1), (1, 1))
+    )
 
 
 def has_plain_shortcut(resnet: ResnetBlock2D) -> bool:
     """A linear layer of the channels, or none."""
     layer = resnet.conv_shortcut
     return layer is None or (layer.kernel_size == (1, 1) and layer.bias is not None)
-
-
-def _merged(transformer: Transformer2DModel) -> MergedTransformer:
-    blocks: list[MergedBlock] = []
-    bias: torch.Tensor | None = None
-    for block in transformer.transformer_blocks:
-        own, cross = block.attn1, block.attn2
-        weights = torch.cat((own.to_q.weight, own.to_k.weight, own.to_v.weight))
-        for layer, part in zip((own.to_q, own.to_k, own.to_v), weights.chunk(3), strict=True):
-            layer.weight = nn.Parameter(part, requires_grad=False)  # the same memory, not twice
-        first = bias
-        second = _added(first, own.to_out[0].bias)
-        third = _added(second, cross.to_out[0].bias)
-        bias = _added(third, block.ff.net[2].bias)
-        blocks.append(MergedBlock(weights, (first, second, third)))
-    out = transformer.proj_out
-    assert bias is not None
-    return MergedTransformer(tuple(blocks), out.weight.flatten(1).float() @ bias + out.bias.float())
 
 
 def _added(bias: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

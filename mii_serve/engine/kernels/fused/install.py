@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from mii_serve.engine.kernel_choices import Choice, ChoiceFile, choices_folder
+from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.kernels.fused.choice import ChosenOperations, source_digest
 from mii_serve.engine.kernels.fused.forward import FusedKernels, why_not_fusible
 from mii_serve.engine.kernels.fused.measuring import MAX_ERROR, MeasuringOperations, error
@@ -22,9 +25,10 @@ from mii_serve.engine.kernels.fused.operations import Operations
 from mii_serve.engine.kernels.fused.vae import FusedDecoder, why_vae_not_fusible
 from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
+from mii_serve.engine.kernels.timing import time_ms
 from mii_serve.models import LoadedModel
 from mii_serve.samplers.table import INPUT_PLANES, STATE_PLANES
-from mii_serve.types import LATENT_SCALE
+from mii_serve.types import LATENT_SCALE, LatentShape
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +36,8 @@ MIN_COMPUTE_CAPABILITY = (8, 0)
 MAX_PASS_ERROR = 10 * MAX_ERROR[torch.float16]
 """Of a whole pass, in which some hundred operations round one after the other."""
 
-NUM_TIMED = 10
+MAX_MEASURING_S = 120.0
+"""Of a start: what is left is measured by the next one, whose kernels are compiled by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,7 @@ class Device:
     ways: Mapping[str, Operations]
     samplers: Mapping[str, SamplerKernels]
     time_ms: Callable[[Callable[[], object]], float]
+    clock: Callable[[], float] = time.monotonic
 
     @property
     def name(self) -> str:
@@ -82,10 +88,9 @@ def install(model: LoadedModel, device: Device, *, num_samples: tuple[int, ...],
     unet, vae = pipeline.unet, pipeline.vae
     if (reason := why_not_fusible(unet)) is not None:
         return Installed(NativeKernels(unet), f"not fused: the UNet has {reason}")
-    latent_shape = model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE
     with torch.inference_mode(False), torch.no_grad():
         unet.to(memory_format=torch.channels_last)
-        inputs = PassInputs(unet, latent_shape)
+        inputs = PassInputs.of(model)
         expected = inputs.prediction(NativeKernels(unet), 1)
         choice = _choice(pipeline, device, inputs, num_samples, folder)
         operations = ChosenOperations(choice, device.ways)
@@ -95,7 +100,7 @@ def install(model: LoadedModel, device: Device, *, num_samples: tuple[int, ...],
             logger.warning("the fused kernels are not used: a whole pass is %.2g off", found)
             return Installed(NativeKernels(unet), f"not fused: a whole pass is {found:.2g} off")
         about = f"fused: {choice.summary()}"
-        if (reason := why_vae_not_fusible(vae) or _fuse_decoder(vae, operations, latent_shape)) is not None:
+        if (reason := why_vae_not_fusible(vae) or _fuse_decoder(vae, operations, inputs.latent_shape)) is not None:
             about += f"; not the decoder ({reason})"
     logger.info("%s", about)
     return Installed(fused, about)
@@ -110,7 +115,7 @@ def this_device(device: torch.device) -> Device:
     import triton
 
     from mii_serve.engine.kernels.fused.sampler import FusedSampler
-    from mii_serve.engine.kernels.fused.triton_operations import TritonAfterLinear, TritonOperations
+    from mii_serve.engine.kernels.fused.triton_operations import TritonAfterLinear, TritonBeforeConvolution, TritonOperations
 
     seen = torch.cuda.get_device_properties(device)
     if (seen.major, seen.minor) < MIN_COMPUTE_CAPABILITY:
@@ -123,23 +128,23 @@ def this_device(device: torch.device) -> Device:
         "triton": triton.__version__,
         "kernels": source_digest(),
     }
-    ways = {"triton": TritonOperations(), "linear, then triton": TritonAfterLinear()}
-    return Device(about=about, ways=ways, samplers={"triton": FusedSampler()}, time_ms=_time_ms)
+    ways = {
+        "triton": TritonOperations(),
+        "linear, then triton": TritonAfterLinear(),
+        "triton, then convolution": TritonBeforeConvolution(),
+    }
+    return Device(about=about, ways=ways, samplers={"triton": FusedSampler()}, time_ms=time_ms)
 
 
 def _choice(pipeline: Any, device: Device, inputs: PassInputs, num_samples: tuple[int, ...], folder: Path) -> Choice:
     unet, vae = pipeline.unet, pipeline.vae
-    shapes = str([(name, tuple(one.shape)) for part in (unet, vae) for name, one in part.state_dict().items()])
-    model = {
-        "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
-        "latents": list(inputs.latent_shape),
-        "num_samples": list(num_samples),
-        "dtype": str(unet.dtype),
-    }
-    file = ChoiceFile({**device.about, "model": model}, folder)
-    if (known := file.read()) is not None:
+    file = ChoiceFile({**device.about, "model": about_model(pipeline, inputs.latent_shape, num_samples)}, folder)
+    if (known := file.read()) is not None and known.num_left == 0:
         return known
-    measuring = MeasuringOperations(device.ways, device.time_ms, before=file.begin)
+    ends = device.clock() + MAX_MEASURING_S
+    measuring = MeasuringOperations(device.ways, device.time_ms, before=file.begin, has_time=lambda: device.clock() < ends)
+    if known is not None:
+        measuring.take(known.measurements, known.refused)
     if (killer := file.ended_the_process()) is not None:
         measuring.refused[killer] = "a start that tried it ended without a result"
     kernels = FusedKernels(unet, measuring)
@@ -152,10 +157,29 @@ def _choice(pipeline: Any, device: Device, inputs: PassInputs, num_samples: tupl
     if why_vae_not_fusible(vae) is None:
         vae.decoder.to(memory_format=torch.channels_last)
         FusedDecoder(vae.decoder, measuring)(inputs.latents(1, vae.config.latent_channels))
-    choice = Choice(device=device.name, measurements=tuple(measuring.measurements), refused=measuring.refused)
+    if measuring.num_left:
+        logger.warning("%d shapes are left for the next start to measure", measuring.num_left)
+    choice = Choice(
+        device=device.name,
+        measurements=tuple(measuring.measurements),
+        refused=measuring.refused,
+        num_left=measuring.num_left,
+    )
     file.write(choice)
     file.end()
     return choice
+
+
+def about_model(pipeline: Any, latent_shape: LatentShape, num_samples: tuple[int, ...]) -> dict[str, Any]:
+    """What of a model decides how long its parts take."""
+    parts = pipeline.unet, pipeline.vae
+    shapes = str([(name, tuple(one.shape)) for part in parts for name, one in part.state_dict().items()])
+    return {
+        "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "latents": list(latent_shape),
+        "num_samples": list(num_samples),
+        "dtype": str(pipeline.unet.dtype),
+    }
 
 
 def _fuse_decoder(vae: Any, operations: Operations, latent_shape: tuple[int, int]) -> str | None:
@@ -179,19 +203,29 @@ class PassInputs:
     """Random inputs of a pass through the UNet, the same ones each time."""
 
     unet: Any
-    latent_shape: tuple[int, int]
+    latent_shape: LatentShape
+
+    @classmethod
+    def of(cls, model: LoadedModel) -> PassInputs:
+        """Of the model's default size."""
+        return cls(model.pipeline.unet, (model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE))
 
     def latents(self, count: int, channels: int) -> torch.Tensor:
         made = torch.randn(count, channels, *self.latent_shape, generator=torch.Generator().manual_seed(0))
         return made.to(self.unet.device, self.unet.dtype, memory_format=torch.channels_last)
 
-    def prediction(self, kernels: NativeKernels, num_samples: int) -> torch.Tensor:
+    def prediction(self, kernels: KernelSet, num_samples: int) -> torch.Tensor:
         """Of so many guided samples."""
+        return self.call(kernels, num_samples)()
+
+    def call(self, kernels: KernelSet, num_samples: int) -> Callable[[], torch.Tensor]:
+        """The UNet call of so many guided samples, its inputs on the device."""
         unet = self.unet
         generator = torch.Generator().manual_seed(1)
         embeds = torch.randn(2 * num_samples, 77, unet.config.cross_attention_dim, generator=generator)
         timesteps = torch.linspace(999.0, 1.0, num_samples, device=unet.device)
-        return kernels.predict_noise(
+        return functools.partial(
+            kernels.predict_noise,
             self.latents(num_samples, unet.config.in_channels),
             kernels.embed_timesteps(timesteps),
             kernels.project_prompts(embeds.to(unet.device, unet.dtype)),
@@ -222,18 +256,3 @@ class PassInputs:
 
         shape = "sampler", (self.latent_shape[0] * self.latent_shape[1],), num_samples
         measuring.measured(*shape, call, TorchSampler(), samplers.items())
-
-
-def _time_ms(call: Callable[[], object]) -> float:
-    """The least mean of three runs, after one that compiles and warms up."""
-    call()
-    found = []
-    for _ in range(3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(NUM_TIMED):
-            call()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / NUM_TIMED)
-    return min(found)

@@ -167,8 +167,8 @@ def group_apply(image, scales, normed, num_pixels, width, PIXELS: tl.constexpr,
 
 @triton.jit
 def upsample(image, bias, residual, made, num_pixels, width, image_width, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-             HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr):  # fmt: skip
-    """image + bias + residual, each pixel four times. Grid: rows, blocks of PIXELS, blocks of CHANNELS."""
+             HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, IS_LARGER: tl.constexpr):  # fmt: skip
+    """image + bias + residual; with IS_LARGER each pixel four times. Grid: rows, blocks of PIXELS, blocks of CHANNELS."""
     row = tl.program_id(0)
     pixels = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     channels = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -176,12 +176,16 @@ def upsample(image, bias, residual, made, num_pixels, width, image_width, PIXELS
     value = _summed(image, bias, residual, image, row, pixels, channels, mask, num_pixels, width, 0, 0, HAS_BIAS, HAS_RESIDUAL,
                     False)  # fmt: skip
     value = value.to(made.dtype.element_ty)
-    above = row.to(tl.int64) * num_pixels * 4 + (pixels // image_width) * (4 * image_width) + (pixels % image_width) * 2
-    at = above[:, None] * width + channels[None, :]
-    tl.store(made + at, value, mask=mask)
-    tl.store(made + at + width, value, mask=mask)
-    tl.store(made + at + 2 * image_width * width, value, mask=mask)
-    tl.store(made + at + 2 * image_width * width + width, value, mask=mask)
+    if IS_LARGER:
+        above = row.to(tl.int64) * num_pixels * 4 + (pixels // image_width) * (4 * image_width) + (pixels % image_width) * 2
+        at = above[:, None] * width + channels[None, :]
+        tl.store(made + at, value, mask=mask)
+        tl.store(made + at + width, value, mask=mask)
+        tl.store(made + at + 2 * image_width * width, value, mask=mask)
+        tl.store(made + at + 2 * image_width * width + width, value, mask=mask)
+    else:
+        at = (row.to(tl.int64) * num_pixels + pixels)[:, None] * width + channels[None, :]
+        tl.store(made + at, value, mask=mask)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import gelu, interpolate, layer_norm, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import conv2d, gelu, interpolate, layer_norm, linear, scaled_dot_product_attention, silu
 
 
 class Norm(Protocol):
@@ -19,6 +19,25 @@ class Norm(Protocol):
     weight: Any
     bias: Any
     eps: float
+
+
+class Upsampling:
+    """A 3 × 3 convolution of an image that was made twice as high and wide, each pixel four times.
+
+    The two are one transposed convolution of the smaller image: a pixel of the result sees two of its pixels along each side,
+    with one weight or the sum of two. It needs four ninths of the arithmetic, and nothing is written in between.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        """Output channels × input channels × 3 × 3, in channels last."""
+        sums = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32).to(weight.device)
+        transposed = torch.einsum("ka,lb,oiab->iokl", sums, sums, weight.float()).to(weight.dtype)
+        self.transposed = in_channels_last(transposed)
+        """Input channels × output channels × 4 × 4, of a stride of 2 and a padding of 1."""
+
+    def float(self) -> Upsampling:
+        return Upsampling(self.weight.float())
 
 
 class Operations(Protocol):
@@ -42,9 +61,13 @@ class Operations(Protocol):
         ...
 
     def upsample(
-        self, image: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+        self,
+        image: torch.Tensor,
+        layer: Upsampling,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """image + bias + residual, twice as high and wide, each pixel four times. `bias` is C."""
+        """The layer's convolution, without its own bias, of image + bias + residual, twice as high and wide. `bias` is C."""
         ...
 
     def layer_norm(self, tokens: torch.Tensor, norm: Norm, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,9 +111,14 @@ class TorchOperations:
         return in_channels_last(normed), in_channels_last(total)
 
     def upsample(
-        self, image: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+        self,
+        image: torch.Tensor,
+        layer: Upsampling,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return in_channels_last(interpolate(summed(image, bias, residual), scale_factor=2.0, mode="nearest"))
+        larger = in_channels_last(interpolate(summed(image, bias, residual), scale_factor=2.0, mode="nearest"))
+        return in_channels_last(conv2d(larger, layer.weight, padding=1))
 
     def layer_norm(self, tokens: torch.Tensor, norm: Norm, bias: torch.Tensor | None = None) -> torch.Tensor:
         if bias is not None:

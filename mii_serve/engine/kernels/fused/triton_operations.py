@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import conv2d, conv_transpose2d, linear
 
 from mii_serve.engine.kernels.fused import kernels, matmul_kernels, tiles
-from mii_serve.engine.kernels.fused.operations import Norm, TorchOperations
+from mii_serve.engine.kernels.fused.operations import Norm, TorchOperations, Upsampling, in_channels_last
 from mii_serve.engine.kernels.fused.tiles import Tile
 
 Grid = tuple[int, ...]
@@ -142,10 +142,23 @@ class TritonOperations(TorchOperations):
         return normed, total if keeps_total else None
 
     def upsample(
-        self, image: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+        self,
+        image: torch.Tensor,
+        layer: Upsampling,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """One transposed convolution."""
+        if bias is not None or residual is not None:
+            image = self.added(image, bias, residual)
+        return in_channels_last(conv_transpose2d(image, layer.transposed, stride=2, padding=1))
+
+    def added(
+        self, image: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, *, is_larger: bool = False
+    ) -> torch.Tensor:
+        """image + bias + residual; larger, each pixel is there four times."""
         num_rows, width, height, image_width = image.shape
-        size = num_rows, width, 2 * height, 2 * image_width
+        size = num_rows, width, height * (1 + is_larger), image_width * (1 + is_larger)
         made = torch.empty(size, dtype=image.dtype, device=image.device, memory_format=torch.channels_last)
         tile, num_pixels = tiles.UPSAMPLE, height * image_width
         self._launch(
@@ -154,7 +167,7 @@ class TritonOperations(TorchOperations):
             tile,
             [image, bias, residual, made],
             [num_pixels, width, image_width],
-            {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None},
+            {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "IS_LARGER": is_larger},
         )
         return made
 
@@ -213,6 +226,19 @@ class TritonOperations(TorchOperations):
             flops=4 * num_rows * num_heads * num_queries * num_keys * head,
         )
         return made
+
+
+class TritonBeforeConvolution(TritonOperations):
+    """The same but for `upsample`: a kernel makes the image larger, and cuDNN convolves it."""
+
+    def upsample(
+        self,
+        image: torch.Tensor,
+        layer: Upsampling,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return in_channels_last(conv2d(self.added(image, bias, residual, is_larger=True), layer.weight, padding=1))
 
 
 class TritonAfterLinear(TritonOperations):

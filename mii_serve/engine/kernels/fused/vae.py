@@ -12,6 +12,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.functional import linear
 
@@ -21,11 +22,12 @@ from mii_serve.engine.kernels.fused.forward import (
     convolved_twice,
     end_bias,
     has_plain_shortcut,
+    is_plain_upsampler,
     normalized,
     residual_block,
     upsampled,
 )
-from mii_serve.engine.kernels.fused.operations import Operations, in_channels_last, tokens_of
+from mii_serve.engine.kernels.fused.operations import Operations, Upsampling, in_channels_last, tokens_of
 
 KNOWN_BLOCKS = {"UpDecoderBlock2D"}
 
@@ -41,6 +43,8 @@ def why_vae_not_fusible(vae: Any) -> str | None:
     for module in decoder.modules():
         if isinstance(module, ResnetBlock2D) and not _is_plain_resnet(module):
             return "a residual block that is not a plain one"
+        if isinstance(module, Upsample2D) and not is_plain_upsampler(module):
+            return "an upsampling that is not a plain one"
         if isinstance(module, Attention) and not _is_plain_attention(module):
             return "an attention that is not a plain one"
     if type(decoder.conv_norm_out) is not nn.GroupNorm or type(decoder.conv_act) is not nn.SiLU:
@@ -73,6 +77,8 @@ class FusedDecoder(nn.Module):
         for module in decoder.modules():
             if isinstance(module, ResnetBlock2D):
                 self._constants[module] = end_bias(module)
+            elif isinstance(module, Upsample2D):
+                self._constants[module] = Upsampling(module.conv.weight)
             elif isinstance(module, Attention):
                 layers = module.to_q, module.to_k, module.to_v
                 self._constants[module] = torch.cat([layer.weight for layer in layers]), torch.cat([one.bias for one in layers])
@@ -92,7 +98,7 @@ class FusedDecoder(nn.Module):
             for resnet in block.resnets:
                 hidden = self._resnet(resnet, hidden)
             for upsampler in block.upsamplers or ():
-                hidden = convolved(upsampler.conv, upsampled(self._operations, hidden))
+                hidden = upsampled(self._operations, self._constants[upsampler], upsampler, hidden)
         normed, _ = normalized(self._operations, hidden, decoder.conv_norm_out, is_silu=True)
         return decoder.conv_out(normed)
 

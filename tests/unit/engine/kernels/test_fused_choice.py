@@ -82,6 +82,21 @@ def test_what_was_measured_is_not_measured_again(model, tmp_path):
     assert again.about == first.about
 
 
+def test_what_a_start_has_no_time_for_the_next_one_measures(model, tmp_path):
+    device, way = fast_device()
+    ticks = iter(range(0, 10_000, 30))
+    first = put_under(model, replace(device, clock=lambda: float(next(ticks))), tmp_path)
+    assert isinstance(first.kernels, FusedKernels)
+    num_left, measured = (choice_in(tmp_path)[name] for name in ("num_left", "measurements"))
+    assert len(measured) == 3 and num_left > 10 and set(way.calls) == {"group_norm"}
+    device, way = fast_device()
+    again = put_under(tiny_model(), device, tmp_path)
+    assert set(way.calls) == {*NAMES} and all(f"{name} fast " in again.about for name in NAMES)
+    found = choice_in(tmp_path)
+    assert found["num_left"] == 0 and found["measurements"][:3] == measured
+    assert len(found["measurements"]) == 3 + num_left
+
+
 def test_another_version_is_measured_again(model, tmp_path):
     put_under(model, fast_device()[0], tmp_path)
     device, _ = fast_device(wrong="layer_norm")
