@@ -282,6 +282,10 @@ class BatchedEngine:
                 kept_image=kept_image,
             )
 
+    def _is_guided(self, params: GenerationParams) -> bool:
+        """By a second row; a latent consistency model takes the guidance scale in with the timestep."""
+        return params.is_guided and not self._embeds_guidance
+
     def _first_latents(
         self, sample: Sample, stepping: Stepping, generator: torch.Generator, encoded: EncodedImage | None
     ) -> tuple[torch.Tensor, KeptImage | None]:
@@ -300,10 +304,6 @@ class BatchedEngine:
                 return noise * stepping.init_noise_sigma, kept_image
         of_image, of_noise = stepping.noise_level(0)
         return of_image * image_latents + of_noise * noise, kept_image
-
-    def _is_guided(self, params: GenerationParams) -> bool:
-        """By a second row; a latent consistency model takes the guidance scale in with the timestep."""
-        return params.is_guided and not self._embeds_guidance
 
     def _stepping(self, params: GenerationParams, generator: torch.Generator) -> Stepping:
         sampling = self._samplings.of_request(params)

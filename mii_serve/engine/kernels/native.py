@@ -220,15 +220,6 @@ class NativeKernels:
         return slice(keys.start + shift, keys.stop + shift)
 
 
-def _pointwise(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """A linear layer, or a convolution of one pixel as one, which is faster; `inputs` have their channels last."""
-    return linear(inputs, layer.weight.flatten(1), layer.bias)
-
-
-def _channels_last(image: torch.Tensor) -> torch.Tensor:
-    return image.permute(0, 2, 3, 1)
-
-
 def _embed_guidance(guidance: torch.Tensor, width: int) -> torch.Tensor:
     """N × `width`, as `StableDiffusionPipeline.get_guidance_scale_embedding` has it."""
     half = width // 2
@@ -236,6 +227,15 @@ def _embed_guidance(guidance: torch.Tensor, width: int) -> torch.Tensor:
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -exponents).to(guidance.device)
     angles = (guidance * 1000.0)[:, None] * frequencies[None, :]
     return pad(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), (0, width % 2))
+
+
+def _pointwise(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """A linear layer, or a convolution of one pixel as one, which is faster; `inputs` have their channels last."""
+    return linear(inputs, layer.weight.flatten(1), layer.bias)
+
+
+def _channels_last(image: torch.Tensor) -> torch.Tensor:
+    return image.permute(0, 2, 3, 1)
 
 
 def _take(activation: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
