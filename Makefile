@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTO := mii_serve/proto/v1/image_generation.proto
 
-.PHONY: clients chromium peers demo test test-fast deployment-test image-test check stubs goldens grade gpu-test gpu-bench gpu-tune clean
+.PHONY: clients chromium peers demo test test-fast deployment-test image-test release check stubs goldens grade gpu-test gpu-bench gpu-tune clean
 
 # torch goes first and pinned, so that nothing else decides which build is taken. The registry's own build brings several gigabytes
 # of CUDA packages; on a machine without a GPU, TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu' avoids them.
@@ -35,6 +35,14 @@ CLIENTS := $(patsubst tests/clients/%.txt,.clients/%/.installed,$(wildcard tests
 	DS_BUILD_OPS=0 .clients/mii/bin/pip install -q --no-deps --no-build-isolation -r $<
 	touch $@
 
+# A model that was exported for MLflow computes with torch: this environment borrows ours, too, and installs what is not there.
+.clients/mlflow/.installed: tests/clients/mlflow.txt $(INSTALLED)
+	test -x .clients/mlflow/bin/python || $(BIN)/python -m venv .clients/mlflow
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.clients/mlflow/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
+	.clients/mlflow/bin/pip install -q -r $<
+	touch $@
+
 clients: $(CLIENTS)
 
 demo: $(INSTALLED)
@@ -57,7 +65,7 @@ test-fast: $(INSTALLED)
 .deployment-tools/.installed: tools/install_deployment_tools.sh
 	tools/install_deployment_tools.sh .deployment-tools $(PYTHON)
 
-deployment-test: $(INSTALLED) .deployment-tools/.installed
+deployment-test: $(INSTALLED) .deployment-tools/.installed .clients/azureml/.installed .clients/mlflow/.installed
 	$(BIN)/python -m pytest -m "not gpu" tests/deployment --ignore tests/deployment/test_image.py
 
 # Builds the CPU image without a registry, and serves from it: ten minutes and more on two cores. Needs root.
@@ -70,6 +78,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Wheel, source distribution, SBOM, licences and checksums in dist/, tried in an empty environment. RELEASE_FLAGS=--draft for a trial.
+release: $(INSTALLED)
+	$(BIN)/python tools/release.py $(RELEASE_FLAGS)
 
 stubs: $(INSTALLED)
 	PATH=$(BIN):$$PATH $(BIN)/python tools/generate_stubs.py
@@ -105,4 +117,4 @@ peers: $(INSTALLED) .peers/.installed
 	$(BIN)/python benchmarks/peers.py
 
 clean:
-	rm -rf $(VENV) .clients .peers .deployment-tools build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .clients .peers .release .deployment-tools build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -62,13 +62,12 @@ def kills(folder: Path, server: RunningServer, num_rows: int, num_kills: int) ->
     moments, killed = random.Random(0), 0
     while True:
         job = subprocess.Popen(command(given, "-o", out, "--target", server.target, "--json"), stdout=subprocess.DEVNULL)
-        try:
-            job.wait(moments.uniform(0.75, 1.35) if killed < num_kills else None)
-            break
-        except subprocess.TimeoutExpired:
-            job.kill()
+        if killed == num_kills or not _lives_until(job, script, moments, num_rows // num_kills):
             job.wait()
-            killed += 1
+            break
+        job.kill()
+        job.wait()
+        killed += 1
     index = lines_of(out / "index.jsonl")
     wrong = sum(hashlib.sha256((out / line["file"]).read_bytes()).hexdigest() != line["sha256"] for line in index)
     on_disk = [path for path in (out / "pictures").rglob("*") if path.is_file()]
@@ -82,6 +81,18 @@ def kills(folder: Path, server: RunningServer, num_rows: int, num_kills: int) ->
         "made_again_per_kill": round((script.count - num_rows) / max(1, killed), 1),
         "in_flight": 2 * 8,
     }
+
+
+def _lives_until(job: subprocess.Popen[bytes], script: Counted, moments: random.Random, per_life: int) -> bool:
+    """Wait for the moment to kill: within its start, one time of five, else some answers on. False where it has ended."""
+    if moments.random() < 0.2:
+        time.sleep(moments.uniform(0.0, 1.0))
+        return job.poll() is None
+    aim = script.count + moments.randint(1, round(1.6 * per_life))
+    while script.count < aim and job.poll() is None:
+        time.sleep(0.002)
+    time.sleep(moments.uniform(0.0, 0.03))
+    return job.poll() is None
 
 
 def million(folder: Path, server: RunningServer, num_rows: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from mii_serve.bench.check import distance
 from mii_serve.config import DeployConfig
 from mii_serve.engine.stage_timer import StageTimer
 from mii_serve.models import RANDOM_SD_V1_4, load_model
-from mii_serve.replica.encoding import PNG_COMPRESS_LEVEL
+from mii_serve.provenance.marks import PNG_COMPRESS_LEVEL
 from mii_serve.types import RequestedParams
 
 SAMPLERS = (("pndm", 50), ("dpm++_2m", 25))

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mii_serve.models.random_init import SD_V1_4
+from mii_serve.models.families import SD_V1_4
 
 DEVICE = torch.device("cuda:0")
 CUDA, META, NUM_DEVICE_TYPES = 1, 14, 21

@@ -72,6 +72,22 @@ def memory_mib(front: psutil.Process) -> dict[str, float]:
     return {"front": round(front.memory_info().rss / MIB, 1), "replica": round(replicas / MIB, 1)}
 
 
+class CoresBusy:
+    """How many cores the callers, the front and its replicas keep busy, from now on."""
+
+    def __init__(self, front: psutil.Process) -> None:
+        self._processes = {"callers": [psutil.Process()], "front": [front], "replicas": front.children()}
+        self._start, self._before = time.perf_counter(), self._seconds()
+
+    def _seconds(self) -> dict[str, float]:
+        times = {name: [one.cpu_times() for one in some] for name, some in self._processes.items()}
+        return {name: sum(one.user + one.system for one in some) for name, some in times.items()}
+
+    def so_far(self) -> dict[str, float]:
+        elapsed_s = time.perf_counter() - self._start
+        return {name: round((now - self._before[name]) / elapsed_s, 3) for name, now in self._seconds().items()}
+
+
 @dataclass
 class Tally:
     """What became of the requests, by the code they ended with."""
@@ -115,6 +131,7 @@ async def capacity(stub: Any, seconds: float) -> float:
 
 async def overload(stub: Any, rate: float, seconds: float, timeout_s: float, front: psutil.Process) -> dict[str, Any]:
     chance, tally, memory, calls = random.Random(5), Tally(), [], []
+    busy = CoresBusy(front)
     start = time.perf_counter()
     at, seed = 0.0, 0
     while at < seconds:
@@ -124,6 +141,7 @@ async def overload(stub: Any, rate: float, seconds: float, timeout_s: float, fro
             memory.append(memory_mib(front))
         at, seed = at + chance.expovariate(rate), seed + 1
     memory.append(memory_mib(front))
+    cores_busy = busy.so_far()
     await asyncio.gather(*calls)
     warm_s = min(5.0, seconds / 4)  # the first pictures need a moment
     counted = [done for done in tally.done_at if start + warm_s <= done <= start + seconds]
@@ -137,6 +155,7 @@ async def overload(stub: Any, rate: float, seconds: float, timeout_s: float, fro
             "p95": round(statistics.quantiles(tally.refused_ms, n=20)[18], 1),
         },
         "accepted_but_late": tally.accepted_late,
+        "cores_busy": cores_busy,
         "unaccounted": len(calls) - sum(tally.codes.values()),
         "memory_mib": memory,
     }
@@ -146,11 +165,14 @@ async def measure(target: str, front: psutil.Process, arguments: argparse.Namesp
     async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
         stub = ImageGenerationStub(channel)
         await capacity(stub, 5.0)
+        busy = CoresBusy(front)
         before = await capacity(stub, arguments.seconds / 2)
+        busy_at_capacity = busy.so_far()
         row = await overload(stub, before * arguments.times, arguments.seconds, arguments.timeout, front)
         after = await capacity(stub, arguments.seconds / 2)
         able = (before + after) / 2
     share = round(row["goodput_per_s"] / able, 3)
+    row["cores_busy"] = {"at_capacity": busy_at_capacity, "overloaded": row.pop("cores_busy")}
     return {"capacity_per_s": {"before": round(before, 2), "after": round(after, 2)}, "goodput_of_capacity": share, **row}
 
 

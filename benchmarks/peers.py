@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Servers of the same model on this machine, one after another under the same load, their pictures checked.
+"""Servers of the same model on this machine, in turn under the same load, their pictures checked.
 
     make peers              installs the peers into .peers, then runs this; under ten minutes
     python benchmarks/peers.py --systems mii_serve mii_legacy --seconds 5
 
-First what each can do: a closed loop of 16 callers. Then an open loop, Poisson arrivals at 0.5, 0.85 and 1.2 of what the
-first system named can do, the same arrivals and requests for everybody, each with a deadline. `uniform` asks for 20 steps,
-`mixed` for 10, 20, 30 or 50, a quarter each. A load that a server has failed at a lower rate (fewer than half answered in
-time) is left out and named. What the peers are is in `benchmarks/peers/`; the requests' sampler is PNDM, which is the
-pipeline's own.
+All servers run from the start, and those that are not measured idle, so that what is compared is measured within the same
+minute. First what each can do: a closed loop of 16 callers, in two rounds. Then an open loop, Poisson arrivals at 0.5, 0.85 and
+1.2 of what the first system named can do, the same arrivals and requests for everybody, each with a deadline. `uniform` asks
+for 20 steps, `mixed` for 10, 20, 30 or 50, a quarter each. A load that a server has failed at a lower rate (fewer than half
+answered in time) is left out and named. What the peers are is in `benchmarks/peers/`; the requests' sampler is PNDM, which is
+the pipeline's own.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ MIXES = {
     "mixed": "; ".join(f"1: num_inference_steps={steps}, {COMMON}" for steps in (10, 20, 30, 50)),
 }
 CALLERS = 16
+NUM_CAPACITY_ROUNDS = 2
 START_TIMEOUT_S = 120.0
 DRAIN_TIMEOUT_S = 6.0
 CAPACITY_TIMEOUT_S = 30.0
@@ -152,14 +155,14 @@ def _free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-@contextlib.contextmanager
-def _served(system: System) -> Iterator[list[Server]]:
-    """One server in a list, so that it can be replaced by a fresh one."""
-    held = [Server(system)]
-    try:
-        yield held
-    finally:
-        held[0].stop()
+@dataclass
+class Peer:
+    """A system and its server, which is replaced by a fresh one where it goes on with the load before."""
+
+    system: System
+    server: Server
+    failed: dict[str, str] = field(default_factory=dict)
+    """By mix, why its other loads are left out."""
 
 
 @dataclass
@@ -172,49 +175,59 @@ class Run:
     kept: list[tuple[int, list[SampledPicture]]]
     capacity: dict[str, float]
 
-    async def system(self, system: System) -> None:
-        if not os.access(system.command[0], os.X_OK):
-            self._skip({"system": system.name}, f"{system.command[0]} is missing: make peers installs it")
-            return
-        with _served(system) as held:
+    async def all(self, systems: Sequence[System]) -> None:
+        peers: list[Peer] = []
+        try:
+            for system in systems:
+                if os.access(system.command[0], os.X_OK):
+                    peers.append(Peer(system, Server(system)))
+                else:
+                    self._skip({"system": system.name}, f"{system.command[0]} is missing: make peers installs it")
             for mix in self.arguments.mixes:
-                if self._left_s < 2 * self.arguments.seconds + self.arguments.timeout:
-                    self._skip({"system": system.name, "mix": mix}, "no time left")
-                    continue
-                try:
-                    await self._mix(system, held, mix)
-                except DownError as reason:
-                    self._skip({"system": system.name, "mix": mix}, str(reason))
+                for load in (*(["capacity"] * NUM_CAPACITY_ROUNDS), *LOADS):
+                    for peer in peers:
+                        await self._in_turn(peer, mix, load)
+        finally:
+            for peer in peers:
+                peer.server.stop()
 
     @property
     def _left_s(self) -> float:
         return self.deadline - time.monotonic()
 
-    async def _mix(self, system: System, held: list[Server], mix: str) -> None:
-        quick = self.arguments.seconds
-        closed = self._plan(mix, Loop(kind="closed", callers=CALLERS), quick, num_warmup=CALLERS // 2)
-        await self._drained(system, held, closed, START_TIMEOUT_S)
-        able = await self._measured(system, held, mix, "capacity", closed)
-        self.capacity.setdefault(mix, able["requests_per_s"] or 1.0)
-        if "unlocked" in system.name:
+    async def _in_turn(self, peer: Peer, mix: str, load: float | str) -> None:
+        about = {"system": peer.system.name, "mix": mix, "load": load}
+        if load != "capacity" and "unlocked" in peer.system.name:
             return  # it is here for its pictures, not for its times
-        for load in LOADS:
-            about = {"system": system.name, "mix": mix, "load": load}
-            rate = load * self.capacity[mix]
-            if self._left_s < quick + self.arguments.timeout:
-                self._skip(about, "no time left")
-                continue
-            loop = Loop(kind="poisson", rate=rate)
-            plan = self._plan(mix, loop, quick, num_warmup=0)
-            await self._drained(system, held, plan, DRAIN_TIMEOUT_S)
-            figures = await self._measured(system, held, mix, load, plan)
-            if figures["num_ok"] < figures["num_requests"] / 2:
-                for higher in (one for one in LOADS if one > load):
-                    self._skip({**about, "load": higher}, f"it failed more than half of the requests at {load:g}")
-                return
+        if mix in peer.failed:
+            self._skip(about, peer.failed[mix])
+        elif self._left_s < self.arguments.seconds + self.arguments.timeout:
+            self._skip(about, "no time left")
+        else:
+            try:
+                await self._measure(peer, mix, load)
+            except DownError as reason:
+                peer.failed[mix] = str(reason)
+                self._skip(about, str(reason))
 
-    async def _measured(self, system: System, held: list[Server], mix: str, load: float | str, plan: Plan) -> dict[str, Any]:
-        driver = system.driver(held[0].port)
+    async def _measure(self, peer: Peer, mix: str, load: float | str) -> None:
+        if load == "capacity":
+            plan = self._plan(mix, Loop(kind="closed", callers=CALLERS), num_warmup=CALLERS // 2)
+        else:
+            plan = self._plan(mix, Loop(kind="poisson", rate=float(load) * self._capacity(mix)), num_warmup=0)
+        await self._drained(peer, plan, START_TIMEOUT_S if load == "capacity" else DRAIN_TIMEOUT_S)
+        figures = await self._measured(peer.system, peer.server, mix, load, plan)
+        if load != "capacity" and figures["num_ok"] < figures["num_requests"] / 2:
+            peer.failed[mix] = f"it failed more than half of the requests at {load:g}"
+
+    def _capacity(self, mix: str) -> float:
+        """Of the first system that was measured, in requests a second."""
+        of_mix = [row for row in self.rows if row["mix"] == mix and row.get("load") == "capacity" and "skipped" not in row]
+        rates = [row["requests_per_s"] for row in of_mix if row["system"] == of_mix[0]["system"]]
+        return self.capacity.setdefault(mix, statistics.mean(rates) if any(rates) else 1.0)
+
+    async def _measured(self, system: System, server: Server, mix: str, load: float | str, plan: Plan) -> dict[str, Any]:
+        driver = system.driver(server.port)
         try:
             measured = await measure(plan, driver)
         finally:
@@ -248,26 +261,26 @@ class Run:
         )
         return figures
 
-    async def _drained(self, system: System, held: list[Server], plan: Plan, timeout_s: float) -> None:
+    async def _drained(self, peer: Peer, plan: Plan, timeout_s: float) -> None:
         """Wait until nothing of the load before is left; a server that goes on with it is replaced by a fresh one."""
         for is_last in (False, True):
-            driver = system.driver(held[0].port)
+            driver = peer.system.driver(peer.server.port)
             try:
                 bound_s = START_TIMEOUT_S if is_last else timeout_s
-                await held[0].ready(driver, plan, max(5.0, min(bound_s, self._left_s)))
+                await peer.server.ready(driver, plan, max(5.0, min(bound_s, self._left_s)))
                 return
             except DownError:
                 if is_last or timeout_s == START_TIMEOUT_S:
                     raise
             finally:
                 await driver.close()
-            held[0].stop()
-            held[0] = Server(system)
+            peer.server.stop()
+            peer.server = Server(peer.system)
 
-    def _plan(self, mix: str, loop: Loop, seconds: float, num_warmup: int) -> Plan:
+    def _plan(self, mix: str, loop: Loop, num_warmup: int) -> Plan:
         # What a server can do is not a matter of deadlines.
         timeout_s = CAPACITY_TIMEOUT_S if loop.kind == "closed" else self.arguments.timeout
-        limits = LoadLimits(duration_s=seconds, timeout_s=timeout_s, max_in_flight=256)
+        limits = LoadLimits(duration_s=self.arguments.seconds, timeout_s=timeout_s, max_in_flight=256)
         size = len(MIXES[mix].split(";"))
         return Plan(loop=loop, mix=parse_mix(MIXES[mix]), limits=limits, seed="peers", num_warmup=num_warmup, sample_size=size)
 
@@ -337,10 +350,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "peers-demo.json")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left
     start = time.monotonic()
     run = Run(arguments, start + arguments.budget, [], [], {})
-    for name in arguments.systems:
-        asyncio.run(run.system(SYSTEMS[name]))
+    asyncio.run(run.all([SYSTEMS[name] for name in arguments.systems]))
     run.check()
     about = {
         **environment.circumstances(),

@@ -70,6 +70,10 @@ ServedName = Annotated[str, Field(pattern=r"^[!-~]([ -~]*[!-~])?$", max_length=2
 """A name of the model in requests: printable ASCII, because paths and logs hold it."""
 
 
+EmbeddingToken = Annotated[str, Field(pattern=r"^[^\s,=]+$", max_length=64)]
+"""A word of prompts."""
+
+
 def _names(given: object) -> object:
     """Names from flags, a variable (separated by commas) or a file, without duplicates and empty ones."""
     if isinstance(given, str):
@@ -77,6 +81,18 @@ def _names(given: object) -> object:
     if not isinstance(given, list | tuple):
         return given
     return tuple(dict.fromkeys(name for name in given if name != ""))
+
+
+def _paths_by_name(given: object) -> object:
+    """Paths by name from flags (NAME=PATH), a variable (separated by commas) or a file."""
+    if isinstance(given, str):
+        given = [pair for pair in given.split(",") if pair.strip()]
+    if not isinstance(given, list | tuple):
+        return given
+    pairs = [str(pair).strip().partition("=") for pair in given]
+    if any(not (name and path) for name, _, path in pairs):
+        raise ValueError("must be NAME=PATH")
+    return {name: path for name, _, path in pairs}
 
 
 class HttpConfig(BaseModel):
@@ -144,6 +160,21 @@ class ContentSafetyConfig(BaseModel):
         return (self.endpoint or f"https://{self.account_name}.cognitiveservices.azure.com").rstrip("/")
 
 
+class ProvenanceConfig(BaseModel):
+    """Marks that say that a picture was generated.
+
+    `enable_metadata` writes XMP into every file, with the model and its revision. `certificate`, a chain in PEM whose first is
+    the signer's, and its private `key` sign every file as C2PA Content Credentials. `enable_watermark` changes pixels.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enable_metadata: bool = True
+    enable_watermark: bool = False
+    certificate: Path | None = None
+    key: Path | None = None
+
+
 class DeployConfig(BaseSettings):
     """Every setting of `mii_serve deploy`. Names that end in `_s` are seconds, in `_bytes` bytes, in `_px` pixels."""
 
@@ -154,6 +185,9 @@ class DeployConfig(BaseSettings):
     model: str = Field("demo", min_length=1)
     served_model_name: Annotated[tuple[ServedName, ...], NoDecode, BeforeValidator(_names)] = ()
     revision: str | None = None
+    tokenizer: Path | None = None
+    vae: Path | None = None
+    embedding: Annotated[dict[EmbeddingToken, Path], NoDecode, BeforeValidator(_paths_by_name)] = Field(default_factory=dict)
     allow_pickle: bool = False
     enable_safety_checker: bool = True
     engine: EngineChoice = "auto"
@@ -183,9 +217,12 @@ class DeployConfig(BaseSettings):
     drain_timeout_s: float = Field(30.0, ge=0)
     max_connection_age_s: float | None = Field(None, ge=1, le=86400)
     enable_spare_process: bool = True
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     http: HttpConfig = HttpConfig()
     limits: LimitsConfig = LimitsConfig()
     content_safety: ContentSafetyConfig = ContentSafetyConfig()
+    provenance: ProvenanceConfig = ProvenanceConfig()
 
     @classmethod
     def load(cls, flags: dict[str, Any], file: Path | None = None, written: dict[str, Any] | None = None) -> DeployConfig:

@@ -15,7 +15,8 @@
     ├── EngineError              the device or the model failed                  INTERNAL             500
     │   ├── NotFiniteError       this picture has values that are not finite
     │   ├── EngineLostError      and the replica has to be started again
-    │   └── PoisonedRequestError replicas crash under this request
+    │   ├── PoisonedRequestError replicas crash under this request
+    │   └── ProvenanceError      this picture could not be marked or signed, so it is not sent
     ├── ConfigError              a setting breaks a rule; the server will not start
     │   └── UnusableEngineError  this engine cannot run here; another may
     ├── ModelError               the model cannot be found, read or used; the server will not start
@@ -90,7 +91,11 @@ class QueueFullError(MiiServeError):
 
 
 class RateLimitedError(QueueFullError):
-    """The caller's API key has reached its own limit; other callers are not affected."""
+    """The caller's API key has reached its own limit; other callers are not affected. `key_name` is for the server."""
+
+    def __init__(self, text: str, retry_after_s: float | None = None, *, key_name: str | None = None) -> None:
+        super().__init__(text, retry_after_s)
+        self.key_name = key_name
 
 
 class UnauthenticatedError(MiiServeError):
@@ -145,6 +150,10 @@ class PoisonedRequestError(EngineError):
     """Replicas crashed while they ran this request; it is not tried again."""
 
 
+class ProvenanceError(EngineError):
+    """The marks that the operator asks for could not be put on this picture, so it does not leave. Others are not affected."""
+
+
 class ConfigError(MiiServeError):
     """The setting `setting` breaks `rule`."""
 
@@ -183,7 +192,14 @@ def error_for_grpc_code(code: str, reason: str = "") -> type[MiiServeError]:
 
 _BY_REASON: dict[tuple[str, str], type[MiiServeError]] = {
     (error.grpc_code, error.__name__): error
-    for error in (EngineLostError, ModerationFailedError, NotFiniteError, PoisonedRequestError, RateLimitedError)
+    for error in (
+        EngineLostError,
+        ModerationFailedError,
+        NotFiniteError,
+        PoisonedRequestError,
+        ProvenanceError,
+        RateLimitedError,
+    )
 }
 
 

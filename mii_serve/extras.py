@@ -29,9 +29,11 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "azure": ("azure", "aiohttp"),
     "otel": ("opentelemetry",),
     "parquet": ("pyarrow",),
-    "ray": ("ray",),
+    "mlflow": ("mlflow", "pandas"),
+    "ray": ("ray", "cryptography"),
+    "provenance": ("c2pa", "numpy"),
 }
-"""Top-level modules by extra, small extras first. Every extra but `bench` and `parquet` brings what `server` brings, too."""
+"""Top-level modules by extra, small extras first. All but `bench`, `parquet` and `provenance` bring those of `server`, too."""
 
 
 def how_to_get(extra: str) -> str:

@@ -1,7 +1,7 @@
 """Prometheus instruments of the front and of a replica, each on a registry that is passed in.
 
-No prompt, request id or API key is ever a label, and callers cannot create series: what they choose is grouped into a few
-classes.
+No prompt, request id or API key is ever a label, only the name that the operator gave a key. Callers cannot create series: what
+they choose is grouped into a few classes.
 Names follow https://prometheus.io/docs/practices/naming/.
 """
 
@@ -12,19 +12,33 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    Summary,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.parser import text_string_to_metric_families
 
 from mii_serve import __version__
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # twice the lines for what a restart shows anyway
 
 REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60, 300)
+JOB_STATES = ("validating", "in_progress", "finalizing", "cancelling", "completed", "failed", "expired", "cancelled")
+ROW_STATES = ("open", "done", "failed")
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+MAX_KEY_NAMES = 100
+"""Names of API keys with series of their own since the start; the file may be read again any number of times."""
+OTHER_KEYS = "(other)"
+"""The label of all others; no key can have this name."""
 
 
 class FrontMetrics:
@@ -65,10 +79,62 @@ class FrontMetrics:
             buckets=REQUEST_BUCKETS_S,
             registry=registry,
         )
+        self._key_names: set[str] = set()
+        self._key_requests = Counter(
+            "mii_serve_key_requests", "Finished calls with an API key, by its name.", ("key", "code"), registry=registry
+        )
+        self._key_duration = Summary(
+            "mii_serve_key_request_duration_seconds",
+            "From a call's arrival to its end, of calls with an API key.",
+            ("key",),
+            registry=registry,
+        )
+        self._key_images = Counter(
+            "mii_serve_key_images", "Images sent to callers with an API key.", ("key",), registry=registry
+        )
+        self.signing_expiry = Gauge(
+            "mii_serve_signing_certificate_expiry_timestamp_seconds",
+            "When the certificate of Content Credentials expires and no image is sent any more; +Inf without one.",
+            registry=registry,
+        )
+        ProcessCollector(registry=registry)
         build = Gauge("mii_serve_build_info", "Always 1.", ("version",), registry=registry)
         build.labels(__version__).set(1)
         for where in ("waiting", "running"):
             self.cancelled.labels(where)
+        self._jobs = Gauge("mii_serve_jobs", "Batch jobs that are kept, by state.", ("state",), registry=registry)
+        self._jobs_paused = Gauge(
+            "mii_serve_jobs_paused", "Batch jobs that cannot go on now, such as while the disk is full.", registry=registry
+        )
+        self._job_rows = Gauge(
+            "mii_serve_job_rows", "Rows of the batch jobs that have not ended, by state.", ("state",), registry=registry
+        )
+
+    def follow_jobs(self, jobs: JobsState) -> None:
+        """Let the gauges of jobs read this from now on."""
+        self._jobs_paused.set_function(lambda: jobs.num_paused)
+        for state in JOB_STATES:
+            self._jobs.labels(state).set_function(functools.partial(_one_of, jobs.job_counts, state))
+        for state in ROW_STATES:
+            self._job_rows.labels(state).set_function(functools.partial(_one_of, jobs.row_counts, state))
+
+    def key_request(self, name: str, code: str, seconds: float, num_images: int) -> None:
+        """Note a finished call with the API key of this name."""
+        if name not in self._key_names and len(self._key_names) >= MAX_KEY_NAMES:
+            name = OTHER_KEYS
+        self._key_names.add(name)
+        self._key_requests.labels(name, code).inc()
+        self._key_duration.labels(name).observe(seconds)
+        self._key_images.labels(name).inc(num_images)
+
+
+class JobsState(Protocol):
+    """What the gauges of batch jobs read when they are asked."""
+
+    def job_counts(self) -> Mapping[str, int]: ...
+    def row_counts(self) -> Mapping[str, int]: ...
+    @property
+    def num_paused(self) -> int: ...
 
 
 class BatchState(Protocol):
@@ -150,7 +216,10 @@ class ReplicaMetrics:
             registry=registry,
         )
         self._ranks = Gauge("mii_serve_ranks", "Devices that compute each UNet call together.", registry=registry)
-        self._memory = Gauge("mii_serve_gpu_memory_bytes", "GPU memory of torch's allocator.", ("kind",), registry=registry)
+        self._memory = Gauge(
+            "mii_serve_gpu_memory_bytes", "GPU memory of torch's allocator, and of the device.", ("kind",), registry=registry
+        )
+        ProcessCollector(registry=registry)
 
     def follow(self, state: ReplicaState) -> None:
         """Let the gauges read this from now on."""
@@ -198,14 +267,23 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def together(front: FrontMetrics, replicas: Mapping[int, bytes]) -> bytes:
-    """One exposition of all: the replicas' own texts by index, labelled `replica`, one family for each name."""
-    families: dict[str, Metric] = {}
+def content_type(accept: str) -> str:
+    """Of what `together` gives a reader that accepts this."""
+    return choose_encoder(accept)[1]
+
+
+def together(front: FrontMetrics, replicas: Mapping[int, bytes], accept: str = "") -> bytes:
+    """One exposition of all: the replicas' own texts by index, labelled `replica`, one family for each name.
+
+    `accept` is what the reader takes, as HTTP's header has it: OpenMetrics, or by default Prometheus' text.
+    """
+    families = {family.name: family for family in front.registry.collect()}
     for index, text in sorted(replicas.items()):
         for family in text_string_to_metric_families(text.decode()):
             merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             merged.samples += [sample._replace(labels={**sample.labels, "replica": str(index)}) for sample in family.samples]
-    return generate_latest(_Collected((*front.registry.collect(), *families.values())))
+    encode, _ = choose_encoder(accept)
+    return encode(_Collected(families.values()))
 
 
 def _one_of(read: Callable[[], Mapping[str, int]], kind: str) -> float:

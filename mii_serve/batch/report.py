@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from mii_serve import __version__
 from mii_serve.batch.inputs import InputFile
 from mii_serve.batch.journal import Journal, JournalRow, RowState
-from mii_serve.batch.output import ERRORS, INDEX, MANIFEST, OutputFolder
+from mii_serve.batch.output import ERRORS, INDEX, MANIFEST, PARQUET_INDEX, OutputFolder
 from mii_serve.batch.readers import Reader
 from mii_serve.batch.settings import JobSettings, Maker
 from mii_serve.batch.shards import Shards, shard_name
+
+IndexFormat = Literal["jsonl", "parquet"]
 
 
 class Report:
@@ -29,13 +31,20 @@ class Report:
         self._maker = maker
         self._readers: dict[int, Reader] = {}
 
-    def write_index(self) -> None:
+    def write_index(self, kind: IndexFormat) -> None:
         """One line for each picture, and one for each row that failed, in the order of the rows."""
+        lines = self._pictures()
         if self._settings.shards == "webdataset":
             Shards(self._journal, self._output).pack(self._pictures())
-            self._output.write_lines(INDEX, map(self._in_shard, self._pictures()))
+            lines = map(self._in_shard, self._pictures())
+        if kind == "parquet":
+            from mii_serve.batch.parquet_index import write_parquet_index
+
+            write_parquet_index(self._output, lines)
+            self._output.remove(INDEX)
         else:
-            self._output.write_lines(INDEX, self._pictures())
+            self._output.write_lines(INDEX, lines)
+            self._output.remove(PARQUET_INDEX)
         self._output.write_lines(ERRORS, self._errors())
 
     def write_manifest(self, state: str, reason: str = "") -> None:

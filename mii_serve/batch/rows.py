@@ -26,6 +26,8 @@ WITHOUT_EFFECT = frozenset(
     {"model", "user", "quality", "style", "moderation", "background", "response_format", "output_format", "safety_identifier"}
 )
 """Members of OpenAI's body that do not change the picture here."""
+OF_IMAGES = ("image", "mask_image", "strength")
+"""Parameters of requests that start from an image, which jobs do not have."""
 _SIZE = re.compile(r"(\d{1,9})[xX](\d{1,9})", re.ASCII)
 _KINDS = {parameter.name: parameter for parameter in PARAMETERS}
 
@@ -87,6 +89,8 @@ def _row(row_id: Any, members: Mapping[str, Any]) -> Row:
         if name == ID:
             continue
         if name not in _KINDS:
+            if name in OF_IMAGES:
+                raise RowError(name, "a row cannot start from an image; rename the member if it is something else")
             if (meant := near_parameter(name)) is not None:
                 raise RowError(name, f"no such parameter; did you mean {meant}? Rename it if it is something else")
             extra[name] = value

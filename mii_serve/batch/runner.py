@@ -122,7 +122,7 @@ class JobRunner:
         self._ended: list[tuple[Outcome, int]] = []
         self._has_ended = asyncio.Event()
         self._unsafe: dict[int, list[str]] = {}
-        self._num_failed = journal.counts().num_failed
+        self._num_failed = journal.num_failed()
         self._last_success = time.monotonic()
         self._is_stopping = self._is_over = False
         self._work: asyncio.Task[None] | None = None

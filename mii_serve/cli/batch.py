@@ -21,12 +21,14 @@ from mii_serve.batch.inputs import STDIN
 from mii_serve.batch.job import Job, only_check, open_job
 from mii_serve.batch.journal import Counts, Journal
 from mii_serve.batch.output import JOURNAL, OutputFolder
+from mii_serve.batch.report import IndexFormat
 from mii_serve.batch.runner import End, Ending, JobRunner, Watch
 from mii_serve.batch.settings import JobSettings
 from mii_serve.cli.connection import Connection
 from mii_serve.cli.exits import ExitCode, say
 from mii_serve.cli.own_server import own_server
 from mii_serve.errors import InvalidRequestError, UnavailableError
+from mii_serve.extras import require
 from mii_serve.types import Capabilities, GenerationDefaults, Limits, ServerInfo
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class BatchFlags:
     retry_failed: bool
     only_check: bool
     is_json: bool
+    restart: bool = False
+    index: IndexFormat = "jsonl"
 
 
 def run(flags: BatchFlags, settings: JobSettings, connection: Connection | None, own: Mapping[str, Any]) -> int:
@@ -62,33 +66,58 @@ def run(flags: BatchFlags, settings: JobSettings, connection: Connection | None,
         InvalidRequestError: the input, the output folder or an option cannot be used.
         ConfigError: the job cannot be taken up like this.
     """
-    if connection is not None and own:
-        raise InvalidRequestError(f"--{next(iter(own))}", "cannot be combined with --target: the server has chosen it")
+    if flags.index == "parquet":
+        require("parquet")
     if flags.only_check:
+        check_own(connection, own)
         return _only_check(flags, settings, connection)
     if flags.output is None:
         raise InvalidRequestError("-o", "is needed: the folder for the pictures")
-    output = OutputFolder(flags.output, settings.format)
-    with _connected(connection, own) as target:
-        info = _server_info(target, flags.max_stall_s)
-        try:
-            with open_job(
-                flags.given,
-                output,
-                settings,
-                info,
-                max_errors=flags.max_errors,
-                retry_failed=flags.retry_failed,
-                on_progress=lambda count: say(f"checked {count} rows"),
-            ) as job:
-                return _work(flags, job, target, info)
-        except InvalidRequestError as error:
-            _show_findings(getattr(error, "findings", None))
-            raise
+    with connected(connection, own) as target, findings_shown():
+        return make_pictures(flags, flags.output, settings, target, server_info(target, flags.max_stall_s))
+
+
+def make_pictures(flags: BatchFlags, folder: Path, settings: JobSettings, target: Connection, info: ServerInfo) -> int:
+    """Begin or continue the job of a folder with a server, and return the exit code.
+
+    Raises:
+        InvalidRequestError, ConfigError: as `run`.
+    """
+    with open_job(
+        flags.given,
+        OutputFolder(folder, settings.format),
+        settings,
+        info,
+        max_errors=flags.max_errors,
+        retry_failed=flags.retry_failed,
+        restart=flags.restart,
+        on_progress=lambda count: say(f"checked {count} rows"),
+    ) as job:
+        return _work(flags, job, target, info)
 
 
 @contextlib.contextmanager
-def _connected(connection: Connection | None, own: Mapping[str, Any]) -> Iterator[Connection]:
+def findings_shown() -> Iterator[None]:
+    """Show what is wrong with an input, row by row, before the error that says that something is."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        _show_findings(getattr(error, "findings", None))
+        raise
+
+
+def check_own(connection: Connection | None, own: Mapping[str, Any]) -> None:
+    """Raises:
+    InvalidRequestError: there are flags for a server of one's own, and another server is to be used.
+    """
+    if connection is not None and own:
+        raise InvalidRequestError(f"--{next(iter(own))}", "cannot be combined with --target: the server has chosen it")
+
+
+@contextlib.contextmanager
+def connected(connection: Connection | None, own: Mapping[str, Any]) -> Iterator[Connection]:
+    """The server that was named or, without one, a server that is started with the flags `own` and stopped in the end."""
+    check_own(connection, own)
     if connection is not None:
         yield connection
         return
@@ -101,7 +130,7 @@ def _connected(connection: Connection | None, own: Mapping[str, Any]) -> Iterato
         yield Connection(target=address)
 
 
-def _server_info(connection: Connection, patience_s: float) -> ServerInfo:
+def server_info(connection: Connection, patience_s: float) -> ServerInfo:
     """What the server says of itself, as soon as it does."""
     deadline = time.monotonic() + patience_s
     with connection.open() as client:
@@ -134,7 +163,7 @@ def _work(flags: BatchFlags, job: Job, connection: Connection, info: ServerInfo)
         )
         end = asyncio.run(_run(runner, connection)) if before.num_open else End(Ending.COMPLETE)
     try:
-        job.finish(end)
+        job.finish(end, flags.index)
     except (OSError, sqlite3.Error):
         if end.ending is Ending.COMPLETE:
             raise
@@ -200,7 +229,7 @@ def _only_check(flags: BatchFlags, settings: JobSettings, connection: Connection
     if flags.given == STDIN:
         raise InvalidRequestError("INPUT", "must be a file or a folder with --only-check")
     if connection is not None:
-        capabilities = _server_info(connection, flags.max_stall_s).capabilities
+        capabilities = server_info(connection, flags.max_stall_s).capabilities
     else:
         defaults = GenerationDefaults(scheduler="default")
         capabilities = Capabilities(limits=Limits(), defaults=defaults, schedulers=_AnyScheduler())

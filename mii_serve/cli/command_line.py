@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_serve import __version__
-from mii_serve.cli import bench_flags
+from mii_serve.cli import batch_flags, bench_flags, evaluate_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
-from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, ImageFormat, RequestedParams
+from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, STRENGTH, ImageFormat, RequestedParams
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "127.0.0.1:50050"
 ENGINES = f"{{{','.join(ENGINE_CHOICES)}}}"
 DTYPES = "{auto,fp32,fp16,bf16}"
-MODELS = "hub id, diffusers folder, Azure ML model folder, or demo, the model in the package and the default"
+MODELS = "hub id, diffusers folder, single file, Azure ML model folder, or demo, the model in the package and the default"
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -66,17 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
     for name, usage, add_flags, line, more in (
         ("deploy", "[MODEL]", _add_server_flags, "start a server", _DEPLOY_MORE),
         ("generate", "PROMPT", _add_generate_flags, "make the image of one prompt and write it to a file", ""),
-        (
-            "batch",
-            "INPUT -o FOLDER",
-            _add_batch_flags,
-            "make the images of a file of prompts; goes on where it stopped",
-            _BATCH_MORE,
-        ),
+        ("batch", "INPUT -o FOLDER", _add_batch_flags, batch_flags.LINE, batch_flags.MORE),
+        ("export-mlflow", "MODEL DIR", _add_export_flags, "write a model as an MLflow model, without pickle", _EXPORT_MORE),
+        ("evaluate", "PROMPTS -o FOLDER", _add_evaluate_flags, evaluate_flags.LINE, evaluate_flags.MORE),
         ("config", "show|schema", _add_config_flags, "show the settings of a server and where they come from", _CONFIG_MORE),
         ("status", "", _add_status_flags, "show a server's health, model and load", ""),
         ("verify", "[MODEL]", _add_verify_flags, "compare an engine with the FP32 reference, stage by stage", _VERIFY_MORE),
         ("doctor", "", _add_doctor_flags, "show what this machine has and what each engine needs", _DOCTOR_MORE),
+        ("inspect", "FILE...", _add_inspect_flags, "show what image files say about where they come from", _INSPECT_MORE),
         ("bench", "", _add_bench_flags, "send load to a server, measure it, and check its images", bench_flags.MORE),
     ):
         described = f"{line[0].upper()}{line[1:]}.{more}"
@@ -166,6 +163,14 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-slots", type=int, metavar="N", help="images that run at once, per copy")
     add("--verify", action="store_true", help="compare the engine with the FP32 reference first, and serve only if it passes")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer of a model that is a single file, which has none")
+    add("--vae", type=Path, metavar="PATH", help="a VAE, folder or file, in the place of the model's own")
+    add(
+        "--embedding",
+        action="append",
+        metavar="TOKEN=PATH",
+        help="a word for prompts and its embedding (textual inversion); repeat it for more",
+    )
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     add(
         "--disable-safety-checker",
@@ -174,11 +179,8 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         help="return images without the model's safety check",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
-    levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log-level", choices=levels, default="info", help="least level to log on stderr, default info")
-    parser.add_argument(
-        "--log-format", choices=("text", "json"), default="text", help="format of log lines; json is one object per line"
-    )
+    add("--log-level", choices=("debug", "info", "warning", "error"), help="least level to log on stderr, default info")
+    add("--log-format", choices=("text", "json"), help="format of log lines, default text; json is one object per line")
 
 
 _METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X"}
@@ -204,6 +206,12 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
         if parameter.name != "prompt":
             flag = f"--{parameter.name.replace('_', '-')}"
             request.add_argument(flag, type=parameter.kind, metavar=_METAVARS[parameter.kind], help=parameter.help)
+    request.add_argument(
+        "--image", type=Path, metavar="FILE", help="start from this PNG, JPEG or WebP image; gives the size, too"
+    )
+    help = "an image of the same size: where it is light, the image is repainted, where it is dark, it stays"
+    request.add_argument("--mask-image", type=Path, metavar="FILE", help=help)
+    request.add_argument("--strength", type=float, metavar=_METAVARS[float], help=STRENGTH.help)
     add = parser.add_argument_group("without --target").add_argument
     # No default: a flag that was not given leaves the choice to the environment.
     add("--model", default=argparse.SUPPRESS, metavar="MODEL", help=MODELS)
@@ -220,45 +228,16 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     _add_tls_flags(parser)
 
 
-_BATCH_MORE = """
-
-INPUT is a .jsonl, .csv or .parquet file, a folder of such files, or - for JSON lines on stdin. A row has the parameters of an
-image by their names, of which only prompt is needed, and optionally an id; other members are copied to the index. Lines of
-OpenAI's batch format are read, too. The whole input is checked before any image is made.
-
-Rows that others' requests leave no time for wait: the server makes them when it is idle. The folder then holds pictures/,
-index.jsonl, errors.jsonl and manifest.json. The same command continues a job that was stopped, killed or has failed.
-
-Exit code 0: all images were made; 3: some rows failed; 4: stopped, and the same command continues; 130: Ctrl-C, the same."""
-
-
 def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("input", type=Path, metavar="INPUT", help="file, folder or - with a row for each prompt")
-    add("-o", "--output", type=Path, metavar="FOLDER", help="folder of the job; new, or that of a job to continue")
-    add("--target", metavar="HOST:PORT", help="use this server; without it, start one and stop it at the end")
-    add("--format", choices=("png", "jpeg", "webp"), default="png", help="format of the images, default png")
-    add(
-        "--shards",
-        choices=("folder", "webdataset"),
-        default="folder",
-        help="leave images in folders (default), or pack them in tar files for WebDataset in the end",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="seed of the job: rows without a seed get one from it; default 0")
-    add(
-        "--max-errors",
-        type=int,
-        metavar="N",
-        help="stop if more rows fail; without it, only the check stops at a wrong row",
-    )
-    add("--max-in-flight", type=int, metavar="N", help="requests at once, default twice the server's slots")
-    add("--max-stall", type=float, default=600.0, metavar="SECONDS", help="stop if nothing was made for so long, default 600")
-    add("--retry-failed", action="store_true", help="try the rows that failed again")
-    add("--only-check", action="store_true", help="check the input and make nothing; exit code 2 if rows are wrong")
-    add("--json", action="store_true", help="print one JSON object at the end, and no progress")
+    batch_flags.add_flags(parser)
+    _add_job_flags(parser, ("prompt", "seed"))
+
+
+def _add_job_flags(parser: argparse.ArgumentParser, left_out: Sequence[str]) -> None:
+    """Parameters for all rows of a job but those left out, and the server that makes them."""
     group = parser.add_argument_group("parameters of rows that do not name them")
     for parameter in PARAMETERS:
-        if parameter.name not in ("prompt", "seed"):
+        if parameter.name not in left_out:
             flag = f"--{parameter.name.replace('_', '-')}"
             group.add_argument(flag, type=parameter.kind, metavar=_METAVARS[parameter.kind], help=parameter.help)
     add = parser.add_argument_group("without --target").add_argument
@@ -267,6 +246,23 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     add("--engine", default=argparse.SUPPRESS, metavar=ENGINES, help="what computes the images")
     add("--dtype", default=argparse.SUPPRESS, metavar=DTYPES, help="precision of the model")
     _add_tls_flags(parser)
+
+
+_EXPORT_MORE = """
+
+DIR gets the model's files, the code that makes its images and a signature with the column prompt and all parameters.
+mlflow.pyfunc.load_model loads it; mlflow models predict and mlflow models serve run it. Settings of the loaded model are
+environment variables (MII_SERVE_ENGINE, CONTENT_SAFETY_ENDPOINT, ...). mii_serve deploy takes DIR, too."""
+
+
+def _add_export_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, diffusers folder, or demo")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="folder to write; new or empty")
+
+
+def _add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    evaluate_flags.add_flags(parser)
+    _add_job_flags(parser, ("prompt", "seed", "guidance_scale"))
 
 
 def _add_status_flags(parser: argparse.ArgumentParser) -> None:
@@ -295,6 +291,7 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="{auto,cpu,cuda}", help="where the engine and the reference run")
     add("--max-slots", type=int, metavar="N", help="images that run at once: the size of the batch")
     add("--revision", metavar="REV", help="commit, tag or branch of a hub model")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer of a model that is a single file, which has none")
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML or TOML")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file, as JSON")
@@ -303,6 +300,23 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     )
     levels = ("debug", "info", "warning", "error")
     parser.add_argument("--log-level", choices=levels, default="warning", help="least level to log on stderr, default warning")
+
+
+_INSPECT_MORE = """
+
+It reads the digital source type, model and revision in the XMP, checks C2PA Content Credentials with the C2PA library (extra
+provenance), and looks for the watermark of Stable Diffusion's script. Formats: PNG, JPEG, WebP.
+
+Exit code 0: every file is marked as generated, and no signature is wrong; 1: one is not marked, or was changed after it was
+signed, or with --trust is not signed by whom it should be; 2: a file is no image that can be read; 6: Content Credentials were
+found and the extra is missing."""
+
+
+def _add_inspect_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, metavar="FILE", help="image files")
+    add("--trust", type=Path, metavar="FILE", help="certificates in PEM; signers must be vouched for by one of them")
+    add("--json", action="store_true", help="print one JSON array with an object for each file")
 
 
 def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
@@ -321,10 +335,12 @@ def _add_tls_flags(parser: argparse.ArgumentParser) -> None:
 def _needed_extra(command: str, values: dict[str, Any]) -> str | None:
     """The extra that the command needs in any case; None if it needs none."""
     match command:
-        case "config" | "deploy" | "verify":
+        case "config" | "deploy" | "evaluate" | "verify":
             return "server"
         case "generate":
             return "server" if values["target"] is None else None
+        case "export-mlflow":
+            return "mlflow"
         case "batch":
             return "server" if values["target"] is None and not values["only_check"] else None
         case _:
@@ -340,8 +356,8 @@ def _connection(values: dict[str, Any]) -> Connection:
 def _deploy(values: dict[str, Any]) -> int:
     from mii_serve.cli.deploy import run
 
-    file, log_level, log_format = values.pop("config"), values.pop("log_level"), values.pop("log_format")
-    return run(values, file, log_level, log_format, values.pop("mii_config"))
+    file, mii_file = values.pop("config"), values.pop("mii_config")
+    return run(values, file, mii_file)
 
 
 def _config(values: dict[str, Any]) -> int:
@@ -350,15 +366,18 @@ def _config(values: dict[str, Any]) -> int:
     if values.pop("action") == "schema":
         return config.schema()
     file, is_effective, is_json = values.pop("config"), values.pop("effective"), values.pop("json")
-    del values["log_level"], values["log_format"]
     return config.show(values, file, is_effective=is_effective, is_json=is_json)
 
 
 def _generate(values: dict[str, Any]) -> int:
+    from mii_serve.cli.files import read_image
     from mii_serve.cli.generate import run
 
+    given = {name: values[name] for name in (*PARAMETER_NAMES, STRENGTH.name)}
+    for name, flag in (("image", "--image"), ("mask_image", "--mask-image")):
+        given[name] = None if values[name] is None else read_image(flag, values[name])
     return run(
-        RequestedParams(**{name: values[name] for name in PARAMETER_NAMES}),
+        RequestedParams(**given),
         output=values["output"],
         embed_metadata=values["embed_metadata"],
         connection=None if values["target"] is None else _connection(values),
@@ -381,19 +400,40 @@ def _batch(values: dict[str, Any]) -> int:
         retry_failed=values["retry_failed"],
         only_check=values["only_check"],
         is_json=values["json"],
+        restart=values["restart"],
+        index=values["index"],
     )
     defaults = {name: values[name] for name in DEFAULT_NAMES if values[name] is not None}
     settings = JobSettings(
         defaults=defaults, seed=values["seed"], format=ImageFormat(values["format"]), shards=values["shards"]
     )
-    own: dict[str, Any] = {name: values[name] for name in ("model", "replicas", "engine", "dtype") if name in values}
-    return run(flags, settings, None if values["target"] is None else _connection(values), own)
+    return run(flags, settings, None if values["target"] is None else _connection(values), _own_server(values))
+
+
+def _own_server(values: dict[str, Any]) -> dict[str, Any]:
+    """The flags for a server that the command starts for itself."""
+    return {name: values[name] for name in ("model", "replicas", "engine", "dtype") if name in values}
+
+
+def _evaluate(values: dict[str, Any]) -> int:
+    from mii_serve.batch.settings import DEFAULT_NAMES
+    from mii_serve.cli.evaluate import EvaluateFlags, run
+
+    flags = EvaluateFlags(**{name: values[name] for name in evaluate_flags.NAMES})
+    defaults = {name: values[name] for name in DEFAULT_NAMES if values.get(name) is not None}
+    return run(flags, defaults, None if values["target"] is None else _connection(values), _own_server(values))
 
 
 def _status(values: dict[str, Any]) -> int:
     from mii_serve.cli.status import run
 
     return run(_connection(values), timeout=values["timeout"], is_json=values["json"])
+
+
+def _export_mlflow(values: dict[str, Any]) -> int:
+    from mii_serve.cli.export_mlflow import run
+
+    return run(values["model"], values["directory"])
 
 
 def _verify(values: dict[str, Any]) -> int:
@@ -408,6 +448,12 @@ def _doctor(values: dict[str, Any]) -> int:
     from mii_serve.cli.doctor import run
 
     return run(values["engine"], is_json=values["json"])
+
+
+def _inspect(values: dict[str, Any]) -> int:
+    from mii_serve.cli.inspect import run
+
+    return run(values["files"], values["trust"], is_json=values["json"])
 
 
 def _bench(values: dict[str, Any]) -> int:
@@ -425,7 +471,10 @@ _COMMANDS = {
     "config": _config,
     "deploy": _deploy,
     "doctor": _doctor,
+    "export-mlflow": _export_mlflow,
+    "evaluate": _evaluate,
     "generate": _generate,
+    "inspect": _inspect,
     "status": _status,
     "verify": _verify,
 }

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii_serve import __version__
-from mii_serve.cli.exits import ExitCode, say, silence
+from mii_serve.cli.exits import ExitCode, say, say_as_json, silence
 from mii_serve.extras import EXTRAS, how_to_get
-from mii_serve.logs import LogFormat, configure_logs
+from mii_serve.logs import configure_logs
 from mii_serve.tracing import flush_traces, start_tracing
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ EXAMPLE_PROMPT = "a red circle on a blue background"
 logger = logging.getLogger(__name__)
 
 
-def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: LogFormat, mii_file: Path | None = None) -> int:
+def run(flags: dict[str, Any], file: Path | None, mii_file: Path | None = None) -> int:
     """Serve until a signal stops it, and return the exit code.
 
     Raises:
@@ -36,13 +36,18 @@ def run(flags: dict[str, Any], file: Path | None, log_level: str, log_format: Lo
         ModelError: the model cannot be used.
     """
     _end_on_signals()  # until the deployment can drain, and again after it
-    if "model" in flags:
+    log_format = flags.get("log_format") or os.environ.get("MII_SERVE_LOG_FORMAT") or ("text" if file is None else None)
+    if log_format == "json":
+        say_as_json()
+    if is_early := "model" in flags and log_format is not None:
         _announce(flags["model"])  # now, because the imports below take a moment
     from mii_serve.config import DeployConfig
 
-    configure_logs(log_level, log_format)
     config = DeployConfig.load(flags, file, None if mii_file is None else _translated(file, mii_file))
-    if "model" not in flags:
+    if config.log_format == "json":
+        say_as_json()
+    configure_logs(config.log_level, config.log_format, is_whole=True)
+    if not is_early:
         _announce(config.model)
     start_tracing()
     from mii_serve.server.deploy import Listener, run_deployment

@@ -58,10 +58,26 @@ def exit_code_of(error: MiiServeError) -> ExitCode:
             return ExitCode.FAILED
 
 
+_is_json = False
+_LEVELS = {"error": "ERROR", "warning": "WARNING"}
+"""By how a line begins."""
+
+
+def say_as_json() -> None:
+    """From now on, what is said on stderr has the form of a log's lines."""
+    global _is_json
+    _is_json = True
+
+
 def say(text: str) -> None:
     """Print one line on stderr; stdout is for results."""
+    line = " ".join(text.split())
+    if _is_json:
+        from mii_serve.logs import json_line
+
+        line = json_line(line, _LEVELS.get(line.partition(":")[0], "INFO"), "mii_serve.cli")
     try:
-        print(" ".join(text.split()), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except OSError:  # the reader of stderr has gone, or its disk is full
         silence(sys.stderr)
 

@@ -1,4 +1,5 @@
-"""The files of the images: their paths are checked before any work is done, and each is written whole or not at all."""
+"""The files of images. Those that a request starts from are read; the results' paths are checked before any work is done, and
+each is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mii_serve.errors import InvalidRequestError
-from mii_serve.types import ImageFormat
+from mii_serve.types import MAX_IMAGE_BYTES, ImageFormat
 
 FORMATS = {
     ".png": ImageFormat.PNG,
@@ -42,6 +43,20 @@ def check_place(path: Path, name: str) -> None:
         raise InvalidRequestError(name, f"must be a file, and {path} is a folder")
     if not os.access(path.parent, os.W_OK):
         raise InvalidRequestError(name, f"must be in a writable folder, got {path}")
+
+
+def read_image(name: str, path: Path) -> bytes:
+    """The content of an image's file, as the option `name` gives it; the server decodes it.
+
+    Raises:
+        InvalidRequestError: it cannot be read, or is too large.
+    """
+    try:
+        if path.stat().st_size > MAX_IMAGE_BYTES:
+            raise InvalidRequestError(name, f"must be a file of at most {MAX_IMAGE_BYTES} bytes", str(path.stat().st_size))
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequestError(name, f"must be a file that can be read ({error.strerror})", str(path)) from None
 
 
 def output_paths(path: Path, num_images: int) -> list[Path]:

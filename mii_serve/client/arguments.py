@@ -6,15 +6,19 @@ The rules of a request are the server's to check. Here a value is refused only w
 from __future__ import annotations
 
 import inspect
+import io
 import math
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Literal, TypeAlias, TypeVar, get_type_hints
 
+from PIL import Image
+
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types import (
     PARAMETER_NAMES,
     PARAMETERS,
+    STRENGTH,
     GenerationKwargs,
     GenerationRequest,
     ImageFormat,
@@ -32,6 +36,8 @@ _LONGEST_TIMEOUT_S = 365 * 86400.0
 class GenerateOptions(GenerationKwargs, total=False):
     """The keyword arguments of `generate`: the parameters of the request, and those of the call."""
 
+    image: Image.Image | bytes | None
+    mask_image: Image.Image | bytes | None
     output_format: OutputFormat
     quality: int | None
     embed_metadata: bool
@@ -52,6 +58,14 @@ _DEFAULTS: Mapping[str, Any] = {
     "embed_metadata": OutputOptions().embed_metadata,
 }
 
+_HELPS = {
+    **{parameter.name: parameter.help for parameter in PARAMETERS},
+    "image": "start from this image: of Pillow, or the content of a PNG, JPEG or WebP file; without height and width, the"
+    " result has its size, rounded down to multiples of 8",
+    "mask_image": "an image of the same size: where it is light, the image is repainted, where it is dark, it stays",
+    STRENGTH.name: STRENGTH.help,
+}
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 Member = TypeVar("Member", bound=Enum)
 
@@ -66,7 +80,7 @@ def lists_options(options: type[GenerateOptions]) -> Callable[[Method], Method]:
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS[name], annotation=hint)
             for name, hint in get_type_hints(options).items()
         ]
-        helps = "\n".join(f"    {parameter.name}: {parameter.help}" for parameter in PARAMETERS)
+        helps = "\n".join(f"    {name}: {text}" for name, text in _HELPS.items())
         described: Any = method
         described.__signature__ = signature.replace(parameters=[*own, *named])
         described.__doc__ = f"{inspect.getdoc(method) or ''}\n\nParameters of the request:\n{helps}"
@@ -97,9 +111,10 @@ def build_request(prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
     if not isinstance(prompt, str):
         raise InvalidRequestError("prompt", "must be text", type(prompt).__name__)
     given = {**_DEFAULTS, **options}
-    others = {name: given[name] for name in PARAMETER_NAMES if name != "prompt"}
+    others = {name: given[name] for name in (*PARAMETER_NAMES, "strength") if name != "prompt"}
+    image, mask_image = (_file_of(name, given[name]) for name in ("image", "mask_image"))
     return GenerationRequest(
-        params=RequestedParams(prompt=prompt, **others),
+        params=RequestedParams(prompt=prompt, image=image, mask_image=mask_image, **others),
         output=OutputOptions.checked(
             format=_member(ImageFormat, "output_format", given["output_format"]),
             quality=given["quality"],
@@ -108,6 +123,20 @@ def build_request(prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
         ),
         priority=Priority.NORMAL if given["priority"] is None else _member(Priority, "priority", given["priority"]),
     )
+
+
+def _file_of(name: str, image: Image.Image | bytes | None) -> bytes | None:
+    """An image of Pillow as a PNG file: its pixels as they are, which is how diffusers takes them."""
+    if image is None or isinstance(image, bytes):
+        return image
+    if not isinstance(image, Image.Image):
+        raise InvalidRequestError(name, "must be an image of Pillow, or the bytes of a file", type(image).__name__)
+    file = io.BytesIO()
+    try:
+        image.save(file, "png", compress_level=1)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InvalidRequestError(name, f"cannot be written as PNG ({error})", image.mode) from None
+    return file.getvalue()
 
 
 def _member(members: type[Member], name: str, value: object) -> Member:

@@ -23,6 +23,7 @@ from mii_serve.client.calls import (
     closed_client,
     result_of,
     typed_error,
+    with_timeout,
 )
 from mii_serve.client.health import HEALTH_OF_ALL, RETRY_PAUSE_S, Readiness, health_name
 from mii_serve.client.results import Event, GenerationResult
@@ -127,14 +128,16 @@ class AsyncClient(GenerationCalls[Coroutine[Any, Any, GenerationResult], AsyncGe
         attempts = Attempts(self._max_retries, timeout)
         while True:
             try:
-                call = self._stub().Generate(request, timeout=attempts.left_s, metadata=metadata)
+                left_s = attempts.left_s
+                call = self._stub().Generate(request, timeout=left_s, metadata=with_timeout(metadata, left_s))
                 message = await self._answer(call)
                 return await asyncio.to_thread(result_of, message)
             except MiiServeError as error:
                 await asyncio.sleep(attempts.pause_s(error))
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> AsyncGenerationStream:
-        return AsyncGenerationStream(self._stub().GenerateStream(request, timeout=timeout, metadata=metadata), self.target)
+        call = self._stub().GenerateStream(request, timeout=timeout, metadata=with_timeout(metadata, timeout))
+        return AsyncGenerationStream(call, self.target)
 
     async def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
         """What runs there, what it accepts and how busy it is."""

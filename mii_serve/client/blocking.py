@@ -18,6 +18,7 @@ from mii_serve.client.calls import (
     closed_client,
     result_of,
     typed_error,
+    with_timeout,
 )
 from mii_serve.client.health import HEALTH_OF_ALL, RETRY_PAUSE_S, Readiness, health_name
 from mii_serve.client.results import Event, GenerationResult
@@ -102,7 +103,7 @@ class Client(GenerationCalls[GenerationResult, GenerationStream]):
 
     def _generate_once(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> GenerationResult:
         self._check_open()
-        call = self._stub.Generate.future(request, timeout=timeout, metadata=metadata)
+        call = self._stub.Generate.future(request, timeout=timeout, metadata=with_timeout(metadata, timeout))
         try:
             message = call.result()
         except grpc.FutureCancelledError as error:
@@ -115,7 +116,8 @@ class Client(GenerationCalls[GenerationResult, GenerationStream]):
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> GenerationStream:
         self._check_open()
-        return GenerationStream(self._stub.GenerateStream(request, timeout=timeout, metadata=metadata), self.target)
+        call = self._stub.GenerateStream(request, timeout=timeout, metadata=with_timeout(metadata, timeout))
+        return GenerationStream(call, self.target)
 
     def server_info(self, *, timeout: float | None = 10.0) -> ServerInfo:
         """What runs there, what it accepts and how busy it is."""

@@ -27,7 +27,13 @@ from mii_serve.errors import (
     UnavailableError,
 )
 from mii_serve.proto.codec import CHANNEL_OPTIONS, decode_answer, decode_event, encode_request
-from mii_serve.proto.metadata import AUTHORIZATION_KEY, IDEMPOTENCY_KEY, STATUS_DETAILS_KEY, check_idempotency_key
+from mii_serve.proto.metadata import (
+    AUTHORIZATION_KEY,
+    IDEMPOTENCY_KEY,
+    STATUS_DETAILS_KEY,
+    TIMEOUT_KEY,
+    check_idempotency_key,
+)
 from mii_serve.proto.status import Metadata, decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 
@@ -47,6 +53,7 @@ OPTIONS: tuple[tuple[str, str | int], ...] = (
     # A call that waits notices that the server's machine has disappeared.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # which gRPC 1.85 waits for instead
 )
 
 _SEVERAL_SERVERS = ("dns:", "ipv4:", "ipv6:")
@@ -116,6 +123,11 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
         if (key := options.get("idempotency_key")) is not None:
             metadata = (*metadata, (IDEMPOTENCY_KEY, check_idempotency_key(key)))
         return encode_request(build_request(prompt, options)), check_timeout(options.get("timeout")), metadata
+
+
+def with_timeout(metadata: Pairs, timeout: float | None) -> Pairs:
+    """The metadata of a call with this deadline."""
+    return metadata if timeout is None else (*metadata, (TIMEOUT_KEY, f"{max(timeout, 0.001):.3f}"))
 
 
 class StreamCall:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,6 +20,11 @@ FEW_STEPS = 4
 """The scheduler of a distilled model may have fewer than diffusers' default of 50."""
 
 logger = logging.getLogger(__name__)
+
+
+def takes_guidance_in(unet: Any) -> bool:
+    """Whether the UNet is a latent consistency model's, which makes no second row of a guided sample."""
+    return getattr(unet.config, "time_cond_proj_dim", None) is not None
 
 
 def description_of(model: LoadedModel, engine: EngineName, note: str) -> EngineDescription:

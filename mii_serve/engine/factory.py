@@ -35,7 +35,7 @@ from mii_serve.engine.ranks.leader import lead
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.engine.requirements import first_missing
 from mii_serve.errors import ConfigError, ModelError, UnusableEngineError
-from mii_serve.models import LoadedModel, Precision, load_model
+from mii_serve.models import AddedParts, LoadedModel, Precision, load_model
 from mii_serve.models.tensor_parallel import TensorShard
 
 logger = logging.getLogger(__name__)
@@ -247,9 +247,14 @@ def _load(config: DeployConfig, device: str, dtype: Precision, shard: TensorShar
         allow_pickle=config.allow_pickle,
         enable_safety_checker=config.enable_safety_checker,
         limits=config.limits,
+        added=added_parts(config),
         shard=shard,
     )
     return replace(model, name=config.served_model_name[0]) if config.served_model_name else model
+
+
+def added_parts(config: DeployConfig) -> AddedParts:
+    return AddedParts(tokenizer=config.tokenizer, vae=config.vae, embeddings=config.embedding)
 
 
 def _reference_dtype(config: DeployConfig) -> Precision:

@@ -1,6 +1,7 @@
 """The engine that the others are compared with: FP32, plain diffusers modules, one diffusers scheduler object per image.
 
-Computes what `StableDiffusionPipeline.__call__` computes, operation by operation, so that on the same machine its pictures are
+Computes what `StableDiffusionPipeline.__call__` computes, and for a request with an image `StableDiffusionImg2ImgPipeline`
+or, with a mask, `StableDiffusionInpaintPipeline`, operation by operation, so that on the same machine its pictures are
 the same bits; only the loop is turned inside out, one UNet call per turn. Slow on purpose and never optimised.
 """
 
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
 
-from mii_serve.engine.capabilities import capabilities_of, description_of
+from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in
 from mii_serve.engine.decode import decode, is_finite
+from mii_serve.engine.input_images import KeptImage, mask_of, pixels_of, skip_masked_image
 from mii_serve.engine.probe import UNetCall, without_checker
 from mii_serve.engine.sample_errors import is_of_one_sample, not_finite, sample_error
 from mii_serve.engine.stage_timer import StageTimer
@@ -25,7 +28,7 @@ from mii_serve.engine.warmup import make_pictures, warm_up_request
 from mii_serve.errors import EngineError, NotFiniteError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import checked_pictures
-from mii_serve.samplers.build import ModelSchedulers, step_kwargs, try_scheduler
+from mii_serve.samplers.build import ModelSchedulers, first_call, refuse_without_noise, step_kwargs, try_scheduler
 from mii_serve.samplers.preview import x0_coefficients
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
@@ -40,6 +43,9 @@ from mii_serve.types import (
     StepPlan,
 )
 
+MAX_COUNTED = 10_000
+"""Samplers and numbers of steps whose UNet calls are kept counted."""
+
 
 @dataclass(slots=True)
 class ReferenceSample:
@@ -47,15 +53,17 @@ class ReferenceSample:
 
     sample: Sample
     scheduler: Any
+    timesteps: torch.Tensor
     step_kwargs: dict[str, Any]
     generator: torch.Generator
     prompt_embeds: torch.Tensor
     latents: torch.Tensor
+    kept_image: KeptImage | None = None
     step: int = 0
 
     @property
     def progress(self) -> SampleProgress:
-        return SampleProgress(id=self.sample.id, step=self.step, num_steps=len(self.scheduler.timesteps))
+        return SampleProgress(id=self.sample.id, step=self.step, num_steps=len(self.timesteps))
 
 
 class ReferenceEngine:
@@ -71,7 +79,7 @@ class ReferenceEngine:
         self._schedulers = ModelSchedulers(model.pipeline.scheduler)
         self._timer = StageTimer()
         self._samples: dict[SampleId, ReferenceSample] = {}
-        self._num_calls: dict[tuple[str, int], int] = {}  # at most 1000 step counts of each sampler
+        self._num_calls: dict[tuple[str, int, int], int] = {}
         self.capabilities = capabilities_of(model, self._schedulers, self._count_calls)
         self.description = description_of(model, "reference", note)
 
@@ -79,11 +87,16 @@ class ReferenceEngine:
         return self._timer.take()
 
     def check(self, params: GenerationParams) -> int:
-        return self._count_calls(params.scheduler, params.num_inference_steps)
+        num_calls = self._count_calls(params.scheduler, params.num_inference_steps, params.num_skipped_steps)
+        if params.strength is not None:
+            refuse_without_noise(self._schedulers, params)
+        return num_calls
 
-    def _count_calls(self, scheduler: str, num_inference_steps: int) -> int:
-        asked = scheduler, num_inference_steps
+    def _count_calls(self, scheduler: str, num_inference_steps: int, num_skipped_steps: int = 0) -> int:
+        asked = scheduler, num_inference_steps, num_skipped_steps
         if asked not in self._num_calls:
+            if len(self._num_calls) >= MAX_COUNTED:
+                self._num_calls.clear()
             self._num_calls[asked] = try_scheduler(self._schedulers, *asked)
         return self._num_calls[asked]
 
@@ -119,8 +132,9 @@ class ReferenceEngine:
 
     def _start(self, sample: Sample) -> ReferenceSample:
         params, pipeline = sample.params, self._pipeline
-        scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device)
-        is_guided = params.is_guided
+        scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device, params.num_skipped_steps)
+        timesteps = scheduler.timesteps[first_call(scheduler, params.num_skipped_steps) :]
+        is_guided = self._is_guided(params)
         with self._timer.time("encode"):
             prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
                 params.prompt, self._device, 1, is_guided, params.negative_prompt
@@ -130,15 +144,39 @@ class ReferenceEngine:
         generator = torch.Generator("cpu").manual_seed(sample.seed)
         channels = pipeline.unet.config.in_channels
         shape = (1, channels, params.height // LATENT_SCALE, params.width // LATENT_SCALE)
-        latents = randn_tensor(shape, generator=generator, device=self._device, dtype=prompt_embeds.dtype)
+        latents, kept_image = self._first_latents(sample, scheduler, timesteps[:1], generator, shape)
         return ReferenceSample(
             sample=sample,
             scheduler=scheduler,
+            timesteps=timesteps,
             step_kwargs=step_kwargs(scheduler, generator),
             generator=generator,
             prompt_embeds=prompt_embeds,
-            latents=latents * scheduler.init_noise_sigma,
+            latents=latents,
+            kept_image=kept_image,
         )
+
+    def _first_latents(
+        self, sample: Sample, scheduler: Any, timestep: torch.Tensor, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> tuple[torch.Tensor, KeptImage | None]:
+        """What the sample starts from, and what it keeps of its image."""
+        image, vae = sample.input_image, self._pipeline.vae
+        if image is None:
+            noise = randn_tensor(shape, generator=generator, device=self._device, dtype=self._pipeline.unet.dtype)
+            return noise * scheduler.init_noise_sigma, None
+        with self._timer.time("encode"):
+            encoded = vae.encode(pixels_of(image, sample.params).to(self._device))
+        image_latents = vae.config.scaling_factor * retrieve_latents(encoded, generator=generator)
+        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=image_latents.dtype)
+        if (mask := mask_of(image, sample.params)) is None:
+            return scheduler.add_noise(image_latents, noise, timestep), None
+        image_latents = image_latents.contiguous()  # as the pipeline's are here: convolutions sum in the order of the memory
+        kept_image = KeptImage(mask=mask.to(self._device), image_latents=image_latents, noise=noise)
+        if hasattr(encoded, "latent_dist"):
+            skip_masked_image(noise, generator)
+        if sample.params.strength == 1.0:
+            return noise * scheduler.init_noise_sigma, kept_image
+        return scheduler.add_noise(image_latents, noise, timestep), kept_image
 
     def _or_failed(self, do: Callable[..., SampleProgress], running: ReferenceSample, *arguments: bool) -> SampleProgress:
         try:
@@ -152,14 +190,20 @@ class ReferenceEngine:
 
     def _step(self, running: ReferenceSample, is_shown: bool) -> SampleProgress:
         scheduler, latents = running.scheduler, running.latents
-        timestep = scheduler.timesteps[running.step]
+        timestep = running.timesteps[running.step]
         guidance_scale, guidance_rescale = running.sample.params.guidance_scale, running.sample.params.guidance_rescale
-        is_guided = running.sample.params.is_guided
+        is_guided = self._is_guided(running.sample.params)
         model_input = torch.cat([latents] * 2) if is_guided else latents
         model_input = scheduler.scale_model_input(model_input, timestep)
         with self._timer.time("denoise"):
             embeds = running.prompt_embeds
-            noise_pred = self._pipeline.unet(model_input, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+            noise_pred = self._pipeline.unet(
+                model_input,
+                timestep,
+                encoder_hidden_states=embeds,
+                timestep_cond=self._embedded_guidance(guidance_scale, latents.dtype),
+                return_dict=False,
+            )[0]
             if is_guided:
                 noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
                 noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
@@ -167,11 +211,29 @@ class ReferenceEngine:
                     noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, guidance_rescale)
             running.latents = scheduler.step(noise_pred, timestep, latents, **running.step_kwargs, return_dict=False)[0]
         running.step += 1
+        if (kept := running.kept_image) is not None:
+            original = kept.image_latents
+            if running.step < len(running.timesteps):
+                original = scheduler.add_noise(original, kept.noise, running.timesteps[running.step].reshape(1))
+            running.latents = (1 - kept.mask) * original + kept.mask * running.latents
         preview = None
         if is_shown:
-            x0 = torch.from_numpy(x0_coefficients(scheduler)[running.step - 1 : running.step]).to(self._device)
+            first = len(scheduler.timesteps) - len(running.timesteps)
+            x0 = torch.from_numpy(x0_coefficients(scheduler, first=first)[running.step - 1 : running.step]).to(self._device)
             preview = self._preview(running, estimate_x0(model_input[:1], noise_pred, x0))
         return replace(running.progress, preview=preview)
+
+    def _is_guided(self, params: GenerationParams) -> bool:
+        return params.is_guided and not takes_guidance_in(self._pipeline.unet)
+
+    def _embedded_guidance(self, guidance_scale: float, dtype: torch.dtype) -> torch.Tensor | None:
+        """What a latent consistency model takes in, None for any other."""
+        unet = self._pipeline.unet
+        if not takes_guidance_in(unet):
+            return None
+        width = unet.config.time_cond_proj_dim
+        embedded = self._pipeline.get_guidance_scale_embedding(torch.tensor([guidance_scale - 1.0]), embedding_dim=width)
+        return embedded.to(device=self._device, dtype=dtype)
 
     def _finish(self, running: ReferenceSample) -> SampleProgress:
         picture = self._picture(running, running.latents)
@@ -196,14 +258,13 @@ class ReferenceEngine:
         with self._timer.time("safety"):
             pictures, flags = checked_pictures(self._pipeline, decoded.images)
         picture = pictures[0].convert("RGB")
-        tokenizer = self._pipeline.tokenizer
         return Picture(
             width=picture.width,
             height=picture.height,
             rgb=picture.tobytes(),
             nsfw_content_detected=None if flags is None else flags[0],
-            dropped_prompt=dropped_text(tokenizer, params.prompt),
-            dropped_negative_prompt=dropped_text(tokenizer, params.negative_prompt) if params.is_guided else "",
+            dropped_prompt=dropped_text(self._pipeline, params.prompt),
+            dropped_negative_prompt=dropped_text(self._pipeline, params.negative_prompt) if self._is_guided(params) else "",
         )
 
 

@@ -39,7 +39,7 @@ from mii_serve.gateway.page.calls import page_routes
 from mii_serve.gateway.page.files import PageFiles, wants_page
 from mii_serve.gateway.paths import NormalizedPaths
 from mii_serve.gateway.protocol import HttpProtocol
-from mii_serve.metrics import CONTENT_TYPE
+from mii_serve.metrics import content_type
 from mii_serve.server.call import Admission
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import bind_tcp, bracketed
@@ -78,7 +78,8 @@ def build_app(
         return files.page(request) if wants_page(request) else JSONResponse("healthy", headers={"vary": "accept"})
 
     async def metrics(request: Request) -> Response:
-        return Response(await dispatcher.metrics_text(), media_type=CONTENT_TYPE)
+        accept = request.headers.get("accept", "")
+        return Response(await dispatcher.metrics_text(accept), media_type=content_type(accept), headers={"vary": "accept"})
 
     answers = {"/livez": livez, "/readyz": readyz, "/health": readyz, "/healthz": readyz, "/metrics": metrics, "/": root}
     routes = [Route(path, answer) for path, answer in answers.items()]
@@ -86,7 +87,7 @@ def build_app(
     names = ModelNames(dispatcher, served_names)
     openai = OpenAiDialect()
     batches = routes_without_jobs(endpoints, openai) if jobs is None else Batches(jobs).routes(endpoints, openai)
-    calls = [*_calls(dispatcher, endpoints, settings, names), *batches, *page_routes(dispatcher, endpoints, files)]
+    calls = [*_calls(dispatcher, endpoints, settings, names), *batches, *page_routes(dispatcher, endpoints, files, jobs)]
     pool = connections or ConnectionPool(MAX_CONNECTIONS)
     checks = [Middleware(HostCheck, hosts or AllowedHosts()), Middleware(ConcurrencyLimit, pool)]
     app = Starlette(
@@ -167,7 +168,7 @@ async def serve_http(
     connections = ConnectionPool(max_connections)
     listener = BoundedListener.of(bind_tcp("http_port", config.host, config.http_port), connections)
     hosts = AllowedHosts.of(config)
-    jobs = None if config.jobs_folder is None else Jobs(config.jobs_folder, dispatcher, config.served_model_name)
+    jobs = None if config.jobs_folder is None else Jobs(config.jobs_folder, dispatcher, config.served_model_name, keys)
     app = build_app(dispatcher, keys, config.http, config.served_model_name, hosts=hosts, connections=connections, jobs=jobs)
     listener.listen()  # callers who connect before the server has started wait for it
     settings = uvicorn.Config(

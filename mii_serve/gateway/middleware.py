@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,17 +29,17 @@ from mii_serve.server.call import (
     IDEMPOTENCY_KEY,
     MAX_ID_CHARS,
     REQUEST_ID_KEY,
+    TIMEOUT_KEY,
     Admission,
     CallContext,
     IncomingCall,
+    check_timeout_s,
     network_of,
 )
 
 CLIENT_REQUEST_ID = "x-ms-client-request-id"
 OLD_REQUEST_ID = "x-ms-request-id"
 TRACE_ID = "traceid"
-TIMEOUT_HEADER = "x-request-timeout-s"
-"""Seconds the caller waits at most; the configured bound where it is left out."""
 SERVER_VERSION = f"mii_serve/{__version__}"
 KEEPALIVE_S = 15.0
 """Proxies close connections on which nothing is sent for a while, and a request may wait long in the queue."""
@@ -48,7 +47,6 @@ SEND_TIMEOUT_S = 60.0
 """A caller who takes in nothing for so long is taken to have gone."""
 STOP_TIMEOUT_S = 0.5
 """For telling a caller that the server is stopping."""
-_TIMEOUT = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +139,8 @@ class Endpoint:
         headers = dict(reversed(request.headers.items()))  # of a header that comes twice, the first counts
         timeout_s, problem = self._endpoints.settings.timeout_s, _too_long_id(headers)
         try:
-            timeout_s = min(timeout_s, _timeout_s(headers.get(TIMEOUT_HEADER), timeout_s))
+            if (given := headers.get(TIMEOUT_KEY)) is not None:
+                timeout_s = min(timeout_s, check_timeout_s(given))
         except InvalidRequestError as error:
             problem = problem or error
         if (authorization := authorization_of(headers)) is not None:
@@ -290,14 +289,6 @@ def _too_long_id(headers: Mapping[str, str]) -> MiiServeError | None:
         if len(headers.get(name, "")) > MAX_ID_CHARS:
             return HeaderTooLongError(name, f"must be at most {MAX_ID_CHARS} characters")
     return None
-
-
-def _timeout_s(text: str | None, default_s: float) -> float:
-    if text is None:
-        return default_s
-    if not _TIMEOUT.fullmatch(text) or not float(text) > 0:
-        raise InvalidRequestError(TIMEOUT_HEADER, "must be a number of seconds above 0", repr(text[:20]))
-    return float(text)
 
 
 def _id_headers(headers: Mapping[str, str], request_id: str) -> dict[str, str]:

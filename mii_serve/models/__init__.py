@@ -6,6 +6,8 @@ What `model` may be, in the order it is tried:
    random weights, for benchmarks. A folder of such a name is meant by `./demo`.
 2. A path that exists: a diffusers folder (with `model_index.json`), or an Azure ML model folder (what `AZUREML_MODEL_DIR`
    points at: `mlflow_model_folder/artifacts/INPUT_model_path/` below it). An existing path wins over a hub id.
+   A file of weights (`.safetensors`; `.ckpt` where pickles are allowed): a Stable Diffusion checkpoint in the original layout
+   (`single_file/`).
 3. `org/name` or `org/name@revision`: a model on the Hugging Face hub or in its local cache. `HF_HOME`, `HF_HUB_CACHE`,
    `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` have their usual meaning.
 
@@ -22,7 +24,9 @@ Importing this package costs nothing; torch, diffusers and transformers are impo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mii_serve.types import GenerationDefaults, Limits
@@ -33,12 +37,24 @@ if TYPE_CHECKING:
     from mii_serve.config import LimitsConfig
     from mii_serve.models.tensor_parallel import TensorShard
 
-__all__ = ["DEMO", "RANDOM_SD_V1_4", "LoadedModel", "Precision", "load_model"]
+__all__ = ["DEMO", "RANDOM_SD_V1_4", "AddedParts", "LoadedModel", "Precision", "load_model"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
 DEMO = "demo"
 RANDOM_SD_V1_4 = "random-sd-v1-4"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedParts:
+    """What the operator gives beside the model.
+
+    The folder of the tokenizer for a model in a single file; a VAE in the place of the model's own; embeddings by their tokens.
+    """
+
+    tokenizer: Path | None = None
+    vae: Path | None = None
+    embeddings: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +80,7 @@ def load_model(
     allow_pickle: bool = False,
     enable_safety_checker: bool = True,
     limits: LimitsConfig,
+    added: AddedParts = AddedParts(),
     shard: TensorShard | None = None,
 ) -> LoadedModel:
     """Find, inspect and load `model`; with `shard`, only a rank's part of its UNet.
@@ -86,5 +103,6 @@ def load_model(
             allow_pickle=allow_pickle,
             enable_safety_checker=enable_safety_checker,
             limits=limits,
+            added=added,
             shard=shard,
         )

@@ -18,7 +18,6 @@ _UNSUPPORTED_INPUTS = {
     "num_class_embeds": "class labels",
     "addition_embed_type": "additional embeddings (as in SDXL)",
     "encoder_hid_dim_type": "image or projected prompt embeddings (as in IP-Adapter)",
-    "time_cond_proj_dim": "the guidance scale as an embedding (as in latent consistency models)",
 }
 
 
@@ -32,6 +31,15 @@ def check_architecture(configs: Mapping[str, Mapping[str, Any]], where: str) -> 
     problem = _unet_problem(unet) or _vae_problem(vae) or _embedding_problem(unet, text_encoder)
     if problem:
         raise ModelError(f"{where} is not shaped like Stable Diffusion v1: {problem}. Choose a v1.x text-to-image model")
+
+
+def check_vae(vae: Mapping[str, Any], where: str) -> None:
+    """
+    Raises:
+        ModelError: its latents are not those of Stable Diffusion v1 and v2.
+    """
+    if problem := _vae_problem(vae):
+        raise ModelError(f"{where} is not a VAE of Stable Diffusion v1 or v2: {problem}")
 
 
 def _unet_problem(unet: Mapping[str, Any]) -> str | None:
@@ -48,7 +56,7 @@ def _unet_problem(unet: Mapping[str, Any]) -> str | None:
 
 
 def _vae_problem(vae: Mapping[str, Any]) -> str | None:
-    blocks = vae.get("block_out_channels", (64,))
+    blocks = vae.get("decoder_block_out_channels") or vae.get("block_out_channels", (64,))  # the first of an AutoencoderTiny
     scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list | tuple) else None
     if scale != LATENT_SCALE:
         return f"vae scale factor is {scale} (block_out_channels {blocks}), expected {LATENT_SCALE}"

@@ -7,25 +7,41 @@ are read (wrong shapes, missing tensors) is left to `loading.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii_serve.errors import ModelError
-from mii_serve.models.architecture import check_architecture
+from mii_serve.models.architecture import check_architecture, check_vae
+from mii_serve.models.hints import INTERRUPTED, MODEL_INDEX, has_unfinished_download, hint_for
 from mii_serve.models.weights import MODEL_PARTS, Weights, check_not_a_pointer, find_weights
 
 if TYPE_CHECKING:
     from mii_serve.models import Precision
 
 PIPELINE = "StableDiffusionPipeline"
-MODEL_INDEX = "model_index.json"
+PIPELINES = frozenset(
+    {
+        PIPELINE,
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInpaintPipelineLegacy",
+        "StableDiffusionPAGPipeline",
+        "StableDiffusionPanoramaPipeline",
+        "StableDiffusionPipelineSafe",
+        "StableDiffusionSAGPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+    }
+)
+"""Those with the parts of a `StableDiffusionPipeline`, with which all of them can turn text into pictures."""
 
 _IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 _KNOWN_CLASSES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
-    "vae": ("diffusers", ("AutoencoderKL",)),
+    "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
     "text_encoder": ("transformers", ("CLIPTextModel",)),
     "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
     "scheduler": ("diffusers", ()),  # any class that ends so
@@ -39,10 +55,13 @@ _CONFIG_FILES = {
 }
 _ALTERNATIVE_CONFIG_FILES = {"feature_extractor": ("processor_config.json",)}
 """Read before the usual one, where they are there."""
-_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-_TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_CHECKPOINTS = (".safetensors", ".ckpt")
-_INTERRUPTED = "the download was interrupted. Fetch the model again; an interrupted `hf download` continues where it stopped"
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+TOKENIZER_OPTIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_SAFE_CHECKER = ["stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"]
+"""Has the tensors of a `StableDiffusionSafetyChecker`, and is loaded as one: it blackens pictures."""
+
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +95,16 @@ def check_folder(
     Raises:
         ModelError: the first thing found wrong, where it is, and what to do.
     """
-    classes = read_model_index(folder)
+    classes, unused = _read_index(folder)
+    if unused:
+        _logger.warning("%s: not used, and not loaded: %s", folder, ", ".join(unused))
     if not enable_safety_checker or "safety_checker" not in classes:
         classes = {name: known for name, known in classes.items() if name not in _OPTIONAL}
     for leftover in (*folder.glob("*.incomplete"), *folder.glob("[!.]*/*.incomplete")):
-        raise ModelError(f"{leftover}: {_INTERRUPTED}")
+        raise ModelError(f"{leftover}: {INTERRUPTED}")
     for name in classes:
         if not (folder / name).is_dir():
-            hint = _INTERRUPTED if _has_unfinished_download(folder) else "Fetch or copy the model again"
+            hint = INTERRUPTED if has_unfinished_download(folder) else "Fetch or copy the model again"
             raise ModelError(f"{folder} has no folder {name}/, which its {MODEL_INDEX} names. {hint}")
     configs = {
         name: read_json(folder / name / _CONFIG_FILES.get(name, "config.json")) for name in classes if name != "tokenizer"
@@ -94,6 +115,8 @@ def check_folder(
         weights = None
         if name in MODEL_PARTS:
             weights = find_weights(folder / name, name, dtype, allow_pickle=allow_pickle)
+            if weights.is_pickle and not allow_pickle:
+                _logger.warning("%s: the %s is a pickle, and is read without running code", folder, name)
         parts[name] = Part(
             name=name,
             class_name=class_name,
@@ -110,19 +133,24 @@ def read_model_index(folder: Path) -> dict[str, str]:
     Raises:
         ModelError: no such file, another pipeline, or a class that is not one of a `StableDiffusionPipeline`.
     """
+    return _read_index(folder)[0]
+
+
+def _read_index(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The classes, and the parts that a `StableDiffusionPipeline` does not use to turn text into pictures."""
     index = folder / MODEL_INDEX
     if not index.is_file():
-        raise ModelError(f"{folder} has no {MODEL_INDEX}, so it is not a diffusers model folder. {_hint(folder)}")
+        raise ModelError(f"{folder} has no {MODEL_INDEX}, so it is not a diffusers model folder. {hint_for(folder)}")
     entries = read_json(index)
     pipeline = entries.pop("_class_name", None)
-    if pipeline != PIPELINE:
+    if pipeline not in PIPELINES:
         raise ModelError(
-            f"{index} is of a {pipeline}; only {PIPELINE} is supported, that is text to image with Stable Diffusion v1.x"
+            f"{index} is of a {pipeline}; only {PIPELINE} is supported, that is text to image with Stable Diffusion v1 and v2,"
+            " and other pipelines with the same parts"
         )
-    classes = {}
-    for name, entry in entries.items():
-        if isinstance(entry, list) and entry != [None, None]:
-            classes[name] = _known_class(index, name, entry)
+    parts = {name: entry for name, entry in entries.items() if isinstance(entry, list) and entry[:1] not in ([], [None])}
+    classes = {name: _known_class(index, name, entry) for name, entry in parts.items() if name in _KNOWN_CLASSES}
+    unused = [name for name, entry in parts.items() if name not in _KNOWN_CLASSES and all(isinstance(e, str) for e in entry)]
     for name in _KNOWN_CLASSES:
         if name not in classes and name not in _OPTIONAL:
             raise ModelError(f"{index} names no {name}, which a {PIPELINE} needs. Fetch or copy the model again")
@@ -131,13 +159,29 @@ def read_model_index(folder: Path) -> dict[str, str]:
             f"{index} names a safety_checker but no feature_extractor, which it needs. Add one, or turn the checker off"
             " (enable_safety_checker)"
         )
-    return classes
+    return classes, unused
+
+
+def check_vae_folder(folder: Path, *, dtype: Precision, allow_pickle: bool) -> Part:
+    """A VAE in a folder of its own, as `save_pretrained` leaves it.
+
+    Raises:
+        ModelError
+    """
+    config = read_json(folder / "config.json")
+    known = _KNOWN_CLASSES["vae"][1]
+    if (class_name := config.get("_class_name")) not in known:
+        raise ModelError(f"{folder} is a {class_name}; expected a VAE, that is {' or '.join(known)}")
+    check_vae(config, str(folder))
+    weights = find_weights(folder, "vae", dtype, allow_pickle=allow_pickle)
+    files = (folder / "config.json", *weights.all_files)
+    return Part(name="vae", class_name=class_name, folder=folder, weights=weights, files=files)
 
 
 def _known_class(index: Path, name: str, entry: list[Any]) -> str:
-    if name not in _KNOWN_CLASSES:
-        raise ModelError(f"{index}: {name} ({'.'.join(map(str, entry))}) is not a part of a plain {PIPELINE}")
     library, classes = _KNOWN_CLASSES[name]
+    if name == "safety_checker" and entry == _SAFE_CHECKER:
+        return classes[0]
     match entry:
         case [found_library, str(class_name)] if found_library == library:
             if class_name in classes or (name == "scheduler" and class_name.endswith("Scheduler")):
@@ -171,35 +215,12 @@ def _config_files(folder: Path, part: str) -> tuple[Path, ...]:
     if part != "tokenizer":
         others = (folder / name for name in _ALTERNATIVE_CONFIG_FILES.get(part, ()))
         return (folder / _CONFIG_FILES.get(part, "config.json"), *(file for file in others if file.is_file()))
-    for names in _TOKENIZER_FILES:
+    for names in TOKENIZER_FILES:
         if all((folder / name).is_file() for name in names):
-            known = (*(name for names in _TOKENIZER_FILES for name in names), *_TOKENIZER_OPTIONS)
+            known = (*(name for names in TOKENIZER_FILES for name in names), *TOKENIZER_OPTIONS)
             present = tuple(folder / name for name in known if (folder / name).is_file())
             for file in present:
                 check_not_a_pointer(file)
             return present
-    wanted = " or ".join(" with ".join(names) for names in _TOKENIZER_FILES)
+    wanted = " or ".join(" with ".join(names) for names in TOKENIZER_FILES)
     raise ModelError(f"tokenizer: {folder} has no {wanted}. Fetch or copy the model again")
-
-
-def _has_unfinished_download(folder: Path) -> bool:
-    """`hf download --local-dir` keeps what it has not finished under `.cache`."""
-    return any(_unfinished(folder))
-
-
-def _unfinished(folder: Path) -> Iterator[Path]:
-    yield from (folder / ".cache").rglob("*.incomplete")
-
-
-def _hint(folder: Path) -> str:
-    below = sorted(folder.glob(f"*/{MODEL_INDEX}")) + sorted(folder.glob(f"*/*/{MODEL_INDEX}"))
-    if below:
-        return f"Did you mean {below[0].parent}?"
-    if _has_unfinished_download(folder):
-        return f"It looks as if {_INTERRUPTED}"
-    if any(path.suffix in _CHECKPOINTS for path in folder.iterdir()):
-        return "A single-file checkpoint must be converted once: " + CONVERT_CHECKPOINT
-    return "Give the folder that holds it"
-
-
-CONVERT_CHECKPOINT = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"

@@ -3,8 +3,8 @@
 Every key may be left out:
 
     scheduler              a name requests can use        else `default`, the model's own scheduler
-    num_inference_steps                                   else 50, as in diffusers
-    guidance_scale                                        else 7.5
+    num_inference_steps                                   else 50, as in diffusers (4 with a latent consistency pipeline)
+    guidance_scale                                        else 7.5 (8.5 with a latent consistency pipeline)
     height, width          multiples of 8                 else the size the UNet was trained for
     min_size_px, max_size_px                              else 64 and 1024
 
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mii_serve.config import LimitsConfig
 from mii_serve.errors import ConfigError, ModelError
 from mii_serve.models.check import read_json
+from mii_serve.models.hints import MODEL_INDEX
 from mii_serve.types import DEFAULT_SCHEDULER, LATENT_SCALE, GenerationDefaults, Limits
 
 DEFAULTS_FILE = "mii_serve_defaults.json"
@@ -43,6 +44,11 @@ class DeclaredDefaults(BaseModel):
     max_size_px: int | None = Field(None, ge=LATENT_SCALE, multiple_of=LATENT_SCALE)
 
 
+_LCM = DeclaredDefaults(num_inference_steps=4, guidance_scale=8.5)
+_OF_PIPELINES = {"LatentConsistencyModelPipeline": _LCM, "LatentConsistencyModelImg2ImgPipeline": _LCM}
+"""What diffusers' pipelines draw with where nothing is said, if it is not what `StableDiffusionPipeline` does."""
+
+
 def defaults_files(folder: Path) -> tuple[Path, ...]:
     """The file where there is one: its content changes pictures."""
     file = folder / DEFAULTS_FILE
@@ -50,14 +56,14 @@ def defaults_files(folder: Path) -> tuple[Path, ...]:
 
 
 def read_defaults(folder: Path) -> DeclaredDefaults:
-    """What the model declares; nothing where it has no such file.
+    """What the model declares; where it has no such file, what its pipeline does if that is not the usual.
 
     Raises:
         ModelError: naming the key and the rule it breaks.
     """
     file = folder / DEFAULTS_FILE
     if not file.is_file():
-        return DeclaredDefaults()
+        return _of_pipeline(folder)
     try:
         declared = DeclaredDefaults.model_validate(read_json(file))
     except ValidationError as error:
@@ -74,6 +80,12 @@ def read_defaults(folder: Path) -> DeclaredDefaults:
         if size is not None and not least <= size <= most:
             raise ModelError(f"{file}: {key} {size} is outside of min_size_px {least} to max_size_px {most}")
     return declared
+
+
+def _of_pipeline(folder: Path) -> DeclaredDefaults:
+    if not (folder / MODEL_INDEX).is_file():
+        return DeclaredDefaults()
+    return _OF_PIPELINES.get(str(read_json(folder / MODEL_INDEX).get("_class_name")), DeclaredDefaults())
 
 
 def settle(

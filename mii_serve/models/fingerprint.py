@@ -41,12 +41,20 @@ def fingerprint(folder: Path, files: Iterable[Path]) -> str:
     return _named(_digests(folder, files))
 
 
+def fingerprint_of_named(files: Mapping[str, Path]) -> str:
+    """The same content under the same names gives the same fingerprint, wherever the files are."""
+    return _named(_digests_of(files))
+
+
 def short_digest(hex_digest: str) -> str:
     return f"sha256:{hex_digest[:12]}"
 
 
 def _digests(folder: Path, files: Iterable[Path]) -> dict[str, _Digest]:
-    by_name = {file.relative_to(folder).as_posix(): file for file in files}
+    return _digests_of({file.relative_to(folder).as_posix(): file for file in files})
+
+
+def _digests_of(by_name: Mapping[str, Path]) -> dict[str, _Digest]:
     with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="fingerprint") as pool:
         return dict(zip(by_name, pool.map(_digest, by_name.values()), strict=True))
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mii_serve.errors import ModelError
-from mii_serve.models.check import MODEL_INDEX, read_model_index
+from mii_serve.models.check import read_model_index
+from mii_serve.models.hints import MODEL_INDEX, hint_for_repository
 from mii_serve.models.weights import MODEL_PARTS, candidates, find_weights
 
 if TYPE_CHECKING:
@@ -37,23 +38,27 @@ def fetch(
         ModelError: no such model or revision, no access, or no way to reach the hub and not in the cache.
     """
     folder = _small_files(repo, revision)
+    if not (folder / MODEL_INDEX).is_file():
+        raise _without_an_index(repo, folder.name)
     parts = [part for part in read_model_index(folder) if part in MODEL_PARTS]
     if not enable_safety_checker:
         parts = [part for part in parts if part != "safety_checker"]
-    for choice in range(len(candidates(MODEL_PARTS[0], dtype, allow_pickle=allow_pickle))):
+    kinds_of = {part: candidates(part, dtype, allow_pickle=allow_pickle) for part in parts}
+    for choice in range(max(map(len, kinds_of.values()))):
         parts = [part for part in parts if not _has_weights(folder / part, part, dtype, allow_pickle=allow_pickle)]
         if not parts:
             break
-        _logger.info("%s: fetching the weights of %s", repo, ", ".join(parts))
-        kinds = {part: candidates(part, dtype, allow_pickle=allow_pickle)[choice] for part in parts}
+        kinds = {part: kinds_of[part][choice] for part in parts if choice < len(kinds_of[part])}
+        if not kinds:
+            break
+        _logger.info("%s: fetching the weights of %s", repo, ", ".join(kinds))
         patterns = [f"{part}/{name}" for part, kind in kinds.items() for name in (kind.file, kind.index, kind.shards)]
         try:
             _snapshot(repo, folder.name, patterns)
         except Exception as error:
             raise _explained(repo, revision, error) from error
     for part in parts:
-        kinds_of_part = candidates(part, dtype, allow_pickle=allow_pickle)
-        if not any((folder / part / name).exists() for kind in kinds_of_part for name in (kind.file, kind.index)):
+        if not any((folder / part / name).exists() for kind in kinds_of[part] for name in (kind.file, kind.index)):
             raise _without_weights(repo, revision, part, folder, allow_pickle=allow_pickle)
     return folder, folder.name
 
@@ -119,6 +124,17 @@ def _explained(repo: str, revision: str | None, error: Exception) -> ModelError:
             return _out_of_reach(repo, revision, "HF_HUB_OFFLINE forbids asking the hub")
     reason = (str(error).splitlines() or [""])[0][:200]
     return _out_of_reach(repo, revision, f"{hub} could not be asked ({type(error).__name__}: {reason})")
+
+
+def _without_an_index(repo: str, commit: str) -> ModelError:
+    from huggingface_hub import HfApi
+
+    try:
+        names = [file.rfilename for file in HfApi().model_info(repo, revision=commit).siblings or ()]
+        hint = hint_for_repository(repo, names)
+    except (OSError, ValueError):
+        hint = "Give a repository that has one"
+    return ModelError(f"{repo} has no {MODEL_INDEX}, so it is not a diffusers model. {hint}")
 
 
 def _out_of_reach(repo: str, revision: str | None, why: str) -> ModelError:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
@@ -31,6 +31,7 @@ _MODEL_CLASSES: dict[str, Any] = {
     "text_encoder": CLIPTextModel,
     "safety_checker": StableDiffusionSafetyChecker,
 }
+_VAE_CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 _OTHER_CLASSES: dict[str, Any] = {"tokenizer": CLIPTokenizer, "feature_extractor": CLIPImageProcessor}
 
 _logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def load_pipeline(
         name: _load(part, TORCH_DTYPES[dtype], device, shard if name == "unet" else None)
         for name, part in checked.parts.items()
     }
+    _embed_added_tokens(parts["tokenizer"], parts["text_encoder"], checked)
     _check_tokens(parts["tokenizer"], parts["text_encoder"], checked)
     return make_pipeline(parts)
 
@@ -77,6 +79,15 @@ def make_pipeline(parts: dict[str, Any]) -> StableDiffusionPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_part(part: Part, *, dtype: Precision, device: torch.device) -> Any:
+    """One part by itself.
+
+    Raises:
+        ModelError: naming it.
+    """
+    return _load(part, TORCH_DTYPES[dtype], device, None)
 
 
 def _load(part: Part, dtype: torch.dtype, device: torch.device, shard: TensorShard | None) -> Any:
@@ -97,7 +108,8 @@ def _load_weights(part: Part, dtype: torch.dtype, device: torch.device, shard: T
     if shard is not None and not part.weights.is_pickle:
         module, found = load_shard(part.folder, part.weights.files, shard=shard, dtype=dtype, device=device)
     else:
-        module, found = _MODEL_CLASSES[part.name].from_pretrained(
+        cls = _VAE_CLASSES[part.class_name] if part.name == "vae" else _MODEL_CLASSES[part.name]
+        module, found = cls.from_pretrained(
             str(part.folder),
             torch_dtype=dtype,  # the name that every supported version of both libraries knows
             variant=part.weights.variant,
@@ -130,6 +142,23 @@ def _scheduler_class(part: Part) -> Any:
             " model_index.json, or install a diffusers that has it"
         )
     return cls
+
+
+def _embed_added_tokens(tokenizer: Any, text_encoder: Any, checked: CheckedFolder) -> None:
+    """Give the tokens that were added to the tokenizer alone, as textual inversion does, the embedding of unknown words."""
+    num_known = text_encoder.config.vocab_size
+    added = sorted(token for token, number in tokenizer.get_added_vocab().items() if number >= num_known)
+    if not added or len(tokenizer) != num_known + len(added):
+        return
+    _logger.warning(
+        "%s: the text_encoder has no embedding for %s, which the tokenizer knows. In prompts they mean nothing, unless"
+        " --embedding TOKEN=PATH gives one",
+        checked.folder,
+        ", ".join(added[:3]) + (", …" if len(added) > 3 else ""),
+    )
+    unknown = text_encoder.get_input_embeddings().weight[tokenizer.unk_token_id].clone()
+    table = text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False).requires_grad_(False)
+    table.weight[num_known:] = unknown
 
 
 def _check_tokens(tokenizer: Any, text_encoder: Any, checked: CheckedFolder) -> None:

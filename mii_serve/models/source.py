@@ -5,6 +5,7 @@ The rules of naming are in the package's docstring. Nothing is inspected here be
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from mii_serve.errors import ModelError
 from mii_serve.models import DEMO, RANDOM_SD_V1_4
-from mii_serve.models.check import CONVERT_CHECKPOINT, MODEL_INDEX
+from mii_serve.models.hints import MODEL_INDEX
+from mii_serve.models.single_file.files import ENDINGS
 
 if TYPE_CHECKING:
     from mii_serve.models import Precision
@@ -22,18 +24,25 @@ DEMO_FOLDER = Path(__file__).parent / "demo"
 _AZURE_FOLDER = "mlflow_model_folder"
 _AZURE_INNER = Path("artifacts") / "INPUT_model_path"
 _AZURE_MARK = "MLmodel"
+_ARTIFACTS = ("artifacts/", "artifacts/*/", "artifacts/*/*/")
+_PLACES = ("*/", *_ARTIFACTS, *(f"*/{place}" for place in _ARTIFACTS))
+"""Where else a model may lie in the folder that is given."""
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CACHE_FOLDER = re.compile(r"models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)", re.ASCII)
 
 
+_logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundModel:
-    """`commit` is the hub's, None where it is not known."""
+    """`commit` is the hub's, None where it is not known. `file` is set where the model is a single file in the folder."""
 
     name: str
     folder: Path
     commit: str | None = None
+    file: Path | None = None
 
 
 def find_model(
@@ -90,10 +99,11 @@ def _local(path: Path, revision: str | None) -> FoundModel:
     if not path.is_dir():
         if path.name == MODEL_INDEX:
             raise ModelError(f"{path} is a file. Give the folder it is in")
-        raise ModelError(
-            f"{path} is a file, not a model folder. A single-file checkpoint must be converted once: {CONVERT_CHECKPOINT}"
-        )
-    folder = _inside_azure_folder(path)
+        if path.suffix not in ENDINGS:
+            raise ModelError(f"{path} is neither a model folder nor a file of weights ({', '.join(ENDINGS)})")
+        _refuse_revision(str(path), revision)
+        return FoundModel(name=path.stem, folder=path.parent, file=path)
+    folder = _model_folder(path)
     resolved = folder.resolve()
     if resolved.parent.name == "snapshots" and _COMMIT.fullmatch(resolved.name):
         if revision not in (None, resolved.name):
@@ -105,21 +115,30 @@ def _local(path: Path, revision: str | None) -> FoundModel:
     return FoundModel(name=_name(path), folder=folder)
 
 
-def _inside_azure_folder(path: Path) -> Path:
-    """Where an Azure ML model folder keeps its diffusers folder; any other folder as it is.
+def _model_folder(path: Path) -> Path:
+    """The diffusers folder in an Azure ML or MLflow model folder, or one folder down; where there is none, the path as it is.
 
     Raises:
-        ModelError: an Azure ML model folder without it.
+        ModelError: there are several, or an MLflow model has none.
     """
     if (path / MODEL_INDEX).exists():
         return path
     for mlflow_folder in (path, path / _AZURE_FOLDER):
         if (mlflow_folder / _AZURE_INNER).is_dir():
             return mlflow_folder / _AZURE_INNER
+    found = sorted({index.parent for place in _PLACES for index in path.glob(f"{place}{MODEL_INDEX}")})
+    found = [folder for folder in found if not any(name.startswith(".") for name in folder.relative_to(path).parts)]
+    if len(found) > 1:
+        raise ModelError(f"{path} holds several models: {', '.join(map(str, found))}. Give one of them")
+    if found:
+        _logger.info("the model is in %s", found[0])
+        return found[0]
+    for mlflow_folder in (path, path / _AZURE_FOLDER):
         if (mlflow_folder / _AZURE_MARK).exists():
             raise ModelError(
                 f"{mlflow_folder} is an MLflow model ({_AZURE_MARK}) without {_AZURE_INNER}/, where the diffusers files"
-                " should be. Register or download the model again, or give the diffusers folder itself"
+                f" should be; no {MODEL_INDEX} is elsewhere below artifacts/ or one folder down either. Register or download"
+                " the model again, or give the diffusers folder itself"
             )
     return path
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mii_serve.errors import ModelError
 
 if TYPE_CHECKING:
     from mii_serve.models import Precision
 
-MODEL_PARTS = ("unet", "vae", "text_encoder", "safety_checker")
+SAFETY_CHECKER = "safety_checker"
+MODEL_PARTS = ("unet", "vae", "text_encoder", SAFETY_CHECKER)
 """The parts that have weights."""
 
 _DIFFUSERS_PARTS = ("unet", "vae")
@@ -70,14 +71,18 @@ class Weights:
 
 
 def candidates(part: str, dtype: Precision, *, allow_pickle: bool) -> tuple[Candidate, ...]:
-    """How the part's weights may be stored, best first."""
+    """How the part's weights may be stored, best first.
+
+    A safety checker may always be a pickle, since many models have no other and to serve them without it is worse. It is read
+    without running code, as all pickles are.
+    """
     variants = ("fp16", None) if dtype == "fp16" else (None, "fp16")
     is_diffusers = part in _DIFFUSERS_PARTS
     stems = {
         "safetensors": "diffusion_pytorch_model" if is_diffusers else "model",
         "bin": "diffusion_pytorch_model" if is_diffusers else "pytorch_model",
     }
-    endings = ("safetensors", "bin") if allow_pickle else ("safetensors",)
+    endings = ("safetensors", "bin") if allow_pickle or part == SAFETY_CHECKER else ("safetensors",)
     return tuple(Candidate(stems[ending], ending, variant) for ending in endings for variant in variants)
 
 
@@ -93,7 +98,7 @@ def find_weights(folder: Path, part: str, dtype: Precision, *, allow_pickle: boo
             for file in files:
                 check_not_a_pointer(file)
                 if not candidate.is_pickle:
-                    _check_safetensors(file)
+                    read_header(file)
             index = None if files == (folder / candidate.file,) else folder / candidate.index
             return Weights(files=files, variant=candidate.variant, is_pickle=candidate.is_pickle, index=index)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_ENDINGS)
@@ -149,18 +154,28 @@ def _files(folder: Path, candidate: Candidate) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def _check_safetensors(file: Path) -> None:
-    """The file is as long as its header implies: eight bytes of header length, the header, the tensors."""
+def read_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file, which is as long as its header implies: eight bytes of header length, the header, the
+    tensors.
+
+    Raises:
+        ModelError
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
         if size < 8 or header_size > min(size - 8, _MAX_HEADER_BYTES):
             raise ModelError(f"{file} is cut short, or not a safetensors file ({size} bytes). {_FETCH_AGAIN}")
-        header = stream.read(header_size)
+        content = stream.read(header_size)
     try:
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        header: dict[str, Any] = json.loads(content)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         expected = 8 + header_size + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        are_shapes = all(isinstance(size, int) for entry in tensors.values() for size in entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{file} is not a safetensors file: its header cannot be read. {_FETCH_AGAIN}") from error
+    if not are_shapes:
+        raise ModelError(f"{file} is not a safetensors file: its header cannot be read. {_FETCH_AGAIN}")
     if size != expected:
         raise ModelError(f"{file} is damaged: it has {size} bytes, its header says {expected}. {_FETCH_AGAIN}")
+    return header

@@ -12,6 +12,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from mii_serve.errors import InvalidRequestError, MiiServeError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.types import (
+    MAX_IMAGE_BYTES,
     PARAMETER_NAMES,
     Activity,
     Done,
@@ -23,6 +24,7 @@ from mii_serve.types import (
     GenerationRequest,
     ImageFormat,
     ImageReady,
+    InputImage,
     Limits,
     OutputOptions,
     Preview,
@@ -40,8 +42,8 @@ from mii_serve.types import (
 MAX_MESSAGE_BYTES = 128 * 1024 * 1024
 """Bound on one message, on both sides: sixteen raw 1024 × 1024 images are 48 MiB."""
 
-MAX_REQUEST_BYTES = 1024 * 1024
-"""Bound on a request at the server; far above what any valid request needs."""
+MAX_REQUEST_BYTES = 1024 * 1024 + MAX_IMAGE_BYTES
+"""Bound on a request at the server; beside its files far above what any valid request needs."""
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -107,7 +109,7 @@ def _all_fields(message: Message, value_type: type[Value]) -> Value:
 
 
 def encode_request(request: GenerationRequest | ResolvedRequest) -> pb.GenerateRequest:
-    """Write a request; parameters that are None stay absent.
+    """Write a request; parameters that are None stay absent. The `input_image` of a resolved one is left out.
 
     Raises:
         InvalidRequestError: a value that has no place in its field, such as a number beyond 64 bits or text for a number.
@@ -116,8 +118,11 @@ def encode_request(request: GenerationRequest | ResolvedRequest) -> pb.GenerateR
     message = pb.GenerateRequest(output=pb.OutputOptions(format=_FORMATS[output.format]))
     if request.priority is not Priority.NORMAL:
         message.priority = _PRIORITIES[request.priority]
-    for name in PARAMETER_NAMES:
+    for name in (*PARAMETER_NAMES, "strength"):
         _put(message, name, getattr(request.params, name))
+    if isinstance(request.params, RequestedParams):
+        _put(message, "image", request.params.image)
+        _put(message, "mask_image", request.params.mask_image)
     for name in ("quality", "embed_metadata", "preview_every"):
         _put(message.output, name, getattr(output, name))
     return message
@@ -150,6 +155,7 @@ _TYPE_NAMES = {
     _FIELD.TYPE_UINT64: "an unsigned 64-bit whole number",
     _FIELD.TYPE_DOUBLE: "a number",
     _FIELD.TYPE_BOOL: "true or false",
+    _FIELD.TYPE_BYTES: "the bytes of a file",
 }
 
 
@@ -163,7 +169,8 @@ def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
         raise InvalidRequestError(
             "request", "has fields this server does not know", f"field numbers {unknown[:MAX_NAMED_FIELDS]}"
         )
-    asked = {name: _optional(message, name) for name in PARAMETER_NAMES if name != "prompt"}
+    names = (*PARAMETER_NAMES, "image", "mask_image", "strength")
+    asked = {name: _optional(message, name) for name in names if name != "prompt"}
     return GenerationRequest(
         params=RequestedParams(prompt=message.prompt, **asked),
         output=_decode_output(message.output),
@@ -171,12 +178,15 @@ def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
     )
 
 
-def decode_resolved(message: pb.GenerateRequest) -> ResolvedRequest:
+def decode_resolved(message: pb.GenerateRequest, input_image: InputImage | None = None) -> ResolvedRequest:
     """Read a resolved request that this package wrote. Nothing is checked again."""
+    values = {name: getattr(message, name) for name in PARAMETER_NAMES}
+    has_mask = input_image is not None and input_image.mask is not None
     return ResolvedRequest(
-        params=_all_fields(message, GenerationParams),
+        params=GenerationParams(**values, strength=_optional(message, "strength"), has_mask=has_mask),
         output=_decode_output(message.output),
         priority=_decode_priority(message.priority),
+        input_image=input_image,
     )
 
 
@@ -331,16 +341,20 @@ def _decode_format(number: pb.ImageFormat, index: int) -> ImageFormat:
 def _fill_parameters(message: pb.EffectiveParameters, parameters: EffectiveParameters) -> None:
     for name in _PLAIN_PARAMETERS:
         setattr(message, name, getattr(parameters, name))
+    if parameters.strength is not None:
+        message.strength = parameters.strength
     message.scheduler_options.update(parameters.scheduler_options)
 
 
-_PLAIN_PARAMETERS = tuple(one.name for one in fields(EffectiveParameters) if one.name != "scheduler_options")
+_PLAIN_PARAMETERS = tuple(one.name for one in fields(EffectiveParameters) if one.name not in ("scheduler_options", "strength"))
 
 
 def _decode_done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:
-    values = {one.name: getattr(parameters, one.name) for one in fields(EffectiveParameters)}
+    values = {name: getattr(parameters, name) for name in _PLAIN_PARAMETERS}
     return Done(
-        parameters=EffectiveParameters(**{**values, "scheduler_options": dict(parameters.scheduler_options)}),
+        parameters=EffectiveParameters(
+            **values, scheduler_options=dict(parameters.scheduler_options), strength=_optional(parameters, "strength")
+        ),
         queued_s=timings.queued_s,
         total_s=timings.total_s,
     )

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from mii_serve.config import DeployConfig
 from mii_serve.engine import Engine
 from mii_serve.errors import EngineError
+from mii_serve.metrics import ReplicaMetrics
+from mii_serve.provenance import Provenance
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.types import Capabilities, Event, GenerationAnswer, GenerationRequest, ResolvedRequest, draw_seed, gather
 
@@ -18,8 +20,8 @@ from mii_serve.types import Capabilities, Event, GenerationAnswer, GenerationReq
 class LocalGenerator:
     """Makes images in this process; not thread-safe."""
 
-    def __init__(self, engine: Engine, engine_thread: ThreadPoolExecutor) -> None:
-        self._engine, self._engine_thread = engine, engine_thread
+    def __init__(self, engine: Engine, engine_thread: ThreadPoolExecutor, provenance: Provenance | None = None) -> None:
+        self._engine, self._engine_thread, self._provenance = engine, engine_thread, provenance
 
     @property
     def capabilities(self) -> Capabilities:
@@ -41,17 +43,26 @@ class LocalGenerator:
             InvalidRequestError: naming the field and the rule.
             EngineError: the engine failed.
         """
-        params = self._engine.capabilities.resolve(request.params, fallback_seed=draw_seed())
+        resolved = self._resolved(request)
         with asyncio.Runner() as runner:
-            room = params.num_images_per_prompt
-            replica = ReplicaLoop(self._engine, self._engine_thread, max_waiting_samples=room)
-            events = replica.generate(uuid.uuid4().hex, ResolvedRequest(params=params, output=request.output))
+            room = resolved.params.num_images_per_prompt
+            replica = ReplicaLoop(self._engine, self._engine_thread, max_waiting_samples=room, provenance=self._provenance)
+            events = replica.generate(uuid.uuid4().hex, resolved)
             turns = runner.get_loop().create_task(replica.run())
             try:
                 while (event := runner.run(_next(events))) is not None:
                     yield event
             finally:
                 runner.run(_stop(replica, events, turns))
+
+    def _resolved(self, request: GenerationRequest) -> ResolvedRequest:
+        if request.params.image is None:
+            params, image = self.capabilities.resolve(request.params, fallback_seed=draw_seed()), None
+        else:
+            from mii_serve.safety.input_image import resolve_with_image
+
+            params, image = resolve_with_image(self.capabilities, request.params, fallback_seed=draw_seed())
+        return ResolvedRequest(params=params, output=request.output, input_image=image)
 
 
 async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
@@ -76,10 +87,11 @@ def open_local(config: DeployConfig) -> Iterator[LocalGenerator]:
     Raises:
         ConfigError, ModelError: as `mii_serve deploy` would.
     """
+    provenance = Provenance.of(config.provenance)
     with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
         engine = thread.submit(build_warm_engine, config).result()
         try:
-            yield LocalGenerator(engine, thread)
+            yield LocalGenerator(engine, thread, provenance)
         finally:
             thread.submit(engine.close).result()
 
@@ -100,3 +112,30 @@ def build_warm_engine(config: DeployConfig) -> Engine:
     engine = build_engine(config)
     engine.warmup()
     return engine
+
+
+def build_loop(config: DeployConfig, engine: Engine, engine_thread: ThreadPoolExecutor, provenance: Provenance) -> ReplicaLoop:
+    """The loop of a replica that serves, as it is configured; `engine_thread` has built the engine."""
+    metrics = ReplicaMetrics()
+    if engine.description.device.startswith("cuda"):
+        metrics.follow_memory(_gpu_memory)
+    return ReplicaLoop(
+        engine,
+        engine_thread,
+        max_waiting_samples=config.max_waiting_samples,
+        max_waiting_s=config.max_waiting_s,
+        batch_share=config.batch_share,
+        metrics=metrics,
+        provenance=provenance,
+    )
+
+
+def _gpu_memory() -> dict[str, int]:
+    import torch
+
+    return {
+        "allocated": torch.cuda.memory_allocated(),
+        "peak": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.memory_reserved(),
+        "total": torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
+    }

@@ -26,9 +26,11 @@ from mii_serve.errors import (
     EngineLostError,
     InvalidRequestError,
     MiiServeError,
+    ProvenanceError,
     UnavailableError,
 )
 from mii_serve.metrics import ReplicaMetrics
+from mii_serve.provenance import Provenance
 from mii_serve.replica.encoding import encode_picture
 from mii_serve.replica.mailbox import Mailbox
 from mii_serve.replica.trace import RequestTrace
@@ -96,9 +98,10 @@ class ReplicaLoop:
         max_waiting_s: float = 600.0,
         batch_share: float = 0.0,
         metrics: ReplicaMetrics | None = None,
+        provenance: Provenance | None = None,
     ) -> None:
         """`engine_thread` is the one thread that has built and warmed the engine; it stays its caller's to shut down."""
-        self._engine = engine
+        self._engine, self._provenance = engine, provenance or Provenance()
         self._scheduler = Scheduler(
             engine.capacity,
             max_waiting_samples=max_waiting_samples,
@@ -128,6 +131,11 @@ class ReplicaLoop:
     @property
     def engine(self) -> Engine:
         return self._engine
+
+    @property
+    def queued_work_s(self) -> float:
+        """Seconds that all accepted work takes; 0 before the first turn was measured."""
+        return self._scheduler.queued_work_s
 
     def activity(self) -> Activity:
         return Activity(
@@ -197,6 +205,7 @@ class ReplicaLoop:
             priority=resolved.priority,
             deadline=deadline,
             preview_every=output.preview_every,
+            input_image=resolved.input_image,
         )
         position = self._scheduler.add(request, now)
         generation = self._generations[request_id] = _Generation(
@@ -364,7 +373,14 @@ class ReplicaLoop:
         seed = request.params.seed_of(index)
         loop, start = asyncio.get_running_loop(), time.monotonic()
         try:
-            encoded = await loop.run_in_executor(self._encoders, encode_picture, picture, generation.output, parameters, seed)
+            output = generation.output
+            encoded = await loop.run_in_executor(
+                self._encoders, encode_picture, picture, output, parameters, seed, self._provenance
+            )
+        except ProvenanceError as error:
+            logger.exception("a picture could not be marked, request_id=%s", request.id)
+            self._fail(generation, error)
+            return None
         except Exception as error:
             logger.exception("a picture could not be encoded, request_id=%s", request.id)
             self._fail(generation, EngineError(f"the picture could not be encoded: {type(error).__name__}"))

@@ -23,10 +23,10 @@ from pathlib import Path
 from mii_serve.config import DeployConfig
 from mii_serve.errors import MiiServeError
 from mii_serve.logs import configure_logs
-from mii_serve.metrics import ReplicaMetrics
 from mii_serve.models.quiet import quiet_libraries
 from mii_serve.parent import end_with_parent
-from mii_serve.replica.local import build_warm_engine
+from mii_serve.provenance import Provenance
+from mii_serve.replica.local import build_loop, build_warm_engine
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import ListenOn, replica_server
 from mii_serve.threads import wait_briefly
@@ -40,7 +40,8 @@ HEAVY_MODULES = ("mii_serve.engine.factory", "mii_serve.models.loading")
 
 def main() -> int:
     # Ctrl-C in a terminal reaches the whole process group; only the parent acts on it, and then tells us by SIGTERM.
-    # SIGHUP tells the parent to read its keys again; a terminal that goes away ends the parent, and so us.
+    # SIGHUP tells the parent to read its files again, and it passes that on where we have some; a terminal that goes away ends
+    # the parent, and so us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, name="end").start())
@@ -57,20 +58,11 @@ def main() -> int:
     status_fd = int(sys.argv[1])
     try:
         config = DeployConfig.from_json(order["config"])
+        provenance = Provenance.of(config.provenance)
         with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
             engine = thread.submit(build_warm_engine, config).result()
-            metrics = ReplicaMetrics()
-            if engine.description.device.startswith("cuda"):
-                metrics.follow_memory(_gpu_memory)
-            loop = ReplicaLoop(
-                engine,
-                thread,
-                max_waiting_samples=config.max_waiting_samples,
-                max_waiting_s=config.max_waiting_s,
-                batch_share=config.batch_share,
-                metrics=metrics,
-            )
-            asyncio.run(_serve(loop, config, order["socket"], status_fd))
+            loop = build_loop(config, engine, thread, provenance)
+            asyncio.run(_serve(loop, config, provenance, order["socket"], status_fd))
     except MiiServeError as error:
         _report(status_fd, state="failed", error=type(error).__name__, message=str(error))
         return 1
@@ -95,18 +87,15 @@ def _end() -> None:
     os._exit(0)
 
 
-def _gpu_memory() -> dict[str, int]:
-    import torch
-
-    return {"allocated": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
-
-
 def _report(status_fd: int, **status: str) -> None:
     with contextlib.suppress(BrokenPipeError):  # after "ready" the parent reads no more
         os.write(status_fd, json.dumps(status).encode() + b"\n")
 
 
-async def _serve(loop: ReplicaLoop, config: DeployConfig, socket: str, status_fd: int) -> None:
+async def _serve(loop: ReplicaLoop, config: DeployConfig, provenance: Provenance, socket: str, status_fd: int) -> None:
+    if provenance.is_signing:
+        running = asyncio.get_running_loop()
+        running.add_signal_handler(signal.SIGHUP, lambda: running.run_in_executor(None, provenance.reload))
     server, _ = replica_server(loop, config.deployment_name, ListenOn.socket(Path(socket)))
     await server.start()
     _report(status_fd, state="ready")

@@ -24,7 +24,19 @@ from mii_serve.proto.replica.replica_pb2_grpc import ReplicaServicer, add_Replic
 from mii_serve.proto.status import status_of
 from mii_serve.proto.v1.image_generation_pb2 import GetServerInfoResponse
 from mii_serve.replica.loop import ReplicaLoop
-from mii_serve.types import Done, Event, ImageReady, Preview, Queued, ReplicaInfo, RequestedParams, ServerInfo, Started, Step
+from mii_serve.types import (
+    Done,
+    Event,
+    ImageReady,
+    InputImage,
+    Preview,
+    Queued,
+    ReplicaInfo,
+    RequestedParams,
+    ServerInfo,
+    Started,
+    Step,
+)
 
 if TYPE_CHECKING:  # grpc's classes are generic in their type stubs only
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -37,6 +49,10 @@ logger = logging.getLogger(__name__)
 
 STEPS_EVERY_S = 0.25
 """How old the steps may be that the front counts work by, where no caller reads them."""
+KEEPALIVE_MS = 10_000
+"""How often a front on another machine is pinged, and how long its answer may take."""
+MIN_PING_INTERVAL_MS = 5_000
+"""A front may ping as often; gRPC's own bound is five minutes."""
 MAX_REPORT_BYTES = 16 * 1024 * 1024
 """Of images in one report, which has one at least: far below the bound of a message."""
 
@@ -57,7 +73,13 @@ class ListenOn:
 def replica_server(loop: ReplicaLoop, deployment_name: str, listen_on: ListenOn) -> tuple[grpc.aio.Server, int]:
     """A server for this loop that has not started yet, and the port that it is bound to, 1 for a Unix socket."""
     interceptors = () if listen_on.token is None else (_TokenCheck(listen_on.token),)
-    server = grpc.aio.server(interceptors=interceptors, options=CHANNEL_OPTIONS)
+    keepalive = (
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+    )
+    options = CHANNEL_OPTIONS if listen_on.credentials is None else (*CHANNEL_OPTIONS, *keepalive)
+    server = grpc.aio.server(interceptors=interceptors, options=options)
     add_ReplicaServicer_to_server(ReplicaService(loop, deployment_name), server)
     if listen_on.credentials is None:
         return server, server.add_insecure_port(listen_on.address)
@@ -173,7 +195,7 @@ class _Front:
         try:
             await self._loop.submit(
                 request_id,
-                decode_resolved(order.request),
+                decode_resolved(order.request, _input_image(order)),
                 _Outlet(self, front_id),
                 client=order.client,
                 timeout_s=order.timeout_s if order.HasField("timeout_s") else None,
@@ -247,6 +269,13 @@ class _Front:
         if not self._after:
             self._changed.clear()
         return report
+
+
+def _input_image(order: pb.Generate) -> InputImage | None:
+    if not order.HasField("input_image"):
+        return None
+    image = order.input_image
+    return InputImage(rgb=image.rgb, mask=image.mask if image.HasField("mask") else None)
 
 
 @dataclass(frozen=True, slots=True)

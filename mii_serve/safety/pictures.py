@@ -7,6 +7,7 @@ import io
 from PIL import Image
 
 from mii_serve.errors import ModerationFailedError
+from mii_serve.provenance import Origin, Provenance
 from mii_serve.types import ImageFormat
 
 MIN_SIDE_PX, MAX_SIDE_PX = 50, 2048
@@ -56,15 +57,10 @@ def _fitted(image: Image.Image) -> Image.Image:
     return padded
 
 
-def black_picture(image_format: ImageFormat, width: int, height: int) -> bytes:
-    """An entirely black picture as the bytes of a file."""
-    image = Image.new("RGB", (width, height))
-    buffer = io.BytesIO()
-    match image_format:
-        case ImageFormat.RAW_RGB:
-            return image.tobytes()
-        case ImageFormat.WEBP:
-            image.save(buffer, "webp", lossless=True)
-        case _:
-            image.save(buffer, image_format.name)
-    return buffer.getvalue()
+def black_picture(image_format: ImageFormat, width: int, height: int, provenance: Provenance, origin: Origin) -> bytes:
+    """An entirely black picture as the bytes of a file, marked like the one in whose place it is.
+
+    Raises:
+        ProvenanceError: it could not be signed.
+    """
+    return provenance.write(Image.new("RGB", (width, height)), image_format, origin, is_lossless=True)

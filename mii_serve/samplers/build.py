@@ -24,7 +24,7 @@ from diffusers import StableDiffusionPipeline
 
 from mii_serve.errors import InvalidRequestError
 from mii_serve.samplers.names import CLASS_NAMES, OTHER_NAMES, SAMPLERS, SamplerSpec
-from mii_serve.types import DEFAULT_SCHEDULER, SchedulerDescription
+from mii_serve.types import DEFAULT_SCHEDULER, GenerationParams, SchedulerDescription
 
 for _name in ("diffusers.schedulers", "diffusers.configuration_utils"):
     # They warn at every object that is made: a log line per request that no one can act on.
@@ -61,8 +61,10 @@ class ModelSchedulers:
         """The class of the model's own scheduler."""
         return self._own_class
 
-    def make(self, name: str, num_inference_steps: int, device: torch.device) -> Any:
+    def make(self, name: str, num_inference_steps: int, device: torch.device, num_skipped_steps: int = 0) -> Any:
         """A fresh scheduler with its timesteps set. `name` is a value of `accepted_names`.
+
+        With `num_skipped_steps` it begins after these, and its calls are those from `first_call` on.
 
         Raises:
             InvalidRequestError: this model's config allows no such scheduler, or it cannot make that many steps.
@@ -74,7 +76,7 @@ class ModelSchedulers:
             raise steps_refusal(name, num_inference_steps, first_line(error)) from error
         if hasattr(scheduler, "set_begin_index"):
             # With so many steps that timesteps repeat, it would otherwise look its first one up, find the second, and run out.
-            scheduler.set_begin_index(0)
+            scheduler.set_begin_index(first_call(scheduler, num_skipped_steps))
         return scheduler
 
     def describe(self, name: str, *, is_compiled: bool) -> SchedulerDescription:
@@ -155,7 +157,34 @@ def step_kwargs(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
     return {name: value for name, value in offered.items() if name in accepted}
 
 
-def try_scheduler(schedulers: ModelSchedulers, name: str, num_inference_steps: int) -> int:
+def first_call(scheduler: Any, num_skipped_steps: int) -> int:
+    """The index in `scheduler.timesteps` of the call that a run begins with which leaves its first steps out.
+
+    As `StableDiffusionImg2ImgPipeline.get_timesteps` counts: a scheduler of the second order makes two calls a step.
+    """
+    return num_skipped_steps * int(getattr(scheduler, "order", 1))
+
+
+def noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
+    """What the scheduler's `add_noise` multiplies an image's latents and the noise by at this timestep, in float32."""
+    latents, noise = torch.eye(2, dtype=torch.float32, device=timestep.device).split(1)
+    of_latents, of_noise = scheduler.add_noise(latents, noise, timestep.reshape(1))[0].tolist()
+    return of_latents, of_noise
+
+
+def refuse_without_noise(schedulers: ModelSchedulers, params: GenerationParams) -> None:
+    """Raises:
+    InvalidRequestError: the request's scheduler cannot add noise to an image.
+    """
+    scheduler = schedulers.make(params.scheduler, params.num_inference_steps, torch.device("cpu"), params.num_skipped_steps)
+    try:
+        noise_level(scheduler, scheduler.timesteps[first_call(scheduler, params.num_skipped_steps)])
+    except REFUSALS as error:
+        rule = f"must be one that can add noise to an image ({type(error).__name__}: {first_line(error)})"
+        raise InvalidRequestError("scheduler", rule, repr(params.scheduler)) from error
+
+
+def try_scheduler(schedulers: ModelSchedulers, name: str, num_inference_steps: int, num_skipped_steps: int = 0) -> int:
     """Count the UNet calls by running through them on tiny latents: some schedulers fail, or divide by zero, only on the way.
 
     PNDM with v1-4's `steps_offset` asks for a timestep beyond the last one when it makes 1000 steps; DPM-Solver++ gets the same
@@ -165,21 +194,24 @@ def try_scheduler(schedulers: ModelSchedulers, name: str, num_inference_steps: i
     Raises:
         InvalidRequestError: the sampler cannot make that many steps, or not the same ones twice.
     """
-    first, second = (_tried(schedulers, name, num_inference_steps) for _ in range(2))
+    first, second = (_tried(schedulers, name, num_inference_steps, num_skipped_steps) for _ in range(2))
     if not torch.equal(first[0], second[0]):
         rule = "must draw its noise from the request's generator, or no seed would make a picture again"
         raise InvalidRequestError("scheduler", rule, repr(name))
     return first[1]
 
 
-def _tried(schedulers: ModelSchedulers, name: str, num_inference_steps: int) -> tuple[torch.Tensor, int]:
-    scheduler = schedulers.make(name, num_inference_steps, torch.device("cpu"))
+def _tried(
+    schedulers: ModelSchedulers, name: str, num_inference_steps: int, num_skipped_steps: int
+) -> tuple[torch.Tensor, int]:
+    scheduler = schedulers.make(name, num_inference_steps, torch.device("cpu"), num_skipped_steps)
+    timesteps = scheduler.timesteps[first_call(scheduler, num_skipped_steps) :]
     generator = torch.Generator().manual_seed(0)
     try:
         kwargs = step_kwargs(scheduler, generator)
         # Neither side is 1, which any other shape fits: some schedulers multiply latents by all noise levels at once.
         sample = torch.randn(1, 4, 2, 3, generator=generator) * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
+        for timestep in timesteps:
             scheduler.scale_model_input(sample, timestep)
             model_output = torch.randn(sample.shape, generator=generator)
             sample = scheduler.step(model_output, timestep, sample, **kwargs, return_dict=False)[0]
@@ -187,7 +219,7 @@ def _tried(schedulers: ModelSchedulers, name: str, num_inference_steps: int) -> 
         raise steps_refusal(name, num_inference_steps, f"{type(error).__name__} on the way: {first_line(error)}") from error
     if not sample.isfinite().all():
         raise steps_refusal(name, num_inference_steps, "its result would not be finite")
-    return sample, len(scheduler.timesteps)
+    return sample, len(timesteps)
 
 
 def steps_refusal(name: str, num_inference_steps: int, reason: str) -> InvalidRequestError:

@@ -6,10 +6,11 @@ model output, and fresh noise. What it makes of them are two linear combinations
     history  h_k     = p·x_k + q·out_k                      (the model output, or the clean latents or slope it stands for)
     latents  x_{k+1} = a·x_k + a'·x_{k-1} + b0·h_k + b1·h_{k-1} + b2·h_{k-2} + b3·h_{k-3} + n·noise
 
-The coefficients come from a run of the real scheduler on random probe vectors: what `step` returns lies in the span of
-vectors we know, and least squares names it. A second run on other, large vectors proves the table; a scheduler that clips,
-thresholds or is not linear in another way does not pass, and its samples are stepped by scheduler objects
-(`samplers/sampling.py`). Nothing of a sampler is written down here, so that fixes in diffusers come along.
+The coefficients come from a run of the real scheduler on random probe vectors: what `step` returns lies in the span of vectors
+we know, and least squares names it. Where the latents are changed between two calls, as inpainting does, each call gets fresh
+ones, so that nothing is explained by what they were before they were changed. A second run on other, large vectors proves the
+table; a scheduler that clips, thresholds or is not linear in another way does not pass, and its samples are stepped by
+scheduler objects (`samplers/sampling.py`). Nothing of a sampler is written down here, so that fixes in diffusers come along.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mii_serve.samplers.build import REFUSALS, ModelSchedulers, first_line, step_kwargs
+from mii_serve.samplers.build import REFUSALS, ModelSchedulers, first_call, first_line, noise_level, step_kwargs
 from mii_serve.samplers.preview import clean_latents, x0_coefficients
 
 Array = npt.NDArray[np.float64]
@@ -60,6 +61,9 @@ class SamplerTable:
     x0: npt.NDArray[np.float32]
     draws_noise: tuple[bool, ...]
     """Whether diffusers takes noise from the sample's generator in this call, used or not: one draw of the latents' shape."""
+    noise_levels: tuple[tuple[float, float], ...] | None
+    """Before each call, the factors of an image's latents and of the noise that make its noisy latents; after the last call the
+    image's latents alone. None where the scheduler cannot add noise."""
 
     @property
     def num_calls(self) -> int:
@@ -68,29 +72,52 @@ class SamplerTable:
 
 @dataclass(slots=True)
 class _Run:
-    """A recorded run of the real scheduler; all vectors are rows of float64, `noise` is None where none was drawn."""
+    """A recorded run of the real scheduler from its call `first` on.
+
+    All vectors are rows of float64: `step` makes `y` of `x` and `out`; `noise` is None where none was drawn.
+    """
 
     scheduler: Any
-    x: list[Array]
+    first: int
+    x: list[Array] = field(default_factory=list)
+    y: list[Array] = field(default_factory=list)
     out: list[Array] = field(default_factory=list)
     noise: list[Array | None] = field(default_factory=list)
     scaled: list[Array] = field(default_factory=list)
     kept: list[dict[str, Array]] = field(default_factory=list)
+    levels: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def timesteps(self) -> Any:
+        return self.scheduler.timesteps[self.first :]
 
 
-def compile_table(schedulers: ModelSchedulers, sampler: str, num_inference_steps: int) -> SamplerTable:
-    """The table of a sampler of `ModelSchedulers.accepted_names`.
+def compile_table(
+    schedulers: ModelSchedulers,
+    sampler: str,
+    num_inference_steps: int,
+    num_skipped_steps: int = 0,
+    *,
+    is_blended: bool = False,
+) -> SamplerTable:
+    """The table of a sampler of `ModelSchedulers.accepted_names`, without the first of its steps.
+
+    `is_blended`: the latents are changed between the calls.
 
     Raises:
         InvalidRequestError: the sampler cannot make that many steps, or this model's config has no such sampler.
         NotCompiledError: it is not linear, or fails on the way; then it may still work as an object.
     """
-    run = _record(schedulers, sampler, num_inference_steps, seed=1, amplitude=1.0)
-    proof = _record(schedulers, sampler, num_inference_steps, seed=2, amplitude=30.0)
+    run, proof = (
+        _record(
+            schedulers, (sampler, num_inference_steps, num_skipped_steps), seed=seed, amplitude=amplitude, is_blended=is_blended
+        )
+        for seed, amplitude in ((1, 1.0), (2, 30.0))
+    )
     worst = np.inf
     for history in _histories(run):
         coefficients = [_solve(run, k, history) for k in range(len(run.out))]
-        residuals = [_residual(_explained(proof, k, history, c), proof.x[k + 1]) for k, c in enumerate(coefficients)]
+        residuals = [_residual(_explained(proof, k, history, c), proof.y[k]) for k, c in enumerate(coefficients)]
         if (worst := min(worst, max(residuals))) <= LINEAR_ENOUGH:
             return _table(run, sampler, num_inference_steps, history, coefficients)
     guilty = [option for option in ("clip_sample", "thresholding") if run.scheduler.config.get(option)]
@@ -98,8 +125,9 @@ def compile_table(schedulers: ModelSchedulers, sampler: str, num_inference_steps
     raise NotCompiledError(f"it is not linear in the model output ({cause})")
 
 
-def _record(schedulers: ModelSchedulers, sampler: str, num_inference_steps: int, *, seed: int, amplitude: float) -> _Run:
-    scheduler = schedulers.make(sampler, num_inference_steps, torch.device("cpu"))
+def _record(schedulers: ModelSchedulers, asked: tuple[str, int, int], *, seed: int, amplitude: float, is_blended: bool) -> _Run:
+    sampler, num_inference_steps, num_skipped_steps = asked
+    scheduler = schedulers.make(sampler, num_inference_steps, torch.device("cpu"), num_skipped_steps)
     # Different seeds: noise that repeats a probe could not be distinguished from it.
     probes, generator = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1000)
     shape = (1, 4, 1, NUM_PROBE_VALUES // 4)  # channels as latents have them: some schedulers take them apart
@@ -110,23 +138,34 @@ def _record(schedulers: ModelSchedulers, sampler: str, num_inference_steps: int,
     try:
         kwargs = step_kwargs(scheduler, generator)
         sample = probe() * scheduler.init_noise_sigma
-        run = _Run(scheduler, [_row(sample)])
-        for timestep in scheduler.timesteps:
+        run = _Run(scheduler, first_call(scheduler, num_skipped_steps))
+        for timestep in run.timesteps:
+            _add_level(run, timestep)
+            run.x.append(_row(sample))
             run.scaled.append(_row(scheduler.scale_model_input(sample, timestep)))
             model_output = probe()
             before = generator.get_state()
             sample = scheduler.step(model_output, timestep, sample, **kwargs, return_dict=False)[0]
             run.out.append(_row(model_output))
             run.noise.append(_drawn_since(before, generator, shape))
-            run.x.append(_row(sample))
+            run.y.append(_row(sample))
             run.kept.append(_kept(scheduler, shape))
             # Some schedulers return float32; carrying on in float64 keeps the columns of the next call exact.
-            sample = sample.double()
+            sample = probe() if is_blended else sample.double()
     except REFUSALS as error:
         raise NotCompiledError(f"{type(error).__name__} on the way: {first_line(error)}") from error
-    if not all(np.isfinite(x).all() for x in run.x):
+    if not all(np.isfinite(y).all() for y in run.y):
         raise NotCompiledError("its result would not be finite")
     return run
+
+
+def _add_level(run: _Run, timestep: torch.Tensor) -> None:
+    if len(run.levels) < len(run.x):
+        return  # it could not add noise before
+    try:
+        run.levels.append(noise_level(run.scheduler, timestep))
+    except REFUSALS:
+        run.levels.clear()
 
 
 def _row(tensor: torch.Tensor) -> Array:
@@ -157,7 +196,7 @@ def _kept(scheduler: Any, shape: tuple[int, ...]) -> dict[str, Array]:
 def _histories(run: _Run) -> list[Array]:
     """(p, q) per call: the model output; what the scheduler makes of it by its noise levels; what it was seen to keep."""
     scheduler, num_calls = run.scheduler, len(run.out)
-    return [np.tile([0.0, 1.0], (num_calls, 1)), *_levels(scheduler, num_calls), *_seen(run)]
+    return [np.tile([0.0, 1.0], (num_calls, 1)), *_levels(scheduler, run.first, num_calls), *_seen(run)]
 
 
 def _seen(run: _Run) -> list[Array]:
@@ -178,11 +217,14 @@ def _seen(run: _Run) -> list[Array]:
     return histories
 
 
-def _levels(scheduler: Any, num_calls: int) -> list[Array]:
+def _levels(scheduler: Any, first: int, num_calls: int) -> list[Array]:
     histories: list[Array] = []
     if not hasattr(scheduler, "sigmas"):
         return histories
-    kind, sigmas = scheduler.config.get("prediction_type"), np.array(scheduler.sigmas[:num_calls], dtype=np.float64)
+    kind, sigmas = (
+        scheduler.config.get("prediction_type"),
+        np.array(scheduler.sigmas[first : first + num_calls], dtype=np.float64),
+    )
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         levels = [scheduler._sigma_to_alpha_sigma_t(torch.tensor(sigma)) for sigma in sigmas]
         histories.append(np.array([clean_latents(kind, float(alpha), float(sigma)) for alpha, sigma in levels]))
@@ -218,8 +260,8 @@ def _solve(run: _Run, k: int, history: Array) -> Array:
         used = [i for i in wanted if lengths[i] > 0]
         scaled = (columns[used] / lengths[used, None]).T
         best = np.zeros(len(columns))
-        best[used] = np.linalg.lstsq(scaled, run.x[k + 1], rcond=None)[0] / lengths[used]
-        if _residual(best @ columns, run.x[k + 1]) <= SIMPLE_ENOUGH:
+        best[used] = np.linalg.lstsq(scaled, run.y[k], rcond=None)[0] / lengths[used]
+        if _residual(best @ columns, run.y[k]) <= SIMPLE_ENOUGH:
             break
     return best
 
@@ -232,8 +274,8 @@ def _table(run: _Run, sampler: str, num_inference_steps: int, history: Array, co
         matrices[k, 1, 0] = 1  # latents now become latents one call ago
         matrices[k, 2, [0, 5]] = p, q
         matrices[k, 3, 2] = matrices[k, 4, 3] = 1  # the history moves on
-    timesteps = np.array([float(t) for t in run.scheduler.timesteps])
-    scales = [float(scaled @ x / (x @ x)) for scaled, x in zip(run.scaled, run.x[:-1], strict=True)]
+    timesteps = np.array([float(t) for t in run.timesteps])
+    scales = [float(scaled @ x / (x @ x)) for scaled, x in zip(run.scaled, run.x, strict=True)]
     return SamplerTable(
         sampler=sampler,
         num_inference_steps=num_inference_steps,
@@ -241,6 +283,7 @@ def _table(run: _Run, sampler: str, num_inference_steps: int, history: Array, co
         timesteps=timesteps,
         input_scale=np.array(scales, dtype=np.float32),
         matrices=matrices.astype(np.float32),
-        x0=x0_coefficients(run.scheduler, scales),
+        x0=x0_coefficients(run.scheduler, scales, first=run.first),
         draws_noise=tuple(noise is not None for noise in run.noise),
+        noise_levels=(*run.levels, (1.0, 0.0)) if len(run.levels) == len(run.x) else None,
     )

@@ -203,13 +203,19 @@ class Scheduler:
             self._leave_slot(running)
         if self._num_free and self._has_others and self.batch.pay_for_first():
             joins.append(self._join(self.batch.queue, is_paid=True))
-        while len(self._queue) and self._num_free:
+        while len(self._queue) and self._num_free and self._may_join(self._queue, joins):
             joins.append(self._join(self._queue))
         # Beside others a batch sample joins only where it may fill a bucket: encoding its prompt would delay them.
         if not self._has_others or self._capacity.buckets:
-            while len(self.batch.queue) and self._num_free:
+            while len(self.batch.queue) and self._num_free and self._may_join(self.batch.queue, joins):
                 joins.append(self._join(self.batch.queue))
         return tuple(joins)
+
+    def _may_join(self, queue: SampleQueue, joins: list[Sample]) -> bool:
+        """Not with more images to encode than are decoded in one go: the others wait for them in this turn."""
+        if (first := queue.first_request) is None or first.input_image is None:
+            return True
+        return sum(sample.input_image is not None for sample in joins) < self._capacity.max_decodes
 
     def _join(self, queue: SampleQueue, *, is_paid: bool = False) -> Sample:
         sample, request = queue.pop()

@@ -76,7 +76,7 @@ class SampleQueue:
                 start + (i + 1) * share,
                 depth + i,
                 self._num_arrived + i,
-                Sample(id=SampleId(request.id, i), params=request.params),
+                Sample(id=SampleId(request.id, i), params=request.params, input_image=request.input_image),
                 request,
                 start + i * share,
             )

@@ -28,9 +28,18 @@ class CallLog(dict[str, object]):
     """What becomes known of one call: fields of its log line and attributes of its span."""
 
     span: ServerSpan | None = None
+    num_images = 0
+    key_name: str | None = None
+
+    def add_key(self, name: str | None) -> None:
+        """The name of the API key that the call came with."""
+        if name is not None:
+            self.key_name = self["key"] = name
 
     def add_params(self, params: GenerationParams) -> None:
         self.update({name: getattr(params, name) for name in _LOGGED})
+        if params.strength is not None:
+            self["strength"] = params.strength
 
     def add_event(self, event: Event) -> None:
         match event:
@@ -39,6 +48,7 @@ class CallLog(dict[str, object]):
             case Restarted():
                 self._count("num_restarts", True)
             case ImageReady():
+                self.num_images += 1
                 self._count("num_flagged", event.nsfw_content_detected)
                 self._count("num_blocked", event.moderation_blocked)
             case Done():
@@ -67,7 +77,9 @@ class AccessLog:
             log.span.end(code, _attributes(request_id, log))
         label, metrics = _label(method), self._metrics
         metrics.requests.labels(label, code).inc()
-        metrics.request_duration.labels(label).observe(seconds)
+        metrics.request_duration.labels(label).observe(seconds, _exemplar(log.span))
+        if log.key_name is not None:
+            metrics.key_request(log.key_name, code, seconds, log.num_images)
         if isinstance(queued_s := log.get("queued_s"), float):
             metrics.queue.observe(queued_s)
         if code == "CANCELLED":
@@ -76,6 +88,13 @@ class AccessLog:
         if is_work(method):
             line = {"request_id": request_id, "method": label, "code": code, "seconds": round(seconds, 4), **log}
             logger.info(" ".join(f"{name}={value}" for name, value in line.items()), extra={"request": line})
+
+
+def _exemplar(span: ServerSpan | None) -> dict[str, str] | None:
+    """The trace in which a slow call can be looked up; OpenMetrics has it beside the bucket."""
+    if span is None or span.traceparent is None:
+        return None
+    return {"trace_id": span.traceparent.split("-")[1]}
 
 
 def _label(method: str) -> str:

@@ -15,13 +15,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
-from mii_serve.errors import InvalidRequestError, MiiServeError
+from mii_serve.errors import InvalidRequestError, MiiServeError, RateLimitedError
 from mii_serve.metrics import FrontMetrics
 from mii_serve.proto.metadata import AUTHORIZATION_KEY as AUTHORIZATION_KEY
 from mii_serve.proto.metadata import CLIENT_ID_KEY, check_client_id, check_request_id
 from mii_serve.proto.metadata import IDEMPOTENCY_KEY as IDEMPOTENCY_KEY
 from mii_serve.proto.metadata import MAX_ID_CHARS as MAX_ID_CHARS
 from mii_serve.proto.metadata import REQUEST_ID_KEY as REQUEST_ID_KEY
+from mii_serve.proto.metadata import TIMEOUT_KEY as TIMEOUT_KEY
+from mii_serve.proto.metadata import check_timeout_s as check_timeout_s
 from mii_serve.server.access_log import AccessLog, CallLog, is_work
 from mii_serve.server.keys import KeyRing
 
@@ -120,6 +122,7 @@ class Admission:
                 raise call.problem
             counts = is_work(call.method) if call.is_work is None else call.is_work
             with self._keys.admitted(call.headers.get(AUTHORIZATION_KEY), is_work=counts) as key_name:
+                call.log.add_key(key_name)
                 context = CallContext(
                     request_id=call.request_id,
                     client=_client_of(key_name, check_client_id(call.headers.get(CLIENT_ID_KEY)), call.address),
@@ -134,6 +137,8 @@ class Admission:
             code = "OK"
         except MiiServeError as error:
             code = error.grpc_code
+            if isinstance(error, RateLimitedError):
+                call.log.add_key(error.key_name)
             await refuse(error)
         except asyncio.CancelledError:
             raise

@@ -14,6 +14,7 @@ import grpc
 
 from mii_serve.config import DeployConfig
 from mii_serve.logs import finish_logs
+from mii_serve.provenance import Provenance
 from mii_serve.safety.azure import open_moderator
 from mii_serve.safety.moderation import Moderator
 from mii_serve.server.dispatcher import Dispatcher
@@ -87,7 +88,9 @@ async def _deploy(config: DeployConfig, listener: Listener) -> int:
 async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator | None) -> int:
     environments, most = place(config), connection_limits(config.replicas)
     stop = _StopRequests()
-    dispatcher = Dispatcher(Router(config.replicas, patience_s=config.replica_wait_s), moderator=moderator)
+    provenance = Provenance.of(config.provenance)
+    router = Router(config.replicas, patience_s=config.replica_wait_s)
+    dispatcher = Dispatcher(router, moderator=moderator, provenance=provenance)
     tls, keys = Tls.of(config), KeyRing(config.api_key_file)
     on_terminate = stop.drain.set if config.enable_mii_terminate else None
     front = GrpcFront(
@@ -98,8 +101,6 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
         max_connections=most.grpc,
         max_connection_age_s=config.max_connection_age_s,
     )
-    if config.api_key_file is not None or tls is not None:
-        _reload_on_sighup(keys, tls)
     if not is_loopback(config.host):
         _warn_of_what_is_open(config)
     async with listener.open_http(config, dispatcher, keys, tls, most.http) as http:
@@ -116,6 +117,8 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
             ReplicaSupervisor(config, index=index, environment=environment, spares=spares)
             for index, environment in enumerate(environments)
         ]
+        if config.api_key_file is not None or tls is not None or provenance.is_signing:
+            _reload_on_sighup(keys, tls, provenance, supervisors)
         running = [asyncio.create_task(supervisor.run(changed)) for supervisor in supervisors]
         following = asyncio.create_task(_follow(supervisors, changed, dispatcher, front, on_first_ready))
         draining = asyncio.create_task(stop.drain.wait())
@@ -138,13 +141,19 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
     return 0
 
 
-def _reload_on_sighup(keys: KeyRing, tls: Tls | None) -> None:
+def _reload_on_sighup(keys: KeyRing, tls: Tls | None, provenance: Provenance, supervisors: Sequence[ReplicaSupervisor]) -> None:
+    loop = asyncio.get_running_loop()
+
     def reload() -> None:
         keys.reload()
         if tls is not None:
             tls.reload()
+        if provenance.is_signing:
+            loop.run_in_executor(None, provenance.reload)
+            for supervisor in supervisors:
+                supervisor.reload()
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+    loop.add_signal_handler(signal.SIGHUP, reload)
 
 
 def _warn_of_what_is_open(config: DeployConfig) -> None:

@@ -12,20 +12,22 @@ import hashlib
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import astuple, replace
 
-from mii_serve.errors import InvalidRequestError, UnavailableError
+from mii_serve.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 from mii_serve.metrics import FrontMetrics, together
-from mii_serve.proto.metadata import IDEMPOTENCY_KEY, check_idempotency_key
+from mii_serve.proto.metadata import IDEMPOTENCY_KEY, PROVENANCE_KEY, check_idempotency_key
+from mii_serve.provenance import Origin, Provenance
 from mii_serve.safety.moderation import Moderator
 from mii_serve.server.call import CallContext
 from mii_serve.server.idempotency import IdempotencyCache
 from mii_serve.server.moderation import ModerationFilter
-from mii_serve.server.replica_client import Loss, ReplicaAddress
+from mii_serve.server.replica_client import Loss, ReplicaAddress, ReplicaClient
 from mii_serve.server.router import Router, Work
 from mii_serve.types import (
     Capabilities,
     Event,
     GenerationAnswer,
     GenerationRequest,
+    ImageReady,
     Priority,
     ReplicaInfo,
     ResolvedRequest,
@@ -36,6 +38,8 @@ from mii_serve.types import (
 )
 
 INFO_TIMEOUT_S = 10.0
+MAX_DECODING_IMAGES = 2
+"""Callers' images that are decoded at once; each takes tens of megabytes, and a core."""
 METRICS_TIMEOUT_S = 2.0
 """One replica that does not answer must not cost the scrape."""
 
@@ -44,12 +48,21 @@ class Dispatcher:
     """Refuses everything until a replica is attached, and new work again after `drain`."""
 
     def __init__(
-        self, router: Router | None = None, metrics: FrontMetrics | None = None, moderator: Moderator | None = None
+        self,
+        router: Router | None = None,
+        metrics: FrontMetrics | None = None,
+        moderator: Moderator | None = None,
+        provenance: Provenance | None = None,
     ) -> None:
-        """With a `moderator`, no prompt is worked on and no image leaves that it has not found harmless."""
+        """With a `moderator`, no prompt is worked on and no image leaves that it has not found harmless.
+
+        `provenance` is what the replicas put on their pictures, too.
+        """
         self._router = router or Router()
         self.metrics = metrics or FrontMetrics()
-        self._moderation = None if moderator is None else ModerationFilter(moderator, self.metrics)
+        self._provenance = marks = provenance or Provenance()
+        self.metrics.signing_expiry.set_function(lambda: marks.expires_at)
+        self._moderation = None if moderator is None else ModerationFilter(moderator, self.metrics, self._provenance)
         self.grpc_port: int | None = None
         """Where this deployment answers gRPC, for code that is shown to callers; None before it listens."""
         self.metrics.replicas_ready.set_function(lambda: sum(replica.is_up for replica in self._router.replicas))
@@ -58,6 +71,7 @@ class Dispatcher:
             self.metrics.replica_restarts.labels(str(replica.index))
         self._capabilities: Capabilities | None = None
         self._idempotency = IdempotencyCache()
+        self._decoding_images = asyncio.Semaphore(MAX_DECODING_IMAGES)
         self._is_draining = False
         self._is_stopping = False
         self._active: set[object] = set()
@@ -84,17 +98,45 @@ class Dispatcher:
 
     async def attach(self, address: ReplicaAddress, index: int = 0, *, num_restarts: int = 0) -> ServerInfo:
         """Give work to the replica at this address from now on; returns its description of itself."""
-        replica = self._router.replicas[index]
+        replica = self._replica(index)
         info = await replica.attach(address)
         self._capabilities = info.capabilities
+        if self._moderation is not None:
+            self._moderation.origin = Origin(model=info.model, model_revision=info.model_revision)
         self.metrics.replica_restarts.labels(str(index)).inc(max(0, num_restarts - replica.num_restarts))
         replica.num_restarts = num_restarts
         self._router.serve_waiting()
         return info
 
     async def detach(self, index: int = 0, loss: Loss | None = None) -> None:
-        await self._router.replicas[index].detach(loss or Loss(reason="the server is stopping", is_crash=False))
+        await self._replica(index).detach(loss or Loss(reason="the server is stopping", is_crash=False))
         self._router.serve_waiting()
+
+    async def add(self, address: ReplicaAddress) -> ReplicaClient:
+        """Attach one replica more, whose process is somebody else's to supervise.
+
+        Raises:
+            grpc.aio.AioRpcError: nothing answers at the address.
+        """
+        replica = self._router.add()
+        try:
+            await self.attach(address, replica.index)
+        except BaseException:
+            await self.remove(replica, Loss(reason="it did not answer", is_crash=False))
+            raise
+        return replica
+
+    def retire(self, replica: ReplicaClient, is_retiring: bool = True) -> None:
+        """Let an added replica finish what it has, and give it nothing new; or, with False, take that back."""
+        replica.is_retiring = is_retiring
+        self._router.serve_waiting()
+
+    async def remove(self, replica: ReplicaClient, loss: Loss) -> None:
+        """Detach an added replica for good. What it has not finished is made again elsewhere."""
+        await self._router.remove(replica, loss)
+
+    def _replica(self, index: int) -> ReplicaClient:
+        return next(replica for replica in self._router.replicas if replica.index == index)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False when some were left at the end.
@@ -126,6 +168,19 @@ class Dispatcher:
         params = self.capabilities.resolve(request.params, fallback_seed=draw_seed())
         return ResolvedRequest(params=params, output=request.output, priority=request.priority)
 
+    async def _with_image(self, request: GenerationRequest, call: CallContext) -> ResolvedRequest:
+        """As `resolve`, and its image is decoded, in a thread and not many at a time."""
+        from mii_serve.safety.input_image import resolve_with_image  # Pillow is for those who send images
+
+        try:
+            async with asyncio.timeout(call.left_s), self._decoding_images:
+                params, image = await asyncio.to_thread(
+                    resolve_with_image, self.capabilities, request.params, fallback_seed=draw_seed()
+                )
+        except TimeoutError:
+            raise DeadlineExceededError("the time ran out before the image was read") from None
+        return ResolvedRequest(params=params, output=request.output, priority=request.priority, input_image=image)
+
     async def generate(self, request: GenerationRequest | ResolvedRequest, call: CallContext) -> GenerationAnswer:
         """The images of the request, all at once. Cancelling this cancels the work.
 
@@ -149,13 +204,18 @@ class Dispatcher:
         """
         if self._is_draining:
             raise UnavailableError("the server is draining")
-        work = Work(
-            request=request if isinstance(request, ResolvedRequest) else self.resolve(request),
-            call=call,
-            has_steps=has_steps or call.idempotency_key is not None,  # a later call with the key may want them
-        )
-        call.log.add_params(work.params)
         with self._counted():
+            if isinstance(request, ResolvedRequest):
+                resolved = request
+            else:
+                has_image = request.params.image is not None
+                resolved = await self._with_image(request, call) if has_image else self.resolve(request)
+            work = Work(
+                request=resolved,
+                call=call,
+                has_steps=has_steps or call.idempotency_key is not None,  # a later call with the key may want them
+            )
+            call.log.add_params(work.params)
             async with contextlib.aclosing(self._events_of(work, request)) as events:
                 while (event := await self._next(events, work.request.priority)) is not None:
                     call.log.add_event(event)
@@ -196,8 +256,13 @@ class Dispatcher:
         if asked.output.preview_every is not None:
             raise InvalidRequestError("output.preview_every", f"cannot go with {IDEMPOTENCY_KEY}: previews are not kept")
         owner = call.client if call.key_name is not None else ""
-        fingerprint = hashlib.sha256(repr(astuple(asked)).encode()).digest()
+        fingerprint = _fingerprint(asked)
         return self._idempotency.events((owner, check_idempotency_key(key), call.part), fingerprint, work.request, run)
+
+    def provenance_headers(self, image: ImageReady) -> dict[str, str]:
+        """What marks the image carries, for protocols that also send raw pixels: those carry none but a watermark."""
+        marks = self._provenance.marks(image.format, image.width, image.height)
+        return {PROVENANCE_KEY: ", ".join(marks) or "none"}
 
     async def server_info(self) -> ServerInfo:
         """What runs here and how busy it is, of all replicas together.
@@ -222,12 +287,12 @@ class Dispatcher:
             for replica, info in zip(replicas, answers, strict=True)
         )
 
-    async def metrics_text(self) -> bytes:
-        """The front's metrics and those of every replica that answers, as Prometheus text."""
+    async def metrics_text(self, accept: str = "") -> bytes:
+        """The front's metrics and those of every replica that answers, in the form that `accept` names."""
         replicas = self._router.replicas
         texts = await asyncio.gather(*(replica.metrics(METRICS_TIMEOUT_S) for replica in replicas))
         known = {replica.index: text for replica, text in zip(replicas, texts, strict=True) if text is not None}
-        return together(self.metrics, known)
+        return together(self.metrics, known, accept)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -240,3 +305,17 @@ class Dispatcher:
             self._active.remove(active)
             if not self._active:
                 self._idle.set()
+
+
+def _fingerprint(asked: GenerationRequest | ResolvedRequest) -> bytes:
+    """The same for equal requests; images count by their digests."""
+    images: tuple[bytes | None, ...] = ()
+    if isinstance(asked, ResolvedRequest):
+        if asked.input_image is not None:
+            images = asked.input_image.rgb, asked.input_image.mask
+            asked = replace(asked, input_image=None)
+    elif asked.params.image is not None:
+        images = asked.params.image, asked.params.mask_image
+        asked = replace(asked, params=replace(asked.params, image=None, mask_image=None))
+    digests = [None if image is None else hashlib.sha256(image).digest() for image in images]
+    return hashlib.sha256(repr((astuple(asked), digests)).encode()).digest()

@@ -32,6 +32,7 @@ _SERVER_OPTIONS = (
     # A client whose machine is gone without a word is noticed within a minute, and its slots are freed.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # which gRPC 1.85 waits for instead
     ("grpc.keepalive_permit_without_calls", 1),
     # Clients may ping as often as every ten seconds; gRPC's own bound, five minutes, hangs up on those behind a strict proxy.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -65,10 +66,8 @@ class GrpcFront:
         if max_connection_age_s is not None:
             options.append(("grpc.max_connection_age_ms", round(max_connection_age_s * 1000)))
         self._server = grpc.aio.server(interceptors=(CallInterceptor(Admission(dispatcher.metrics, keys)),), options=options)
-        self._health = health.aio.HealthServicer()
-        FrontService(dispatcher).add_to(self._server)
-        self._server.add_generic_rpc_handlers(MiiService(dispatcher, on_terminate).handlers())
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.health = health.aio.HealthServicer()
+        add_services(self._server, dispatcher, self.health, on_terminate)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def listen(self, host: str, port: int) -> int:
@@ -92,10 +91,22 @@ class GrpcFront:
     async def set_serving(self, is_serving: bool) -> None:
         state = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", SERVICE_NAME, *MII_SERVICES):
-            await self._health.set(name, state)
+            await self.health.set(name, state)
 
     async def stop(self, grace_s: float) -> None:
         await self._server.stop(grace_s)
+
+
+def add_services(
+    server: grpc.aio.Server,
+    dispatcher: Dispatcher,
+    health_service: health.aio.HealthServicer,
+    on_terminate: Callable[[], None] | None = None,
+) -> None:
+    """Register what the front answers: the v1 service, MII's and health."""
+    FrontService(dispatcher).add_to(server)
+    server.add_generic_rpc_handlers(MiiService(dispatcher, on_terminate).handlers())
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
 
 
 def bracketed(host: str) -> str:

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -50,6 +51,8 @@ class StoredFile:
     purpose: str
     created_at: int
     batch_id: str = ""
+    expires_at: int | None = None
+    """Seconds since 1970; from then on it is not there. None where it stays until it is deleted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,8 @@ class StoredBatch:
     output_bytes: int | None = None
     error_bytes: int | None = None
     """None where there is no such file, or not yet, or not any more."""
+    output_expires_s: int | None = None
+    """After they were made; None where they stay until they are deleted."""
 
     @property
     def is_open(self) -> bool:
@@ -137,7 +142,7 @@ class JobStore:
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
-    def add_file(self, owner: str, uploaded: Path, name: str, purpose: str) -> StoredFile:
+    def add_file(self, owner: str, uploaded: Path, name: str, purpose: str, expires_after_s: int | None = None) -> StoredFile:
         """Take over an uploaded file.
 
         Raises:
@@ -147,13 +152,15 @@ class JobStore:
         if len(own) >= MAX_FILES or sum(file.num_bytes for file in own) + num_bytes > MAX_STORED_BYTES:
             text = f"at most {MAX_FILES} files of {MAX_STORED_BYTES} bytes in all may be stored; delete some"
             raise RateLimitedError(text, RETRY_AFTER_S)
+        now = int(time.time())
         stored = StoredFile(
             id=f"file-{secrets.token_hex(16)}",
             owner=owner,
             name=name,
             num_bytes=num_bytes,
             purpose=purpose,
-            created_at=int(time.time()),
+            created_at=now,
+            expires_at=None if expires_after_s is None else now + expires_after_s,
         )
         (self._files.folder / stored.id).mkdir()
         uploaded.replace(self.path_of(stored))
@@ -172,7 +179,8 @@ class JobStore:
     def files(self, owner: str) -> list[StoredFile]:
         """Uploads, and what jobs have put out."""
         made = [file for batch in self._batches.of(owner) for file in _output_files(batch)]
-        return sorted([*self._files.of(owner), *made], key=lambda file: (file.created_at, file.id), reverse=True)
+        there = [file for file in (*self._files.of(owner), *made) if not self._has_expired(file)]
+        return sorted(there, key=lambda file: (file.created_at, file.id), reverse=True)
 
     def path_of(self, file: StoredFile) -> Path:
         return self._files.folder / file.id / CONTENT
@@ -183,17 +191,35 @@ class JobStore:
         FileInUseError: a job that has not ended reads it.
         """
         file = self.file(owner, file_id)
-        if file.batch_id:
-            batch = self.batch(owner, file.batch_id)
-            is_output = file_id == batch.output_file_id
-            batch = replace(batch, output_bytes=None) if is_output else replace(batch, error_bytes=None)
-            self._batches.put(batch)
-            if batch.output_bytes is None and batch.error_bytes is None:
-                shutil.rmtree(self.job_folder(batch), ignore_errors=True)
-            return
-        if any(batch.is_open and batch.input_file_id == file_id for batch in self._batches.of(owner)):
+        if self._is_in_use(file):
             raise FileInUseError(f"a batch that has not ended reads {file_id}; cancel it first")
-        self._files.remove(file_id)
+        self._remove(file)
+
+    def remove_expired(self) -> int:
+        """Delete all files whose time is over. Returns how many."""
+        made = [file for batch in self._batches.values.values() for file in _output_files(batch)]
+        expired = [file for file in (*self._files.values.values(), *made) if self._has_expired(file)]
+        for file in expired:
+            self._remove(file)
+        return len(expired)
+
+    def _has_expired(self, file: StoredFile) -> bool:
+        """A file that a job still reads stays until the job has ended."""
+        return file.expires_at is not None and file.expires_at <= time.time() and not self._is_in_use(file)
+
+    def _is_in_use(self, file: StoredFile) -> bool:
+        return any(batch.is_open and batch.input_file_id == file.id for batch in self._batches.of(file.owner))
+
+    def _remove(self, file: StoredFile) -> None:
+        if not file.batch_id:
+            self._files.remove(file.id)
+            return
+        batch = self.batch(file.owner, file.batch_id)
+        is_output = file.id == batch.output_file_id
+        batch = replace(batch, output_bytes=None) if is_output else replace(batch, error_bytes=None)
+        self._batches.put(batch)
+        if batch.output_bytes is None and batch.error_bytes is None:
+            shutil.rmtree(self.job_folder(batch), ignore_errors=True)
 
     # ---- jobs ------------------------------------------------------------------------------------------------------
 
@@ -224,6 +250,10 @@ class JobStore:
         """Of all owners, the oldest first."""
         return sorted((batch for batch in self._batches.values.values() if batch.is_open), key=lambda one: one.created_at)
 
+    def num_batches(self) -> Counter[str]:
+        """Of all owners, by state."""
+        return Counter(batch.status for batch in self._batches.values.values())
+
     def job_folder(self, batch: StoredBatch) -> Path:
         return self._batches.folder / batch.id / JOB
 
@@ -239,6 +269,7 @@ def _output_files(batch: StoredBatch) -> list[StoredFile]:
             purpose="batch_output",
             created_at=created_at,
             batch_id=batch.id,
+            expires_at=None if batch.output_expires_s is None else created_at + batch.output_expires_s,
         )
         for kind, file_id, num_bytes in (
             ("output", batch.output_file_id, batch.output_bytes),

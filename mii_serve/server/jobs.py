@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +26,17 @@ from mii_serve.batch.output import JOURNAL, OutputFolder
 from mii_serve.batch.rows import Row
 from mii_serve.batch.runner import Ending, JobRunner, Watch
 from mii_serve.batch.settings import JobSettings
-from mii_serve.errors import ConfigError, ContentBlockedError, InvalidRequestError, UnavailableError
+from mii_serve.errors import (
+    ConfigError,
+    ContentBlockedError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    UnavailableError,
+)
 from mii_serve.server.call import CallContext
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.job_store import JobStore, StoredBatch, StoredFile
+from mii_serve.server.keys import KeyRing
 from mii_serve.types import (
     GenerationRequest,
     ImageFormat,
@@ -50,31 +57,52 @@ GRACE_S = 30.0
 """For the requests in flight of a job that expires."""
 PAUSE_S = 60.0
 """Before a job is tried again that could not go on."""
+EXPIRE_EVERY_S = 60.0
+"""Between two times that files are looked for whose time is over; nobody sees such a file meanwhile."""
 COUNTS_EVERY_ROWS = 20
 """Between two times that a job's counts are brought up to date."""
+REVOKED = {"code": "api_key_revoked", "message": "the API key of this batch is not known any more", "line": None, "param": None}
+"""Why a job was cancelled that nobody cancelled."""
 
 
 class Jobs:
     """The jobs of one server. To be used inside of its event loop."""
 
-    def __init__(self, folder: Path, dispatcher: Dispatcher, served_names: Sequence[str] = ()) -> None:
-        """`served_names` are the operator's names for the model; without any it has its own."""
+    def __init__(
+        self, folder: Path, dispatcher: Dispatcher, served_names: Sequence[str] = (), keys: KeyRing | None = None
+    ) -> None:
+        """`served_names` are the operator's names for the model; without any it has its own. `keys` are those of callers."""
         self._served_names = tuple(served_names)
+        self._keys = keys or KeyRing()
         self.store = JobStore(folder)
         self._dispatcher = dispatcher
         self._turn = asyncio.Semaphore(MAX_RUNNING)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._runners: dict[str, JobRunner] = {}
+        self._paused: set[str] = set()
+        self._expiring: asyncio.Task[None] | None = None
         self._is_closing = False
+        dispatcher.metrics.follow_jobs(self)
 
     def resume(self) -> None:
-        """Go on with what had not ended."""
+        """Go on with what had not ended, and delete files when their time is over."""
         for batch in self.store.open_batches():
             self._start(batch)
+        self._expiring = asyncio.create_task(self._expire())
+
+    async def _expire(self) -> None:
+        while True:
+            try:
+                self.store.remove_expired()
+            except OSError:
+                logger.exception("files that have expired cannot be deleted")
+            await asyncio.sleep(EXPIRE_EVERY_S)
 
     async def close(self) -> None:
         """Stop working. What was made is kept, and the jobs stay open."""
         self._is_closing = True
+        if self._expiring is not None:
+            self._expiring.cancel()
         for runner in self._runners.values():
             runner.stop()
             runner.stop()
@@ -83,8 +111,15 @@ class Jobs:
                 task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    def create(self, owner: str, client: str, input_file_id: str, metadata: dict[str, str]) -> StoredBatch:
-        """Begin a job over an uploaded file.
+    def create(
+        self,
+        owner: str,
+        client: str,
+        input_file_id: str,
+        metadata: dict[str, str],
+        output_expires_s: int | None = None,
+    ) -> StoredBatch:
+        """Begin a job over an uploaded file; what it puts out is deleted so many seconds after it was made.
 
         Raises:
             NoSuchJobError: the owner has no such file.
@@ -103,6 +138,7 @@ class Jobs:
             created_at=now,
             expires_at=now + WINDOW_S,
             metadata=metadata,
+            output_expires_s=output_expires_s,
         )
         self.store.add_batch(batch)
         self._start(batch)
@@ -121,6 +157,20 @@ class Jobs:
                 runner.stop()
                 runner.stop()
         return batch
+
+    def job_counts(self) -> Mapping[str, int]:
+        """Of all owners: jobs by state."""
+        return self.store.num_batches()
+
+    def row_counts(self) -> Mapping[str, int]:
+        """Rows of the jobs that have not ended, by state."""
+        jobs = self.store.open_batches()
+        done, failed = sum(job.completed for job in jobs), sum(job.failed for job in jobs)
+        return {"open": sum(job.total for job in jobs) - done - failed, "done": done, "failed": failed}
+
+    @property
+    def num_paused(self) -> int:
+        return len(self._paused)
 
     def lines(self, file: StoredFile) -> Iterator[bytes]:
         """The lines of an output file, rendered one by one; to be iterated in a thread."""
@@ -143,6 +193,7 @@ class Jobs:
                     await self._work(self.store.batch(owner, batch_id))
                 return
             except _PausedError as error:
+                self._paused.add(batch_id)
                 logger.warning("a job is paused, batch_id=%s: %s", batch_id, error)
             except Exception:
                 logger.exception("a job failed, batch_id=%s", batch_id)
@@ -150,7 +201,10 @@ class Jobs:
                 problem = {"code": "server_error", "message": text, "line": None, "param": None}
                 self._fail(self.store.batch(owner, batch_id), [problem])
                 return
-            await asyncio.sleep(PAUSE_S)
+            try:
+                await asyncio.sleep(PAUSE_S)
+            finally:
+                self._paused.discard(batch_id)
 
     async def _work(self, batch: StoredBatch) -> None:
         output = OutputFolder(self.store.job_folder(batch), ImageFormat.PNG)
@@ -195,11 +249,11 @@ class Jobs:
         )
         expiring = asyncio.get_running_loop().call_later(max(0.0, batch.expires_at - time.time()), runner.stop)
         try:
-            end = await runner.run(self._generate(batch.client))
+            end = await runner.run(self._generate(owner, batch.client))
         finally:
             expiring.cancel()
             del self._runners[batch_id]
-        if end.ending is Ending.STOPPED:
+        if end.ending is Ending.STOPPED and not self._is_revoked(owner):
             raise _PausedError(end.reason)
         return end.ending
 
@@ -210,6 +264,8 @@ class Jobs:
             last = "cancelled"
         elif ending is Ending.INTERRUPTED:
             last = "expired"
+        elif ending is Ending.STOPPED:
+            last, batch = "cancelled", replace(batch, errors=(REVOKED,))
         batch = self._counted(batch, job)
         if last != "cancelled":
             batch = self._put(batch, "finalizing")
@@ -234,8 +290,14 @@ class Jobs:
     def _fail(self, batch: StoredBatch, problems: list[dict[str, Any]]) -> None:
         self._put(replace(batch, errors=tuple(problems)), "failed")
 
-    def _generate(self, client: str) -> Generate:
+    def _is_revoked(self, owner: str) -> bool:
+        """A job that was made without a key has none to lose."""
+        return bool(owner) and not self._keys.has(owner)
+
+    def _generate(self, owner: str, client: str) -> Generate:
         async def generate(asked: RequestedParams, image_format: ImageFormat) -> Made:
+            if self._is_revoked(owner):
+                raise PermissionDeniedError(REVOKED["message"])
             request = GenerationRequest(params=asked, output=OutputOptions(format=image_format), priority=Priority.BATCH)
             answer = await self._dispatcher.generate(request, CallContext(request_id=str(uuid.uuid4()), client=client))
             if all(image.moderation_blocked for image in answer.images):

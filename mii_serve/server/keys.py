@@ -84,6 +84,10 @@ class KeyRing:
         else:
             logger.info("%d API keys read", len(self._keys))
 
+    def has(self, name: str) -> bool:
+        """Whether a key of this name may call. Where there are no keys, everybody may."""
+        return self._keys is None or any(key.name == name for key in self._keys)
+
     @contextlib.contextmanager
     def admitted(self, authorization: str | None, *, is_work: bool = True) -> Iterator[str | None]:
         """Let a call with this `authorization` header in while the block runs; gives the key's name.
@@ -103,10 +107,12 @@ class KeyRing:
             return
         usage = self._usage.setdefault(key.name, _Usage())
         if key.max_concurrent_requests is not None and usage.num_running >= key.max_concurrent_requests:
-            raise RateLimitedError(f"the API key {key.name!r} may have {key.max_concurrent_requests} requests at once", 1.0)
+            raise RateLimitedError(
+                f"the API key {key.name!r} may have {key.max_concurrent_requests} requests at once", 1.0, key_name=key.name
+            )
         if key.requests_per_minute is not None and (wait_s := usage.take(key.requests_per_minute, self._clock())):
             text = f"the API key {key.name!r} may make {key.requests_per_minute} requests a minute"
-            raise RateLimitedError(text, max(SHORTEST_RETRY_S, wait_s))
+            raise RateLimitedError(text, max(SHORTEST_RETRY_S, wait_s), key_name=key.name)
         usage.num_running += 1
         try:
             yield key.name

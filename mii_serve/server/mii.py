@@ -76,7 +76,8 @@ class MiiService:
         finally:
             call.log.add_params(requests[0].params)  # each part has logged its own
         answers = [part.result() for part in parts]
-        context.set_trailing_metadata(tuple(dropped_headers([answer.parameters for answer in answers]).items()))
+        provenance = self._dispatcher.provenance_headers(answers[0].images[0])
+        context.set_trailing_metadata((*dropped_headers([one.parameters for one in answers]).items(), *provenance.items()))
         return encode_mii_reply([image for answer in answers for image in answer.images], call.seconds)
 
     async def _terminate(self, request: empty_pb2.Empty, context: Context) -> bytes:

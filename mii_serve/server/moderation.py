@@ -18,9 +18,10 @@ from typing import Literal
 
 from mii_serve.errors import ContentBlockedError, DeadlineExceededError, MiiServeError, ModerationFailedError
 from mii_serve.metrics import FrontMetrics
+from mii_serve.provenance import Origin, Provenance
 from mii_serve.safety.moderation import ModerationVerdict, Moderator
 from mii_serve.server.router import Work
-from mii_serve.types import Done, Event, ImageReady, Preview
+from mii_serve.types import Done, Event, ImageFormat, ImageReady, InputImage, Preview
 
 logger = logging.getLogger(__name__)
 
@@ -35,24 +36,29 @@ _Check = asyncio.Task[Event | None]
 class ModerationFilter:
     """Passes on what the moderator found harmless."""
 
-    def __init__(self, moderator: Moderator, metrics: FrontMetrics) -> None:
-        self._moderator = moderator
+    def __init__(self, moderator: Moderator, metrics: FrontMetrics, provenance: Provenance | None = None) -> None:
+        """`origin` must be set before there is work."""
+        self._moderator, self._provenance = moderator, provenance or Provenance()
+        self.origin = Origin(model="", model_revision="")
         self._metrics = metrics
         for stage in ("input", "output", "preview"):
             for outcome in ("passed", "blocked", "failed"):
                 metrics.moderation_checks.labels(stage, outcome)
 
     async def events(self, work: Work, run: Callable[[Work], Events]) -> Events:
-        """The events that `run` gives for the work, every image in them checked.
+        """The events that `run` gives for the work, every image in them checked, and that which it starts from.
 
         Raises:
-            ContentBlockedError: the texts are refused; nothing was made.
+            ContentBlockedError: the texts or the request's image are refused; nothing was made.
             ModerationFailedError: there is no verdict on a text or a finished image.
+            ProvenanceError: the black image in a blocked one's place could not be signed.
             DeadlineExceededError: the caller's time ran out meanwhile.
         """
         start = time.monotonic()
         async with self._counted("input", work):
             await self._moderator.check_texts(work.params.prompt, work.params.negative_prompt)
+        if (image := work.request.input_image) is not None:
+            await self._check_input_image(image, work)
         held: asyncio.Queue[Event | _Check | Exception | None] = asyncio.Queue(MAX_HELD)
         checked_s, checks = time.monotonic() - start, set[_Check]()
 
@@ -93,6 +99,16 @@ class ModerationFilter:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _check_input_image(self, image: InputImage, work: Work) -> None:
+        from mii_serve.safety.pictures import scannable  # Pillow is for those who moderate
+
+        async with self._counted("input", work):
+            size = work.params.width, work.params.height
+            file = await asyncio.to_thread(scannable, image.rgb, ImageFormat.RAW_RGB, *size)
+            verdict = await self._moderator.check_image(file)
+            if verdict.is_blocked:
+                raise ContentBlockedError("image", verdict.categories)
+
     async def _checked(self, event: Preview | ImageReady, work: Work) -> Event | None:
         """The event as it may leave; None for a preview that may not."""
         if isinstance(event, Preview):
@@ -103,7 +119,8 @@ class ModerationFilter:
             return replace(event, moderation_blocked=False)
         from mii_serve.safety.pictures import black_picture
 
-        black = await asyncio.to_thread(black_picture, event.format, event.width, event.height)
+        size = event.width, event.height
+        black = await asyncio.to_thread(black_picture, event.format, *size, self._provenance, self.origin)
         return replace(event, encoded=black, moderation_blocked=True)
 
     async def _verdict(self, part: CheckedPart, image: Preview | ImageReady, work: Work) -> ModerationVerdict:

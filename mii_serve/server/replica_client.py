@@ -39,6 +39,8 @@ PROBE_EVERY_S = 10.0
 """How often a replica whose stream broke is asked whether it is still there, until the supervisor says how it ended."""
 REPLICA_CHANNEL_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.client_idle_timeout_ms", 2**31 - 1))
 """A connection is kept as long as its replica lives: for another one, the socket's file may have been cleaned away."""
+KEEPALIVE_MS = 10_000
+"""How often a replica on another machine is pinged, and how long the answer may take: a machine that is gone says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,12 @@ class ReplicaAddress:
     def channel(self) -> grpc.aio.Channel:
         if self.credentials is None:
             return grpc.aio.insecure_channel(self.target, options=REPLICA_CHANNEL_OPTIONS)
-        return grpc.aio.secure_channel(self.target, self.credentials, options=REPLICA_CHANNEL_OPTIONS)
+        keepalive = (
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),  # one minute without it, whatever keepalive_timeout_ms says
+            ("grpc.http2.max_pings_without_data", 0),
+        )
+        return grpc.aio.secure_channel(self.target, self.credentials, options=(*REPLICA_CHANNEL_OPTIONS, *keepalive))
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -271,6 +278,7 @@ class ReplicaConnection:
 
 
 def _encoded(number: int, order: Order) -> pb.Generate:
+    image = order.request.input_image
     return pb.Generate(
         id=number,
         request=encode_request(order.request),
@@ -279,6 +287,7 @@ def _encoded(number: int, order: Order) -> pb.Generate:
         timeout_s=order.left_s,
         traceparent=order.traceparent or "",
         has_steps=order.has_steps,
+        input_image=None if image is None else pb.InputImage(rgb=image.rgb, mask=image.mask),
     )
 
 
@@ -308,12 +317,19 @@ class ReplicaClient:
         self.index = index
         self._on_recovery = on_recovery
         self.num_restarts = 0
+        self.is_retiring = False
+        """It finishes what it has and gets no new work."""
         self._connection: ReplicaConnection | None = None
 
     @property
     def connection(self) -> ReplicaConnection | None:
-        """Where new work may go; None from the first sign of its loss on."""
-        return None if self._connection is None or self._connection.is_broken else self._connection
+        """Where new work may go; None from the first sign of its loss on, and while it is retiring."""
+        return None if self._connection is None or self._connection.is_broken or self.is_retiring else self._connection
+
+    @property
+    def is_broken(self) -> bool:
+        """Its connection broke, and it is not known yet why."""
+        return self._connection is not None and self._connection.is_broken
 
     @property
     def is_up(self) -> bool:

@@ -127,6 +127,20 @@ class Router:
     def is_up(self) -> bool:
         return any(replica.is_up for replica in self.replicas)
 
+    def add(self) -> ReplicaClient:
+        """One replica more, with the lowest index that is free. It gets work once it is attached."""
+        taken = {replica.index for replica in self.replicas}
+        index = next(index for index in range(len(taken) + 1) if index not in taken)
+        added = ReplicaClient(index, self.serve_waiting)
+        self.replicas = [*self.replicas, added]  # a new list, because others may be iterating over the old one
+        return added
+
+    async def remove(self, replica: ReplicaClient, loss: Loss) -> None:
+        """Forget a replica. What still runs on it is made again elsewhere, as after any loss."""
+        self.replicas = [other for other in self.replicas if other is not replica]
+        await replica.detach(loss)
+        self.serve_waiting()
+
     def serve_waiting(self) -> None:
         """Give replicas to those who wait for some. Called whenever a replica comes, goes or has less to do."""
         up = [connection for replica in self.replicas if (connection := replica.connection)]
@@ -186,7 +200,7 @@ class Router:
 
         def take(replicas: Sequence[ReplicaConnection]) -> None:
             first = 0
-            work_per_image = work.params.work_per_call * work.params.num_inference_steps
+            work_per_image = work.params.work_per_call * work.params.num_steps
             for replica, count in shares(replicas, num_images, work_per_image, is_batch=work.is_batch):
                 parts.append(_Part(work, first, count))
                 self._book(parts[-1], replica)
@@ -362,7 +376,7 @@ class _Account:
     def __init__(self, connection: ReplicaConnection, part: _Part, on_close: Callable[[], None]) -> None:
         self.connection = connection
         self._work_per_call = part.params.work_per_call
-        self._left = dict.fromkeys(part.indexes, part.params.num_inference_steps)
+        self._left = dict.fromkeys(part.indexes, part.params.num_steps)
         self._is_batch = part.work.is_batch
         self._on_close = on_close
         self._add(sum(self._left.values()))

@@ -14,6 +14,7 @@ from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationServicer
 from mii_serve.server.bounded_write import Context
 from mii_serve.server.call import current_call
 from mii_serve.server.dispatcher import Dispatcher
+from mii_serve.types import ImageReady
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["ImageGeneration"].full_name
 
@@ -31,13 +32,17 @@ class FrontService(ImageGenerationServicer):
         call = current_call.get()
         async with contextlib.aclosing(self._dispatcher.events(decode_request(request), call)) as events:
             async for event in events:
+                if isinstance(event, ImageReady):
+                    context.set_trailing_metadata(tuple(self._dispatcher.provenance_headers(event).items()))
                 yield encode_event(call.request_id, event)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         call, decoded = current_call.get(), decode_request(request)
         if decoded.output.preview_every is not None:
             raise InvalidRequestError("output.preview_every", "needs GenerateStream, which can show previews")
-        return encode_answer(call.request_id, await self._dispatcher.generate(decoded, call))
+        answer = await self._dispatcher.generate(decoded, call)
+        context.set_trailing_metadata(tuple(self._dispatcher.provenance_headers(answer.images[0]).items()))
+        return encode_answer(call.request_id, answer)
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
         return encode_server_info(await self._dispatcher.server_info())

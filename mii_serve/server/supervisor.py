@@ -55,6 +55,7 @@ class ReplicaSupervisor:
         self._ready = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
         self.num_restarts = 0
+        self._is_reload_due = False
 
     @property
     def socket(self) -> Path:
@@ -81,6 +82,18 @@ class ReplicaSupervisor:
         """To be called when nothing is waited for: a spare's start takes some seconds of a core."""
         self._spares.prepare(self._environment)
 
+    def reload(self) -> None:
+        """Let the replica read the files again that it signs pictures with; one that is starting does so when it is ready."""
+        self._is_reload_due = True
+        if self.is_ready:
+            self._send_reload()
+
+    def _send_reload(self) -> None:
+        if self._is_reload_due and self._process is not None:
+            self._is_reload_due = False
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGHUP)
+
     async def run(self, on_change: asyncio.Event) -> None:
         """Keep a replica running until cancelled; `on_change` is set whenever readiness changes.
 
@@ -95,6 +108,7 @@ class ReplicaSupervisor:
                     await self._start()
                     was_ready = True
                     self._ready.set()
+                    self._send_reload()
                     on_change.set()
                     self._loss = await self._ended()
                     logger.error("replica %d is gone: %s", self.index, self._loss.reason)

@@ -1,7 +1,8 @@
 """The parameters of a request, and the rules they follow.
 
 `PARAMETERS` declares each one: its name, type, rule, default and help. Validation, command-line flags, the codec, the names in
-JSON bodies and the benchmark's mixes follow from it. `GenerationParams` is what a request means once nothing is left open:
+JSON bodies and the benchmark's mixes follow from it; `STRENGTH` is that of requests that start from an image.
+`GenerationParams` is what a request means once nothing is left open:
 building one, through `Capabilities.resolve`, is the validation.
 """
 
@@ -24,6 +25,12 @@ LatentShape = tuple[int, int]
 
 BatchKey = tuple[int, ...]
 """See `GenerationParams.batch_key`."""
+
+IMAGE_STRENGTH, MASK_STRENGTH = 0.8, 1.0
+"""Of a request with an image that names none, and with a mask, as in diffusers."""
+
+MAX_IMAGE_BYTES = 8 * 1024 * 1024
+"""Of the files of a request."""
 
 MAX_SEED = 2**64 - 1
 MAX_SCHEDULER_CHARS = 80
@@ -79,7 +86,10 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationParams:
-    """A request with nothing left open. A picture is a pure function of these and its index."""
+    """A request with nothing left open. A picture is a pure function of these, its index and the request's `InputImage`.
+
+    `strength` is None where there is no such image. `has_mask`: only a part of the image is repainted.
+    """
 
     prompt: str = field(repr=False)
     negative_prompt: str = field(repr=False)
@@ -91,6 +101,8 @@ class GenerationParams:
     num_images_per_prompt: int
     scheduler: str
     seed: int
+    strength: float | None = None
+    has_mask: bool = False
 
     def seed_of(self, image_index: int) -> int:
         """Image i of a request is image 0 of the same request with seed + i (modulo 2**64)."""
@@ -100,6 +112,21 @@ class GenerationParams:
     def is_guided(self) -> bool:
         """Classifier-free guidance is on, as `StableDiffusionPipeline` decides it."""
         return self.guidance_scale > 1
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """The first of the `num_inference_steps`, which an image of this strength takes the place of.
+
+        As `StableDiffusionImg2ImgPipeline.get_timesteps` counts them.
+        """
+        if self.strength is None:
+            return 0
+        return self.num_inference_steps - _num_steps_left(self.num_inference_steps, self.strength)
+
+    @property
+    def num_steps(self) -> int:
+        """The steps that are made."""
+        return self.num_inference_steps - self.num_skipped_steps
 
     @property
     def num_rows(self) -> int:
@@ -134,11 +161,12 @@ class GenerationKwargs(TypedDict, total=False):
     num_images_per_prompt: int | None
     scheduler: str | None
     seed: int | None
+    strength: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestedParams:
-    """What a caller asked for, before defaults and rules; None is "left out"."""
+    """What a caller asked for, before defaults and rules; None is "left out". The images are contents of files."""
 
     prompt: str = field(repr=False)
     negative_prompt: str | None = field(default=None, repr=False)
@@ -150,6 +178,9 @@ class RequestedParams:
     num_images_per_prompt: int | None = None
     scheduler: str | None = None
     seed: int | None = None
+    image: bytes | None = field(default=None, repr=False)
+    mask_image: bytes | None = field(default=None, repr=False)
+    strength: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +203,22 @@ class Capabilities:
             if value is None:
                 value = fallback_seed if parameter.name == "seed" else parameter.default_in(self.defaults)
             values[parameter.name] = parameter.checked(value, self)
-        return GenerationParams(**values)
+        strength = self._strength_of(asked, values["num_inference_steps"])
+        return GenerationParams(**values, strength=strength, has_mask=asked.mask_image is not None)
+
+    def _strength_of(self, asked: RequestedParams, num_inference_steps: int) -> float | None:
+        if asked.image is None:
+            if asked.mask_image is not None:
+                raise InvalidRequestError("mask_image", "is for requests with an image only")
+            if asked.strength is not None:
+                raise InvalidRequestError("strength", "is for requests with an image only", str(asked.strength)[:80])
+            return None
+        usual = IMAGE_STRENGTH if asked.mask_image is None else MASK_STRENGTH
+        strength: float = STRENGTH.checked(usual if asked.strength is None else asked.strength, self)
+        if _num_steps_left(num_inference_steps, strength) < 1:
+            least = f"1 / num_inference_steps, here {1 / num_inference_steps:.3g}: no step would be made"
+            raise InvalidRequestError("strength", f"must be at least {least}", str(strength))
+        return strength
 
     def scheduler_named(self, name: str) -> str:
         """The name that is answered with for one of the accepted spellings.
@@ -188,6 +234,10 @@ class Capabilities:
         near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
         rule = f"must be one of the {len(names)} this model has, such as {', '.join(near)}"
         raise InvalidRequestError("scheduler", rule, repr(name))
+
+
+def _num_steps_left(num_inference_steps: int, strength: float) -> int:
+    return min(int(num_inference_steps * strength), num_inference_steps)
 
 
 def draw_seed() -> int:
@@ -348,6 +398,25 @@ PARAMETERS = (
 )
 PARAMETER_NAMES = tuple(parameter.name for parameter in PARAMETERS)
 
+STRENGTH = Parameter(
+    name="strength",
+    kind=float,
+    bounds=lambda limits: (0, 1),
+    default=IMAGE_STRENGTH,
+    help="how far the result may leave the image: the part of the steps that is made; 0.8 by default, with a mask 1",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputImage:
+    """The image that a request starts from, in the request's size: `rgb` is height × width × 3 bytes, row by row.
+
+    `mask` is height × width bytes: where one is 128 or more, the image is repainted, elsewhere it stays.
+    """
+
+    rgb: bytes = field(repr=False)
+    mask: bytes | None = field(default=None, repr=False)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
@@ -395,3 +464,4 @@ class ResolvedRequest:
     params: GenerationParams
     output: OutputOptions = field(default_factory=OutputOptions)
     priority: Priority = Priority.NORMAL
+    input_image: InputImage | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from mii_serve.errors import MiiServeError
 from mii_serve.types.batch_shape import BatchShape
-from mii_serve.types.params import GenerationParams, Priority
+from mii_serve.types.params import GenerationParams, InputImage, Priority
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -26,6 +26,7 @@ class Sample:
 
     id: SampleId
     params: GenerationParams
+    input_image: InputImage | None = None
 
     @property
     def seed(self) -> int:
@@ -48,6 +49,7 @@ class Request:
     priority: Priority = Priority.NORMAL
     deadline: float | None = None
     preview_every: int | None = None
+    input_image: InputImage | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

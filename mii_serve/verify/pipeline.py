@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,11 @@ from mii_serve.errors import InvalidRequestError
 from mii_serve.models import RANDOM_SD_V1_4
 from mii_serve.models.check import CheckedFolder, check_folder
 from mii_serve.models.defaults import DeclaredDefaults, read_defaults
+from mii_serve.models.given_embedding import find_embedding
+from mii_serve.models.given_vae import find_vae
 from mii_serve.models.quiet import quiet_libraries
+from mii_serve.models.single_file.check import CheckedFile, check_file
+from mii_serve.models.single_file.configs import write_configs
 from mii_serve.models.source import find_model
 from mii_serve.types import DEFAULT_SCHEDULER, GenerationParams, Picture, RequestedParams
 from mii_serve.verify.cases import PictureCase
@@ -99,11 +105,24 @@ def _settings(config: DeployConfig) -> dict[str, Any]:
 
 
 def _draw(config: DeployConfig, names: list[str], params: GenerationParams, device: str) -> dict[str, Picture]:
-    folder = find_model(config.model, revision=config.revision, **_settings(config)).folder
-    pipeline = _load(check_folder(folder, **_settings(config))).to(device)
+    found = find_model(config.model, revision=config.revision, **_settings(config))
+    if found.file is None:
+        declared = read_defaults(found.folder)
+        pipeline = _load(check_folder(found.folder, **_settings(config))).to(device)
+    else:
+        declared = DeclaredDefaults()
+        checked = check_file(found.file, allow_pickle=config.allow_pickle, tokenizer=config.tokenizer)
+        pipeline = _load_file(checked).to(device)
+    if config.vae is not None:
+        pipeline.vae = find_vae(config.vae, dtype="fp32", allow_pickle=config.allow_pickle).load(
+            dtype="fp32", device=torch.device(device)
+        )
+    for token, path in config.embedding.items():
+        vectors = find_embedding(token, path, allow_pickle=config.allow_pickle).vectors()
+        pipeline.load_textual_inversion(vectors, token=token)
     pipeline.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {"num_inference_steps": NUM_STEPS}
-    if read_defaults(folder) != DeclaredDefaults() or config.limits != LimitsConfig():
+    if declared != DeclaredDefaults() or config.limits != LimitsConfig():
         arguments |= {"guidance_scale": params.guidance_scale, "height": params.height, "width": params.width}
     checker, scheduler = pipeline.safety_checker, pipeline.scheduler
     pictures = {}
@@ -130,6 +149,14 @@ def _load(checked: CheckedFolder) -> Any:
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     folder = str(checked.folder)
     return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True, **options)
+
+
+def _load_file(checked: CheckedFile) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        write_configs(checked.configs, checked.tokenizer, Path(folder))
+        return StableDiffusionPipeline.from_single_file(
+            str(checked.weights.path), config=folder, torch_dtype=torch.float32, local_files_only=True
+        )
 
 
 def _ddim(scheduler: Any) -> Any:

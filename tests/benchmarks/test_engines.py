@@ -131,7 +131,7 @@ def test_the_unet_of_v1_4_is_counted_as_published():
     from diffusers import UNet2DConditionModel
     from engines import unet_flops_per_row
 
-    from mii_serve.models.random_init import SD_V1_4
+    from mii_serve.models.families import SD_V1_4
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD_V1_4.unet)

@@ -11,14 +11,13 @@ import sys
 from dataclasses import replace
 
 import pytest
-from axe_playwright_python.async_playwright import Axe
 from fake_engine import MAX_WORDS, FakeEngine
 from outside import ROOT
 from patience import PATIENCE_S
 from PIL import Image
 from playwright.async_api import Page, expect
 from servers import Turnstile
-from sites import DESKTOP, PHONE, Site, UnhurriedEngine, site_of
+from sites import DESKTOP, PHONE, Site, UnhurriedEngine, site_of, violations
 
 from mii_serve.gateway.page import messages
 from mii_serve.safety.moderation import ModerationVerdict
@@ -459,11 +458,3 @@ async def test_no_accessibility_violations(site: Site, size, scheme):
     found["finished"] = await violations(page)
     assert not any(found.values()), found
     site.complaints[:] = [text for text in site.complaints if "status of 400" not in text]
-
-
-async def violations(page: Page) -> list[str]:
-    answer = await Axe().run(page)
-    assert len(answer.response["passes"]) > 20, "axe has not looked"
-    return [
-        f"{one['id']} ({one['impact']}): {[node['target'] for node in one['nodes']]}" for one in answer.response["violations"]
-    ]

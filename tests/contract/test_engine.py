@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from deepspeed_operations import torch_operations
@@ -12,7 +13,7 @@ from fake_engine import FakeEngine
 
 from mii_serve.engine import Engine
 from mii_serve.errors import InvalidRequestError
-from mii_serve.types import ENGINES, Picture, SampleId, StepPlan
+from mii_serve.types import ENGINES, InputImage, Picture, SampleId, StepPlan
 
 
 @contextlib.contextmanager
@@ -73,6 +74,16 @@ def test_steps_count_up_by_one_and_the_picture_comes_with_the_last(engine):
     assert [p.step for p in progress] == list(range(1, progress[0].num_steps + 1))
     assert {p.num_steps for p in progress} == {len(progress)}
     assert [p.picture is not None for p in progress] == [False] * (len(progress) - 1) + [True]
+
+
+@pytest.mark.parametrize("mask", [None, bytes(2048) + bytes([255]) * 2048], ids=["whole image", "with a mask"])
+def test_an_image_takes_the_place_of_the_first_steps(engine, mask):
+    asked = {"image": b"its file", "mask_image": None if mask is None else b"its file", "strength": 0.5}
+    one = sample(engine, num_inference_steps=6, height=64, width=64, **asked)
+    one = replace(one, input_image=InputImage(rgb=bytes(range(256)) * 48, mask=mask))
+    progress = finish(engine, one)[one.id]
+    assert len(progress) == engine.check(one.params) < engine.check(replace(one.params, strength=None, has_mask=False))
+    assert progress[-1].picture is not None
 
 
 def test_a_picture_has_the_size_asked_for_in_rgb(engine):

@@ -25,6 +25,7 @@ def imported(script: str, *libraries: str) -> list[str]:
         ["bench", "compare", "--help"],
         ["deploy", "--help"],
         ["doctor", "-h"],
+        ["evaluate", "-h"],
         ["generate", "-h"],
         ["status", "-h"],
         ["verify", "-h"],

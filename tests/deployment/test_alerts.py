@@ -12,7 +12,7 @@ from deployment_tools import ALERTS, CHART, alert_rules, dashboard_expressions, 
 from mii_serve.metrics import FrontMetrics, ReplicaMetrics
 
 CASES = Path(__file__).parent / "alerts.test.yaml"
-SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "summary": ("_sum", "_count"), "gauge": ("",)}
 
 
 def names_of_metrics() -> set[str]:

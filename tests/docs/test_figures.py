@@ -19,18 +19,23 @@ def test_there_are_tables_to_check():
     pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
     for name in (
         "batch",
+        "batch_interference",
         "batch_job",
         "engines",
+        "evaluate",
         "front",
         "host_cost",
         "inflight",
         "kernel_resources",
         "overload",
         "peers",
+        "provenance",
+        "ray_proxy",
         "roofline",
         "savings",
         "scheduler",
         "start",
         "threads",
+        "watermark",
     ):
         assert f"<!-- figures: {name} -->\n\n" in pages

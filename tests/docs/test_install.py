@@ -13,7 +13,7 @@ from mii_serve.extras import EXTRAS
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = {".py", ".md", ".js", ".html", ".yaml", ".yml", ".sh", ".txt", ".toml", ""}
 NAME = r"mii[-_]serve"
-SELF_REFERENCE = re.compile(rf'^[a-z]+ = \["{NAME}\[server\]"|^    "{NAME}\[[a-z,]+\]",$')
+SELF_REFERENCE = re.compile(rf'^[a-z]+ = \["{NAME}\[(?:server|http)\]"|^    "{NAME}\[[a-z,]+\]",$')
 """How pyproject.toml says that one extra contains another."""
 
 

@@ -16,9 +16,16 @@ from mii_serve.types import ENGINE_CHOICES
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOYMENT = (ROOT / "deployment" / "README.md", ROOT / "deployment" / "azureml" / "README.md")
-OTHER_PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *DEPLOYMENT)
+TOP = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md")
+OTHER_PAGES = (*TOP, ROOT / "benchmarks" / "README.md", *DEPLOYMENT)
 PAGES = sorted([*OTHER_PAGES, *(ROOT / "docs").rglob("*.md")])
 SETTINGS = setting_names(DeployConfig)
+OF_SCRIPTS = {
+    name
+    for script in (ROOT / "deployment" / "azureml").glob("*.py")
+    for name in re.findall(rf'"({ENV_PREFIX}[A-Z_]+)"', script.read_text())
+}
+"""Variables that the scripts of deployments read themselves."""
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -41,7 +48,7 @@ def flags_of_commands() -> dict[str, set[str]]:
 @each_page
 def test_settings_and_variables_that_are_named_exist(page):
     text = page.read_text()
-    variables = {ENV_PREFIX + name.replace(".", "__").upper() for name in SETTINGS} | NOT_SETTINGS
+    variables = {ENV_PREFIX + name.replace(".", "__").upper() for name in SETTINGS} | NOT_SETTINGS | OF_SCRIPTS
     assert set(re.findall(rf"{ENV_PREFIX}[A-Z_]+[A-Z]", text)) <= variables
     assert set(re.findall(r"`((?:http|limits|content_safety)\.[a-z_]+)", text)) <= set(SETTINGS)
 

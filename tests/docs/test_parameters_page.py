@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mii_serve.types import PARAMETERS, GenerationDefaults, Limits, Parameter
+from mii_serve.types import PARAMETERS, STRENGTH, GenerationDefaults, Limits, Parameter
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture" / "14-parameters.md"
 HEAD = """# 14. Parameters
@@ -20,6 +20,10 @@ made from them.
 | parameter | type | default | bounds | meaning |
 |---|---|---|---|---|
 """
+FOR_IMAGES = f"""
+A request that starts from an image ([page 3](03-wire.md#images-to-start-from)) has the `image`, and in addition:
+
+{HEAD[HEAD.index("| parameter") :]}"""
 KINDS = {str: "text", int: "whole number", float: "number"}
 
 
@@ -35,7 +39,7 @@ def row(parameter: Parameter) -> str:
 
 
 def test_the_page_is_that_of_the_declarations(request: pytest.FixtureRequest):
-    page = HEAD + "\n".join(map(row, PARAMETERS)) + "\n"
+    page = HEAD + "\n".join(map(row, PARAMETERS)) + "\n" + FOR_IMAGES + row(STRENGTH) + "\n"
     if request.config.getoption("--update-goldens"):
         PAGE.write_text(page)
     assert PAGE.read_text() == page, "run: make goldens"

@@ -9,7 +9,8 @@ import pytest
 from deployments import deployed
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "deployment" / "README.md", *(ROOT / "docs").rglob("*.md")])
+TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
+PAGES = sorted([*(ROOT / name for name in TOP), ROOT / "deployment" / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def code_blocks(page: Path, language: str) -> list[str]:

@@ -122,7 +122,16 @@ asyncio.run(ask())
 """
 
 
-def test_a_managed_identity_serves_as_well_as_a_key(tmp_path: Path):
+IDENTITIES = {
+    "online endpoint": {"IDENTITY_ENDPOINT": "{url}/msi/token", "IDENTITY_HEADER": KEY},
+    "compute": {"MSI_ENDPOINT": "{url}/msi/compute", "MSI_SECRET": KEY},
+    "workload": {"AZURE_AUTHORITY_HOST": "{url}", "AZURE_TENANT_ID": "tenant", "AZURE_FEDERATED_TOKEN_FILE": "{folder}/token"},
+}
+"""How Azure tells a process of its identity; a workload has an OIDC token in a file, as in Kubernetes."""
+
+
+@pytest.mark.parametrize("where", IDENTITIES)
+def test_a_managed_identity_serves_as_well_as_a_key(tmp_path: Path, where: str):
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -130,7 +139,8 @@ def test_a_managed_identity_serves_as_well_as_a_key(tmp_path: Path):
     with double_in_a_thread(tls) as double:
         double.token, double.client_id, double.words = "a-token", "1-2-3", {"gore": ("Hate", 4)}
         asked = {"CONTENT_SAFETY_ENDPOINT": double.url, "UAI_CLIENT_ID": "1-2-3", "SSL_CERT_FILE": str(tmp_path / "ca.pem")}
-        identity = {"IDENTITY_ENDPOINT": f"{double.url}/msi/token", "IDENTITY_HEADER": KEY}
+        (tmp_path / "token").write_text(KEY)
+        identity = {name: value.format(url=double.url, folder=tmp_path) for name, value in IDENTITIES[where].items()}
         command = [sys.executable, "-W", "error", "-c", ASK_AS_IDENTITY]
         environment = {**os.environ, **asked, **identity}
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)

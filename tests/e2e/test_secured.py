@@ -1,7 +1,8 @@
-"""A deployment with TLS and API keys, used as its operator would."""
+"""A deployment with TLS, API keys and signed pictures, used as its operator would."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import ssl
@@ -15,6 +16,9 @@ import pytest
 import trustme
 from deployments import Deployment, deployed, until
 from patience import PATIENCE_S
+from signing import write_signing_files
+
+from mii_serve.provenance.report import report_on
 
 KEY, NEW_KEY = "studio-key-0123456789", "second-key-0123456789"
 
@@ -28,6 +32,7 @@ def folder(tmp_path_factory) -> Path:
         issued = authority.issue_cert(name)
         issued.private_key_and_cert_chain_pem.write_to_path(str(folder / f"{name}.pem"))
     (folder / "keys").write_text(f"{KEY} name=studio\n")
+    write_signing_files(folder / "signing", "First")
     return folder
 
 
@@ -35,7 +40,11 @@ def folder(tmp_path_factory) -> Path:
 def secured(folder):
     pair = folder / "localhost.pem"
     flags = ("--api-key-file", folder / "keys", "--tls-cert", pair, "--tls-key", pair, "--tls-client-ca", folder / "ca.pem")
-    with deployed("demo", "--host", "localhost", *map(str, flags)) as running:
+    signing = {"CERTIFICATE": folder / "signing" / "chain.pem", "KEY": folder / "signing" / "key.pem"}
+    environment = {"MII_SERVE_LOG_FORMAT": "json"} | {
+        f"MII_SERVE_PROVENANCE__{name}": str(file) for name, file in signing.items()
+    }
+    with deployed("demo", "--host", "localhost", *map(str, flags), env=environment) as running:
         yield running
 
 
@@ -57,7 +66,14 @@ def tls_flags(folder: Path) -> tuple[str, ...]:
 def test_key_and_certificate_open(secured, folder):
     ran = draw(secured, folder, KEY, *tls_flags(folder))
     assert ran.returncode == 0, ran.stderr
-    assert (folder / "out.png").is_file()
+    assert signer_of(folder / "out.png").startswith("First")
+
+
+def signer_of(file: Path) -> str:
+    """Who signed the picture, and vouches for what it says."""
+    report = report_on(file.read_bytes(), file.name)
+    assert report.is_marked and not report.is_invalid and report.credentials.model == "demo"
+    return report.credentials.signer
 
 
 def test_anything_less_does_not(secured, folder):
@@ -73,13 +89,27 @@ def test_anything_less_does_not(secured, folder):
         assert text in ran.stderr and KEY not in ran.stderr, ran.stderr
 
 
-def test_keys_are_read_again_on_sighup(secured, folder):
+def test_keys_and_certificates_are_read_again_on_sighup(secured, folder):
     replicas = secured.replica_pids()
     assert draw(secured, folder, NEW_KEY, *tls_flags(folder)).returncode != 0
     (folder / "keys").write_text(f"{NEW_KEY}\n{KEY}\n")
+    write_signing_files(folder / "signing", "Second")
     secured.process.send_signal(signal.SIGHUP)
     until(lambda: draw(secured, folder, NEW_KEY, *tls_flags(folder)).returncode == 0, "the new key opens")
+    until(
+        lambda: draw(secured, folder, KEY, *tls_flags(folder)) and signer_of(folder / "out.png").startswith("Second"), "signs"
+    )
     assert secured.replica_pids() == replicas
+
+
+def test_every_line_of_its_log_is_json_and_names_the_key(secured):
+    secured.log.seek(0)
+    lines = [json.loads(line) for line in secured.log]
+    messages = " ".join(line["message"] for line in lines)
+    for text in ("deploying demo", "listening on localhost", "serving demo", "API keys read", "certificate was read again"):
+        assert text in messages
+    assert {"studio", "key-1", "key-2"} & {line["request"].get("key") for line in lines if "request" in line}
+    assert KEY not in messages and NEW_KEY not in messages
 
 
 def test_http_speaks_tls_too(secured, folder):

@@ -162,6 +162,20 @@ class TestWhatIsHarmless:
         assert isinstance(error, ContentBlockedError) and double.texts == [prompt]
 
 
+class TestImagesToStartFrom:
+    async def test_are_looked_at_before_any_work_and_refused_by_their_field(self, server, double):
+        file = io.BytesIO()
+        Image.new("RGB", (96, 64), (200, 30, 40)).save(file, "PNG")
+        asked = request(image=file.getvalue(), strength=0.5)
+        await server.stub.Generate(asked)
+        with Image.open(io.BytesIO(double.images[0])) as seen:
+            assert seen.size == (96, 64) and is_flat(seen.convert("RGB"), (200, 30, 40))
+        double.judge_image = lambda image: {"Violence": 6}
+        error = await error_of(server.stub.Generate(asked))
+        assert isinstance(error, ContentBlockedError) and error.field == "image"
+        assert server.loop.activity().num_requests == 1, "nothing was made of it"
+
+
 class TestRefusedText:
     @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
     @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])

@@ -70,6 +70,7 @@ LIGHT_MODULES = (
 )
 COMMANDS = (
     "",
+    "batch",
     "bench",
     "bench compare",
     "config",
@@ -77,6 +78,8 @@ COMMANDS = (
     "config show",
     "deploy",
     "doctor",
+    "evaluate",
+    "export-mlflow",
     "generate",
     "status",
     "verify",
@@ -187,8 +190,10 @@ for argv in sys.argv[1:]:
             ("deploy demo", "server"),
             ("generate circle", "server"),
             ("verify", "server"),
+            ("evaluate in.csv -o out --guidance 1", "server"),
             ("config show", "server"),
             ("config schema", "server"),
+            ("export-mlflow demo exported", "mlflow"),
         ],
     )
     async def test_every_other_command_names_the_extra_it_needs(self, tmp_path, command, extra):

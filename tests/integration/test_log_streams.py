@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,11 +14,11 @@ from patience import PATIENCE_S
 from mii_serve.logs import MAX_WAITING_LINES
 
 
-def logging_process(text: str, **streams: Any) -> subprocess.Popen[str]:
+def logging_process(text: str, how: str = '"info", "text"', **streams: Any) -> subprocess.Popen[str]:
     code = f"""
 import logging, sys
 from mii_serve.logs import MAX_WAITING_LINES, configure_logs
-configure_logs("info", "text")
+configure_logs({how})
 {textwrap.dedent(text)}
 """
     return subprocess.Popen([sys.executable, "-c", code], text=True, **streams)
@@ -79,3 +80,55 @@ def test_what_waits_is_written_once_however_often_logs_are_finished():
         _, stderr = process.communicate(timeout=PATIENCE_S)
     assert stderr.count("the last") == 1
     assert process.returncode == 0
+
+
+JSON = '"info", "json", is_whole=True'
+
+
+def test_every_line_is_json_however_it_was_written():
+    lines = """
+        import os, subprocess, threading, warnings
+        from mii_serve.cli.exits import say, say_as_json
+        logging.info("a record")
+        os.write(2, b"E0000 00:00:1700000000.5 123 server.cc:12] no port\\nnot a\\xff line of ours\\n\\n")
+        warnings.warn("a warning")
+        say_as_json()
+        say("warning: said")
+        # In this order: the log's thread could write between the text and its line end.
+        child = "import sys; from mii_serve.logs import *; configure_logs('info', 'json'); "
+        child += "print('a plain child', file=sys.stderr); logging.info('a child')"
+        subprocess.run([sys.executable, "-c", child], check=True)
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+        sys.stderr.write("without an end")
+        raise KeyError("the last")
+    """
+    with logging_process(lines, JSON, stderr=subprocess.PIPE) as process:
+        _, stderr = process.communicate(timeout=PATIENCE_S)
+    told = [json.loads(line) for line in stderr.splitlines()]
+    found = {line["message"].partition("\n")[0]: (line["level"], line["logger"]) for line in told}
+    assert found.pop("a record") == found.pop("a child") == ("INFO", "root")
+    assert found.pop("no port") == ("ERROR", "grpc")
+    assert found.pop("warning: said") == ("WARNING", "mii_serve.cli")
+    for text in ("not a\ufffd line of ours", "a plain child", "without an end"):
+        assert found.pop(text) == ("WARNING", "stderr")
+    assert [name for _, name in found.values()].count("py.warnings") == 1
+    errors = [line["exception"].splitlines()[-1] for line in told if line["level"] == "CRITICAL"]
+    assert errors == ["ZeroDivisionError: division by zero", "KeyError: 'the last'"]
+    assert process.returncode == 1
+
+
+def test_no_writer_of_another_line_waits_for_the_reader_of_the_log():
+    lines = """
+        import os
+        for number in range(4 * MAX_WAITING_LINES):
+            os.write(2, b"%d: a line of a hundred bytes that no reader takes, and the next one comes all the same\\n" % number)
+        print("served", flush=True)
+        input()
+    """
+    pipe = subprocess.PIPE
+    with logging_process(lines, JSON, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout.readline() == "served\n"
+        _, stderr = process.communicate("\n", timeout=PATIENCE_S)
+    assert all(json.loads(line) for line in stderr.splitlines()) and "lines were dropped" in stderr

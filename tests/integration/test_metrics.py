@@ -9,12 +9,15 @@ import urllib.request
 import grpc
 import pytest
 from patience import PATIENCE_S
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from replicas import KILLED, Deployment, deployment_of, events_of, request
 
 from mii_serve.config import DeployConfig
 from mii_serve.gateway.app import serve_http
 from mii_serve.server.keys import KeyRing
+
+PROMETHEUS_ACCEPTS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ async def scraped(deployment: Deployment) -> dict[tuple, float]:
     samples = [sample for family in families for sample in family.samples]
     found = {(sample.name, *sorted(sample.labels.items())): sample.value for sample in samples}
     assert len(found) == len(samples)
-    assert all(name.startswith("mii_serve_") for name, *_ in found)
+    assert all(name.startswith(("mii_serve_", "process_")) for name, *_ in found)
     return found
 
 
@@ -115,7 +118,20 @@ async def test_they_are_served_over_http(two):
         with answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             families = {family.name for family in text_string_to_metric_families(answer.read().decode())}
-    assert {"mii_serve_requests", "mii_serve_images", "mii_serve_build_info"} <= families
+        assert {"mii_serve_requests", "mii_serve_images", "mii_serve_build_info"} <= families
+        asking = urllib.request.Request(f"http://{address}/metrics", headers={"Accept": PROMETHEUS_ACCEPTS})
+        answer = await asyncio.to_thread(urllib.request.urlopen, asking, timeout=PATIENCE_S)
+        with answer:
+            assert answer.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+            text = answer.read().decode()
+    assert {family.name for family in openmetrics.text_string_to_metric_families(text)} == families
+
+
+async def test_front_and_replicas_tell_of_their_processes_and_nothing_of_a_gpu_that_is_not_there(two):
+    samples = await scraped(two)
+    memory = {dict(key[1:]).get("replica") for key in samples if key[0] == "process_resident_memory_bytes"}
+    assert memory == {None, "0", "1"} and total(samples, "process_cpu_seconds_total") > 0
+    assert not [key for key in samples if key[0] == "mii_serve_gpu_memory_bytes"]
 
 
 async def test_each_request_has_one_line_without_its_prompt(two, caplog):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -26,7 +29,7 @@ KEY, OTHER = "studio-key-0123456789", "other-key-0123456789"
 
 @contextlib.asynccontextmanager
 async def served(
-    folder: Path, engine: FakeEngine | None = None, *, has_jobs: bool = True, **behind: object
+    folder: Path, engine: FakeEngine | None = None, *, has_jobs: bool = True, keys: KeyRing | None = None, **behind: object
 ) -> AsyncIterator[tuple[httpx2.AsyncClient, FakeEngine]]:
     """A server with a folder for jobs, and two keys."""
     file = folder / "keys"
@@ -37,7 +40,7 @@ async def served(
     headers = {"authorization": f"Bearer {KEY}"}
     async with (
         running_server(folder, engine, max_waiting_samples=256, **behind) as server,
-        serve_http(DeployConfig.load(flags), server.dispatcher, KeyRing(file)) as address,
+        serve_http(DeployConfig.load(flags), server.dispatcher, keys or KeyRing(file)) as address,
         httpx2.AsyncClient(base_url=f"http://{address}/v1", timeout=PATIENCE_S, headers=headers) as client,
     ):
         yield client, engine
@@ -157,6 +160,10 @@ async def test_files_and_jobs_are_there_for_their_key_alone(tmp_path: Path):
         for path in (f"/files/{file_id}", f"/files/{batch['output_file_id']}/content", f"/batches/{batch['id']}"):
             assert (await client.get(path, headers=stranger)).status_code == 404
         assert (await client.get("/files", headers=stranger)).json()["data"] == []
+        page = str(client.base_url).removesuffix("/v1/") + "/ui/jobs"
+        assert (await client.get(page, headers=stranger)).json() == {"jobs": [], "num_jobs": 0}
+        [listed] = (await client.get(page)).json()["jobs"]
+        assert (listed["id"], listed["name"], listed["completed"]) == (batch["id"], "in.jsonl", 1)
         assert (await client.delete(f"/files/{file_id}", headers=stranger)).status_code == 404
         assert (await client.get("/files", headers={"authorization": "Bearer wrong-key"})).status_code == 401
         for known in (file_id, batch["output_file_id"]):
@@ -252,3 +259,102 @@ async def test_a_job_that_has_not_ended_in_time_expires_and_keeps_what_it_has_ma
         lines = (await client.get(f"/files/{batch['error_file_id']}/content")).text.splitlines()
         assert [json.loads(one)["error"]["code"] for one in lines] == ["batch_expired"] * 2
         assert batch["output_file_id"] is None
+
+
+async def metric(client: httpx2.AsyncClient, name: str) -> float:
+    text = (await client.get(str(client.base_url).removesuffix("/v1/") + "/metrics")).text
+    return next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+
+async def test_files_go_when_their_time_is_over_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The wall clock jumps by an hour; a job that runs takes no notice."""
+    async with served(tmp_path) as (client, engine):
+        form = {"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+        soon = {**form, "expires_after[seconds]": "5"}
+        refused = await client.post("/files", files={"file": ("in.jsonl", line(0))}, data=soon)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "expires_after[seconds]")
+        file = (await client.post("/files", files={"file": ("in.jsonl", line(0) + line(1))}, data=form)).json()
+        assert file["expires_at"] == file["created_at"] + 3600
+        engine.gate.clear()
+        body = {"input_file_id": file["id"], "endpoint": "/v1/images/generations", "completion_window": "24h"}
+        expiry = {"output_expires_after": {"anchor": "created_at", "seconds": 3600}}
+        batch = (await client.post("/batches", json={**body, **expiry})).json()
+        await until(client, batch["id"], has("in_progress"))
+        assert await metric(client, 'mii_serve_jobs{state="in_progress"}') == 1
+        assert await metric(client, 'mii_serve_job_rows{state="open"}') == 2
+        wall_clock, later = time.time, 3601.0
+        monkeypatch.setattr(job_store.time, "time", lambda: wall_clock() + later)
+        assert (await client.get(f"/files/{file['id']}")).status_code == 200, "a job reads it"
+        engine.gate.set()
+        batch = await until(client, batch["id"], has("completed"))
+        assert (await client.get(f"/files/{file['id']}")).status_code == 404
+        assert await metric(client, 'mii_serve_jobs{state="completed"}') == 1
+        output = (await client.get(f"/files/{batch['output_file_id']}")).json()
+        assert output["expires_at"] == output["created_at"] + 3600
+        later = 2 * 3602.0
+        for path in (f"/files/{output['id']}", f"/files/{output['id']}/content"):
+            assert (await client.get(path)).status_code == 404
+    async with served(tmp_path) as (client, _):
+        batch = await until(client, batch["id"], lambda batch: batch["output_file_id"] is None)
+        assert batch["status"] == "completed" and not list((tmp_path / "jobs").rglob("*.png"))
+
+
+async def test_a_full_disk_pauses_a_job_and_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jobs, "PAUSE_S", 0.05)
+    is_full = True
+    write = jobs.OutputFolder.write_pictures
+
+    def written(self: jobs.OutputFolder, n: int, files: list[bytes]) -> list[tuple[int, str]]:
+        if is_full and n == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, n, files)
+
+    monkeypatch.setattr(jobs.OutputFolder, "write_pictures", written)
+    async with served(tmp_path) as (client, _):
+        batch = await created(client, await uploaded(client, *(line(n) for n in range(3))))
+        async with asyncio.timeout(PATIENCE_S):
+            while not await metric(client, "mii_serve_jobs_paused"):
+                pass
+        assert (await client.post("/images/generations", json={"prompt": "a circle"})).status_code == 200
+        assert (await client.get(f"/batches/{batch['id']}")).json()["status"] == "in_progress"
+        is_full = False
+        batch = await until(client, batch["id"], has("completed"))
+        assert batch["request_counts"] == {"total": 3, "completed": 3, "failed": 0}
+        assert await metric(client, "mii_serve_jobs_paused") == 0
+
+
+async def test_the_job_of_a_key_that_is_revoked_is_cancelled_and_says_so(tmp_path: Path):
+    (tmp_path / "keys").write_text(f"{KEY} name=studio\n")
+    keys = KeyRing(tmp_path / "keys")
+    async with served(tmp_path, keys=keys) as (client, _):
+        batch = await created(client, await uploaded(client, *(line(n) for n in range(100))))
+        await until(client, batch["id"], lambda batch: batch["request_counts"]["completed"] >= 20)
+        (tmp_path / "keys").write_text(f"{OTHER} name=other\n")
+        keys.reload()
+        assert (await client.get(f"/batches/{batch['id']}")).status_code == 401
+        [stored] = (tmp_path / "jobs" / "batches").glob("*/meta.json")
+        other = {"authorization": f"Bearer {OTHER}"}
+        async with asyncio.timeout(PATIENCE_S):
+            while (meta := json.loads(stored.read_text()))["status"] != "cancelled":
+                assert (await client.get("/batches", headers=other)).json()["data"] == []
+        assert meta["errors"][0]["code"] == "api_key_revoked" and 20 <= meta["completed"] < 100
+        assert meta["completed"] <= len(list((tmp_path / "jobs").rglob("*.png"))), "what was made is kept"
+
+
+async def test_a_job_that_is_cancelled_while_it_is_finished_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    may_end, sizes = threading.Event(), jobs.Renderer.sizes
+
+    def slow(self: jobs.Renderer) -> tuple[int, int]:
+        may_end.wait(PATIENCE_S)
+        return sizes(self)
+
+    monkeypatch.setattr(jobs.Renderer, "sizes", slow)
+    async with served(tmp_path) as (client, _):
+        batch = await created(client, await uploaded(client, line(0)))
+        await until(client, batch["id"], has("finalizing"))
+        for _ in range(2):
+            answer = await client.post(f"/batches/{batch['id']}/cancel")
+            assert (answer.status_code, answer.json()["status"]) == (200, "finalizing")
+        may_end.set()
+        batch = await until(client, batch["id"], has("completed"))
+        assert batch["request_counts"]["completed"] == 1 and batch["cancelled_at"] is None

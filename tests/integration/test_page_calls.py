@@ -22,10 +22,10 @@ from mii_serve.gateway.app import serve_http
 from mii_serve.gateway.page.calls import PageCalls
 from mii_serve.gateway.page.files import ASSETS
 from mii_serve.server.keys import KeyRing
-from mii_serve.types import RequestedParams, ServerInfo
+from mii_serve.types import PARAMETER_NAMES, ServerInfo
 
 KEY = "studio-key-0123456789"
-KNOWN = ", ".join(sorted({"preview_every", *RequestedParams.__dataclass_fields__}))
+KNOWN = ", ".join(sorted({"preview_every", *PARAMETER_NAMES}))
 JSON = {"content-type": "application/json"}
 
 

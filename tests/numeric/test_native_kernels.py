@@ -35,6 +35,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "block_out_channels": (16, 32),
     },
+    "no middle": {  # as in tiny-sd and bk-sdm
+        **V1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "mid_block_type": None,
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+    },
 }
 TIMES = torch.tensor([999.0, 1.0, 340.5])
 SAMPLE_OF_ROW = torch.tensor([0, 1, 2, 0, 2])

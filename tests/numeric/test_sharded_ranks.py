@@ -20,7 +20,7 @@ from mii_serve.engine.factory import native_engine
 from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.kernels.sharded import ShardedKernels
 from mii_serve.engine.kernels.sharded_traffic import traffic_of_call
-from mii_serve.models.random_init import SD_V1_4
+from mii_serve.models.families import SD_V1_4
 from mii_serve.models.tensor_parallel import TensorShard, keep_shard
 
 TOLERANCE = 5e-6

@@ -88,13 +88,37 @@ class ContentSafetyDouble:
         return await self._told(request, self.text_mode if is_text else self.image_mode, judged)
 
     async def give_token(self, request: web.Request) -> web.Response:
-        """A managed identity's endpoint, as App Service and Azure ML have it in IDENTITY_ENDPOINT."""
+        """A managed identity's endpoint, as App Service and online endpoints of Azure ML have it in IDENTITY_ENDPOINT."""
         wanted = {"resource": "https://cognitiveservices.azure.com", "client_id": self.client_id, "api-version": "2019-08-01"}
         if dict(request.query) != wanted or request.headers.get("X-IDENTITY-HEADER") != self.key:
             raise error(400, "invalid_request", str(dict(request.query)))
         self.num_tokens += 1
         expires = str(int(time.time()) + 86_400)
         return web.json_response({"access_token": self.token, "expires_on": expires, "token_type": "Bearer", **wanted})
+
+    async def give_token_to_compute(self, request: web.Request) -> web.Response:
+        """A managed identity's endpoint, as the compute of Azure ML has it in MSI_ENDPOINT."""
+        wanted = {"resource": "https://cognitiveservices.azure.com", "clientid": self.client_id, "api-version": "2017-09-01"}
+        if dict(request.query) != wanted or request.headers.get("secret") != self.key:
+            raise error(400, "invalid_request", str(dict(request.query)))
+        self.num_tokens += 1
+        expires = int(time.time()) + 86_400
+        return web.json_response({"access_token": self.token, "expires_on": expires, "token_type": "Bearer", **wanted})
+
+    async def exchange_token(self, request: web.Request) -> web.Response:
+        """Entra's endpoint, where a workload exchanges its OIDC token for one of ours; `key` is the token it must have."""
+        wanted = {
+            "client_assertion": self.key,
+            "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+            "client_id": self.client_id,
+            "grant_type": "client_credentials",
+            "scope": "https://cognitiveservices.azure.com/.default",
+        }
+        given = await request.post()
+        if {name: given.get(name) for name in wanted} != wanted:
+            raise error(400, "invalid_client", str(sorted(given)))
+        self.num_tokens += 1
+        return web.json_response({"access_token": self.token, "expires_in": 86_400, "token_type": "Bearer"})
 
     async def _body(self, request: web.Request) -> dict[str, Any]:
         if request.headers.get("Ocp-Apim-Subscription-Key") != self.key and not (
@@ -221,6 +245,8 @@ async def content_safety_double(tls: ssl.SSLContext | None = None) -> AsyncItera
     app.router.add_post("/contentsafety/text:analyze", double.answer)
     app.router.add_post("/contentsafety/image:analyze", double.answer)
     app.router.add_get("/msi/token", double.give_token)
+    app.router.add_get("/msi/compute", double.give_token_to_compute)
+    app.router.add_post("/tenant/oauth2/v2.0/token", double.exchange_token)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)

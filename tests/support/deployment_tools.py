@@ -70,4 +70,4 @@ def dashboard_expressions() -> list[str]:
 
 
 def metrics_in(expression: str) -> set[str]:
-    return set(re.findall(r"\bmii_serve_\w+", expression))
+    return set(re.findall(r"\b(?:mii_serve|process)_\w+", expression))

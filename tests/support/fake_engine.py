@@ -85,7 +85,7 @@ class FakeEngine:
     def check(self, params: GenerationParams) -> int:
         if params.scheduler == "lcm" and params.num_inference_steps > 50:
             raise InvalidRequestError("num_inference_steps", "the scheduler lcm refuses it")
-        return params.num_inference_steps
+        return params.num_steps
 
     def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
         return SchedulerDescription(class_name="PNDMScheduler", options={"skip_prk_steps": "true"}, is_compiled=True)
@@ -124,7 +124,7 @@ class FakeEngine:
 
 
 def _progress(running: FakeSample) -> SampleProgress:
-    return SampleProgress(id=running.sample.id, step=running.step, num_steps=running.sample.params.num_inference_steps)
+    return SampleProgress(id=running.sample.id, step=running.step, num_steps=running.sample.params.num_steps)
 
 
 def _flat_picture(sample: Sample) -> Picture:

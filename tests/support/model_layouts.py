@@ -408,6 +408,54 @@ def padded_with_another_token(folder: Path) -> None:
     edit(folder / "tokenizer" / "tokenizer_config.json", lambda content: content.update(pad_token="!"))
 
 
+def words_that_the_text_encoder_does_not_know(folder: Path) -> None:
+    """Added to the tokenizer alone; their embeddings are in a file of their own, which `from_pretrained` does not read."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
+    tokenizer.add_tokens(["<my-cat>", "<my-dog>"])
+    shutil.rmtree(folder / "tokenizer")
+    tokenizer.save_pretrained(str(folder / "tokenizer"))
+
+
+# ---- other pipelines -----------------------------------------------------------------------------------------------
+
+
+def index_of_image_to_image(folder: Path) -> None:
+    index(folder, _class_name="StableDiffusionImg2ImgPipeline", image_encoder=["transformers", "CLIPVisionModelWithProjection"])
+
+
+def latent_consistency_model(folder: Path) -> Layout:
+    """Its UNet takes the guidance scale in, and makes no second row of it."""
+    edit(folder / "unet" / "config.json", lambda content: content.update(time_cond_proj_dim=33))
+
+    def take_guidance_in(tensors: Tensors) -> Tensors:
+        width = tensors["time_embedding.linear_1.weight"].shape[1]
+        made = torch.randn(width, 33, generator=torch.Generator().manual_seed(1))
+        return tensors | {"time_embedding.cond_proj.weight": made * 0.1}
+
+    rewrite(weights(folder, "unet"), take_guidance_in)
+    scheduler(folder, "LCMScheduler", clip_sample=False, steps_offset=1)
+    index(folder, _class_name="LatentConsistencyModelPipeline", requires_safety_checker=True)
+    return Layout(asked={"guidance_scale": 6.3, "negative_prompt": "which it does not read"})
+
+
+def safe_stable_diffusion_with_a_pickled_checker(folder: Path) -> Layout:
+    """Diffusers no longer has that pipeline's checker, and is shown the same folder with the usual one."""
+    file = weights(folder, "safety_checker")
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+    safe = folder.parent / "safe"
+    safe.mkdir()
+    for path in folder.iterdir():
+        (safe / path.name).symlink_to(path)
+    (safe / "model_index.json").unlink()
+    shutil.copy(folder / "model_index.json", safe)
+    checker = ["stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"]
+    index(safe, _class_name="StableDiffusionPipelineSafe", safety_checker=checker)
+    return Layout(ours="safe")
+
+
 # ---- places --------------------------------------------------------------------------------------------------------
 
 
@@ -422,6 +470,13 @@ def azure_model_folder(folder: Path) -> Layout:
 def mlflow_folder(folder: Path) -> Layout:
     azure_model_folder(folder)
     return Layout(ours="mounted/mlflow_model_folder")
+
+
+def mlflow_folder_with_other_names(folder: Path) -> Layout:
+    inner = folder.parent / "run" / "artifacts"
+    inner.mkdir(parents=True)
+    (inner / "sd").symlink_to(folder)
+    return Layout(ours="run")
 
 
 def snapshot_of_links(folder: Path) -> Layout:
@@ -487,8 +542,13 @@ LAYOUTS: Mapping[str, Builder] = {
         words_added_to_the_tokenizer,
         words_in_added_tokens_json,
         padded_with_another_token,
+        words_that_the_text_encoder_does_not_know,
+        index_of_image_to_image,
+        latent_consistency_model,
+        safe_stable_diffusion_with_a_pickled_checker,
         azure_model_folder,
         mlflow_folder,
+        mlflow_folder_with_other_names,
         snapshot_of_links,
         name_with_blanks_and_umlauts,
         declared_defaults,

@@ -17,6 +17,7 @@ from patience import PATIENCE_S
 from mii_serve.errors import EngineError
 from mii_serve.proto.codec import CHANNEL_OPTIONS
 from mii_serve.proto.v1.image_generation_pb2_grpc import ImageGenerationStub
+from mii_serve.provenance import Provenance
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.replica.service import ListenOn, replica_server
 from mii_serve.safety.moderation import Moderator
@@ -61,14 +62,15 @@ async def running_server(
     moderator: Moderator | None = None,
     on_terminate: Callable[[], None] | None = None,
     max_connection_age_s: float | None = None,
+    provenance: Provenance | None = None,
 ) -> AsyncIterator[RunningServer]:
     engine_thread = ThreadPoolExecutor(1)
-    loop = ReplicaLoop(engine, engine_thread, max_waiting_samples=max_waiting_samples)
+    loop = ReplicaLoop(engine, engine_thread, max_waiting_samples=max_waiting_samples, provenance=provenance)
     turns = asyncio.create_task(loop.run())
     socket = folder / "replica.sock"
     replica, _ = replica_server(loop, "test", ListenOn.socket(socket))
     await replica.start()
-    dispatcher = Dispatcher(Router(patience_s=1.0), moderator=moderator)
+    dispatcher = Dispatcher(Router(patience_s=1.0), moderator=moderator, provenance=provenance)
     front = GrpcFront(dispatcher, keys=keys, tls=tls, on_terminate=on_terminate, max_connection_age_s=max_connection_age_s)
     target = f"127.0.0.1:{await front.listen('127.0.0.1', 0)}"
     await dispatcher.attach(ReplicaAddress.socket(socket))

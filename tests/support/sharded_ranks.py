@@ -15,7 +15,7 @@ from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.kernels.sharded import ShardedKernels
 from mii_serve.models import LoadedModel, load_model
-from mii_serve.models.random_init import SD_V1_4
+from mii_serve.models.families import SD_V1_4
 from mii_serve.models.tensor_parallel import TensorShard, keep_shard
 
 SIZES = (2, 4)

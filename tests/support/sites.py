@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from axe_playwright_python.async_playwright import Axe
 from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from playwright.async_api import Browser, ConsoleMessage, Page, expect
@@ -69,9 +70,15 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def site_of(
-    browser: Browser, folder, engine: FakeEngine, keys: KeyRing | None = None, moderator: Moderator | None = None
+    browser: Browser,
+    folder,
+    engine: FakeEngine,
+    keys: KeyRing | None = None,
+    moderator: Moderator | None = None,
+    *,
+    has_jobs: bool = False,
 ) -> AsyncIterator[Site]:
-    config = DeployConfig.load({"http_port": 0})
+    config = DeployConfig.load({"http_port": 0, **({"jobs_folder": str(folder / "jobs")} if has_jobs else {})})
     async with running_server(folder, engine, max_waiting_samples=64, moderator=moderator) as server:
         server.dispatcher.grpc_port = int(server.target.rpartition(":")[2])
         async with serve_http(config, server.dispatcher, keys or KeyRing()) as address:
@@ -85,3 +92,12 @@ async def site_of(
             if sys.exc_info()[0] is None:
                 assert not site.complaints, site.complaints
                 assert not site.foreign, site.foreign
+
+
+async def violations(page: Page) -> list[str]:
+    """What axe objects to."""
+    answer = await Axe().run(page)
+    assert len(answer.response["passes"]) > 20, "axe has not looked"
+    return [
+        f"{one['id']} ({one['impact']}): {[node['target'] for node in one['nodes']]}" for one in answer.response["violations"]
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mii_serve.models.random_init import SD_V1_4, PipelineShape
+from mii_serve.models.families import SD_V1_4, PipelineShape
 
 TINY = PipelineShape(
     unet={

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mii_serve.config import DeployConfig, setting_names
@@ -170,3 +172,18 @@ def test_ranks_that_cannot_work_are_refused_with_what_would(settings, setting, r
     with pytest.raises(ConfigError, match=remedy) as caught:
         DeployConfig.load(settings)
     assert caught.value.setting == setting
+
+
+def test_embeddings_are_paths_by_token_from_every_source(tmp_path, monkeypatch):
+    expected = {"<cat>": Path("cat.safetensors"), "my_style": Path("a=b/style.pt")}
+    pairs = [f"{token}={path}" for token, path in expected.items()]
+    (tmp_path / "deploy.yaml").write_text("embedding: {<cat>: cat.safetensors, my_style: a=b/style.pt}\n")
+    config = DeployConfig.load({}, tmp_path / "deploy.yaml")
+    assert config.embedding == expected == DeployConfig.load({"embedding": pairs}).embedding
+    assert DeployConfig.from_json(config.to_json()) == config
+    with pytest.raises(ConfigError, match=r"embedding: .*must be NAME=PATH"):
+        DeployConfig.load({"embedding": ["<cat>"]})
+    with pytest.raises(ConfigError, match="embedding"):
+        DeployConfig.load({"embedding": ["two words=x.pt"]})
+    monkeypatch.setenv("MII_SERVE_EMBEDDING", ",".join(pairs))
+    assert DeployConfig.load({}).embedding == expected

@@ -17,9 +17,11 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 MODULE_OF = {
     "azure-ai-contentsafety": "azure",
     "azure-identity": "azure",
+    "c2pa-python": "c2pa",
     "opentelemetry-exporter-otlp-proto-grpc": "opentelemetry",
     "opentelemetry-sdk": "opentelemetry",
     "grpcio-reflection": "grpc_reflection",
+    "mlflow-skinny": "mlflow",
     "pyyaml": "yaml",
 }
 """Where a distribution's module has another name than the distribution."""
@@ -37,7 +39,12 @@ def test_the_table_says_what_the_project_file_says() -> None:
         for name, needed in extras.items()
     }
     assert brought == {name: set(modules) for name, modules in EXTRAS.items()}
-    assert {name for name, needed in extras.items() if "mii-serve" not in needed} == {"server", "bench", "parquet"}
+    assert {name for name, needed in extras.items() if "mii-serve" not in needed} == {
+        "server",
+        "bench",
+        "parquet",
+        "provenance",
+    }
 
 
 def test_the_client_needs_nothing_that_computes_or_serves() -> None:

@@ -254,6 +254,17 @@ ROWS: dict[str, Callable[[int, int], list[GradedPrompt]]] = {
 """Called with the number of prompts and a seed."""
 
 
+def prompt_for(scene: Scene) -> GradedPrompt:
+    """A prompt in the plain words of the rows above that asks for the scene; it has one thing at least."""
+    first, background = scene.things[0], scene.background
+    if scene.layout in ("two", "three"):
+        return _several(scene.layout, first.color, first.shape, background)
+    if scene.layout in RELATIONS:
+        second = scene.things[1]
+        return _related(scene.layout, (first.color, first.shape), (second.color, second.shape), background)
+    return _one(first.color, first.shape, background)
+
+
 # ---- the detector itself -----------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,8 @@ from mii_serve.engine.batched.slot_search import NUM_SAMPLES, find_slots
 from mii_serve.engine.batched.stepping import ObjectStepping, Stepping, TableStepping
 from mii_serve.engine.batched.tail import Tail
 from mii_serve.engine.batched.timestep_cache import TimestepCache
-from mii_serve.engine.capabilities import capabilities_of, description_of
+from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in
+from mii_serve.engine.input_images import EncodedImage, KeptImage, encode_images, keep_unmasked, mask_of, skip_masked_image
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.engine.sample_errors import is_of_one_sample, sample_error
@@ -37,7 +38,7 @@ from mii_serve.engine.warmup import make_pictures, warm_up_request
 from mii_serve.errors import EngineError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import keep_thresholds_on_host
-from mii_serve.samplers.build import ModelSchedulers
+from mii_serve.samplers.build import ModelSchedulers, refuse_without_noise
 from mii_serve.samplers.sampling import Samplings, Uncompiled
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
@@ -76,6 +77,7 @@ class BatchedSample:
     prompt: Prompt
     negative_prompt: Prompt | None
     slot: int
+    kept_image: KeptImage | None = None
     step: int = 0
 
     @property
@@ -119,6 +121,7 @@ class BatchedEngine:
         self._group = group
         self._device = torch.device(pipeline.device)
         self._num_channels = pipeline.unet.config.in_channels
+        self._embeds_guidance = takes_guidance_in(pipeline.unet)
         self._schedulers = ModelSchedulers(pipeline.scheduler)
         self._samplings = Samplings(self._schedulers)
         self._looks_for_slots = max_slots is None and group is None
@@ -129,6 +132,8 @@ class BatchedEngine:
             buckets = declare_buckets(self._max_slots, *latent_shape) if self._device.type == "cuda" else ()
         self._buckets = tuple(buckets)
         pipeline.unet.to(memory_format=torch.channels_last)
+        if self._device.type == "cpu":  # on CUDA the fused decoder sets its own
+            pipeline.vae.to(memory_format=torch.channels_last)
         keep_thresholds_on_host(pipeline)
         self._prompts = PromptCache(pipeline, kernels, max_in_use=2 * self._max_slots)
         self._timesteps = TimestepCache(kernels, dtype=pipeline.unet.dtype, device=self._device)
@@ -166,10 +171,13 @@ class BatchedEngine:
         return seconds
 
     def check(self, params: GenerationParams) -> int:
-        return self._samplings.of(params.scheduler, params.num_inference_steps).num_calls
+        sampling = self._samplings.of_request(params)
+        if params.strength is not None:
+            refuse_without_noise(self._schedulers, params)
+        return sampling.num_calls
 
     def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
-        is_compiled = self._samplings.is_compiled(params.scheduler, params.num_inference_steps)
+        is_compiled = self._samplings.is_compiled(params)
         return self._schedulers.describe(params.scheduler, is_compiled=is_compiled)
 
     def warmup(self) -> None:
@@ -254,32 +262,56 @@ class BatchedEngine:
         if not joins:
             return
         texts = [sample.params.prompt for sample in joins]
-        texts += [sample.params.negative_prompt for sample in joins if sample.params.is_guided]
+        texts += [sample.params.negative_prompt for sample in joins if self._is_guided(sample.params)]
         with timer.time("encode"):
             prompts = self._prompts.acquire(texts)
+            encoded = encode_images(self._pipeline.vae, joins, self.capacity.max_decodes)
         negative_prompts = iter(prompts[len(joins) :])
         for sample, prompt in zip(joins, prompts, strict=False):  # the negative ones follow
             params = sample.params
             self._failed.discard(sample.id)
             generator = torch.Generator("cpu").manual_seed(sample.seed)
             stepping = self._stepping(params, generator)
-            # In float32 whatever the UNet's dtype, so that every engine starts from the same noise.
-            size = (1, self._num_channels, *params.latent_shape)
-            latents = randn_tensor(size, generator=generator, dtype=torch.float32)[0] * stepping.init_noise_sigma
+            latents, kept_image = self._first_latents(sample, stepping, generator, encoded.get(sample.id))
             self._samples[sample.id] = BatchedSample(
                 sample=sample,
                 stepping=stepping,
                 prompt=prompt,
-                negative_prompt=next(negative_prompts) if params.is_guided else None,
-                slot=self._denoiser.pool(params.latent_shape).acquire(upload(latents, self._device)),
+                negative_prompt=next(negative_prompts) if self._is_guided(params) else None,
+                slot=self._denoiser.pool(params.latent_shape).acquire(latents),
+                kept_image=kept_image,
             )
 
+    def _first_latents(
+        self, sample: Sample, stepping: Stepping, generator: torch.Generator, encoded: EncodedImage | None
+    ) -> tuple[torch.Tensor, KeptImage | None]:
+        """Drawn in diffusers' order, in float32 whatever the UNet's dtype, so that every engine starts from the same noise."""
+        params, image, kept_image = sample.params, sample.input_image, None
+        image_latents = None if encoded is None else encoded.drawn(generator)
+        size = (1, self._num_channels, *params.latent_shape)
+        noise = upload(randn_tensor(size, generator=generator, dtype=torch.float32)[0], self._device)
+        if image_latents is None or image is None:
+            return noise * stepping.init_noise_sigma, None
+        if (mask := mask_of(image, params)) is not None:
+            kept_image = KeptImage(mask=upload(mask[0], self._device), image_latents=image_latents, noise=noise)
+            if encoded is not None and encoded.std is not None:
+                skip_masked_image(noise, generator)
+            if params.strength == 1.0:
+                return noise * stepping.init_noise_sigma, kept_image
+        of_image, of_noise = stepping.noise_level(0)
+        return of_image * image_latents + of_noise * noise, kept_image
+
+    def _is_guided(self, params: GenerationParams) -> bool:
+        """By a second row; a latent consistency model takes the guidance scale in with the timestep."""
+        return params.is_guided and not self._embeds_guidance
+
     def _stepping(self, params: GenerationParams, generator: torch.Generator) -> Stepping:
-        sampling = self._samplings.of(params.scheduler, params.num_inference_steps)
+        sampling = self._samplings.of_request(params)
         if not isinstance(sampling, Uncompiled):
             return TableStepping(sampling, generator)
-        scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device)
-        return ObjectStepping(scheduler, generator)
+        num_skipped_steps = params.num_skipped_steps
+        scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device, num_skipped_steps)
+        return ObjectStepping(scheduler, generator, num_skipped_steps)
 
     def _step(self, ids: Sequence[SampleId], shown: Sequence[SampleId], timer: StageTimer) -> Results:
         due = [self._samples[sample_id] for sample_id in ids if sample_id not in self._failed]
@@ -297,8 +329,11 @@ class BatchedEngine:
             state = self._denoiser.pool(latent_shape).state
             if outputs is not None:
                 self._step_objects(stepped, state, outputs[1], failed)
-        for one in stepped:
-            one.step += 1
+            for one in stepped:
+                one.step += 1
+            masked = [one for one in stepped if one.kept_image is not None and one.sample.id not in failed]
+            if masked:
+                self._keep_unmasked(masked, state)
         results = {one.sample.id: failed.get(one.sample.id) or one.progress for one in due}
         rows = [row for row, one in enumerate(stepped) if one.sample.id in shown and one.sample.id not in failed]
         if rows and outputs is not None and self._tail.num_pending < MAX_BEHIND:
@@ -309,10 +344,16 @@ class BatchedEngine:
             self._decode(previewed, estimate_x0(*seen, x0), results, timer, sampled=sampled)
         return results
 
+    def _keep_unmasked(self, samples: Sequence[BatchedSample], state: torch.Tensor) -> None:
+        slots = upload(torch.tensor([one.slot for one in samples]), self._device)
+        levels = upload(torch.tensor([one.stepping.noise_level(one.step) for one in samples]), self._device)
+        keep_unmasked(state, slots, levels, [one.kept_image for one in samples if one.kept_image is not None])
+
     def _inputs(self, due: Sequence[BatchedSample], failed: Results) -> tuple[list[BatchedSample], list[SampleInputs]]:
         """The samples that can make their next step, and the inputs of it; the others are added to `failed`."""
         pool, able, inputs = self._denoiser.pool(due[0].latent_shape), [], []
-        timestep_rows = self._timesteps.rows([one.stepping.timestep(one.step) for one in due])
+        scales = [one.sample.params.guidance_scale for one in due] if self._embeds_guidance else None
+        timestep_rows = self._timesteps.rows([one.stepping.timestep(one.step) for one in due], scales)
         for one, timestep_row in zip(due, timestep_rows, strict=True):
             try:
                 input_scale, matrix, noise = one.stepping.before(one.step, pool.state, one.slot)

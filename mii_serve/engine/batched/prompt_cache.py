@@ -10,7 +10,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,11 +18,14 @@ from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.truncation import dropped_text
 from mii_serve.engine.upload import upload
 
-TEXTS_PER_BATCH = 4
-"""Smaller batches are padded to it; a guided sample brings one or two new texts."""
+CPU_TEXTS, CUDA_TEXTS = 1, 4
+"""Texts in a batch; smaller batches are padded to it. A guided sample brings one or two new texts, and on a CPU
+padding is not free."""
 
 NUM_SPARE_ROWS = 32
 """Prompts kept beyond those in use; 4 MB each for v1-4 in half precision."""
+
+Item = TypeVar("Item")
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +52,7 @@ class PromptCache:
         self._kernels = kernels
         self._known: OrderedDict[str, Prompt] = OrderedDict()
         self._free = list(reversed(range(num_rows)))
+        self._batch_size = CUDA_TEXTS if torch.device(pipeline.device).type == "cuda" else CPU_TEXTS
         self.num_encoded = 0
         size = num_rows, pipeline.tokenizer.model_max_length, kernels.prompt_width
         self.projected = torch.zeros(size, dtype=pipeline.unet.dtype, device=pipeline.device)
@@ -59,8 +63,8 @@ class PromptCache:
         for text in texts:
             if (known := self._known.get(text)) is not None:
                 known.num_users += 1  # before `_encode` looks for rows that are not in use
-        for i in range(0, len(missing), TEXTS_PER_BATCH):
-            self._encode(missing[i : i + TEXTS_PER_BATCH])
+        for batch in self._batches(missing):
+            self._encode(batch)
         is_new = set(missing)
         for text in texts:
             self._known[text].num_users += text in is_new
@@ -69,18 +73,16 @@ class PromptCache:
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """The text encoder's output, B × tokens × text width."""
-        batches = [texts[i : i + TEXTS_PER_BATCH] for i in range(0, len(texts), TEXTS_PER_BATCH)]
-        return torch.cat([self._embed(batch)[: len(batch)] for batch in batches])
+        return torch.cat([self._embed(batch)[: len(batch)] for batch in self._batches(texts)])
 
     @contextlib.contextmanager
     def temporary_rows(self, embeds: torch.Tensor) -> Iterator[list[int]]:
         """Rows that hold these embedded prompts, B × tokens × text width, until the block ends."""
         rows = [self._free_row() for _ in embeds]
         try:
-            for i in range(0, len(rows), TEXTS_PER_BATCH):
-                batch = embeds[i : i + TEXTS_PER_BATCH]
-                padded = torch.cat((batch, batch.new_zeros(TEXTS_PER_BATCH - len(batch), *batch.shape[1:])))
-                self.projected[rows[i : i + TEXTS_PER_BATCH]] = self._project(padded)[: len(batch)]
+            for batch_rows, batch in zip(self._batches(rows), embeds.split(self._batch_size), strict=True):
+                padded = torch.cat((batch, batch.new_zeros(self._batch_size - len(batch), *batch.shape[1:])))
+                self.projected[batch_rows] = self._project(padded)[: len(batch)]
             yield rows
         finally:
             self._free.extend(rows)
@@ -93,14 +95,14 @@ class PromptCache:
         for text, projected in zip(texts, self._project(self._embed(texts)), strict=False):  # the rest is padding
             row = self._free_row()
             self.projected[row] = projected
-            self._known[text] = Prompt(text, row, dropped_text(self._pipeline.tokenizer, text))
+            self._known[text] = Prompt(text, row, dropped_text(self._pipeline, text))
         self.num_encoded += len(texts)
 
     def _embed(self, texts: Sequence[str]) -> torch.Tensor:
         """One batch, padded. Computes what the pipeline's `encode_prompt` does, whose copies would wait for the device."""
         pipeline = self._pipeline
         tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
-        padded = pipeline.maybe_convert_prompt([*texts, *[""] * (TEXTS_PER_BATCH - len(texts))], tokenizer)
+        padded = pipeline.maybe_convert_prompt([*texts, *[""] * (self._batch_size - len(texts))], tokenizer)
         length = tokenizer.model_max_length
         tokens = tokenizer(padded, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         uses_mask = getattr(encoder.config, "use_attention_mask", None)
@@ -108,6 +110,9 @@ class PromptCache:
         mask = upload(tokens.attention_mask, device) if uses_mask else None
         embeds: torch.Tensor = encoder(upload(tokens.input_ids, device), attention_mask=mask)[0]
         return embeds
+
+    def _batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        return [items[i : i + self._batch_size] for i in range(0, len(items), self._batch_size)]
 
     def _project(self, embeds: torch.Tensor) -> torch.Tensor:
         return self._kernels.project_prompts(embeds.to(self.projected))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mii_serve.samplers.build import step_kwargs
+from mii_serve.samplers.build import first_call, noise_level, step_kwargs
 from mii_serve.samplers.preview import x0_coefficients
 from mii_serve.samplers.table import INPUT_PLANES, STATE_PLANES, SamplerTable
 
@@ -38,6 +38,13 @@ class Stepping(Protocol):
     @property
     def init_noise_sigma(self) -> float:
         """The standard deviation of the noise that the run starts from."""
+        ...
+
+    def noise_level(self, step: int) -> tuple[float, float]:
+        """The factors of an image's latents and of the noise that make its noisy latents before this step.
+
+        After the last one, with `num_calls`, there is no noise.
+        """
         ...
 
     def timestep(self, step: int) -> float:
@@ -74,6 +81,10 @@ class TableStepping:
     def init_noise_sigma(self) -> float:
         return self._table.init_noise_sigma
 
+    def noise_level(self, step: int) -> tuple[float, float]:
+        assert self._table.noise_levels is not None, "such requests are refused"
+        return self._table.noise_levels[step]
+
     def timestep(self, step: int) -> float:
         return float(self._table.timesteps[step])
 
@@ -98,11 +109,13 @@ class ObjectStepping:
 
     reads_prediction = True
 
-    def __init__(self, scheduler: Any, generator: torch.Generator) -> None:
+    def __init__(self, scheduler: Any, generator: torch.Generator, num_skipped_steps: int = 0) -> None:
+        first = first_call(scheduler, num_skipped_steps)
         self._scheduler = scheduler
-        self._timesteps = scheduler.timesteps.tolist()  # read from the device once, not in every step
+        self._scheduler_timesteps = scheduler.timesteps[first:]
+        self._timesteps = self._scheduler_timesteps.tolist()  # read from the device once, not in every step
         self._kwargs = step_kwargs(scheduler, generator)
-        self._x0 = x0_coefficients(scheduler)
+        self._x0 = x0_coefficients(scheduler, first=first)
         self._latents: torch.Tensor | None = None
 
     @property
@@ -113,17 +126,22 @@ class ObjectStepping:
     def init_noise_sigma(self) -> float:
         return float(self._scheduler.init_noise_sigma)
 
+    def noise_level(self, step: int) -> tuple[float, float]:
+        if step == self.num_calls:
+            return 1.0, 0.0
+        return noise_level(self._scheduler, self._scheduler_timesteps[step])
+
     def timestep(self, step: int) -> float:
         return float(self._timesteps[step])
 
     def before(self, step: int, states: torch.Tensor, slot: int) -> tuple[float, Matrix, torch.Tensor | None]:
         latents = states[slot, :1]
         self._latents = latents.clone()
-        latents[:] = self._scheduler.scale_model_input(self._latents, self._scheduler.timesteps[step])
+        latents[:] = self._scheduler.scale_model_input(self._latents, self._scheduler_timesteps[step])
         return 1.0, NO_UPDATE, None
 
     def after(self, step: int, states: torch.Tensor, slot: int, noise_pred: torch.Tensor) -> None:
-        timestep = self._scheduler.timesteps[step]
+        timestep = self._scheduler_timesteps[step]
         states[slot, :1] = self._scheduler.step(noise_pred[None], timestep, self._latents, **self._kwargs, return_dict=False)[0]
 
     def x0(self, step: int) -> list[float]:

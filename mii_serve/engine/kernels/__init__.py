@@ -54,8 +54,11 @@ class KernelSet(Protocol):
         """B × tokens × `prompt_width` from the text encoder's output, B × tokens × text width."""
         ...
 
-    def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """N × `timestep_width` from N timesteps in float32, which need not be whole numbers."""
+    def embed_timesteps(self, timesteps: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
+        """N × `timestep_width` from N timesteps in float32, which need not be whole numbers.
+
+        `guidance`, N in float32, is the guidance scale less one, for UNets that take it in (latent consistency models).
+        """
         ...
 
     def predict_noise(

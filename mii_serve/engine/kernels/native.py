@@ -4,8 +4,8 @@ It walks the modules of a `UNet2DConditionModel` in the order of its `forward` (
 leaves out what need not be computed again:
 
 - keys and values of the cross-attentions depend on the prompt alone: computed once (`project_prompts`), kept for all steps;
-- the residual blocks' projections of the time embedding depend on the timestep alone: computed once (`embed_timesteps`), kept
-  for all samples;
+- the residual blocks' projections of the time embedding depend on the timestep, and in latent consistency models on the
+  guidance scale: computed once (`embed_timesteps`), kept for all samples;
 - the two rows of a guided sample have the same activations until the first cross-attention: computed once up to there;
 - a division by an output scale of 1.0 is left out.
 
@@ -23,7 +23,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
 
 from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
 from mii_serve.types import EngineName
@@ -45,7 +45,6 @@ NEUTRAL_OPTIONS: dict[str, object] = {
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
-    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
 }
 """The options of a `UNet2DConditionModel` that Stable Diffusion v1.x does not use, and that this module does not implement."""
@@ -58,13 +57,18 @@ def why_unsupported(unet: Any) -> str | None:
     for option, neutral in NEUTRAL_OPTIONS.items():
         if (value := getattr(unet.config, option, neutral)) != neutral:
             return f"{option}={value!r}"
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+    for block in (*unet.down_blocks, *_mid_blocks(unet), *unet.up_blocks):
         if (kind := type(block).__name__) not in KNOWN_BLOCKS:
             return f"a block of type {kind}"
     for module in unet.modules():
         if isinstance(module, Attention) and type(module.processor) is not AttnProcessor2_0:
             return f"an attention processor of type {type(module.processor).__name__}"
     return None
+
+
+def _mid_blocks(unet: Any) -> Sequence[Any]:
+    """None of them in distilled UNets such as tiny-sd's and bk-sdm-small's."""
+    return [] if unet.mid_block is None else [unet.mid_block]
 
 
 @dataclass(slots=True, eq=False)
@@ -87,9 +91,10 @@ class ForwardPass:
         self.skips.append(hidden)
         for block in unet.down_blocks:
             hidden = self._down(block, hidden)
-        hidden = self._resnet(unet.mid_block.resnets[0], hidden)
-        for transformer, resnet in zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True):
-            hidden = self._resnet(resnet, self._transformer(transformer, hidden))
+        for block in _mid_blocks(unet):
+            hidden = self._resnet(block.resnets[0], hidden)
+            for transformer, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+                hidden = self._resnet(resnet, self._transformer(transformer, hidden))
         for block in unet.up_blocks:
             hidden = self._up(block, hidden, is_odd)
         return unet.conv_out(silu(unet.conv_norm_out(hidden)))
@@ -118,24 +123,17 @@ class ForwardPass:
         residual = resnet.conv1(silu(resnet.norm1(hidden)))
         residual = residual + self.timestep_embeds[:, self.kernels.time_of(resnet), None, None]
         residual = resnet.conv2(silu(resnet.norm2(residual)))
-        return residual + (hidden if resnet.conv_shortcut is None else resnet.conv_shortcut(hidden))
+        if resnet.conv_shortcut is None:
+            return residual + hidden
+        return residual + _pointwise(resnet.conv_shortcut, _channels_last(hidden)).permute(0, 3, 1, 2)
 
     def _transformer(self, transformer: Transformer2DModel, hidden: torch.Tensor) -> torch.Tensor:
         """Tokens are B × (H·W) × channels inside."""
-        tokens = transformer.norm(hidden)
-        if not transformer.use_linear_projection:
-            tokens = transformer.proj_in(tokens)
-        tokens = tokens.permute(0, 2, 3, 1).flatten(1, 2)
-        if transformer.use_linear_projection:
-            tokens = transformer.proj_in(tokens)
+        tokens = _pointwise(transformer.proj_in, _channels_last(transformer.norm(hidden)).flatten(1, 2))
         for block in transformer.transformer_blocks:
             tokens, hidden = self._block(block, tokens, hidden)
-        if transformer.use_linear_projection:
-            tokens = transformer.proj_out(tokens)
-        image = tokens.unflatten(1, hidden.shape[-2:]).permute(0, 3, 1, 2)
-        if not transformer.use_linear_projection:
-            image = transformer.proj_out(image)
-        return image + hidden
+        tokens = _pointwise(transformer.proj_out, tokens)
+        return tokens.unflatten(1, hidden.shape[-2:]).permute(0, 3, 1, 2) + hidden
 
     def _block(
         self, block: BasicTransformerBlock, tokens: torch.Tensor, hidden: torch.Tensor
@@ -188,10 +186,13 @@ class NativeKernels:
         keys = [attention.to_k(prompt_embeds) for attention in self._cross]
         return torch.cat((*keys, *(attention.to_v(prompt_embeds) for attention in self._cross)), dim=-1)
 
-    def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def embed_timesteps(self, timesteps: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
         """See `KernelSet`: what each residual block adds at these timesteps."""
         frequencies = self._unet.time_proj(timesteps).to(self._dtype)
-        embedding = silu(self._unet.time_embedding(frequencies))
+        condition = None
+        if guidance is not None:
+            condition = _embed_guidance(guidance, self._unet.config.time_cond_proj_dim).to(self._dtype)
+        embedding = silu(self._unet.time_embedding(frequencies, condition))
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self._resnets], dim=-1)
 
     def predict_noise(
@@ -217,6 +218,24 @@ class NativeKernels:
     def values_of(self, attention: Attention) -> slice:
         keys, shift = self._text_of[attention], self.prompt_width // 2
         return slice(keys.start + shift, keys.stop + shift)
+
+
+def _pointwise(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """A linear layer, or a convolution of one pixel as one, which is faster; `inputs` have their channels last."""
+    return linear(inputs, layer.weight.flatten(1), layer.bias)
+
+
+def _channels_last(image: torch.Tensor) -> torch.Tensor:
+    return image.permute(0, 2, 3, 1)
+
+
+def _embed_guidance(guidance: torch.Tensor, width: int) -> torch.Tensor:
+    """N × `width`, as `StableDiffusionPipeline.get_guidance_scale_embedding` has it."""
+    half = width // 2
+    exponents = torch.log(torch.tensor(10000.0)) / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -exponents).to(guidance.device)
+    angles = (guidance * 1000.0)[:, None] * frequencies[None, :]
+    return pad(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), (0, width % 2))
 
 
 def _take(activation: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

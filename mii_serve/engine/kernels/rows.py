@@ -68,8 +68,8 @@ class RowParallelKernels:
     def project_prompts(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         return self._kernels.project_prompts(prompt_embeds)
 
-    def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return self._kernels.embed_timesteps(timesteps)
+    def embed_timesteps(self, timesteps: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
+        return self._kernels.embed_timesteps(timesteps, guidance)
 
     def predict_noise(
         self,

@@ -56,7 +56,7 @@ class ShardedKernels(NativeKernels):
             EngineError: the UNet is not sharded over so many ranks.
         """
         super().__init__(unet, max_latent_pixels_per_call=max_latent_pixels_per_call)
-        width = unet.mid_block.resnets[-1].conv2.in_channels * group.size
+        width = unet.up_blocks[0].resnets[-1].conv2.in_channels * group.size
         if width != unet.config.block_out_channels[-1]:
             raise EngineError(f"the UNet is not sharded over {group.size} ranks")
         for module in list(unet.modules()):

@@ -49,8 +49,9 @@ def _layers(config: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
     for level, kind in enumerate(config["down_block_types"]):
         for _ in range(resnets[level]):
             yield channels[level], level, transformers[level] if "CrossAttn" in kind else 0
-    yield channels[last], last, transformers[last]
-    yield channels[last], last, 0
+    if config.get("mid_block_type", "UNetMidBlock2DCrossAttn") is not None:
+        yield channels[last], last, transformers[last]
+        yield channels[last], last, 0
     for level, kind in zip(range(last, -1, -1), config["up_block_types"], strict=True):
         for _ in range(resnets[level] + 1):
             yield channels[level], level, transformers[level] if "CrossAttn" in kind else 0

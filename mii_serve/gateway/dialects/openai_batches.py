@@ -5,7 +5,7 @@ A caller sees the files and batches of its own API key. Without a folder for job
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -49,7 +49,7 @@ TIMES = {
 }
 
 
-class _OutputExpiry(JsonObject):
+class _Expiry(JsonObject):
     anchor: Annotated[str, one_of(("created_at",))]
     seconds: int = Field(ge=3600, le=2_592_000)
 
@@ -59,8 +59,7 @@ class _BatchBody(JsonObject):
     endpoint: Annotated[str, one_of((OPENAI_URL,))]
     completion_window: Annotated[str, one_of(("24h",))]
     metadata: dict[str, str] | None = Field(None, max_length=MAX_METADATA)
-    output_expires_after: _OutputExpiry | None = None
-    """Accepted and without effect: outputs are kept until they are deleted."""
+    output_expires_after: _Expiry | None = None
 
 
 class Batches:
@@ -101,8 +100,8 @@ class Batches:
                 raise InvalidRequestError("file", "is missing")
             if (purpose := upload.fields.get("purpose")) != "batch":
                 raise InvalidRequestError("purpose", "must be batch", "nothing" if purpose is None else repr(purpose[:40]))
-            name = upload.file_name[:MAX_NAME_CHARS]
-            return JSONResponse(_file(self._store.add_file(_owner(call), upload.path, name, purpose)))
+            expiry, name = _expiry_of(upload.fields), upload.file_name[:MAX_NAME_CHARS]
+            return JSONResponse(_file(self._store.add_file(_owner(call), upload.path, name, purpose, expiry)))
         finally:
             upload.discard()
 
@@ -134,7 +133,8 @@ class Batches:
     async def create(self, call: HttpCall) -> Response:
         body = validated(_BatchBody, call.body)
         owner, client = _owner(call), call.context.client
-        return JSONResponse(_batch(self._jobs.create(owner, client, body.input_file_id, body.metadata or {})))
+        expiry = None if body.output_expires_after is None else body.output_expires_after.seconds
+        return JSONResponse(_batch(self._jobs.create(owner, client, body.input_file_id, body.metadata or {}, expiry)))
 
     async def batches(self, call: HttpCall) -> Response:
         return _page(call, self._store.batches(_owner(call)), _batch)
@@ -153,6 +153,19 @@ def routes_without_jobs(endpoints: Endpoints, dialect: Dialect) -> list[Route]:
         raise NotFoundError("files and batches are off; the server's operator turns them on with --jobs-folder", "not_enabled")
 
     return [endpoints.route(path, refuse, dialect, method=method, is_work=False, read=read_nothing) for method, path in ROUTES]
+
+
+def _expiry_of(fields: Mapping[str, str]) -> int | None:
+    """The seconds that a form's `expires_after[anchor]` and `expires_after[seconds]` ask for."""
+    given = {name: fields[key] for name in ("anchor", "seconds") if (key := f"expires_after[{name}]") in fields}
+    if not given:
+        return None
+    seconds = given.get("seconds", "")
+    body = {**given, "seconds": int(seconds)} if seconds.isascii() and seconds.isdigit() and len(seconds) < 10 else given
+    try:
+        return validated(_Expiry, body).seconds
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"expires_after[{error.field}]", error.rule) from None
 
 
 def _owner(call: HttpCall) -> str:
@@ -182,7 +195,7 @@ def _file(file: StoredFile) -> dict[str, Any]:
         "object": "file",
         "bytes": file.num_bytes,
         "created_at": file.created_at,
-        "expires_at": None,
+        "expires_at": file.expires_at,
         "filename": file.name,
         "purpose": file.purpose,
         "status": "processed",

@@ -19,8 +19,10 @@ from starlette.routing import Route
 from mii_serve.errors import InvalidRequestError, MiiServeError, QueueFullError, UnavailableError
 from mii_serve.gateway.middleware import Endpoints, EventStream, HttpCall
 from mii_serve.gateway.page.files import PATH, PageFiles
+from mii_serve.gateway.page.jobs import PageJobs
 from mii_serve.gateway.page.messages import event_to_json, info_to_json, parse, state_to_json
 from mii_serve.server.dispatcher import Dispatcher
+from mii_serve.server.jobs import Jobs
 from mii_serve.types import Event, ServerInfo
 
 FRESH_S = 0.5
@@ -29,10 +31,12 @@ FRESH_S = 0.5
 _NO_STORE = {"cache-control": "no-store"}
 
 
-def page_routes(dispatcher: Dispatcher, endpoints: Endpoints, files: PageFiles) -> list[Route]:
-    """Everything of the page but `/` itself, which it shares with probes."""
-    calls, dialect = PageCalls(dispatcher), PageDialect()
+def page_routes(dispatcher: Dispatcher, endpoints: Endpoints, files: PageFiles, jobs: Jobs | None = None) -> list[Route]:
+    """Everything of the page but `/` itself, which it shares with probes. Without `jobs` the page has none."""
+    calls, dialect = PageCalls(dispatcher, has_jobs=jobs is not None), PageDialect()
+    listed = () if jobs is None else (endpoints.route("/ui/jobs", PageJobs(jobs).list, dialect, method="GET", is_work=False),)
     return [
+        *listed,
         Route(PATH + "/{version}/{name}", files.asset),
         endpoints.route("/ui/info", calls.info, dialect, method="GET", is_work=False),
         endpoints.route("/ui/state", calls.state, dialect, method="GET", is_work=False),
@@ -56,15 +60,17 @@ class PageDialect:
 
 
 class PageCalls:
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, *, has_jobs: bool = False) -> None:
         self._dispatcher = dispatcher
+        self._has_jobs = has_jobs
         self._asking = asyncio.Lock()
         self._known: ServerInfo | UnavailableError | None = None
         self._known_at = float("-inf")
 
     async def info(self, call: HttpCall) -> Response:
         info = await self._dispatcher.server_info()
-        return JSONResponse(info_to_json(info, self._dispatcher.grpc_port), headers=_NO_STORE)
+        known = {**info_to_json(info, self._dispatcher.grpc_port), "has_jobs": self._has_jobs}
+        return JSONResponse(known, headers=_NO_STORE)
 
     async def state(self, call: HttpCall) -> Response:
         async with self._asking:

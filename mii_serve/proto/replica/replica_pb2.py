@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from mii_serve.proto.v1 import image_generation_pb2 as mii__serve_dot_proto_dot_v1_dot_image__generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mii_serve/proto/replica/replica.proto\x12\x14mii_serve.replica.v1\x1a)mii_serve/proto/v1/image_generation.proto\"t\n\x05Order\x12\x32\n\x08generate\x18\x01 \x01(\x0b\x32\x1e.mii_serve.replica.v1.GenerateH\x00\x12.\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1c.mii_serve.replica.v1.CancelH\x00\x42\x07\n\x05order\"\xb8\x01\n\x08Generate\x12\n\n\x02id\x18\x01 \x01(\x04\x12.\n\x07request\x18\x02 \x01(\x0b\x32\x1d.mii_serve.v1.GenerateRequest\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12\x11\n\thas_steps\x18\x07 \x01(\x08\x42\x0c\n\n_timeout_s\"\x14\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x04\"\x97\x01\n\x06Report\x12\x30\n\x0c\x62\x65\x66ore_steps\x18\x01 \x03(\x0b\x32\x1a.mii_serve.replica.v1.News\x12*\n\x05steps\x18\x02 \x01(\x0b\x32\x1b.mii_serve.replica.v1.Steps\x12/\n\x0b\x61\x66ter_steps\x18\x03 \x03(\x0b\x32\x1a.mii_serve.replica.v1.News\"c\n\x05Steps\x12\n\n\x02id\x18\x01 \x03(\x04\x12\x13\n\x0bimage_index\x18\x02 \x03(\r\x12\x0c\n\x04step\x18\x03 \x03(\r\x12\x11\n\tnum_steps\x18\x04 \x03(\r\x12\x18\n\x10\x65stimated_left_s\x18\x05 \x03(\x01\"Y\n\x04News\x12\n\n\x02id\x18\x01 \x01(\x04\x12,\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1b.mii_serve.v1.GenerateEventH\x00\x12\x0f\n\x05\x65rror\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04news\"\x10\n\x0eGetInfoRequest\"\x13\n\x11GetMetricsRequest\"\x17\n\x07Metrics\x12\x0c\n\x04text\x18\x01 \x01(\x0c\x32\xfc\x01\n\x07Replica\x12\x45\n\x04Work\x12\x1b.mii_serve.replica.v1.Order\x1a\x1c.mii_serve.replica.v1.Report(\x01\x30\x01\x12T\n\x07GetInfo\x12$.mii_serve.replica.v1.GetInfoRequest\x1a#.mii_serve.v1.GetServerInfoResponse\x12T\n\nGetMetrics\x12\'.mii_serve.replica.v1.GetMetricsRequest\x1a\x1d.mii_serve.replica.v1.Metricsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mii_serve/proto/replica/replica.proto\x12\x14mii_serve.replica.v1\x1a)mii_serve/proto/v1/image_generation.proto\"t\n\x05Order\x12\x32\n\x08generate\x18\x01 \x01(\x0b\x32\x1e.mii_serve.replica.v1.GenerateH\x00\x12.\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1c.mii_serve.replica.v1.CancelH\x00\x42\x07\n\x05order\"\xef\x01\n\x08Generate\x12\n\n\x02id\x18\x01 \x01(\x04\x12.\n\x07request\x18\x02 \x01(\x0b\x32\x1d.mii_serve.v1.GenerateRequest\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12\x35\n\x0binput_image\x18\x08 \x01(\x0b\x32 .mii_serve.replica.v1.InputImage\x12\x11\n\thas_steps\x18\x07 \x01(\x08\x42\x0c\n\n_timeout_s\"5\n\nInputImage\x12\x0b\n\x03rgb\x18\x01 \x01(\x0c\x12\x11\n\x04mask\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\x07\n\x05_mask\"\x14\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x04\"\x97\x01\n\x06Report\x12\x30\n\x0c\x62\x65\x66ore_steps\x18\x01 \x03(\x0b\x32\x1a.mii_serve.replica.v1.News\x12*\n\x05steps\x18\x02 \x01(\x0b\x32\x1b.mii_serve.replica.v1.Steps\x12/\n\x0b\x61\x66ter_steps\x18\x03 \x03(\x0b\x32\x1a.mii_serve.replica.v1.News\"c\n\x05Steps\x12\n\n\x02id\x18\x01 \x03(\x04\x12\x13\n\x0bimage_index\x18\x02 \x03(\r\x12\x0c\n\x04step\x18\x03 \x03(\r\x12\x11\n\tnum_steps\x18\x04 \x03(\r\x12\x18\n\x10\x65stimated_left_s\x18\x05 \x03(\x01\"Y\n\x04News\x12\n\n\x02id\x18\x01 \x01(\x04\x12,\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1b.mii_serve.v1.GenerateEventH\x00\x12\x0f\n\x05\x65rror\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04news\"\x10\n\x0eGetInfoRequest\"\x13\n\x11GetMetricsRequest\"\x17\n\x07Metrics\x12\x0c\n\x04text\x18\x01 \x01(\x0c\x32\xfc\x01\n\x07Replica\x12\x45\n\x04Work\x12\x1b.mii_serve.replica.v1.Order\x1a\x1c.mii_serve.replica.v1.Report(\x01\x30\x01\x12T\n\x07GetInfo\x12$.mii_serve.replica.v1.GetInfoRequest\x1a#.mii_serve.v1.GetServerInfoResponse\x12T\n\nGetMetrics\x12\'.mii_serve.replica.v1.GetMetricsRequest\x1a\x1d.mii_serve.replica.v1.Metricsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ORDER']._serialized_start=106
   _globals['_ORDER']._serialized_end=222
   _globals['_GENERATE']._serialized_start=225
-  _globals['_GENERATE']._serialized_end=409
-  _globals['_CANCEL']._serialized_start=411
-  _globals['_CANCEL']._serialized_end=431
-  _globals['_REPORT']._serialized_start=434
-  _globals['_REPORT']._serialized_end=585
-  _globals['_STEPS']._serialized_start=587
-  _globals['_STEPS']._serialized_end=686
-  _globals['_NEWS']._serialized_start=688
-  _globals['_NEWS']._serialized_end=777
-  _globals['_GETINFOREQUEST']._serialized_start=779
-  _globals['_GETINFOREQUEST']._serialized_end=795
-  _globals['_GETMETRICSREQUEST']._serialized_start=797
-  _globals['_GETMETRICSREQUEST']._serialized_end=816
-  _globals['_METRICS']._serialized_start=818
-  _globals['_METRICS']._serialized_end=841
-  _globals['_REPLICA']._serialized_start=844
-  _globals['_REPLICA']._serialized_end=1096
+  _globals['_GENERATE']._serialized_end=464
+  _globals['_INPUTIMAGE']._serialized_start=466
+  _globals['_INPUTIMAGE']._serialized_end=519
+  _globals['_CANCEL']._serialized_start=521
+  _globals['_CANCEL']._serialized_end=541
+  _globals['_REPORT']._serialized_start=544
+  _globals['_REPORT']._serialized_end=695
+  _globals['_STEPS']._serialized_start=697
+  _globals['_STEPS']._serialized_end=796
+  _globals['_NEWS']._serialized_start=798
+  _globals['_NEWS']._serialized_end=887
+  _globals['_GETINFOREQUEST']._serialized_start=889
+  _globals['_GETINFOREQUEST']._serialized_end=905
+  _globals['_GETMETRICSREQUEST']._serialized_start=907
+  _globals['_GETMETRICSREQUEST']._serialized_end=926
+  _globals['_METRICS']._serialized_start=928
+  _globals['_METRICS']._serialized_end=951
+  _globals['_REPLICA']._serialized_start=954
+  _globals['_REPLICA']._serialized_end=1206
 # @@protoc_insertion_point(module_scope)

@@ -16,13 +16,14 @@ class Order(_message.Message):
     def __init__(self, generate: _Optional[_Union[Generate, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Generate(_message.Message):
-    __slots__ = ("id", "request", "request_id", "client", "timeout_s", "traceparent", "has_steps")
+    __slots__ = ("id", "request", "request_id", "client", "timeout_s", "traceparent", "input_image", "has_steps")
     ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    INPUT_IMAGE_FIELD_NUMBER: _ClassVar[int]
     HAS_STEPS_FIELD_NUMBER: _ClassVar[int]
     id: int
     request: _image_generation_pb2.GenerateRequest
@@ -30,8 +31,17 @@ class Generate(_message.Message):
     client: str
     timeout_s: float
     traceparent: str
+    input_image: InputImage
     has_steps: bool
-    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[_image_generation_pb2.GenerateRequest, _Mapping]] = ..., request_id: _Optional[str] = ..., client: _Optional[str] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., has_steps: _Optional[bool] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[_image_generation_pb2.GenerateRequest, _Mapping]] = ..., request_id: _Optional[str] = ..., client: _Optional[str] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., input_image: _Optional[_Union[InputImage, _Mapping]] = ..., has_steps: _Optional[bool] = ...) -> None: ...
+
+class InputImage(_message.Message):
+    __slots__ = ("rgb", "mask")
+    RGB_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    rgb: bytes
+    mask: bytes
+    def __init__(self, rgb: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("id",)

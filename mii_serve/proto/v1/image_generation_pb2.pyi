@@ -34,7 +34,7 @@ PRIORITY_LOW: Priority
 PRIORITY_BATCH: Priority
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "output", "priority", "guidance_rescale")
+    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "output", "priority", "guidance_rescale", "image", "strength", "mask_image")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,9 @@ class GenerateRequest(_message.Message):
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_RESCALE_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    MASK_IMAGE_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     height: int
@@ -59,7 +62,10 @@ class GenerateRequest(_message.Message):
     output: OutputOptions
     priority: Priority
     guidance_rescale: float
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., guidance_rescale: _Optional[float] = ...) -> None: ...
+    image: bytes
+    strength: float
+    mask_image: bytes
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., guidance_rescale: _Optional[float] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
     __slots__ = ("format", "quality", "embed_metadata", "preview_every")
@@ -94,7 +100,7 @@ class GeneratedImage(_message.Message):
     def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., seed: _Optional[int] = ..., nsfw_content_detected: _Optional[bool] = ..., moderation_blocked: _Optional[bool] = ...) -> None: ...
 
 class EffectiveParameters(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "engine", "dtype", "device", "model", "model_revision", "dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "is_scheduler_compiled", "guidance_rescale")
+    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "engine", "dtype", "device", "model", "model_revision", "dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "is_scheduler_compiled", "guidance_rescale", "strength", "has_mask")
     class SchedulerOptionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +128,8 @@ class EffectiveParameters(_message.Message):
     SCHEDULER_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     IS_SCHEDULER_COMPILED_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_RESCALE_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    HAS_MASK_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     height: int
@@ -142,7 +150,9 @@ class EffectiveParameters(_message.Message):
     scheduler_options: _containers.ScalarMap[str, str]
     is_scheduler_compiled: bool
     guidance_rescale: float
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dropped_prompt: _Optional[str] = ..., dropped_negative_prompt: _Optional[str] = ..., scheduler_class: _Optional[str] = ..., scheduler_options: _Optional[_Mapping[str, str]] = ..., is_scheduler_compiled: _Optional[bool] = ..., guidance_rescale: _Optional[float] = ...) -> None: ...
+    strength: float
+    has_mask: bool
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dropped_prompt: _Optional[str] = ..., dropped_negative_prompt: _Optional[str] = ..., scheduler_class: _Optional[str] = ..., scheduler_options: _Optional[_Mapping[str, str]] = ..., is_scheduler_compiled: _Optional[bool] = ..., guidance_rescale: _Optional[float] = ..., strength: _Optional[float] = ..., has_mask: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "images", "parameters", "timings")

@@ -51,9 +51,9 @@ def test_a_folder_with_little_more_than_an_unfinished_download_says_so(tmp_path:
     assert "interrupted" in refused(tmp_path)
 
 
-def test_a_folder_with_a_single_file_checkpoint_says_how_to_convert_it(tmp_path: Path) -> None:
+def test_a_folder_with_a_single_file_checkpoint_says_to_give_that_file(tmp_path: Path) -> None:
     (tmp_path / "v1-5-pruned.ckpt").touch()
-    assert "from_single_file" in refused(tmp_path)
+    assert f"give that file: {tmp_path / 'v1-5-pruned.ckpt'}" in refused(tmp_path)
 
 
 def test_another_pipeline_is_named_with_the_one_supported(model_folder: Path, edit: EditFile) -> None:
@@ -73,8 +73,6 @@ def test_another_pipeline_is_named_with_the_one_supported(model_folder: Path, ed
         ("scheduler", ["diffusers", "DiffusionPipeline"]),
         ("safety_checker", ["diffusers_modules", "StableDiffusionSafetyChecker"]),
         ("vae", ["diffusers", "AutoencoderKL", "extra"]),
-        ("controlnet", ["diffusers", "ControlNetModel"]),
-        ("image_encoder", ["transformers", "CLIPVisionModelWithProjection"]),
     ],
 )
 def test_a_class_that_is_no_part_of_the_pipeline_is_refused(
@@ -84,6 +82,36 @@ def test_a_class_that_is_no_part_of_the_pipeline_is_refused(
     message = refused(model_folder)
     assert f"{part}" in message
     assert ".".join(entry) in message
+
+
+def test_a_part_that_text_to_image_does_not_use_is_left_out_and_told(
+    model_folder: Path, edit: EditFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"], "unused": [None, None], "sizes": [1, 2]}
+    edit(model_folder / "model_index.json", lambda index: index.update(more))
+    assert "image_encoder" not in check_folder(model_folder, dtype="fp32").parts
+    assert [record.getMessage() for record in caplog.records] == [f"{model_folder}: not used, and not loaded: image_encoder"]
+
+
+def write_header(file: Path, **shapes: list[int]) -> None:
+    header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()})
+    file.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+
+
+def test_a_folder_that_is_something_else_is_told_what_it_is(model_folder: Path, tmp_path: Path) -> None:
+    assert "It is a UNet2DConditionModel alone, one part of a model" in refused(model_folder / "unet")
+    assert "It is a CLIPTextModel alone" in refused(model_folder / "text_encoder")
+    other = tmp_path / "other"
+    other.mkdir()
+    assert "It holds nothing. Give the folder that holds model_index.json" in refused(other)
+    write_header(other / "word.safetensors", **{"<cat>": [768]})
+    assert "Its file word.safetensors is an embedding of textual inversion" in refused(other)
+    write_header(other / "a.safetensors", **{"x.lora_down.weight": [4, 320]})
+    assert "Its file a.safetensors is a LoRA" in refused(other)
+    (other / "learned_embeds.bin").touch()
+    assert "It is an embedding of textual inversion" in refused(other)
+    (other / "pytorch_lora_weights.safetensors").touch()
+    assert "It is a LoRA" in refused(other)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
@@ -198,6 +226,14 @@ def test_pickles_are_refused_with_a_way_out_unless_allowed(model_folder: Path) -
     assert unet.weights.is_pickle
 
 
+def test_a_pickled_checker_alone_does_not_refuse_a_model(model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checker = model_folder / "safety_checker"
+    (checker / "model.safetensors").rename(checker / "pytorch_model.bin")
+    weights = check_folder(model_folder, dtype="fp32").parts["safety_checker"].weights
+    assert weights is not None and weights.is_pickle
+    assert "the safety_checker is a pickle, and is read without running code" in caplog.text
+
+
 def test_safetensors_win_over_allowed_pickles(model_folder: Path) -> None:
     (model_folder / "unet/diffusion_pytorch_model.bin").touch()
     unet = check_folder(model_folder, dtype="fp32", allow_pickle=True).parts["unet"]
@@ -232,7 +268,6 @@ def test_the_half_precision_variant_serves_every_precision_where_there_is_no_oth
         ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type"),
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type"),
         ("unet", {"encoder_hid_dim_type": "ip_image_proj"}, "encoder_hid_dim_type"),
-        ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
         ("vae", {"block_out_channels": [4, 4, 4]}, "scale factor is 4"),
         ("vae", {"latent_channels": 16}, "latent_channels is 16"),
     ],

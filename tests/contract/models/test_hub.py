@@ -221,7 +221,12 @@ def test_the_kind_of_weights_follows_precision_checker_and_pickle_settings(hub: 
     del hub.repos["org/pickled"][UNET]
     hub.repos["org/bare"] = {name: content for name, content in files.items() if name != UNET}
     hub.repos["org/broken"] = {**files, UNET: b""}
-    half, only_half, refused, allowed, bare, broken, gated, unknown, no_revision = ask(
+    checker = "safety_checker/pytorch_model.bin"
+    hub.repos["org/checker"] = {**files, checker: b"pickle"}
+    del hub.repos["org/checker"]["safety_checker/model.safetensors"]
+    hub.repos["org/lora"] = {"pytorch_lora_weights.safetensors": b"x", "README.md": b"#"}
+    hub.repos["org/file"] = {"v1-4.safetensors": b"x"}
+    half, only_half, refused, allowed, bare, broken, gated, unknown, no_revision, pickled_checker, lora, file = ask(
         tmp_path,
         {"model": "org/half", "dtype": "fp16", "enable_safety_checker": False},
         {"model": "org/only-half"},
@@ -232,6 +237,9 @@ def test_the_kind_of_weights_follows_precision_checker_and_pickle_settings(hub: 
         {"model": "org/gated"},
         {"model": "org/unknown"},
         {"model": "org/half@v9"},
+        {"model": "org/checker"},
+        {"model": "org/lora"},
+        {"model": "org/file"},
         HF_ENDPOINT=hub.url,
     )
     assert half["commit"] == only_half["commit"] == allowed["commit"] == COMMIT
@@ -249,6 +257,10 @@ def test_the_kind_of_weights_follows_precision_checker_and_pickle_settings(hub: 
     assert "HF_TOKEN" in gated["error"]
     assert f"{hub.url} has no model org/unknown" in unknown["error"]
     assert "no revision v9" in no_revision["error"]
+    assert pickled_checker["commit"] == COMMIT
+    assert checker in hub.fetched("org/checker")
+    assert lora["error"].startswith("org/lora has no model_index.json, so it is not a diffusers model. It is a LoRA")
+    assert "fetch it with `hf download org/file v1-4.safetensors`" in file["error"]
 
 
 def test_a_hub_that_cannot_be_reached_is_told_and_the_cache_still_serves(pristine: Path, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from tiny_shape import TINY
 
 from mii_serve.errors import ModelError
 from mii_serve.models import random_init
+from mii_serve.models.families import SD_V1_4, PipelineShape
 from mii_serve.models.quiet import quiet_libraries
-from mii_serve.models.random_init import SD_V1_4, PipelineShape, build_random_pipeline
+from mii_serve.models.random_init import build_random_pipeline
 
 PARTS = ("unet", "vae", "text_encoder", "safety_checker")
 CPU = torch.device("cpu")

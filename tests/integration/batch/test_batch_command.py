@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +161,23 @@ def test_a_failure_while_shards_are_packed_costs_no_picture(run: Run, server: Ru
     assert job(run, server, "--shards", "webdataset").code == 0
     assert [len(shard(number)) for number in (0, 1)] == [300, 30]
     assert len(server.servicer.requests) == 110
+
+
+def test_the_index_is_a_parquet_file_where_it_is_asked_for(run: Run, server: RunningServer):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    jsonl(Path("in.jsonl"), [{"prompt": "a", "id": "x", "seed": 2**64 - 1, "note": [1]}, {"prompt": "b"}])
+    assert job(run, server).code == 0
+    lines = lines_of(OUT / "index.jsonl")
+    assert job(run, server, "--index", "parquet").code == 0
+    table = parquet.read_table(OUT / "index.parquet")
+    assert not (OUT / "index.jsonl").exists()
+    for line, found in zip(lines, table.to_pylist(), strict=True):
+        for name in ("scheduler_options", "extra"):
+            if name in line:
+                assert json.loads(found.pop(name)) == line.pop(name)
+        assert {name: value for name, value in found.items() if value is not None} == {
+            name: value for name, value in line.items() if value is not None
+        }
 
 
 # ---- what is refused before anything is made ---------------------------------------------------------------------
@@ -361,6 +380,41 @@ def test_other_options_are_refused_and_named(run: Run, server: RunningServer, ch
     assert job(run, server).code == 0
     ran = job(run, server, *changed)
     assert ran.code == 2 and complaint in ran.err
+
+
+def test_restart_begins_anew_and_leaves_nothing_of_the_job_before(run: Run, server: RunningServer):
+    given = jsonl(Path("in.jsonl"), 3)
+    assert job(run, server).code == 0
+    jsonl(given, [{"prompt": "a"}, {"prompt": "b", "height": 65}])
+    ran = job(run, server, "--restart", "--seed", 1)
+    assert ran.code == 2 and "in.jsonl:2:height" in ran.err and len(lines_of(OUT / "index.jsonl")) == 3, "nothing was removed"
+    jsonl(given, [{"prompt": "a"}])
+    assert job(run, server, "--restart", "--seed", 1).code == 0
+    assert [(line["prompt"], line["seed"]) for line in assert_whole(OUT, 1)] == [("a", seed_of_row(1, "0"))]
+    assert job(run, server, "--restart", "--seed", 1, given=Path("in.jsonl")).code == 0 and len(server.servicer.requests) == 5
+
+
+def test_a_restart_that_is_killed_is_finished_by_the_next_run(run: Run, server: RunningServer):
+    jsonl(Path("in.jsonl"), 3)
+    assert job(run, server).code == 0
+    journal = Journal(OUT / "journal.db")
+    journal.clear()
+    journal.close()
+    jsonl(Path("in.jsonl"), 1)
+    assert job(run, server).code == 0
+    assert_whole(OUT, 1)
+
+
+@pytest.mark.parametrize("jump_s", [-1e6, 1e6])
+def test_a_wall_clock_that_jumps_disturbs_nothing(
+    run: Run, server: RunningServer, monkeypatch: pytest.MonkeyPatch, jump_s: float
+):
+    wall_clock, calls = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: wall_clock() + jump_s * next(calls))
+    server.servicer.script = refused("a circle, number 1", QueueFullError("full", 0.01), times=3)
+    jsonl(Path("in.jsonl"), 3)
+    assert job(run, server, "--max-stall", "60").code == 0
+    assert_whole(OUT, 3)
 
 
 @pytest.mark.parametrize("change", [{"model_revision": "r2"}, {"engine": "native"}, {"dtype": "fp16"}], ids=str)

@@ -76,6 +76,18 @@ def test_every_flag_reaches_the_server(run: Run, server: RunningServer, tmp_path
     assert server.servicer.requests == [GenerationRequest(params=asked)]
 
 
+def test_an_image_to_start_from_is_sent_as_its_file_is(run: Run, server: RunningServer, tmp_path: Path) -> None:
+    (tmp_path / "sketch.png").write_bytes(b"its content")
+    flags = ["--image", "sketch.png", "--mask-image", "sketch.png", "--strength", "0.4"]
+    assert run("generate", "a cat", "--target", server.target, *flags).code == 0
+    (request,) = server.servicer.requests
+    asked = RequestedParams(prompt="a cat", image=b"its content", mask_image=b"its content", strength=0.4)
+    assert request.params == asked
+    ran = run("generate", "a cat", "--target", server.target, "--image", "none.png")
+    assert (ran.code, len(server.servicer.requests)) == (2, 1)
+    assert "--image: must be a file that can be read" in ran.err
+
+
 def test_what_is_left_out_is_the_servers_to_choose(run: Run, server: RunningServer) -> None:
     run("generate", "a cat", "--target", server.target)
     output = OutputOptions(embed_metadata=True)

@@ -150,3 +150,9 @@ def test_names_that_resemble_a_parameter_are_errors_and_others_are_kept():
     assert near_parameter("num_inference_step") == "num_inference_steps"
     assert [near_parameter(name) for name in ("category", "idx", "caption", "source_file", "steps")] == [None] * 5
     assert row_of_text({"prompt": "a", "category": "b", "id": "7"}).extra == {"category": "b"}
+
+
+@pytest.mark.parametrize("name", ["image", "mask_image", "strength"])
+def test_a_row_that_would_start_from_an_image_is_refused_by_name(name):
+    with pytest.raises(RowError, match=f"{name}: a row cannot start from an image"):
+        row_of({"prompt": "a", name: "x"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,7 +133,8 @@ def test_deploy_takes_every_flag(run: Run, deployed: list[Any]) -> None:
     flags = (
         "some/model --engine native --replicas 2 --tensor-parallel 2 --dtype fp16 --device cuda --host 0.0.0.0 "
         "--grpc-port 1 --http-port 2 --deployment-name n --max-slots 3 --revision r --allow-pickle "
-        "--disable-safety-checker --log-level debug --served-model-name org/sd --served-model-name dall-e-3"
+        "--disable-safety-checker --log-level debug --served-model-name org/sd --served-model-name dall-e-3 --tokenizer words "
+        "--vae vae --embedding <a>=a.pt --embedding b=b.pt"
     )
     ran = run("deploy", *flags.split())
     assert (ran.code, ran.out) == (0, "")
@@ -141,6 +143,8 @@ def test_deploy_takes_every_flag(run: Run, deployed: list[Any]) -> None:
     assert (config.model, config.replicas, config.tensor_parallel, config.dtype) == ("some/model", 2, 2, "fp16")
     assert (config.device, config.host, config.http_port, config.deployment_name) == ("cuda", "0.0.0.0", 2, "n")
     assert config.served_model_name == ("org/sd", "dall-e-3")
+    assert (config.tokenizer, config.vae) == (Path("words"), Path("vae"))
+    assert config.embedding == {"<a>": Path("a.pt"), "b": Path("b.pt")}
     assert (config.max_slots, config.revision, config.allow_pickle, config.enable_safety_checker) == (3, "r", True, False)
 
 

@@ -15,7 +15,17 @@ from mii_serve.proto.codec import encode_request
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.types import PARAMETER_NAMES, PARAMETERS, ImageFormat, OutputOptions, Priority
 
-CALL_OPTIONS = {"output_format", "quality", "embed_metadata", "priority", "idempotency_key", "timeout"}
+CALL_OPTIONS = {
+    "image",
+    "mask_image",
+    "strength",
+    "output_format",
+    "quality",
+    "embed_metadata",
+    "priority",
+    "idempotency_key",
+    "timeout",
+}
 
 
 def encode(prompt: Any, **options: Any) -> pb.GenerateRequest:

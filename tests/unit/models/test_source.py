@@ -109,10 +109,16 @@ def test_a_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
     assert "revision main is of no use" in refused(make_model(tmp_path / "m"), "main")
 
 
-@pytest.mark.parametrize("name", ["v1-5.safetensors", "v1-5.ckpt"])
-def test_a_single_file_checkpoint_says_how_to_convert_it(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["v1.5-pruned.safetensors", "v1.5-pruned.ckpt"])
+def test_a_file_of_weights_is_a_model_of_its_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    assert "from_single_file" in refused(tmp_path / name)
+    assert find(name) == FoundModel(name="v1.5-pruned", folder=tmp_path, file=tmp_path / name)
+    assert "revision main is of no use" in refused(name, "main")
+
+
+def test_any_other_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    assert "neither a model folder nor a file of weights (.safetensors, .ckpt" in refused("notes.txt")
 
 
 def test_the_index_instead_of_its_folder_is_told(tmp_path: Path) -> None:
@@ -147,6 +153,20 @@ def test_a_diffusers_folder_is_itself_whatever_lies_in_it(tmp_path: Path) -> Non
     make_model(folder / "artifacts" / "INPUT_model_path")
     (folder / "MLmodel").touch()
     assert find(folder).folder == folder
+
+
+@pytest.mark.parametrize(
+    "inner", ["model", "artifacts", "artifacts/stable-diffusion", "mlflow_model_folder/artifacts/data/sd", "sd/artifacts/model"]
+)
+def test_a_folder_of_another_name_below_artifacts_or_one_down_is_found(tmp_path: Path, inner: str) -> None:
+    folder = make_model(tmp_path / "sd-v2" / "1" / inner)
+    make_model(tmp_path / "sd-v2" / "1" / ".cache")
+    assert find("sd-v2/1") == FoundModel(name="sd-v2", folder=folder)
+
+
+def test_several_models_in_a_folder_are_all_named(tmp_path: Path) -> None:
+    first, second = make_model(tmp_path / "m" / "a"), make_model(tmp_path / "m" / "b")
+    assert f"holds several models: {first}, {second}. Give one of them" in refused("m")
 
 
 def test_an_mlflow_model_without_a_diffusers_folder_is_told(tmp_path: Path) -> None:

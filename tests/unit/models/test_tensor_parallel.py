@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from mii_serve.errors import ConfigError
-from mii_serve.models.random_init import SD_V1_4
+from mii_serve.models.families import SD_V1_4
 from mii_serve.models.source import DEMO_FOLDER
 from mii_serve.models.tensor_parallel import (
     TensorShard,

@@ -11,8 +11,11 @@ import pytest
 from fake_engine import FakeEngine
 from PIL import Image
 
+from mii_serve.provenance import Provenance
+from mii_serve.provenance.marks import PNG_XMP
+from mii_serve.provenance.report import report_on
 from mii_serve.replica.encoding import encode_picture
-from mii_serve.types import EffectiveParameters, ImageFormat, OutputOptions, Picture, RequestedParams
+from mii_serve.types import PARAMETER_NAMES, EffectiveParameters, ImageFormat, OutputOptions, Picture, RequestedParams
 
 RGB = random.Random(0).randbytes(24 * 16 * 3)
 PICTURE = Picture(width=24, height=16, rgb=RGB, nsfw_content_detected=False)
@@ -25,7 +28,7 @@ EFFECTIVE = EffectiveParameters.of(PARAMS, ENGINE.description, ENGINE.describe_s
 
 
 def encode(**output) -> bytes:
-    return encode_picture(PICTURE, OutputOptions(**output), EFFECTIVE, seed=7)
+    return encode_picture(PICTURE, OutputOptions(**output), EFFECTIVE, seed=7, provenance=Provenance())
 
 
 def test_png_and_raw_keep_every_pixel():
@@ -55,15 +58,28 @@ def test_metadata_says_nothing_of_the_host():
     note = "not deepspeed: no nvcc; pip install --force-reinstall /home/op/wheels/deepspeed.whl"
     engine = replace(ENGINE.description, note=note, device="cuda:3")
     parameters = EffectiveParameters.of(PARAMS, engine, ENGINE.describe_scheduler(PARAMS))
-    file = encode_picture(PICTURE, OutputOptions(embed_metadata=True), parameters, seed=7)
+    file = encode_picture(PICTURE, OutputOptions(embed_metadata=True), parameters, seed=7, provenance=Provenance())
     texts = Image.open(io.BytesIO(file)).text
+    assert set(texts) == {"mii_serve", "parameters", PNG_XMP}
     assert set(json.loads(texts["mii_serve"])) == {
-        *RequestedParams.__dataclass_fields__,
+        *PARAMETER_NAMES,
         *("engine", "dtype", "model", "model_revision"),
         *("scheduler_class", "scheduler_options"),
     }
     assert not any(word in text for word in ("/home", "cuda", "deepspeed") for text in texts.values())
 
 
-def test_without_being_asked_a_file_tells_nothing():
-    assert not Image.open(io.BytesIO(encode())).text
+def test_without_being_asked_a_file_tells_its_origin_alone():
+    texts = Image.open(io.BytesIO(encode())).text
+    assert list(texts) == [PNG_XMP] and PARAMS.prompt not in texts[PNG_XMP]
+    off = Provenance(has_metadata=False)
+    assert not Image.open(io.BytesIO(encode_picture(PICTURE, OutputOptions(), EFFECTIVE, seed=7, provenance=off))).text
+
+
+def test_a_flagged_picture_stays_black_under_the_watermark():
+    black = Picture(width=256, height=256, rgb=bytes(256 * 256 * 3), nsfw_content_detected=True)
+    file = encode_picture(black, OutputOptions(), EFFECTIVE, seed=7, provenance=Provenance(has_watermark=True))
+    with Image.open(io.BytesIO(file)) as image:
+        assert image.getextrema() == ((0, 0),) * 3
+    report = report_on(file, "black")
+    assert report.is_marked and report.xmp.model == "fake" and not report.watermark.is_found

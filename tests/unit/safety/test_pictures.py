@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from mii_serve.errors import ModerationFailedError
+from mii_serve.provenance import Origin, Provenance
+from mii_serve.provenance.report import report_on
 from mii_serve.safety.pictures import MAX_FILE_BYTES, black_picture, is_scannable, scannable
 from mii_serve.types import ImageFormat
 
@@ -54,10 +56,11 @@ def test_what_cannot_be_shown_has_no_verdict(encoded, image_format):
 
 @pytest.mark.parametrize("image_format", list(ImageFormat))
 def test_black_is_black(image_format):
-    encoded = black_picture(image_format, 72, 8)
+    encoded = black_picture(image_format, 72, 8, Provenance(), Origin(model="m", model_revision="r"))
     if image_format is ImageFormat.RAW_RGB:
         assert encoded == bytes(72 * 8 * 3)
         return
     with Image.open(io.BytesIO(encoded)) as image:
         assert (image.format, image.size, image.mode) == (image_format.name, (72, 8), "RGB")
         assert image.getextrema() == ((0, 0),) * 3
+    assert report_on(encoded, "black").is_marked

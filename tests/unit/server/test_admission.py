@@ -191,6 +191,18 @@ class TestKeys:
         await edge.handle(headers={AUTHORIZATION_KEY: f"Bearer {KEY}", CLIENT_ID_KEY: "another"})
         assert [(context.client, context.key_name) for context in edge.contexts] == [("key studio", "studio")]
 
+    async def test_the_keys_name_is_in_the_line_and_the_metrics_and_the_key_is_not(self, ring, lines, caplog):
+        edge = Edge(ring)
+        for _ in range(3):  # the last is one too many
+            await edge.handle(headers={AUTHORIZATION_KEY: f"Bearer {KEY}"})
+        await edge.handle()
+        assert [line.get("key") for line in lines()] == ["studio"] * 3 + [None]
+        value = edge.metrics.registry.get_sample_value
+        for code, count in (("OK", 2), ("RESOURCE_EXHAUSTED", 1), ("UNAUTHENTICATED", None)):
+            assert value("mii_serve_key_requests_total", {"key": "studio", "code": code}) == count
+        assert value("mii_serve_key_request_duration_seconds_count", {"key": "studio"}) == 3
+        assert KEY not in caplog.text
+
     async def test_only_work_counts_against_its_limits(self, ring):
         edge, headers = Edge(ring), {AUTHORIZATION_KEY: f"Bearer {KEY}"}
         for _ in range(5):

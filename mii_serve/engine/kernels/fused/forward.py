@@ -86,9 +86,10 @@ class FusedPass:
                 value = hidden.value()
                 hidden = convolved(downsampler.conv, value if downsampler.padding else pad(value, (0, 1, 0, 1)))
                 skips.append(hidden)
-        hidden = self._resnet(unet.mid_block.resnets[0], hidden)
-        for transformer, resnet in zip(unet.mid_block.attentions, unet.mid_block.resnets[1:], strict=True):
-            hidden = self._resnet(resnet, self._transformer(transformer, hidden, skips))
+        if (middle := unet.mid_block) is not None:
+            hidden = self._resnet(middle.resnets[0], hidden)
+            for transformer, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
+                hidden = self._resnet(resnet, self._transformer(transformer, hidden, skips))
         for block in unet.up_blocks:
             for index, resnet in enumerate(block.resnets):
                 hidden = self._resnet(resnet, hidden, skips.pop().value())
@@ -207,9 +208,9 @@ class FusedKernels(NativeKernels):
         upsamplers = (one for one in unet.modules() if isinstance(one, Upsample2D))
         self._upsamplings = {one: Upsampling(one.conv.weight) for one in upsamplers}
 
-    def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def embed_timesteps(self, timesteps: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
         """See `KernelSet`: with the bias of the convolution before it."""
-        return super().embed_timesteps(timesteps) + self._first_biases
+        return super().embed_timesteps(timesteps, guidance) + self._first_biases
 
     def predict_noise(
         self,

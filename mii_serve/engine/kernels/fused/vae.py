@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
@@ -32,8 +33,10 @@ KNOWN_BLOCKS = {"UpDecoderBlock2D"}
 
 
 def why_vae_not_fusible(vae: Any) -> str | None:
-    """What `FusedDecoder` does not implement of an `AutoencoderKL`; None when nothing."""
+    """What `FusedDecoder` does not implement of a VAE; None when nothing."""
     decoder = vae.decoder
+    if type(decoder) is not Decoder:
+        return f"a decoder of type {type(decoder).__name__}"
     for block in decoder.up_blocks:
         if (kind := type(block).__name__) not in KNOWN_BLOCKS:
             return f"a block of type {kind}"

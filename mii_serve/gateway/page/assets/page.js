@@ -3,6 +3,7 @@
 import * as form from "./form.js";
 import * as gallery from "./gallery.js";
 import * as inspector from "./inspector.js";
+import * as jobs from "./jobs.js";
 import * as server from "./server.js";
 import * as stage from "./stage.js";
 import { follow } from "./strip.js";
@@ -86,6 +87,7 @@ async function learn() {
     ? "A safety checker looks at every picture."
     : "This server runs without a safety checker.";
   form.fill(info);
+  if (info.has_jobs) jobs.follow(say);
   if (running === null && shown === null) stage.idle(info.defaults.width, info.defaults.height);
 }
 

@@ -41,6 +41,12 @@ export async function ask(path) {
   return answer.json();
 }
 
+export async function post(path) {
+  const answer = await fetch(path, { method: "POST", headers: headers(), signal: AbortSignal.timeout(15000) });
+  if (!answer.ok) throw await refused(answer);
+  return answer.json();
+}
+
 // Calls `tell(name, value)` for every event. Aborting the signal closes the connection, and that cancels the work.
 export async function generate(request, signal, tell) {
   const answer = await fetch("/ui/generate", {

@@ -13,7 +13,7 @@ from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.kernels.sharded import ShardedKernels
 from mii_serve.engine.kernels.sharded_traffic import traffic_of_call
 from mii_serve.errors import EngineError
-from mii_serve.models.random_init import SD_V1_4
+from mii_serve.models.families import SD_V1_4
 from mii_serve.models.tensor_parallel import TensorShard, keep_shard
 
 SMALL = {**SD_V1_4.unet, "block_out_channels": [64, 64, 96, 96], "cross_attention_dim": 24}

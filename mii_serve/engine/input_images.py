@@ -1,0 +1,98 @@
+"""The images that requests start from, as the VAE's latents: what diffusers' `StableDiffusionImg2ImgPipeline` makes of them,
+and of those with a mask `StableDiffusionInpaintPipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from mii_serve.engine.upload import upload
+from mii_serve.types import GenerationParams, InputImage, Sample, SampleId
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """An image's latents, channels × height × width in float32: a distribution that each sample draws its own from.
+
+    `std` is None where the VAE gives the latents themselves.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor | None
+    scaling_factor: float
+
+    def drawn(self, generator: torch.Generator) -> torch.Tensor:
+        """A sample's latents of the image; `generator` is the sample's own, on the CPU."""
+        if self.std is None:
+            return self.scaling_factor * self.mean
+        noise = upload(randn_tensor((1, *self.mean.shape), generator=generator, dtype=torch.float32)[0], self.mean.device)
+        return self.scaling_factor * (self.mean + self.std * noise)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptImage:
+    """What a sample with a mask keeps of its image: `mask` is 1 × height × width, 1 where the image is repainted, else 0."""
+
+    mask: torch.Tensor
+    image_latents: torch.Tensor
+    noise: torch.Tensor
+
+
+def mask_of(image: InputImage, params: GenerationParams) -> torch.Tensor | None:
+    """The mask in latent pixels as `prepare_mask_latents` makes it, 1 × 1 × height × width, on the CPU."""
+    if image.mask is None:
+        return None
+    levels = np.frombuffer(image.mask, np.uint8).reshape(1, 1, params.height, params.width)
+    binary = torch.from_numpy((levels >= 128).astype(np.float32))
+    return torch.nn.functional.interpolate(binary, size=params.latent_shape)
+
+
+def skip_masked_image(noise: torch.Tensor, generator: torch.Generator) -> None:
+    """Draw what the pipeline draws for the latents of the masked image, which only a UNet of nine channels takes."""
+    randn_tensor((1, *noise.shape[-3:]), generator=generator, dtype=torch.float32)
+
+
+def keep_unmasked(states: torch.Tensor, slots: torch.Tensor, levels: torch.Tensor, kept: Sequence[KeptImage]) -> None:
+    """Put the image back where the masks of the samples in these slots let it stay, as noisy as `levels` say, N × 2."""
+    mask, image_latents, noise = (
+        torch.stack(one) for one in zip(*((k.mask, k.image_latents, k.noise) for k in kept), strict=True)
+    )
+    of_image, of_noise = levels[:, :, None, None, None].unbind(dim=1)
+    states[slots, 0] = (1 - mask) * (of_image * image_latents + of_noise * noise) + mask * states[slots, 0]
+
+
+def pixels_of(image: InputImage, params: GenerationParams) -> torch.Tensor:
+    """The image as `VaeImageProcessor.preprocess` makes it, 1 × 3 × height × width in [-1, 1], on the CPU."""
+    levels = np.frombuffer(image.rgb, np.uint8).reshape(1, params.height, params.width, 3)
+    return 2.0 * torch.from_numpy((levels.astype(np.float32) / 255.0).transpose(0, 3, 1, 2)) - 1.0
+
+
+def encode_images(vae: Any, samples: Sequence[Sample], max_images: int) -> dict[SampleId, EncodedImage]:
+    """The latents of the samples that have an image, each image encoded once, at most `max_images` of a size in one call."""
+    pixels: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
+    for sample in samples:
+        if (image := sample.input_image) is not None:
+            of_size = pixels.setdefault(sample.params.latent_shape, {})
+            if id(image) not in of_size:
+                of_size[id(image)] = pixels_of(image, sample.params)
+    encoded: dict[int, EncodedImage] = {}
+    for of_size in pixels.values():
+        keys = list(of_size)
+        for start in range(0, len(keys), max_images):
+            batch = keys[start : start + max_images]
+            encoded.update(zip(batch, _encode(vae, torch.cat([of_size[key] for key in batch])), strict=True))
+    return {sample.id: encoded[id(sample.input_image)] for sample in samples if sample.input_image is not None}
+
+
+def _encode(vae: Any, pixels: torch.Tensor) -> list[EncodedImage]:
+    output = vae.encode(upload(pixels.contiguous(), vae.device).to(vae.dtype))
+    scaling_factor = float(vae.config.scaling_factor)
+    if not hasattr(output, "latent_dist"):
+        return [EncodedImage(latents.float(), None, scaling_factor) for latents in output.latents]
+    means, stds = output.latent_dist.mean.float(), output.latent_dist.std.float()
+    return [EncodedImage(mean, std, scaling_factor) for mean, std in zip(means, stds, strict=True)]

@@ -1,0 +1,2 @@
+from commands import process_as_before as process_as_before
+from commands import run as run
