@@ -13,6 +13,7 @@ from commands import Run
 from machines import COMPLETE, MISSING
 
 from mii_serve.cli import doctor
+from mii_serve.engine.engine_times import EngineTimes, EngineTimesFile
 from mii_serve.engine.kernel_choices import Choice, ChoiceFile, Measurement, choices_folder
 from mii_serve.types import ENGINES
 
@@ -90,12 +91,21 @@ def test_an_unknown_engine_is_wrong_usage(run: Run) -> None:
 
 
 @pytest.mark.parametrize("machine", [COMPLETE, *(machine for machine, *_ in MISSING.values())], ids=["complete", *MISSING])
-def test_any_machine_can_be_told_in_json(machine, monkeypatch, capsys) -> None:
+def test_any_machine_can_be_told_in_json(machine, monkeypatch, capsys, tmp_path) -> None:
+    """`auto` is the engine that a start has measured to be faster, where both can run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(doctor, "inspect_machine", lambda: machine)
     assert doctor.run("deepspeed", is_json=True) == (0 if machine is COMPLETE else 1)
-    assert json.loads(capsys.readouterr().out)["auto"] == "native"  # nothing has been timed
+    assert json.loads(capsys.readouterr().out)["auto"] == "native"
+    times = EngineTimes(device="NVIDIA H100", native_ms=(2.5, 20.0), deepspeed_ms=(2.25, 20.0))
+    EngineTimesFile({"device": "NVIDIA H100"}).write(times)
+    doctor.run("auto", is_json=True)
+    taken = json.loads(capsys.readouterr().out)["auto"]
+    assert taken == ("deepspeed" if machine is COMPLETE else "native")
     assert doctor.run("auto", is_json=False) == 0
-    assert "auto takes: native" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"auto takes: {taken}" in printed
+    assert "NVIDIA H100: a UNet call takes 2.2, 20.0 ms with deepspeed, 2.5, 20.0 ms with native" in printed
 
 
 @pytest.mark.parametrize(("system", "num_gpus", "num_ranks"), [("Linux 6", 4, 4), ("Linux 6", 0, 0), ("Darwin 24", 2, 1)])
