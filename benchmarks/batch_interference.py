@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a flood of batch requests does to the others on a real server, and what a batch gets when nobody else asks.
+"""What a flood of batch requests does to the others on a real server, and what a batch gets when there are no others.
 
     python benchmarks/batch_interference.py         some 20 minutes on an idle machine
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes the tables and plots of measured figures into the docs, from the files in benchmarks/results; `--check` only compares.
 
-A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. A figure that no file holds is one that nobody measured.
+A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. A figure that no file holds was not measured.
 `figures/` makes the tables.
 """
 

@@ -277,7 +277,7 @@ def _publish(outcomes: Mapping[Path, FileOutcome], output: Path) -> list[dict[st
 
 
 def _name(file: Path, sha256: str, n: int, i: int) -> str:
-    """The same for the same row of the same file, whoever makes it and however often."""
+    """The same for the same row of the same file, on any machine and however often it is made."""
     return f"image_{uuid.uuid5(NAMES, f'{file.name} {sha256} {n} {i}')}.png"
 
 
@@ -388,7 +388,7 @@ def staging_folder() -> Iterator[Path]:
     folder = Path(tempfile.gettempdir()) / f"mii_serve-batch-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
-        raise ConfigError("TMPDIR", f"{folder} belongs to somebody else")
+        raise ConfigError("TMPDIR", f"{folder} belongs to another user")
     with (folder / "lock").open("w") as lock:
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:

@@ -59,7 +59,7 @@ def init() -> None:
     global _address_file
     FOLDER.mkdir(mode=0o700, exist_ok=True)
     if FOLDER.stat().st_uid != os.getuid():
-        raise RuntimeError(f"{FOLDER} belongs to somebody else")
+        raise RuntimeError(f"{FOLDER} belongs to another user")
     port = os.environ.get("SERVER_PORT", "5001")  # set by the inference server
     _address_file = FOLDER / f"address-{port}"
     lock = os.open(FOLDER / f"lock-{port}", os.O_RDWR | os.O_CREAT, 0o600)

@@ -2,7 +2,7 @@
 
 `auto` is `deepspeed` where DeepSpeed is installed, its kernels pass their check and a UNet call with them has been measured to
 be the faster one, `native` otherwise, and `reference` for a UNet that neither supports. What could not be used, and why, is the
-engine's note; what was measured is told with the kernels.
+engine's note; what was measured is in the note of the kernels.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def native_engine(
 ) -> BatchedEngine:
     """The batched engine with our own kernels. `why_unsupported` returns None for the model's UNet; see `BatchedEngine`.
 
-    `why` this engine runs is told with its kernels.
+    `why` this engine runs is in the note of its kernels.
     """
     installed = native_kernels(model, max_slots=max_slots or MAX_SLOTS)
     return _batched(model, installed, max_slots=max_slots, buckets=buckets, note=note, group=group, why=why)
@@ -197,7 +197,7 @@ def deepspeed_engine(
     why: str = "",
 ) -> BatchedEngine:
     """The batched engine with DeepSpeed's kernels. The UNet of `model`, in float16, is changed in place, unless they are
-    `installed` in it already. `why` this engine runs is told with them.
+    `installed` in it already. `why` this engine runs is in their note.
 
     Raises:
         UnusableEngineError: DeepSpeed cannot do it, or its kernels do not compute what the UNet computes.

@@ -1,4 +1,4 @@
-"""What a file carries of the marks, whoever made it."""
+"""What a file carries of the marks, from any program."""
 
 from __future__ import annotations
 

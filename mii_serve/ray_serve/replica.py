@@ -1,6 +1,6 @@
 """A replica in the process that a cluster manager gave it, and the address at which fronts reach it.
 
-Its port takes work from whoever shows its token, over TLS with a certificate of its own. Both are made at the start, and the
+Its port takes work from callers with its token, over TLS with a certificate of its own. Both are made at the start, and the
 description has them, for those to whom it is passed on.
 """
 

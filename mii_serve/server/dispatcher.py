@@ -112,7 +112,7 @@ class Dispatcher:
         self._router.serve_waiting()
 
     async def add(self, address: ReplicaAddress) -> ReplicaClient:
-        """Attach one replica more, whose process is somebody else's to supervise.
+        """Attach one replica more, whose process another program supervises.
 
         Raises:
             grpc.aio.AioRpcError: nothing answers at the address.

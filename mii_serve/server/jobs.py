@@ -58,11 +58,11 @@ GRACE_S = 30.0
 PAUSE_S = 60.0
 """Before a job is tried again that could not go on."""
 EXPIRE_EVERY_S = 60.0
-"""Between two times that files are looked for whose time is over; nobody sees such a file meanwhile."""
+"""Between two times that files are looked for whose time is over; no caller sees such a file meanwhile."""
 COUNTS_EVERY_ROWS = 20
 """Between two times that a job's counts are brought up to date."""
 REVOKED = {"code": "api_key_revoked", "message": "the API key of this batch is not known any more", "line": None, "param": None}
-"""Why a job was cancelled that nobody cancelled."""
+"""Why a job was cancelled without a caller's request."""
 
 
 class Jobs:

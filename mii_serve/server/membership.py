@@ -1,4 +1,4 @@
-"""Keeps the replicas of a front the same as a list that somebody else makes: a cluster manager that starts and ends them.
+"""Keeps the replicas of a front the same as the list of a cluster manager that starts and ends them.
 
 A replica that is new in the list is attached by its address. One that is no longer in it gets nothing new, finishes what it
 has, and is let go; if its connection is broken instead, it was lost, and its work is made again elsewhere.
@@ -19,7 +19,7 @@ from mii_serve.server.replica_client import Loss, ReplicaAddress, ReplicaClient
 logger = logging.getLogger(__name__)
 
 RETIRED = Loss(reason="it was retired", is_crash=False)
-LOST = Loss(reason="it is gone, and nobody knows why", is_crash=False)
+LOST = Loss(reason="it is gone for an unknown reason", is_crash=False)
 """A cluster manager does not say whether a replica crashed or was killed."""
 
 
@@ -46,7 +46,7 @@ class Membership:
         return any(replica.is_broken for replica in self._attached.values())
 
     async def update(self, members: Sequence[Member], *, is_complete: bool = True) -> None:
-        """Act on a new list. One that may lack some is not `is_complete`; then nobody is missed."""
+        """Act on a new list. One that may lack some is not `is_complete`; then none counts as lost."""
         listed = {member.name: member for member in members}
         for name, replica in list(self._attached.items()):
             member = listed.get(name)

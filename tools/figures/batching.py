@@ -103,7 +103,7 @@ def batch_interference() -> str:
     )
     return (
         f"Latency of the other requests in seconds; {about}:\n\n{markdown(['', 'p50', 'p95'], cells)}\n"
-        f"The p95 is {result['p95_ratio']:.2f} times as long with the flood. When nobody else asks, batch requests make "
+        f"The p95 is {result['p95_ratio']:.2f} times as long with the flood. Without other requests, batch requests make "
         f"{batch:.2f} images/s and normal requests {normal:.2f}.\n"
     )
 

@@ -26,8 +26,8 @@ Cast = Callable[[Any], Any]
 class MeasuringOperations:
     """Implements `Operations`; what it returns is torch's.
 
-    `ways` are those beside torch; `time_ms` runs a call often enough to time it. `before` is told of an operation and a way
-    before they run for the first time: what they do to the device, the process may not survive. `after` is told of each
+    `ways` are those beside torch; `time_ms` runs a call often enough to time it. `before` is called with an operation and a way
+    before they run for the first time: what they do to the device, the process may not survive. `after` is called with each
     measurement.
     """
 
