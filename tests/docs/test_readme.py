@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from deployments import deployed
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
@@ -21,7 +22,8 @@ def code_blocks(page: Path, language: str) -> list[str]:
 def test_the_readmes_python_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = code_blocks(ROOT / "README.md", "python")
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    Image.new("L", (64, 64), 255).save("mask.png")
     with deployed("demo") as running:
         code = "\n".join(blocks).replace("127.0.0.1:50050", running.grpc)
         names: dict[str, object] = {}
