@@ -85,7 +85,14 @@ class Signer:
             problems = ", ".join(found.failures) if found else "nothing was signed"
             raise ConfigError(CERTIFICATE, f"what {certificate} signs is not valid for C2PA: {problems}")
 
-    def sign(self, file: bytes, image_format: ImageFormat, model: str, model_revision: str) -> bytes:
+    def sign(
+        self,
+        file: bytes,
+        image_format: ImageFormat,
+        model: str,
+        model_revision: str,
+        source_type: str = DIGITAL_SOURCE_TYPE,
+    ) -> bytes:
         """The same file with a manifest.
 
         Raises:
@@ -95,7 +102,7 @@ class Signer:
 
         signed = io.BytesIO()
         try:
-            with self._lock, c2pa.Builder(_manifest(model, model_revision), self._context) as builder:
+            with self._lock, c2pa.Builder(_manifest(model, model_revision, source_type), self._context) as builder:
                 builder.sign(self._signer, MIME_TYPES[image_format], io.BytesIO(file), signed)
         except Exception as error:
             raise ProvenanceError(f"the picture could not be signed: {type(error).__name__}") from error
@@ -154,11 +161,11 @@ def _actions(assertion: dict[str, Any]) -> list[dict[str, Any]]:
     return list((assertion.get("data") or {}).get("actions") or ())
 
 
-def _manifest(model: str, model_revision: str) -> str:
+def _manifest(model: str, model_revision: str, source_type: str) -> str:
     software = {"name": "mii_serve", "version": __version__}
     created = {
         "action": "c2pa.created",
-        "digitalSourceType": DIGITAL_SOURCE_TYPE,
+        "digitalSourceType": source_type,
         "softwareAgent": software,
         "parameters": {MODEL: model, MODEL_REVISION: model_revision},
     }

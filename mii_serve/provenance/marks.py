@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from mii_serve.errors import ConfigError
 from mii_serve.provenance import watermark
 from mii_serve.provenance.credentials import CERTIFICATE, KEY, Signer
-from mii_serve.provenance.xmp import packet
+from mii_serve.provenance.xmp import COMPOSITE_SOURCE_TYPE, DIGITAL_SOURCE_TYPE, packet
 from mii_serve.types import ImageFormat
 
 if TYPE_CHECKING:
@@ -38,10 +38,15 @@ PNG_XMP = "XML:com.adobe.xmp"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """The model that a picture comes from, as answers name it."""
+    """The model that a picture comes from, as answers name it. It made a part of a composite; the rest is a caller's."""
 
     model: str
     model_revision: str
+    is_composite: bool = False
+
+    @property
+    def source_type(self) -> str:
+        return COMPOSITE_SOURCE_TYPE if self.is_composite else DIGITAL_SOURCE_TYPE
 
 
 class Provenance:
@@ -125,7 +130,7 @@ class Provenance:
         """
         from PIL.PngImagePlugin import PngInfo
 
-        xmp = packet(origin.model, origin.model_revision) if self._has_metadata else b""
+        xmp = packet(origin.model, origin.model_revision, origin.source_type) if self._has_metadata else b""
         file = io.BytesIO()
         match image_format:
             case ImageFormat.RAW_RGB:
@@ -143,7 +148,7 @@ class Provenance:
                 image.save(file, "webp", quality=quality or DEFAULT_QUALITY, method=0, lossless=is_lossless, xmp=xmp)
         if (signer := self._signer) is None:
             return file.getvalue()
-        return signer.sign(file.getvalue(), image_format, origin.model, origin.model_revision)
+        return signer.sign(file.getvalue(), image_format, origin.model, origin.model_revision, origin.source_type)
 
     @staticmethod
     def _new_signer(files: tuple[Path, Path]) -> Signer:

@@ -14,7 +14,7 @@ from mii_serve.extras import MissingExtraError
 from mii_serve.provenance import watermark
 from mii_serve.provenance.credentials import Credentials, has_manifest, read_credentials
 from mii_serve.provenance.watermark import WatermarkReading
-from mii_serve.provenance.xmp import DIGITAL_SOURCE_TYPE, XmpFacts, read_packet
+from mii_serve.provenance.xmp import COMPOSITE_SOURCE_TYPE, DIGITAL_SOURCE_TYPE, XmpFacts, read_packet
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 NOT_INSTALLED = "not installed"
@@ -41,8 +41,10 @@ class FileReport:
     @property
     def is_marked(self) -> bool:
         """Whether some mark says that the picture was generated."""
-        types = (one.digital_source_type for one in (self.xmp, self.credentials) if one is not None)
-        return DIGITAL_SOURCE_TYPE in types or (self.watermark is not None and self.watermark.is_found)
+        types = {one.digital_source_type for one in (self.xmp, self.credentials) if one is not None}
+        return bool(types & {DIGITAL_SOURCE_TYPE, COMPOSITE_SOURCE_TYPE}) or (
+            self.watermark is not None and self.watermark.is_found
+        )
 
     @property
     def is_unchecked(self) -> bool:

@@ -11,7 +11,10 @@ from xml.sax.saxutils import escape
 
 from mii_serve import __version__
 
-DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_CODES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+DIGITAL_SOURCE_TYPE = f"{_CODES}trainedAlgorithmicMedia"
+COMPOSITE_SOURCE_TYPE = f"{_CODES}compositeWithTrainedAlgorithmicMedia"
+"""Of a picture that was repainted inside of a mask: the rest is a caller's image."""
 CREATOR_TOOL = f"mii_serve {__version__}"
 MAX_PACKET_BYTES = 1024 * 1024
 """Of a packet that is read; ours have less than a kilobyte."""
@@ -34,13 +37,13 @@ class XmpFacts:
     creator_tool: str | None
 
 
-def packet(model: str, model_revision: str) -> bytes:
+def packet(model: str, model_revision: str, source_type: str = DIGITAL_SOURCE_TYPE) -> bytes:
     """The packet for a picture that this model made."""
     return (
         f'<?xpacket begin="{_START}" id="{_PACKET_ID}"?>'
         f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="{_RDF}">'
         f'<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="{_IPTC}" xmlns:xmp="{_XMP}">'
-        f"<Iptc4xmpExt:DigitalSourceType>{DIGITAL_SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>"
+        f"<Iptc4xmpExt:DigitalSourceType>{source_type}</Iptc4xmpExt:DigitalSourceType>"
         f"<Iptc4xmpExt:AISystemUsed>{_text(model)}</Iptc4xmpExt:AISystemUsed>"
         f"<Iptc4xmpExt:AISystemVersionUsed>{_text(model_revision)}</Iptc4xmpExt:AISystemVersionUsed>"
         f"<xmp:CreatorTool>{_text(CREATOR_TOOL)}</xmp:CreatorTool>"

@@ -28,7 +28,7 @@ def encode_picture(
     if output.format is ImageFormat.RAW_RGB:
         return rgb
     image = Image.frombytes("RGB", (width, height), rgb)
-    origin = Origin(model=parameters.model, model_revision=parameters.model_revision)
+    origin = Origin(model=parameters.model, model_revision=parameters.model_revision, is_composite=parameters.has_mask)
     texts = _texts(parameters, seed) if output.embed_metadata else None
     return provenance.write(image, output.format, origin, quality=output.quality, texts=texts)
 
@@ -53,6 +53,8 @@ def _texts(parameters: EffectiveParameters, seed: int) -> dict[str, str]:
         f"CFG scale: {parameters.guidance_scale:g}, Seed: {seed}, Size: {parameters.width}x{parameters.height}, "
         f"Model: {parameters.model}"
     )
+    if parameters.strength is not None:
+        settings += f", Denoising strength: {parameters.strength:g}"
     return {
         "mii_serve": json.dumps(known, ensure_ascii=False),
         "parameters": f"{parameters.prompt}{negative}\n{settings}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import c2pa
@@ -17,7 +18,7 @@ from mii_serve.errors import ConfigError, ProvenanceError
 from mii_serve.provenance import Origin, Provenance
 from mii_serve.provenance.credentials import MIME_TYPES, MODEL, MODEL_REVISION
 from mii_serve.provenance.report import report_on
-from mii_serve.provenance.xmp import DIGITAL_SOURCE_TYPE, packet, read_packet
+from mii_serve.provenance.xmp import COMPOSITE_SOURCE_TYPE, DIGITAL_SOURCE_TYPE, packet, read_packet
 from mii_serve.types import ImageFormat
 
 FILES = tuple(MIME_TYPES)
@@ -45,6 +46,12 @@ def test_a_file_of_any_format_says_that_a_model_made_it(image_format: ImageForma
     plain = Provenance(has_metadata=False).write(IMAGE, image_format, ORIGIN, quality=80)
     assert not report_on(plain, "file").is_marked
     assert Image.open(io.BytesIO(marked)).tobytes() == Image.open(io.BytesIO(plain)).tobytes()
+
+
+def test_a_picture_that_was_repainted_inside_of_a_mask_is_a_composite(signing: Provenance) -> None:
+    report = report_on(signing.write(IMAGE, ImageFormat.PNG, replace(ORIGIN, is_composite=True)), "file")
+    assert report.is_marked and report.xmp is not None and report.credentials is not None
+    assert report.xmp.digital_source_type == report.credentials.digital_source_type == COMPOSITE_SOURCE_TYPE
 
 
 def test_raw_pixels_carry_nothing_and_say_so(signing: Provenance) -> None:
