@@ -183,6 +183,8 @@ class Run:
                     peers.append(Peer(system, Server(system)))
                 else:
                     self._skip({"system": system.name}, f"{system.command[0]} is missing: make peers installs it")
+            for peer in peers:  # all of them first: a start would slow whichever is measured meanwhile
+                await self._started(peer, self.arguments.mixes)
             for mix in self.arguments.mixes:
                 for load in (*(["capacity"] * NUM_CAPACITY_ROUNDS), *LOADS):
                     for peer in peers:
@@ -190,6 +192,12 @@ class Run:
         finally:
             for peer in peers:
                 peer.server.stop()
+
+    async def _started(self, peer: Peer, mixes: Sequence[str]) -> None:
+        try:
+            await self._drained(peer, self._plan(mixes[0], Loop(kind="closed", callers=CALLERS), num_warmup=0), START_TIMEOUT_S)
+        except DownError as reason:
+            peer.failed.update(dict.fromkeys(mixes, str(reason)))
 
     @property
     def _left_s(self) -> float:

@@ -150,7 +150,7 @@ def drop_a_key(engine: BatchedEngine) -> None:
 def mix_up_times(engine: BatchedEngine) -> None:
     """Each row gets its neighbour's timestep. Alone there is no neighbour."""
     rows = engine._timesteps.rows
-    engine._timesteps.rows = lambda timesteps: [*(found := rows(timesteps))[1:], found[0]]
+    engine._timesteps.rows = lambda *wanted: [*(found := rows(*wanted))[1:], found[0]]
 
 
 def forget_guidance(engine: BatchedEngine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -157,8 +158,8 @@ async def test_what_content_safety_blocks_has_its_words_and_no_picture(tmp_path)
 
 
 async def test_no_unchecked_picture_is_on_the_disk_in_any_mode_of_failing(tmp_path):
-    async def fails(stage: str, mode: str) -> None:
-        folder = tmp_path / f"{stage} {mode}"
+    async def fails(number: int, stage: str, mode: str) -> None:
+        folder = tmp_path / str(number)  # short: a socket's path has a limit
         folder.mkdir()
         file = write_csv(folder / "input1.csv", SAFE_NOTEBOOK_PROMPTS)
         async with content_safety_double() as double, job(folder, double) as azure:
@@ -180,9 +181,8 @@ async def test_no_unchecked_picture_is_on_the_disk_in_any_mode_of_failing(tmp_pa
             assert set(azure.pictures().values()) <= set(double.images), "each as it was looked at"
 
     async with asyncio.TaskGroup() as tasks:
-        for stage in ("text", "image"):
-            for mode in FAILURES:
-                tasks.create_task(fails(stage, mode))
+        for number, (stage, mode) in enumerate(itertools.product(("text", "image"), FAILURES)):
+            tasks.create_task(fails(number, stage, mode))
 
 
 async def test_a_row_waits_for_a_verdict_and_its_neighbours_are_made_once(tmp_path):

@@ -15,6 +15,7 @@ from replicas import KILLED, Deployment, deployment_of, events_of, request
 
 from mii_serve.config import DeployConfig
 from mii_serve.gateway.app import serve_http
+from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.server.keys import KeyRing
 
 PROMETHEUS_ACCEPTS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
@@ -104,8 +105,12 @@ async def test_queued_work_is_told_in_seconds(two):
     two.hold()
     call = asyncio.create_task(events_of(two.stub.GenerateStream(request(num_inference_steps=1000))))
     await two.until(lambda: sum(two.images_on().values()) == 1)
-    busy = [r.loop for r in two.replicas.values() if r.loop.activity().num_running]
-    if busy[0].activity().num_turns:  # the one with a measured pace
+
+    def busy() -> list[ReplicaLoop]:
+        return [r.loop for r in two.replicas.values() if r.loop.activity().num_running]
+
+    await two.until(busy)
+    if busy()[0].activity().num_turns:  # the one with a measured pace
         assert total(await scraped(two), "mii_serve_queued_work_seconds") > 0
     two.release()
     await call

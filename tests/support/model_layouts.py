@@ -421,8 +421,10 @@ def words_that_the_text_encoder_does_not_know(folder: Path) -> None:
 # ---- other pipelines -----------------------------------------------------------------------------------------------
 
 
-def index_of_image_to_image(folder: Path) -> None:
+def index_of_image_to_image(folder: Path) -> Layout:
+    """Diffusers is told to do without the part that is in the index and not in the folder."""
     index(folder, _class_name="StableDiffusionImg2ImgPipeline", image_encoder=["transformers", "CLIPVisionModelWithProjection"])
+    return Layout(plain={"image_encoder": None})
 
 
 def latent_consistency_model(folder: Path) -> Layout:
