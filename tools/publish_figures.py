@@ -33,6 +33,7 @@ TABLES: dict[str, Callable[[], str]] = {
         serving.engines,
         serving.engines_in_turn,
         serving.peers,
+        serving.peers_in_turn,
         serving.threads,
         serving.start,
         serving.ray_proxy,

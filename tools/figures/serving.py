@@ -111,9 +111,20 @@ def engines_in_turn() -> str:
 
 
 def peers() -> str:
-    file = RESULTS / "peers-demo.json"
+    plot = "![Share of the requests answered in time, by load](../../benchmarks/results/peers-demo.svg)"
+    return f"{text}{plot}\n" if (text := _peers("peers-demo.json")) else NOT_YET
+
+
+def peers_in_turn() -> str:
+    text = _peers("peers-demo-in-turn.json")
+    return f"{text.rstrip()}\n" if text else NOT_YET
+
+
+def _peers(name: str) -> str:
+    """Empty where there is no such file."""
+    file = RESULTS / name
     if not file.exists():
-        return NOT_YET
+        return ""
     result = json.loads(file.read_text())
     parts = []
     for mix in result["mixes"]:
@@ -125,8 +136,7 @@ def peers() -> str:
         f"{result['device']}, {result['seconds']:g} s a load, deadline {result['timeout']:g} s, "
         f"in time is within {result['goodput']:g} s, commit {str(result['commit'])[:12]}; {versions}"
     )
-    plot = "![Share of the requests answered in time, by load](../../benchmarks/results/peers-demo.svg)"
-    return f"{about}.\n\n{''.join(parts)}{plot}\n"
+    return f"{about}.\n\n{''.join(parts)}"
 
 
 def _peer(name: str, mix: str, result: dict[str, Any]) -> list[object]:
