@@ -107,7 +107,10 @@ def build_warm_engine(config: DeployConfig) -> Engine:
         from mii_serve.verify.runs import build_verified_engine
 
         return build_verified_engine(config)
-    from mii_serve.engine.factory import build_engine
+    from mii_serve.models.quiet import quiet_libraries
+
+    with quiet_libraries():  # transformers speaks of what is not installed
+        from mii_serve.engine.factory import build_engine
 
     engine = build_engine(config)
     engine.warmup()
