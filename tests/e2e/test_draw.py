@@ -191,6 +191,7 @@ def test_generate_on_a_server_and_in_process_write_the_same_file(deployment, tmp
     remote = run_command(*common, "-o", str(tmp_path / "remote.png"), "--target", deployment.grpc)
     local = run_command(*common, "-o", str(tmp_path / "local.png"))
     assert (remote.returncode, local.returncode) == (0, 0), remote.stderr + local.stderr
+    assert "[transformers]" not in local.stderr
     assert (tmp_path / "remote.png").read_bytes() == (tmp_path / "local.png").read_bytes()
     answer = json.loads(remote.stdout)
     assert answer["seeds"] == [9]
