@@ -89,7 +89,7 @@ def test_the_server_has_every_metric_that_alerts_and_panels_name(pod):
         client.generate("a red circle", num_inference_steps=1)
     status, text = get(running, "/metrics")
     assert status == 200
-    suffixes = {"counter": ("",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+    suffixes = {"counter": ("",), "gauge": ("",), "summary": ("_sum", "_count"), "histogram": ("_bucket", "_sum", "_count")}
     families = re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE)
     names = {name + suffix for name, kind in families for suffix in suffixes[kind]}
     wanted = set().union(*(metrics_in(rule["expr"]) for rule in alert_rules()), *map(metrics_in, dashboard_expressions()))
