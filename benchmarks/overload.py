@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--max-waiting-s", type=float, default=10.0, help="the server's bound on its line")
     parser.add_argument("--out", type=Path, default=RESULTS / "overload-demo.json")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left
     with deployed(arguments.max_waiting_s) as (front, target):
         row = asyncio.run(measure(target, front, arguments))
     print(json.dumps(row))
