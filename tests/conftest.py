@@ -23,3 +23,14 @@ def own_import_path() -> Iterator[None]:
     os.environ.pop(SAFE_PATH, None)
     if before is not None:
         os.environ[SAFE_PATH] = before
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For networks this small: two threads that wait for each other at every layer are slower, on a busy machine by far."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

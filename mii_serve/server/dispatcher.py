@@ -19,7 +19,7 @@ from mii_serve.provenance import Origin, Provenance
 from mii_serve.safety.moderation import Moderator
 from mii_serve.server.call import CallContext
 from mii_serve.server.idempotency import IdempotencyCache
-from mii_serve.server.input_images import InputImages
+from mii_serve.server.input_images import InputImages, files_of, pixels_of
 from mii_serve.server.moderation import ModerationFilter
 from mii_serve.server.replica_client import Loss, ReplicaAddress, ReplicaClient
 from mii_serve.server.router import Router, Work
@@ -190,7 +190,7 @@ class Dispatcher:
         """
         if self._is_draining:
             raise UnavailableError("the server is draining")
-        with self._counted():
+        with self._counted(), self._input_images.held(files_of(request)):  # they wait for their turn to be decoded, too
             if isinstance(request, ResolvedRequest):
                 resolved = request
             elif request.params.image is None:
@@ -203,7 +203,7 @@ class Dispatcher:
                 has_steps=has_steps or call.idempotency_key is not None,  # a later call with the key may want them
             )
             call.log.add_params(work.params)
-            with self._input_images.held(request, resolved):
+            with self._input_images.held(pixels_of(resolved)):
                 async with contextlib.aclosing(self._events_of(work, request)) as events:
                     while (event := await self._next(events, work.request.priority)) is not None:
                         call.log.add_event(event)

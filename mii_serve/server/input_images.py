@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from mii_serve.errors import DeadlineExceededError, QueueFullError
 from mii_serve.server.call import CallContext
@@ -43,15 +43,12 @@ class InputImages:
         return ResolvedRequest(params=params, output=request.output, priority=request.priority, input_image=image)
 
     @contextlib.contextmanager
-    def held(self, request: GenerationRequest | ResolvedRequest, resolved: ResolvedRequest) -> Iterator[None]:
-        """Count the images of a request while the block runs.
+    def held(self, images: Iterable[bytes | None]) -> Iterator[None]:
+        """Count these images while the block runs.
 
         Raises:
             QueueFullError: those of others take all the memory that there is for images.
         """
-        images = [] if resolved.input_image is None else [resolved.input_image.rgb, resolved.input_image.mask]
-        if isinstance(request, GenerationRequest):
-            images += [request.params.image, request.params.mask_image]
         num_bytes = sum(len(image) for image in images if image is not None)
         if num_bytes and self._num_held_bytes + num_bytes > MAX_HELD_BYTES:
             raise QueueFullError(f"{self._num_held_bytes >> 20} MiB of images wait or are worked on already", RETRY_AFTER_S)
@@ -60,3 +57,13 @@ class InputImages:
             yield
         finally:
             self._num_held_bytes -= num_bytes
+
+
+def files_of(request: GenerationRequest | ResolvedRequest) -> tuple[bytes | None, ...]:
+    """The files that a request came with."""
+    return () if isinstance(request, ResolvedRequest) else (request.params.image, request.params.mask_image)
+
+
+def pixels_of(request: ResolvedRequest) -> tuple[bytes | None, ...]:
+    """What was decoded of them."""
+    return () if request.input_image is None else (request.input_image.rgb, request.input_image.mask)

@@ -1,4 +1,4 @@
-"""The YAML of deployment/azureml through azure-ai-ml's own loaders, which ask nobody.
+"""The YAML of deployment/azureml through azure-ai-ml's own loaders, which need no network.
 
 Argument: JSON, a list of [path, kind, overrides] with the overrides of `--set`. Prints a list with what each was read as, or
 its error.

@@ -27,20 +27,11 @@ from mii_serve.verify.limits import Stage
 from mii_serve.verify.pipeline import CHECKED, DEFAULT, NAMED, PipelinePair
 from mii_serve.verify.truth import Truth, learn_truth
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 CONFIG = {"model": "demo", "device": "cpu"}
 FEW_STEPS = 5
 """Of the pictures that are drawn where one stage is wrong: enough to see that later stages are asked too."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads that wait for each other at every small layer are slower than one where others want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,18 @@ async def test_images_that_wait_are_held_within_a_bound_of_memory(server, client
     await client.generate("a", image=file)
 
 
+async def test_files_beyond_the_bound_are_refused_before_they_are_decoded(client, monkeypatch):
+    file = png(IMAGE)
+    monkeypatch.setattr(input_images, "MAX_HELD_BYTES", len(file) - 1)
+
+    def decode(*_: object, **__: object) -> None:
+        raise InvalidRequestError("image", "was decoded")
+
+    monkeypatch.setattr("mii_serve.safety.input_image.resolve_with_image", decode)
+    with pytest.raises(QueueFullError, match="images wait"):
+        await client.generate("a", image=file)
+
+
 async def test_an_idempotency_key_belongs_to_the_images_bytes(client):
     first = await client.generate("a", image=IMAGE, idempotency_key="k")
     assert (await client.generate("a", image=IMAGE, idempotency_key="k")).encoded == first.encoded

@@ -1,4 +1,4 @@
-"""Replicas that join and leave a front while it serves, because a list that somebody else makes has them or no longer has."""
+"""Replicas that join and leave a front while it serves, because the list of a cluster manager has them or no longer has."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Cluster:
         await self.membership.update(members, is_complete=is_complete)
 
     async def have(self, *names: str) -> None:
-        """List them until all are attached and nobody else is."""
+        """List them until they and no others are attached."""
         await self.list(*names)
         await self.until(lambda: self.up == len(names), *names)
 

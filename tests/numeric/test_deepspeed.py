@@ -38,6 +38,8 @@ from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.errors import UnusableEngineError
 from mii_serve.models import LoadedModel, load_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MAX_PICTURE_ERROR = 0.005
 """Of [0, 1], before rounding to levels: what half precision and another order of summing may cost."""
 
@@ -60,15 +62,6 @@ SIZES = {
 }
 TIMES = torch.tensor([999.0, 1.0, 340.5])
 SAMPLE_OF_ROW = torch.tensor([0, 1, 2, 0, 2])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """UNets this small are slower with two, and much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -19,13 +19,7 @@ from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 PIXELS_OF_TWO = 2 * 2 * 64

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from model_layouts import LAYOUTS, Layout, copy_of_the_demo
+from model_folders import Layout, copy_of_the_demo
+from model_layouts import LAYOUTS
 from plain_diffusers import (
     LEVELS_OFF,
     faults,
@@ -22,21 +22,13 @@ from plain_diffusers import (
     with_named_sampler,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 FEW = {"num_inference_steps": 4}
 NAMED = "dpm++_2m"
 BLACK = "a checker that fires"
 
 Built = tuple[Path, Layout]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, LatentConsistencyModelPipeline
-from model_layouts import copy_of_the_demo, latent_consistency_model, words_that_the_text_encoder_does_not_know
+from model_folders import copy_of_the_demo
+from model_layouts import latent_consistency_model, words_that_the_text_encoder_does_not_know
 from original_layout import vae_tensors
 from plain_diffusers import LEVELS_OFF, faults, our_pictures, plain_picture, plain_pipeline, told
 from safetensors.torch import save_file
@@ -21,16 +22,10 @@ from mii_serve.errors import ModelError
 from mii_serve.models import AddedParts, LoadedModel, load_model
 from mii_serve.models.quiet import quiet_libraries
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ENGINES = {"reference": ReferenceEngine, "native": native_engine}
 FEW = {"num_inference_steps": 3, "height": 64, "width": 64}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from plain_diffusers import (
     LEVELS_OFF,
     Drawn,
@@ -31,7 +30,7 @@ from scheduler_configs import LINEAR, NAMED, NOT_LINEAR, SCHEDULER_CONFIGS, Conf
 from mii_serve.models import loading
 from mii_serve.models.source import DEMO_FOLDER
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 OWNER: ContextVar[str] = ContextVar("OWNER")
 """The engine that weights are being loaded for."""
@@ -91,14 +90,6 @@ NAMED_ON = (
     "edm euler",
 )
 """Where named samplers are drawn too; from the other configs they take nothing that they do not take from these."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

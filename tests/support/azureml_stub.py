@@ -13,8 +13,7 @@ import base64
 import contextlib
 import re
 import ssl
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from xml.sax.saxutils import escape
 
 import trustme
 from aiohttp import ClientSession, web
+from in_a_thread import in_a_thread
 
 WORKSPACE = "/subscriptions/subscription/resourceGroups/group/providers/Microsoft.MachineLearningServices/workspaces/workspace"
 REGION = "https://stub.api.azureml.ms"
@@ -269,7 +269,7 @@ class AzureStub:
 
 
 def resource(name: str, path: str, properties: dict[str, Any]) -> dict[str, Any]:
-    who = {"createdBy": "somebody", "createdByType": "User", "createdAt": TIME, "lastModifiedAt": TIME}
+    who = {"createdBy": "a user", "createdByType": "User", "createdAt": TIME, "lastModifiedAt": TIME}
     kind = "Microsoft.MachineLearningServices/workspaces"
     return {"id": path, "name": name, "type": kind, "location": "stub", "properties": properties, "systemData": who}
 
@@ -281,9 +281,9 @@ def azure_stub(folder: Path, run_job: Callable[[BatchJob], None], score_url: str
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert(*HOSTS).configure_cert(tls)
     stub = AzureStub(run_job, score_url, folder, ca_pem=authority.cert_pem.bytes())
-    loop, started, stopping = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
 
-    async def serve() -> None:
+    @contextlib.asynccontextmanager
+    async def serving() -> AsyncIterator[AzureStub]:
         app = web.Application(client_max_size=1024**3)
         app.router.add_route("*", "/{path:.*}", stub.answer)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -291,22 +291,10 @@ def azure_stub(folder: Path, run_job: Callable[[BatchJob], None], score_url: str
         site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
         stub.port = runner.addresses[0][1]
-        started.set()
-        await stopping.wait()
-        await runner.cleanup()
-
-    def run() -> None:
         try:
-            loop.run_until_complete(serve())
+            yield stub
         finally:
-            loop.close()
-            started.set()
+            await runner.cleanup()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    started.wait(20)
-    try:
+    with in_a_thread(serving()):
         yield stub
-    finally:
-        loop.call_soon_threadsafe(stopping.set)
-        thread.join(20)

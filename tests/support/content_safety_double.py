@@ -12,13 +12,13 @@ import binascii
 import contextlib
 import io
 import ssl
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from in_a_thread import in_a_thread
 from PIL import Image
 
 CATEGORIES = ("Hate", "SelfHarm", "Sexual", "Violence")
@@ -263,28 +263,5 @@ async def content_safety_double(tls: ssl.SSLContext | None = None) -> AsyncItera
 @contextlib.contextmanager
 def double_in_a_thread(tls: ssl.SSLContext | None = None) -> Iterator[ContentSafetyDouble]:
     """A double for a server in another process."""
-    loop, started = asyncio.new_event_loop(), threading.Event()
-    doubles: list[ContentSafetyDouble] = []
-    stopping = asyncio.Event()
-
-    async def serve() -> None:
-        async with content_safety_double(tls) as double:
-            doubles.append(double)
-            started.set()
-            await stopping.wait()
-
-    def run() -> None:
-        try:
-            loop.run_until_complete(serve())
-        finally:
-            loop.close()
-            started.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    started.wait(20)
-    try:
-        yield doubles[0]
-    finally:
-        loop.call_soon_threadsafe(stopping.set)
-        thread.join(20)
+    with in_a_thread(content_safety_double(tls)) as double:
+        yield double
