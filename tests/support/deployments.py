@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -94,10 +94,15 @@ def start(
         patient["MII_SERVE_MAX_SLOTS"] = "8"
     environment = {**os.environ, **patient, **(env or {})}
     if not has_model:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (*MODELLESS, environment.get("PYTHONPATH"))))
+        environment = without_models(environment)
     if max_files is not None:
         command = ["sh", "-c", f'ulimit -n {max_files}; exec "$@"', "sh", *command]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+
+
+def without_models(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a process whose replicas are to load no model, see `start`."""
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, (*MODELLESS, environment.get("PYTHONPATH"))))}
 
 
 @contextlib.contextmanager
