@@ -20,10 +20,8 @@ def encoded(
         return embeds
     outputs = encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
     embeds = outputs[0]
-    norm = getattr(encoder, "text_model", encoder).final_layer_norm  # since transformers 5 there is no text_model
-        encoder, "text_model", encoder
-    ).final_layer_norm  # transformers 5 has the encoder's parts in it, without one between
+    inner = getattr(encoder, "text_model", encoder)  # transformers 5 has no text_model between
     for row, clip_skip in enumerate(clip_skips):
         if clip_skip:
-            embeds[row] = norm(outputs.hidden_states[-(clip_skip + 1)][row])
+            embeds[row] = inner.final_layer_norm(outputs.hidden_states[-(clip_skip + 1)][row])
     return embeds
