@@ -32,6 +32,9 @@ class Capabilities:
             value = getattr(asked, parameter.name)
             if value is None:
                 value = fallback_seed if parameter.name == "seed" else parameter.default_in(self.defaults)
+            if parameter.name == "prompt" and value == "" and asked.image is not None:  # the image says enough
+                values["prompt"] = ""
+                continue
             values[parameter.name] = parameter.checked(value, self)
         strength = self._strength_of(asked, values["num_inference_steps"])
         return GenerationParams(**values, strength=strength, has_mask=asked.mask_image is not None)
