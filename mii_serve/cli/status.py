@@ -104,6 +104,7 @@ def _rows(info: ServerInfo) -> list[tuple[str, str]]:
         ("engine", f"{info.engine} {info.dtype} on {info.device}{_ranks(info)}"),
         *([("", info.engine_note)] if info.engine_note else []),
         *([("kernels", info.engine_kernels)] if info.engine_kernels else []),
+        *([("takes", "images with a mask: it is an inpainting model")] if info.needs_mask else []),
         ("safety checker", "on" if info.has_safety_checker else "none: images are not checked"),
         (
             "defaults",

@@ -17,9 +17,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
 
-from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in
+from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in, takes_mask_in
 from mii_serve.engine.decode import decode, is_finite
-from mii_serve.engine.input_images import KeptImage, mask_of, pixels_of, skip_masked_image
+from mii_serve.engine.input_images import KeptImage, mask_of, masked_pixels_of, pixels_of, skip_masked_image
 from mii_serve.engine.probe import UNetCall, without_checker
 from mii_serve.engine.sample_errors import is_of_one_sample, not_finite, sample_error
 from mii_serve.engine.stage_timer import StageTimer
@@ -59,11 +59,21 @@ class ReferenceSample:
     prompt_embeds: torch.Tensor
     latents: torch.Tensor
     kept_image: KeptImage | None = None
+    condition: torch.Tensor | None = None
     step: int = 0
 
     @property
     def progress(self) -> SampleProgress:
         return SampleProgress(id=self.sample.id, step=self.step, num_steps=len(self.timesteps))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class First:
+    """What a sample starts from, what it keeps of its image, and what an inpainting model's UNet takes in of it."""
+
+    latents: torch.Tensor
+    kept_image: KeptImage | None = None
+    condition: torch.Tensor | None = None
 
 
 class ReferenceEngine:
@@ -77,10 +87,11 @@ class ReferenceEngine:
         self._pipeline = model.pipeline
         self._device = torch.device(model.pipeline.device)
         self._schedulers = ModelSchedulers(model.pipeline.scheduler)
+        self._takes_mask = takes_mask_in(model.pipeline.unet)
         self._timer = StageTimer()
         self._samples: dict[SampleId, ReferenceSample] = {}
         self._num_calls: dict[tuple[str, int, int], int] = {}
-        self.capabilities = capabilities_of(model, self._schedulers, self._count_calls)
+        self.capabilities = capabilities_of(model, self._schedulers, self._count_calls, needs_mask=self._takes_mask)
         self.description = description_of(model, "reference", note)
 
     def stage_seconds(self) -> dict[str, float]:
@@ -88,8 +99,7 @@ class ReferenceEngine:
 
     def check(self, params: GenerationParams) -> int:
         num_calls = self._count_calls(params.scheduler, params.num_inference_steps, params.num_skipped_steps)
-        if params.strength is not None:
-            refuse_without_noise(self._schedulers, params)
+        refuse_without_noise(self._schedulers, params, has_blending=not self._takes_mask)
         return num_calls
 
     def _count_calls(self, scheduler: str, num_inference_steps: int, num_skipped_steps: int = 0) -> int:
@@ -142,9 +152,9 @@ class ReferenceEngine:
         if is_guided:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         generator = torch.Generator("cpu").manual_seed(sample.seed)
-        channels = pipeline.unet.config.in_channels
+        channels = pipeline.unet.config.out_channels
         shape = (1, channels, params.height // LATENT_SCALE, params.width // LATENT_SCALE)
-        latents, kept_image = self._first_latents(sample, scheduler, timesteps[:1], generator, shape)
+        first = self._first_latents(sample, scheduler, timesteps[:1], generator, shape)
         return ReferenceSample(
             sample=sample,
             scheduler=scheduler,
@@ -152,31 +162,45 @@ class ReferenceEngine:
             step_kwargs=step_kwargs(scheduler, generator),
             generator=generator,
             prompt_embeds=prompt_embeds,
-            latents=latents,
-            kept_image=kept_image,
+            latents=first.latents,
+            kept_image=first.kept_image,
+            condition=first.condition,
         )
 
     def _first_latents(
         self, sample: Sample, scheduler: Any, timestep: torch.Tensor, generator: torch.Generator, shape: tuple[int, ...]
-    ) -> tuple[torch.Tensor, KeptImage | None]:
-        """What the sample starts from, and what it keeps of its image."""
-        image, vae = sample.input_image, self._pipeline.vae
+    ) -> First:
+        image, vae, params = sample.input_image, self._pipeline.vae, sample.params
         if image is None:
             noise = randn_tensor(shape, generator=generator, device=self._device, dtype=self._pipeline.unet.dtype)
-            return noise * scheduler.init_noise_sigma, None
-        with self._timer.time("encode"):
-            encoded = vae.encode(pixels_of(image, sample.params).to(self._device))
-        image_latents = vae.config.scaling_factor * retrieve_latents(encoded, generator=generator)
-        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=image_latents.dtype)
-        if (mask := mask_of(image, sample.params)) is None:
-            return scheduler.add_noise(image_latents, noise, timestep), None
-        image_latents = image_latents.contiguous()  # as the pipeline's are here: convolutions sum in the order of the memory
-        kept_image = KeptImage(mask=mask.to(self._device), image_latents=image_latents, noise=noise)
-        if hasattr(encoded, "latent_dist"):
-            skip_masked_image(noise, generator)
-        if sample.params.strength == 1.0:
-            return noise * scheduler.init_noise_sigma, kept_image
-        return scheduler.add_noise(image_latents, noise, timestep), kept_image
+            return First(latents=noise * scheduler.init_noise_sigma)
+
+        def encoded(pixels: torch.Tensor) -> tuple[torch.Tensor, bool]:
+            """The latents, and whether they are drawn from a distribution."""
+            with self._timer.time("encode"):
+                output = vae.encode(pixels.to(self._device))
+            return vae.config.scaling_factor * retrieve_latents(output, generator=generator), hasattr(output, "latent_dist")
+
+        mask, takes_mask, is_noise = mask_of(image, params), self._takes_mask, params.has_mask and params.strength == 1.0
+        image_latents, is_drawn, dtype = None, False, self._pipeline.unet.dtype
+        if not (takes_mask and is_noise):
+            image_latents, is_drawn = encoded(pixels_of(image, params))
+            dtype = image_latents.dtype
+            if mask is not None:  # as the pipeline's: convolutions sum in the order of the memory
+                image_latents = image_latents.contiguous()
+        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
+        kept_image = condition = None
+        if mask is not None and takes_mask:
+            condition = torch.cat([mask.to(self._device), encoded(masked_pixels_of(image, params))[0]], dim=1)
+        elif mask is not None and image_latents is not None:
+            kept_image = KeptImage(mask=mask.to(self._device), image_latents=image_latents, noise=noise)
+            if is_drawn:
+                skip_masked_image(noise, generator)
+        if is_noise or image_latents is None:
+            latents = noise * scheduler.init_noise_sigma
+        else:
+            latents = scheduler.add_noise(image_latents, noise, timestep)
+        return First(latents=latents, kept_image=kept_image, condition=condition)
 
     def _or_failed(self, do: Callable[..., SampleProgress], running: ReferenceSample, *arguments: bool) -> SampleProgress:
         try:
@@ -196,9 +220,11 @@ class ReferenceEngine:
         model_input = torch.cat([latents] * 2) if is_guided else latents
         model_input = scheduler.scale_model_input(model_input, timestep)
         with self._timer.time("denoise"):
-            embeds = running.prompt_embeds
+            embeds, unet_input = running.prompt_embeds, model_input
+            if running.condition is not None:
+                unet_input = torch.cat([model_input, torch.cat([running.condition] * len(model_input))], dim=1)
             noise_pred = self._pipeline.unet(
-                model_input,
+                unet_input,
                 timestep,
                 encoder_hidden_states=embeds,
                 timestep_cond=self._embedded_guidance(guidance_scale, latents.dtype),

@@ -91,7 +91,8 @@ class ReplicaService(ReplicaServicer):
         self._loop = loop
         self._deployment_name = deployment_name
         engine = loop.engine
-        usual = engine.capabilities.resolve(RequestedParams(prompt="the default scheduler"), fallback_seed=0)
+        asked = engine.capabilities.with_mask_if_needed(RequestedParams(prompt="the default scheduler"))
+        usual = engine.capabilities.resolve(asked, fallback_seed=0)
         self._default_scheduler = engine.describe_scheduler(usual)
 
     async def Work(  # type: ignore[override]  # noqa: N802
@@ -134,6 +135,7 @@ class ReplicaService(ReplicaServicer):
                 num_ranks=described.num_ranks,
                 parallelism=described.parallelism,
                 engine_kernels=described.kernels,
+                needs_mask=capabilities.needs_mask,
                 activity=activity,
                 replicas=(own,),
             )

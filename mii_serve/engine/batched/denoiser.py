@@ -49,10 +49,12 @@ class Denoiser:
         *,
         max_slots: int,
         num_channels: int,
+        num_condition_channels: int = 0,
         buckets: Sequence[BatchShape] = (),
         group: RankGroup | None = None,
     ) -> None:
-        """`prompts` and `timesteps` are the caches that the rows of `SampleInputs` point into.
+        """`prompts` and `timesteps` are the caches that the rows of `SampleInputs` point into. The channels are those of the
+        latents, and those that the UNet takes in beside them.
 
         The ranks of a `group` make the same calls, and divide each by its shape alone, so that the rows of a bucket are fixed.
         They agree beforehand which buckets fit into the memory of each; a later call that does not fit is not made smaller, as
@@ -61,6 +63,7 @@ class Denoiser:
         self._kernels = kernels
         self._max_slots = max_slots
         self._num_channels = num_channels
+        self._num_condition_channels = num_condition_channels
         self._prompts = prompts.projected
         self._timestep_embeds = timesteps.embeds
         self._device = self._prompts.device
@@ -83,7 +86,13 @@ class Denoiser:
     def pool(self, latent_shape: LatentShape) -> SlotPool:
         """The slots of the samples of a latent shape."""
         if (pool := self._pools.get(latent_shape)) is None:
-            pool = self._pools[latent_shape] = SlotPool(self._max_slots, (self._num_channels, *latent_shape), self._device)
+            pool = self._pools[latent_shape] = SlotPool(
+                self._max_slots,
+                (self._num_channels, *latent_shape),
+                self._device,
+                num_condition_channels=self._num_condition_channels,
+                dtype=self._prompts.dtype,
+            )
         return pool
 
     def states(self) -> list[torch.Tensor]:
@@ -209,9 +218,13 @@ class Denoiser:
     def _run(self, inputs: BatchInputs) -> StepOutputs:
         """The step itself: reads and writes tensors on the device, nothing else."""
         shape = inputs.shape
-        state = self._pools[shape.height, shape.width].state
+        pool = self._pools[shape.height, shape.width]
+        state = pool.state
         sampler = self._kernels.sampler
         model_input, latents = sampler.begin(state, inputs.slots, inputs.input_scale, self._prompts.dtype)
+        if pool.condition is not None:
+            latents = torch.cat((latents, pool.condition[inputs.slots]), dim=1)
+            latents = latents.contiguous(memory_format=torch.channels_last)
         noise_pred = self._kernels.predict_noise(
             latents,
             self._timestep_embeds[inputs.timestep_rows],

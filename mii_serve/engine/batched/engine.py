@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from mii_serve.engine.batched.batch_inputs import SampleInputs
 from mii_serve.engine.batched.buckets import BatchShape, declare_buckets
 from mii_serve.engine.batched.decoding import Decoding, Undecoded
 from mii_serve.engine.batched.denoiser import Denoiser
+from mii_serve.engine.batched.first_latents import first_latents
 from mii_serve.engine.batched.launched import LaunchedTurn
 from mii_serve.engine.batched.probe import BatchedProbe
 from mii_serve.engine.batched.prompt_cache import Prompt, PromptCache, PromptKey
@@ -26,8 +26,8 @@ from mii_serve.engine.batched.slot_search import NUM_SAMPLES, find_slots
 from mii_serve.engine.batched.stepping import ObjectStepping, Stepping, TableStepping
 from mii_serve.engine.batched.tail import Tail
 from mii_serve.engine.batched.timestep_cache import TimestepCache
-from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in
-from mii_serve.engine.input_images import EncodedImage, KeptImage, encode_images, keep_unmasked, mask_of, skip_masked_image
+from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in, takes_mask_in
+from mii_serve.engine.input_images import NOTHING, KeptImage, encode_images, keep_unmasked
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.engine.sample_errors import is_of_one_sample, sample_error
@@ -120,13 +120,14 @@ class BatchedEngine:
         self._kernels = kernels
         self._group = group
         self._device = torch.device(pipeline.device)
-        self._num_channels = pipeline.unet.config.in_channels
+        num_channels = pipeline.unet.config.out_channels
         self._embeds_guidance = takes_guidance_in(pipeline.unet)
         self._schedulers = ModelSchedulers(pipeline.scheduler)
-        self._samplings = Samplings(self._schedulers)
+        takes_mask = takes_mask_in(pipeline.unet)
+        self._samplings = Samplings(self._schedulers, has_blending=not takes_mask)
         self._looks_for_slots = max_slots is None and group is None
         self._max_slots = max_slots or (MAX_SLOTS if self._looks_for_slots or self._device.type == "cuda" else CPU_SLOTS)
-        self.capabilities = capabilities_of(model, self._schedulers, self._samplings.of)
+        self.capabilities = capabilities_of(model, self._schedulers, self._samplings.of, needs_mask=takes_mask)
         if buckets is None:
             latent_shape = model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE
             buckets = declare_buckets(self._max_slots, *latent_shape) if self._device.type == "cuda" else ()
@@ -142,7 +143,8 @@ class BatchedEngine:
             self._prompts,
             self._timesteps,
             max_slots=self._max_slots,
-            num_channels=self._num_channels,
+            num_channels=num_channels,
+            num_condition_channels=pipeline.unet.config.in_channels - num_channels,
             buckets=self._buckets,
             group=group,
         )
@@ -172,8 +174,7 @@ class BatchedEngine:
 
     def check(self, params: GenerationParams) -> int:
         sampling = self._samplings.of_request(params)
-        if params.strength is not None:
-            refuse_without_noise(self._schedulers, params)
+        refuse_without_noise(self._schedulers, params, has_blending=not self.capabilities.needs_mask)
         return sampling.num_calls
 
     def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
@@ -265,45 +266,28 @@ class BatchedEngine:
         keys += [PromptKey(sample.params.negative_prompt) for sample in joins if self._is_guided(sample.params)]
         with timer.time("encode"):
             prompts = self._prompts.acquire(keys)
-            encoded = encode_images(self._pipeline.vae, joins, self.capacity.max_decodes)
+            max_images = self.capacity.max_decodes
+            encoded = encode_images(self._pipeline.vae, joins, max_images, takes_mask=self.capabilities.needs_mask)
         negative_prompts = iter(prompts[len(joins) :])
         for sample, prompt in zip(joins, prompts, strict=False):  # the negative ones follow
             params = sample.params
             self._failed.discard(sample.id)
             generator = torch.Generator("cpu").manual_seed(sample.seed)
             stepping = self._stepping(params, generator)
-            latents, kept_image = self._first_latents(sample, stepping, generator, encoded.get(sample.id))
+            image = encoded.get(sample.id, NOTHING)
+            first = first_latents(self._pipeline.unet, self._device, sample, stepping, generator, image)
             self._samples[sample.id] = BatchedSample(
                 sample=sample,
                 stepping=stepping,
                 prompt=prompt,
                 negative_prompt=next(negative_prompts) if self._is_guided(params) else None,
-                slot=self._denoiser.pool(params.latent_shape).acquire(latents),
-                kept_image=kept_image,
+                slot=self._denoiser.pool(params.latent_shape).acquire(first.latents, first.condition),
+                kept_image=first.kept_image,
             )
 
     def _is_guided(self, params: GenerationParams) -> bool:
         """By a second row; a latent consistency model takes the guidance scale in with the timestep."""
         return params.is_guided and not self._embeds_guidance
-
-    def _first_latents(
-        self, sample: Sample, stepping: Stepping, generator: torch.Generator, encoded: EncodedImage | None
-    ) -> tuple[torch.Tensor, KeptImage | None]:
-        """Drawn in diffusers' order, in float32 whatever the UNet's dtype, so that every engine starts from the same noise."""
-        params, image, kept_image = sample.params, sample.input_image, None
-        image_latents = None if encoded is None else encoded.drawn(generator)
-        size = (1, self._num_channels, *params.latent_shape)
-        noise = upload(randn_tensor(size, generator=generator, dtype=torch.float32)[0], self._device)
-        if image_latents is None or image is None:
-            return noise * stepping.init_noise_sigma, None
-        if (mask := mask_of(image, params)) is not None:
-            kept_image = KeptImage(mask=upload(mask[0], self._device), image_latents=image_latents, noise=noise)
-            if encoded is not None and encoded.std is not None:
-                skip_masked_image(noise, generator)
-            if params.strength == 1.0:
-                return noise * stepping.init_noise_sigma, kept_image
-        of_image, of_noise = stepping.noise_level(0)
-        return of_image * image_latents + of_noise * noise, kept_image
 
     def _stepping(self, params: GenerationParams, generator: torch.Generator) -> Stepping:
         sampling = self._samplings.of_request(params)

@@ -107,7 +107,7 @@ def _with_text_seed(members: dict[str, Any]) -> dict[str, Any]:
 
 def info_to_json(info: ServerInfo, grpc_port: int | None) -> dict[str, Any]:
     """What the form and the code to copy are made from."""
-    names = ("version", "deployment_name", *_ENGINE, "has_safety_checker")
+    names = ("version", "deployment_name", *_ENGINE, "has_safety_checker", "needs_mask")
     return {
         **{name: getattr(info, name) for name in names},
         "defaults": asdict(info.defaults),

@@ -14,7 +14,7 @@ Family = Literal["v1", "v2"]
 UNET, VAE, TEXT_ENCODER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 CONV_IN = f"{UNET}input_blocks.0.0.weight"
-LATENT_CHANNELS = 4
+LATENT_CHANNELS, INPAINTING_CHANNELS = 4, 9
 _PREFIXES = {"UNet": UNET, "VAE": VAE, "text encoder": TEXT_ENCODER}
 
 _LORA = re.compile(r"lora_(up|down|A|B)\.|[._]lora\.(up|down)\.|\.lora_(A|B)$|\.(hada_w1_a|lokr_w1)")
@@ -35,9 +35,8 @@ _INPUTS = {
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an image-editing model (InstructPix2Pix)",
-    9: "an inpainting model",
 }
-_ONLY = "Only text-to-image checkpoints of Stable Diffusion v1 and v2 are served"
+_ONLY = "Only text-to-image and inpainting checkpoints of Stable Diffusion v1 and v2 are served"
 
 
 def family_of(shapes: Shapes, where: str) -> Family:
@@ -53,7 +52,7 @@ def family_of(shapes: Shapes, where: str) -> Family:
         names = ", ".join(sorted(shapes)[:3]) or "none"
         raise ModelError(f"{where} is not a Stable Diffusion checkpoint: its tensors are {names}, … {_ONLY}")
     channels = shapes[CONV_IN][1] if CONV_IN in shapes else None
-    if channels != LATENT_CHANNELS:
+    if channels not in (LATENT_CHANNELS, INPAINTING_CHANNELS):
         kind = _INPUTS.get(channels or 0, "another kind of model")
         raise ModelError(f"{where} is {kind}: its UNet takes {channels} channels, expected {LATENT_CHANNELS}. {_ONLY}")
     if missing := [part for part, is_there in has.items() if not is_there]:
