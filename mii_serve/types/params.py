@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any, TypedDict
 
 from mii_serve.errors import InvalidRequestError
+from mii_serve.types.loras import NO_LORAS, LoraChoice, LoraInfo, checked_loras, chosen_loras
 
 LATENT_SCALE = 8
 """Pixels per latent pixel, across and down; heights and widths are multiples of it."""
@@ -23,7 +24,7 @@ LATENT_SCALE = 8
 LatentShape = tuple[int, int]
 """Height and width of latents, in latent pixels."""
 
-BatchKey = tuple[int, ...]
+BatchKey = tuple[object, ...]
 """See `GenerationParams.batch_key`."""
 
 IMAGE_STRENGTH, MASK_STRENGTH = 0.8, 1.0
@@ -88,7 +89,8 @@ class GenerationDefaults:
 class GenerationParams:
     """A request with nothing left open. A picture is a pure function of these, its index and the request's `InputImage`.
 
-    `strength` is None where there is no such image. `has_mask`: only a part of the image is repainted.
+    `strength` is None where there is no such image. `has_mask`: only a part of the image is repainted. `loras` are names with
+    scales, as asked for; `lora_choice` is what they come to on the server.
     """
 
     prompt: str = field(repr=False)
@@ -103,6 +105,8 @@ class GenerationParams:
     seed: int
     strength: float | None = None
     has_mask: bool = False
+    loras: Mapping[str, float] = field(default_factory=dict, hash=False)
+    lora_choice: LoraChoice = NO_LORAS
 
     def seed_of(self, image_index: int) -> int:
         """Image i of a request is image 0 of the same request with seed + i (modulo 2**64)."""
@@ -140,7 +144,7 @@ class GenerationParams:
     @property
     def batch_key(self) -> BatchKey:
         """Only samples whose keys are equal can share a UNet call."""
-        return self.latent_shape
+        return self.latent_shape if self.lora_choice.shares_calls else (*self.latent_shape, self.lora_choice.parts)
 
     @property
     def work_per_call(self) -> int:
@@ -162,6 +166,7 @@ class GenerationKwargs(TypedDict, total=False):
     scheduler: str | None
     seed: int | None
     strength: float | None
+    loras: Mapping[str, float] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +186,7 @@ class RequestedParams:
     image: bytes | None = field(default=None, repr=False)
     mask_image: bytes | None = field(default=None, repr=False)
     strength: float | None = None
+    loras: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +196,7 @@ class Capabilities:
     limits: Limits
     defaults: GenerationDefaults
     schedulers: Mapping[str, str]
+    loras: Mapping[str, LoraInfo] = field(default_factory=dict)
 
     def resolve(self, asked: RequestedParams, *, fallback_seed: int) -> GenerationParams:
         """Fill in the defaults and check every rule.
@@ -204,7 +211,10 @@ class Capabilities:
                 value = fallback_seed if parameter.name == "seed" else parameter.default_in(self.defaults)
             values[parameter.name] = parameter.checked(value, self)
         strength = self._strength_of(asked, values["num_inference_steps"])
-        return GenerationParams(**values, strength=strength, has_mask=asked.mask_image is not None)
+        loras = checked_loras(asked.loras or {})
+        choice = chosen_loras(loras, self.loras)
+        has_mask = asked.mask_image is not None
+        return GenerationParams(**values, strength=strength, has_mask=has_mask, loras=loras, lora_choice=choice)
 
     def _strength_of(self, asked: RequestedParams, num_inference_steps: int) -> float | None:
         if asked.image is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
+from mii_serve.types.loras import LoraInfo
 from mii_serve.types.params import Capabilities, GenerationDefaults, Limits
 
 
@@ -59,7 +60,7 @@ class ServerInfo:
     `schedulers` maps every accepted name to the name the server answers with. `activity` is that of all replicas together.
     `engine_note` says why this engine runs and not the preferred one, where that could not. `default_scheduler_class` and its
     options are what a request that names no scheduler gets, as in `EffectiveParameters`. `num_ranks` and `parallelism` are as
-    in `EngineDescription`, and `engine_kernels` is its `kernels`.
+    in `EngineDescription`, and `engine_kernels` is its `kernels`. `loras` are those that requests can name.
     """
 
     version: str
@@ -82,10 +83,12 @@ class ServerInfo:
     num_ranks: int = 1
     parallelism: str = ""
     engine_kernels: str = ""
+    loras: tuple[LoraInfo, ...] = ()
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(limits=self.limits, defaults=self.defaults, schedulers=self.schedulers)
+        loras = {lora.name: lora for lora in self.loras}
+        return Capabilities(limits=self.limits, defaults=self.defaults, schedulers=self.schedulers, loras=loras)
 
     def with_replicas(self, replicas: Iterable[ReplicaInfo]) -> ServerInfo:
         """The same server as the sum of these replicas, of which one at least is ready."""

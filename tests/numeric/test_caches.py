@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mii_serve.engine.batched.prompt_cache import PromptCache
+from mii_serve.engine.batched.prompt_cache import PromptCache, PromptKey
 from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.kernels.native import NativeKernels
 
@@ -26,16 +26,20 @@ def cache(demo, kernels):
     return PromptCache(demo.pipeline, kernels, max_in_use=4, num_spare_rows=2)
 
 
+def keys(texts: list[str]) -> list[PromptKey]:
+    return [PromptKey(text) for text in texts]
+
+
 class TestPrompts:
     def test_a_prompt_is_encoded_once_however_often_it_is_said(self, cache):
-        first, second, third = cache.acquire(["a circle", "", "a circle"])
+        first, second, third = cache.acquire(keys(["a circle", "", "a circle"]))
         assert first is third and first.row != second.row
         assert cache.num_encoded == 2
-        cache.acquire(["", "a circle"])
+        cache.acquire(keys(["", "a circle"]))
         assert cache.num_encoded == 2
 
     def test_it_is_what_the_pipeline_makes_of_it(self, cache, demo, kernels):
-        [prompt] = cache.acquire(["a circle"])
+        [prompt] = cache.acquire(keys(["a circle"]))
         embeds, _ = demo.pipeline.encode_prompt(["a circle"], torch.device("cpu"), 1, False)
         torch.testing.assert_close(cache.projected[prompt.row], kernels.project_prompts(embeds)[0], rtol=1e-5, atol=1e-5)
 
@@ -44,38 +48,38 @@ class TestPrompts:
         for others in ([], ["a star"], ["a", "b", "c"], [f"number {i}" for i in range(9)]):
             for texts in (["a circle", *others], [*others, "a circle"]):
                 cache = PromptCache(demo.pipeline, kernels, max_in_use=10, num_spare_rows=2)
-                row = cache.acquire(texts)[texts.index("a circle")].row
+                row = cache.acquire(keys(texts))[texts.index("a circle")].row
                 seen.append(cache.projected[row].clone())
         assert all(torch.equal(seen[0], other) for other in seen)
 
     def test_those_in_use_stay_and_the_least_recently_used_goes(self, cache):
-        used = cache.acquire(["a", "b"])
+        used = cache.acquire(keys(["a", "b"]))
         before = cache.projected[[prompt.row for prompt in used]].clone()
         for text in "cdefghijk":
-            cache.release(cache.acquire([text]))
+            cache.release(cache.acquire(keys([text])))
         assert torch.equal(cache.projected[[prompt.row for prompt in used]], before)
         encoded = cache.num_encoded
-        cache.acquire(["k", "a"])
+        cache.acquire(keys(["k", "a"]))
         assert cache.num_encoded == encoded
-        cache.acquire(["c"])
+        cache.acquire(keys(["c"]))
         assert cache.num_encoded == encoded + 1
 
     def test_the_empty_prompt_is_never_forgotten(self, cache):
-        cache.release(cache.acquire([""]))
+        cache.release(cache.acquire(keys([""])))
         for text in "abcdefgh":
-            cache.release(cache.acquire([text]))
+            cache.release(cache.acquire(keys([text])))
         encoded = cache.num_encoded
-        cache.acquire([""])
+        cache.acquire(keys([""]))
         assert cache.num_encoded == encoded
 
     def test_the_most_that_can_be_in_use_fits_even_when_all_of_it_is_new(self, cache):
-        cache.release(cache.acquire(["p", "q", "r", "s", "t", ""]))
-        prompts = cache.acquire(["a", "b", "c", "d"])
+        cache.release(cache.acquire(keys(["p", "q", "r", "s", "t", ""])))
+        prompts = cache.acquire(keys(["a", "b", "c", "d"]))
         assert len({prompt.row for prompt in prompts}) == 4
-        assert [prompt.text for prompt in prompts] == ["a", "b", "c", "d"]
+        assert [prompt.key.text for prompt in prompts] == ["a", "b", "c", "d"]
 
     def test_the_text_that_does_not_fit_is_named(self, cache):
-        short, long = cache.acquire(["a circle", "a circle " * 60 + "zebra"])
+        short, long = cache.acquire(keys(["a circle", "a circle " * 60 + "zebra"]))
         assert short.dropped == ""
         assert long.dropped.endswith("zebra")
 

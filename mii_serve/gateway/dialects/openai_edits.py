@@ -1,7 +1,8 @@
 """OpenAI's image edits, `POST /v1/images/edits`: a form with an image, perhaps a mask, and the members of image generations.
 
 What is transparent in the mask is repainted; without a mask, what is transparent in the image; where nothing is, the whole
-image is the start of a new one (image-to-image). Beside the API's own members there is `strength`.
+image is the start of a new one (image-to-image). Beside the API's own members there are `strength` and
+`loras`, here as NAME:SCALE separated by commas.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mii_serve.gateway.generation import relocate
 from mii_serve.gateway.json_body import shown, validated
 from mii_serve.gateway.middleware import EventStream, HttpCall
 from mii_serve.gateway.multipart import Form, read_form
-from mii_serve.types import MAX_IMAGE_BYTES, PARAMETERS
+from mii_serve.types import MAX_IMAGE_BYTES, PARAMETERS, parsed_loras
 
 FILES = ("image", "mask")
 MAX_FORM_BYTES = MAX_IMAGE_BYTES + 1024 * 1024
@@ -62,6 +63,8 @@ class Edits:
 
 
 def _value(name: str, text: str) -> Any:
+    if name == "loras" and text:
+        return parsed_loras(text)
     kind = _KINDS.get(name, str)
     if kind is str or text == "":
         return text
