@@ -69,10 +69,6 @@ class Combination:
             text_encoder=_joined([(adapter.text_encoder, scale) for adapter, scale in scaled]),
         )
 
-    @property
-    def unet_rank(self) -> int:
-        return max((change.rank for change in self.unet.values()), default=0)
-
 
 NOTHING = Combination((), {}, {})
 

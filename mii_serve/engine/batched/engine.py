@@ -281,10 +281,11 @@ class BatchedEngine:
         keys = [PromptKey(sample.params.prompt, sample.params.lora_choice.parts) for sample in joins]
         keys += [PromptKey(params.negative_prompt, params.lora_choice.parts) for params in guided]
         with timer.time("encode"):
+            loras = [None if self.loras is None else self.loras.acquire(sample.params.lora_choice) for sample in joins]
             prompts = self._prompts.acquire(keys)
             encoded = encode_images(self._pipeline.vae, joins, self.capacity.max_decodes)
         negative_prompts = iter(prompts[len(joins) :])
-        for sample, prompt in zip(joins, prompts, strict=False):  # the negative ones follow
+        for sample, prompt, entry in zip(joins, prompts, loras, strict=False):  # the negative prompts follow
             params = sample.params
             self._failed.discard(sample.id)
             generator = torch.Generator("cpu").manual_seed(sample.seed)
@@ -296,7 +297,7 @@ class BatchedEngine:
                 prompt=prompt,
                 negative_prompt=next(negative_prompts) if self._is_guided(params) else None,
                 slot=self._denoiser.pool(params.latent_shape).acquire(latents),
-                loras=None if self.loras is None else self.loras.acquire(params.lora_choice),
+                loras=entry,
                 kept_image=kept_image,
             )
 

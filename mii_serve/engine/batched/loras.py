@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mii_serve.engine.kernels.loras import PROMPT_LAYERS, TIME_LAYERS, CallLoras, LoraLayout, LoraRows, OneLora
-from mii_serve.engine.loras import Changes, Combination, LoraStore, applied
+from mii_serve.engine.loras import Changes, LoraStore, applied
 from mii_serve.engine.upload import upload
 from mii_serve.errors import ModelError
 from mii_serve.models.loras import LoraAdapter
@@ -28,19 +28,27 @@ NUM_SPARE_ROWS = 4
 """Combinations kept beyond those in use."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class LoraEntry:
-    """One combination on the device, in use while `num_users` is not 0; `one` is set where it has no row of the pool.
+    """One combination on the device, in use while `num_users` is not 0.
 
-    `time_parts` are its `parts`, or none where it changes nothing of what depends on a timestep alone.
+    `text_encoder`, `of_prompts` and `of_times` are what it changes of the text encoder and of the UNet's layers that depend on
+    a prompt or a timestep alone. The other layers are in `row` of the pool up to `rank`, or in `one`.
     """
 
     parts: LoraParts
     row: int
-    rank: int
-    time_parts: LoraParts
+    text_encoder: Changes
+    of_prompts: Changes
+    of_times: Changes
+    rank: int = 0
     one: OneLora | None = None
     num_users: int = 0
+
+    @property
+    def time_parts(self) -> LoraParts:
+        """The same, or none where it changes nothing of what depends on a timestep alone."""
+        return self.parts if self.of_times else ()
 
 
 class BatchedLoras:
@@ -104,38 +112,36 @@ class BatchedLoras:
 
     def of_call(self, entries: Sequence[LoraEntry | None]) -> CallLoras | None:
         """What the samples of a call add, one entry for each; None where none has any."""
-        used = [entry for entry in entries if entry is not None]
+        used = [entry for entry in entries if entry is not None and (entry.rank or entry.one is not None)]
         if not used:
             return None
         if used[0].one is not None:
             assert all(entry is used[0] for entry in entries), "these samples cannot share a UNet call"
             return used[0].one
-        rows = upload(torch.tensor([0 if entry is None else entry.row for entry in entries]), self._down.device)
+        indices = [entry.row if entry is not None and entry.rank else 0 for entry in entries]
+        rows = upload(torch.tensor(indices), self._down.device)
         rank = max(entry.rank for entry in used)
         return LoraRows(self._layout, self._down[:, :rank].index_select(0, rows), self._up[:, :rank].index_select(0, rows))
 
     @contextlib.contextmanager
     def encoding(self, parts: LoraParts) -> Iterator[None]:
-        """Within it the text encoder has these changes, and so have the UNet's layers that depend on a prompt alone."""
+        """Within it the text encoder has the changes of an entry in use, and so have the UNet's layers that depend on a prompt
+        alone."""
         if not parts:
             yield
             return
-        combination = self._combination(parts)
-        unet = _ending_with(combination.unet, PROMPT_LAYERS)
-        with applied(self._pipeline.text_encoder, combination.text_encoder), applied(self._pipeline.unet, unet):
+        entry = self._known[parts]
+        with applied(self._pipeline.text_encoder, entry.text_encoder), applied(self._pipeline.unet, entry.of_prompts):
             yield
 
     @contextlib.contextmanager
     def timing(self, parts: LoraParts) -> Iterator[None]:
-        """Within it the UNet's layers that depend on a timestep alone have these changes."""
+        """Within it the UNet's layers that depend on a timestep alone have the changes of an entry in use."""
         if not parts:
             yield
             return
-        with applied(self._pipeline.unet, _ending_with(self._combination(parts).unet, TIME_LAYERS)):
+        with applied(self._pipeline.unet, self._known[parts].of_times):
             yield
-
-    def _combination(self, parts: LoraParts) -> Combination:
-        return self.store.combination(LoraChoice(parts=parts))
 
     def _describe(self, adapter: LoraAdapter) -> LoraInfo:
         others = self._layout.others(adapter.unet)
@@ -153,22 +159,27 @@ class BatchedLoras:
             idle = next(entry for entry in self._known.values() if not entry.num_users)
             del self._known[idle.parts]
             self._free.append(idle.row)
-        row, unet = self._free.pop(), self._pipeline.unet
-        time_parts = choice.parts if _ending_with(combination.unet, TIME_LAYERS) else ()
+        unet = self._pipeline.unet
+        like = torch.zeros(0, dtype=unet.dtype, device=self._pipeline.device)
+        entry = LoraEntry(
+            parts=choice.parts,
+            row=self._free.pop(),
+            text_encoder={name: change.to(like) for name, change in combination.text_encoder.items()},
+            of_prompts=_on_device(combination.unet, PROMPT_LAYERS, like),
+            of_times=_on_device(combination.unet, TIME_LAYERS, like),
+        )
         if not choice.shares_calls:
-            like = torch.zeros(0, dtype=unet.dtype, device=self._pipeline.device)
-            changes = {
-                unet.get_submodule(name): change.to(like)
-                for name, change in combination.unet.items()
-                if not name.endswith((*PROMPT_LAYERS, *TIME_LAYERS))
-            }
-            return LoraEntry(choice.parts, row, 0, time_parts, OneLora(changes))
-        rank = _rounded(combination.unet_rank)
-        assert rank <= self.rank, "there is room for every combination that may have a row"
-        self._down[row].zero_()
-        self._up[row].zero_()
-        self._layout.write(combination.unet, self._down[row], self._up[row])
-        return LoraEntry(choice.parts, row, rank, time_parts)
+            others = set(combination.unet) - set(entry.of_prompts) - set(entry.of_times)
+            entry.one = OneLora({unet.get_submodule(name): combination.unet[name].to(like) for name in sorted(others)})
+            return entry
+        entry.rank = _rounded(
+            max((one.rank for name, one in combination.unet.items() if name in self._layout.layers), default=0)
+        )
+        assert entry.rank <= self.rank, "there is room for every combination that may have a row"
+        self._down[entry.row].zero_()
+        self._up[entry.row].zero_()
+        self._layout.write(combination.unet, self._down[entry.row], self._up[entry.row])
+        return entry
 
     def _reserve(self, rank: int) -> None:
         """Let the rows of the pool have this rank at least.
@@ -195,5 +206,6 @@ def _rounded(rank: int) -> int:
     return -(-rank // RANK_STEP) * RANK_STEP
 
 
-def _ending_with(changes: Changes, ends: tuple[str, ...]) -> dict[str, Any]:
-    return {name: change for name, change in changes.items() if name.endswith(ends)}
+def _on_device(changes: Changes, ends: tuple[str, ...], like: torch.Tensor) -> Changes:
+    """Those of layers whose names end so."""
+    return {name: change.to(like) for name, change in changes.items() if name.endswith(ends)}
