@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
@@ -161,41 +161,6 @@ class LoraStore:
 
     def _by_revision(self) -> dict[str, LoraAdapter]:
         return self._removed | {adapter.revision: adapter for adapter in list(self._named.values())}
-
-
-class Loras(Protocol):
-    """How LoRAs come and go on an engine. `load` is for any thread, the others for the engine's own."""
-
-    def load(self, name: str, path: Path) -> LoraAdapter:
-        """
-        Raises:
-            ModelError: it cannot be read, is something else, or is for another model.
-        """
-        ...
-
-    def add(self, adapter: LoraAdapter) -> LoraInfo:
-        """Let requests name it; one of the same name before it is removed.
-
-        Raises:
-            ModelError: there is no memory for it.
-        """
-        ...
-
-    def remove(self, name: str) -> None:
-        """No new request can name it; unknown names are ignored."""
-        ...
-
-    def forget_unused(self, in_use: set[str]) -> None:
-        """Forget what was removed, but for these revisions."""
-        ...
-
-
-@runtime_checkable
-class LoraEngine(Protocol):
-    """What an `Engine` offers in addition whose LoRAs can change while it runs; None where it computes none."""
-
-    @property
-    def loras(self) -> Loras | None: ...
 
 
 @contextlib.contextmanager

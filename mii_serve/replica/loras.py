@@ -7,8 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mii_serve.engine import Engine
-from mii_serve.engine.loras import LoraEngine, Loras
+from mii_serve.engine import Engine, LoraEngine, Loras
 from mii_serve.errors import InvalidRequestError, ModelError, UnsupportedError
 from mii_serve.types import LoraInfo
 

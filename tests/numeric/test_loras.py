@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from drawing import draw, draw_batch
 from lora_truth import CALL, CASES, PROMPT, SEED, TRUTH, write_loras
 from PIL import Image
+from safetensors.torch import save_file
 
 from mii_serve.engine.batched import BatchedEngine
 from mii_serve.engine.factory import native_engine
@@ -19,6 +22,7 @@ from mii_serve.engine.kernels.fused.operations import TorchOperations
 from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.engine.kernels.rows import RowParallelKernels
 from mii_serve.engine.reference import ReferenceEngine
+from mii_serve.errors import ModelError
 from mii_serve.models import LoadedModel
 from mii_serve.models.loras import load_loras
 from mii_serve.types import RequestedParams
@@ -30,6 +34,7 @@ MIXED: list[dict[str, object]] = [
     {"loras": {"wide": 1.0}, "guidance_scale": 1.0},
     {"loras": {"plain": 0.5, "peft": -0.7}, "scheduler": "tcd", "num_inference_steps": 4},
     {"loras": {"wide": 0.0}},
+    {"loras": {"words": 2.0}},
 ]
 
 
@@ -74,6 +79,8 @@ def test_samples_with_different_loras_and_none_share_a_call(model, expected) -> 
     for changed in (1, 3):
         assert np.abs(expected[changed] - expected[0]).max() > 20
     assert np.abs(expected[5] - expected[0]).max() == 0
+    alone = native_engine(replace(model, loras={"words": model.loras["words"]}))  # no pool is needed for it
+    assert farthest(draw_batch(alone, [asked(MIXED[6])]), [expected[6]]) <= 1
 
 
 def test_the_fused_kernels_take_them_too(model, expected) -> None:
@@ -137,3 +144,36 @@ class _Ranks:
 
 def _resolved(engine, one: dict[str, object]):
     return engine.capabilities.resolve(RequestedParams(**one), fallback_seed=0)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (
+            {"unet.conv_in.lora_A.weight": (4, 3, 3, 3), "unet.conv_in.lora_B.weight": (64, 4, 1, 1)},
+            "is for another model: unet.conv_in has",
+        ),
+        (
+            {"unet.nowhere.lora_A.weight": (4, 8), "unet.nowhere.lora_B.weight": (8, 4)},
+            "is for another model: it changes unet.nowhere",
+        ),
+        ({"unet.conv_in.lora_A.weight": (4, 4, 3, 3)}, "is not whole: unet.conv_in"),
+        ({"unet.conv_in.lora_A.weight": (4, 4, 3, 3), "unet.conv_in.lora_B.bias": (64,)}, "is a LoRA with biases"),
+        ({"lora_unet_conv_in.hada_w1_a": (4, 4)}, "is a LoHa"),
+        ({"lora_unet_conv_in.lora_down.weight": (4, 4, 3, 3), "lora_unet_conv_in.dora_scale": (64, 1)}, "is a DoRA"),
+        ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (4, 1280)}, "is a LoRA of Stable Diffusion XL"),
+        ({"lora_unet_conv_in.diff": (4, 4)}, "has a tensor that is no LoRA's"),
+        ({"first_stage_model.x": (4,)}, "has a tensor that is no LoRA's"),
+    ],
+)
+def test_what_is_no_lora_of_this_model_is_told_so(demo, tmp_path: Path, made: dict[str, tuple[int, ...]], says: str) -> None:
+    file = tmp_path / "it.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in made.items()}, file)
+    with pytest.raises(ModelError, match=re.escape(says)):
+        load_loras({"it": file}, demo.pipeline)
+
+
+def test_a_path_without_a_lora_is_told_so(demo, tmp_path: Path) -> None:
+    for path, says in ((tmp_path / "missing", "there is no file or folder"), (tmp_path, "holds no .safetensors file")):
+        with pytest.raises(ModelError, match=says):
+            load_loras({"it": path}, demo.pipeline)

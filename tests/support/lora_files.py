@@ -28,6 +28,10 @@ def everything(name: str) -> bool:
     return True
 
 
+def nothing(name: str) -> bool:
+    return False
+
+
 def of_text_encoder(name: str) -> bool:
     return "self_attn" in name or ".mlp." in name
 

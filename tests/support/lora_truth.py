@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lora_files import all_linear, attentions, everything, of_text_encoder, write_lora
+from lora_files import all_linear, attentions, everything, nothing, of_text_encoder, write_lora
 from PIL import Image
 
 TRUTH = Path(__file__).resolve().parents[1] / "numeric" / "loras_by_peft.png"
@@ -33,7 +33,7 @@ CASES: list[dict[str, float]] = [
     {"deep": 1.0},
 ]
 FILES = ("plain", "text", "wide", "conv", "deep")
-"""The LoRAs that diffusers loads as they are; `write_loras` writes one more, in PEFT's own folder."""
+"""The LoRAs that diffusers loads as they are; `write_loras` writes two more, one of them in PEFT's own folder."""
 
 
 def write_loras(folder: Path, pipeline: Any) -> dict[str, Path]:
@@ -44,6 +44,7 @@ def write_loras(folder: Path, pipeline: Any) -> dict[str, Path]:
         "wide": write_lora(folder / "wide.safetensors", pipeline, seed=3, wanted=all_linear, rank=12, kind="kohya"),
         "conv": write_lora(folder / "conv.safetensors", pipeline, seed=5, wanted=everything, kind="kohya", strength=0.1),
         "deep": write_lora(folder / "deep.safetensors", pipeline, seed=6, rank=80),
+        "words": write_lora(folder / "words.safetensors", pipeline, seed=7, wanted=nothing, text=of_text_encoder),
         "peft": write_lora(folder / "peft", pipeline, seed=4, kind="peft", alpha=8.0),
     }
 

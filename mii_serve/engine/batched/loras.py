@@ -172,9 +172,8 @@ class BatchedLoras:
             others = set(combination.unet) - set(entry.of_prompts) - set(entry.of_times)
             entry.one = OneLora({unet.get_submodule(name): combination.unet[name].to(like) for name in sorted(others)})
             return entry
-        entry.rank = _rounded(
-            max((one.rank for name, one in combination.unet.items() if name in self._layout.layers), default=0)
-        )
+        ranks = [change.rank for name, change in combination.unet.items() if name in self._layout.layers]
+        entry.rank = _rounded(max(ranks, default=0))
         assert entry.rank <= self.rank, "there is room for every combination that may have a row"
         self._down[entry.row].zero_()
         self._up[entry.row].zero_()
