@@ -1,6 +1,7 @@
 """HTTP of a deployment: `/metrics`, the probes `/livez` and `/readyz`, `/` as Azure ML's containers answer it, and the calls.
 
-The calls are Azure ML's `/score`, OpenAI's images API and Hugging Face's text-to-image task. `/swagger.json` describes it all.
+The calls are Azure ML's `/score`, OpenAI's images API, Hugging Face's text-to-image task and the Open Inference Protocol.
+`/swagger.json` describes it all.
 For a person there is the page, at `/` too.
 """
 
@@ -22,19 +23,19 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Match, Route
 
 from mii_serve.config import DeployConfig, HttpConfig
-from mii_serve.errors import MiiServeError
+from mii_serve.errors import MiiServeError, NotFoundError
 from mii_serve.gateway import image_links
 from mii_serve.gateway.dialects.azure_score import AzureDialect, Score
 from mii_serve.gateway.dialects.huggingface import HuggingFaceDialect, TextToImage
+from mii_serve.gateway.dialects.open_inference import OpenInferenceRoutes
 from mii_serve.gateway.dialects.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.dialects.openai_batches import Batches, routes_without_jobs
 from mii_serve.gateway.dialects.openai_edits import Edits, read_edit
-from mii_serve.gateway.errors import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
+from mii_serve.gateway.errors import MethodNotAllowedError, openai_problem, problem_response
 from mii_serve.gateway.hosts import AllowedHosts, HostCheck
 from mii_serve.gateway.image_links import ImageStore
 from mii_serve.gateway.listener import BoundedListener, ConcurrencyLimit, ConnectionPool
 from mii_serve.gateway.middleware import Endpoints
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.gateway.openapi import Description
 from mii_serve.gateway.page.calls import page_routes
 from mii_serve.gateway.page.files import PageFiles, wants_page
@@ -46,6 +47,7 @@ from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.jobs import Jobs
 from mii_serve.server.keys import KeyRing
+from mii_serve.server.model_names import ModelNames
 from mii_serve.server.open_files import MAX_CONNECTIONS
 from mii_serve.server.tls import Tls
 
@@ -120,6 +122,7 @@ def _calls(dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, n
         endpoints.route("/v1/models/{model:path}", models.one, openai, method="GET", is_work=False),
         endpoints.route("/", task, hugging_face),
         endpoints.route("/models/{model:path}", task, hugging_face),
+        *OpenInferenceRoutes(dispatcher, settings, names).routes(endpoints),
         Route(image_links.PATH + "/{name}", store.answer),
         Route("/info", description.info),
         Route("/swagger.json", description.swagger),

@@ -19,7 +19,7 @@ from starlette.requests import Request
 
 from mii_serve.errors import InvalidRequestError, RequestCancelledError
 from mii_serve.gateway.errors import BodyTooLargeError, MediaTypeError
-from mii_serve.gateway.suggestions import unknown_member_rule
+from mii_serve.server.suggestions import unknown_member_rule
 from mii_serve.types import MAX_SEED
 
 BODY = "body"
@@ -45,9 +45,15 @@ async def read_json(request: Request, max_bytes: int) -> Any:
         RequestCancelledError: the caller left before the body was complete.
     """
     _check_media_type(request.headers.get("content-type", ""))
-    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
-        raise MediaTypeError("content-encoding", "must be left out: bodies are not unpacked here", shown(coding))
-    raw = await _read(request, max_bytes)
+    return parse_json(await read_bytes(request, max_bytes))
+
+
+def parse_json(raw: bytes) -> Any:
+    """A body that has been read, as a JSON value.
+
+    Raises:
+        InvalidRequestError: naming the rule.
+    """
     if not raw.strip():
         raise InvalidRequestError(BODY, "must be a JSON object", "nothing")
     try:
@@ -72,7 +78,15 @@ def _check_media_type(value: str) -> None:
         raise MediaTypeError("content-type", "must have the charset utf-8", repr(value[:SHOWN_CHARS]))
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def read_bytes(request: Request, max_bytes: int) -> bytes:
+    """The body as it is.
+
+    Raises:
+        BodyTooLargeError, MediaTypeError, InvalidRequestError: naming the rule.
+        RequestCancelledError: the caller left before the body was complete.
+    """
+    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        raise MediaTypeError("content-encoding", "must be left out: bodies are not unpacked here", shown(coding))
     body, num_bytes = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
