@@ -1,6 +1,7 @@
 """HTTP of a deployment: `/metrics`, the probes `/livez` and `/readyz`, `/` as Azure ML's containers answer it, and the calls.
 
-The calls are Azure ML's `/score`, OpenAI's images API and Hugging Face's tasks. `/swagger.json` describes it all.
+The calls are Azure ML's `/score`, OpenAI's images API, Hugging Face's tasks and the Open Inference Protocol. `/swagger.json`
+describes it all.
 For a person there is the page, at `/` too.
 """
 
@@ -22,20 +23,20 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Match, Route
 
 from mii_serve.config import DeployConfig, HttpConfig
-from mii_serve.errors import MiiServeError
+from mii_serve.errors import MiiServeError, NotFoundError
 from mii_serve.gateway import image_links
 from mii_serve.gateway.admin import LoraCalls
 from mii_serve.gateway.dialects.azure_score import AzureDialect, Score
 from mii_serve.gateway.dialects.huggingface import HuggingFaceDialect, Tasks, read_task
+from mii_serve.gateway.dialects.open_inference import OpenInferenceRoutes
 from mii_serve.gateway.dialects.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.dialects.openai_batches import Batches, routes_without_jobs
 from mii_serve.gateway.dialects.openai_edits import Edits, Variations, read_edit
-from mii_serve.gateway.errors import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
+from mii_serve.gateway.errors import MethodNotAllowedError, openai_problem, problem_response
 from mii_serve.gateway.hosts import AllowedHosts, HostCheck
 from mii_serve.gateway.image_links import ImageStore
 from mii_serve.gateway.listener import BoundedListener, ConcurrencyLimit, ConnectionPool
 from mii_serve.gateway.middleware import Endpoints
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.gateway.openapi import Description
 from mii_serve.gateway.page.calls import page_routes
 from mii_serve.gateway.page.files import PageFiles, wants_page
@@ -47,6 +48,7 @@ from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.jobs import Jobs
 from mii_serve.server.keys import KeyRing
+from mii_serve.server.model_names import ModelNames
 from mii_serve.server.open_files import MAX_CONNECTIONS
 from mii_serve.server.tls import Tls
 
@@ -127,6 +129,7 @@ def _calls(dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, n
         endpoints.route("/v1/models/{model:path}", models.one, openai, method="GET", is_work=False),
         endpoints.route("/", tasks, hugging_face, read=read),
         endpoints.route("/models/{model:path}", tasks, hugging_face, read=read),
+        *OpenInferenceRoutes(dispatcher, settings, names).routes(endpoints),
         Route(image_links.PATH + "/{name}", store.answer),
         Route("/info", description.info),
         Route("/swagger.json", description.swagger),
