@@ -86,8 +86,10 @@ def _generate_here(
     config = DeployConfig.load(flags)
     if not is_json:
         say(f"mii_serve {__version__}: loading {config.model}")
+    from mii_serve.models.deferred import defer_unused_modules
     from mii_serve.replica.local import open_local
 
+    defer_unused_modules()
     builder = ResultBuilder(uuid.uuid4().hex)
     with open_local(config) as local, closing(_within(timeout, local.stream(request))) as events:
         _show(map(builder.add, events), is_quiet=is_quiet)

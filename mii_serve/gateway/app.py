@@ -1,7 +1,7 @@
 """HTTP of a deployment: `/metrics`, the probes `/livez` and `/readyz`, `/` as Azure ML's containers answer it, and the calls.
 
-The calls are Azure ML's `/score`, OpenAI's images API, Hugging Face's text-to-image task, MII's RESTful gateway and,
-where it is on, AUTOMATIC1111's API. `/swagger.json` describes it all. For a person there is the page, at `/` too.
+The calls are Azure ML's `/score`, OpenAI's images API, Hugging Face's tasks, MII's RESTful gateway and, where it is on,
+AUTOMATIC1111's API. `/swagger.json` describes it all. For a person there is the page, at `/` too.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from mii_serve.errors import MiiServeError
 from mii_serve.gateway import image_links
 from mii_serve.gateway.cors import Cors, Origins
 from mii_serve.gateway.dialects.azure_score import AzureDialect, Score
-from mii_serve.gateway.dialects.huggingface import HuggingFaceDialect, TextToImage
+from mii_serve.gateway.dialects.huggingface import HuggingFaceDialect, Tasks, read_task
 from mii_serve.gateway.dialects.mii import PATH as MII_PATH
 from mii_serve.gateway.dialects.mii import MiiDialect, MiiPictures
 from mii_serve.gateway.dialects.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.dialects.openai_batches import Batches, routes_without_jobs
-from mii_serve.gateway.dialects.openai_edits import Edits, read_edit
+from mii_serve.gateway.dialects.openai_edits import Edits, Variations, read_edit
 from mii_serve.gateway.dialects.sdapi.routes import ROOT as SDAPI_ROOT
 from mii_serve.gateway.dialects.sdapi.routes import sdapi_routes
 from mii_serve.gateway.errors import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
@@ -115,7 +115,11 @@ def _calls(dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, n
     """The routes of the dialects, and of what describes the server."""
     store = ImageStore()
     azure, openai, hugging_face = AzureDialect(settings), OpenAiDialect(), HuggingFaceDialect()
-    images, models, task = Images(dispatcher, settings, names, store), Models(names), TextToImage(dispatcher, settings, names)
+    images, models, tasks = Images(dispatcher, settings, names, store), Models(names), Tasks(dispatcher, settings, names)
+
+    async def read(request: Request) -> Any:
+        return await read_task(request, settings.max_body_bytes)
+
     description = Description(names, has_sdapi=settings.enable_sdapi)
     return [
         endpoints.route("/score", Score(dispatcher, settings), azure),
@@ -124,14 +128,15 @@ def _calls(dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, n
             for prefix in ("/v1", "", "/openai/deployments/{deployment}")
         ),
         *(
-            endpoints.route(f"{prefix}/images/edits", Edits(images), openai, read=read_edit)
+            endpoints.route(f"{prefix}/images/{name}", answer, openai, read=read_edit)
+            for name, answer in (("edits", Edits(images)), ("variations", Variations(images)))
             for prefix in ("/v1", "", "/openai/deployments/{deployment}")
         ),
         endpoints.route("/v1/models", models.all, openai, method="GET", is_work=False),
         endpoints.route("/v1/models/{model:path}", models.one, openai, method="GET", is_work=False),
         endpoints.route(MII_PATH + "/{deployment}", MiiPictures(dispatcher, settings, names), MiiDialect()),
-        endpoints.route("/", task, hugging_face),
-        endpoints.route("/models/{model:path}", task, hugging_face),
+        endpoints.route("/", tasks, hugging_face, read=read),
+        endpoints.route("/models/{model:path}", tasks, hugging_face, read=read),
         Route(image_links.PATH + "/{name}", store.answer),
         Route("/info", description.info),
         Route("/swagger.json", description.swagger),

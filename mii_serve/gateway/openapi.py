@@ -42,6 +42,11 @@ def document(*, has_sdapi: bool = False) -> dict[str, Any]:
     schemas["EditsRequest"]["properties"] |= {
         name: schema for name, schema in of_images.items() if name not in ("stream", "partial_images")
     }
+    schemas["VariationsRequest"]["properties"] |= {
+        name: schema
+        for name, schema in schemas["EditsRequest"]["properties"].items()
+        if name not in ("prompt", "mask", "image")
+    }
     schemas |= {parameter.name: _schema(parameter) for parameter in (*PARAMETERS, STRENGTH)}
     return written
 

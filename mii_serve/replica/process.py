@@ -23,6 +23,7 @@ from pathlib import Path
 from mii_serve.config import DeployConfig
 from mii_serve.errors import MiiServeError
 from mii_serve.logs import configure_logs
+from mii_serve.models.deferred import defer_unused_modules
 from mii_serve.models.quiet import quiet_libraries
 from mii_serve.parent import end_with_parent
 from mii_serve.provenance import Provenance
@@ -71,6 +72,7 @@ def main() -> int:
 
 def _import_all() -> None:
     """Most of a start is this; a spare has it behind it."""
+    defer_unused_modules()
     with quiet_libraries():
         for module in HEAVY_MODULES:
             importlib.import_module(module)

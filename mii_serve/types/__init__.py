@@ -1,6 +1,8 @@
 """The values that travel through the server: frozen dataclasses, standard library only."""
 
 from mii_serve.types.batch_shape import BatchShape, choose_bucket
+from mii_serve.types.capabilities import Capabilities
+from mii_serve.types.declarations import PARAMETER_NAMES, PARAMETERS, STRENGTH, Parameter
 from mii_serve.types.engines import ENGINE_CHOICES, ENGINES, EngineChoice, EngineName
 from mii_serve.types.events import (
     Done,
@@ -17,32 +19,31 @@ from mii_serve.types.events import (
     Step,
     gather,
 )
-from mii_serve.types.params import (
+from mii_serve.types.limits import (
     DEFAULT_SCHEDULER,
     LATENT_SCALE,
     MAX_IMAGE_BYTES,
     MAX_SCHEDULER_CHARS,
     MAX_SEED,
-    PARAMETER_NAMES,
-    PARAMETERS,
     RANDOM_SEED,
-    STRENGTH,
-    BatchKey,
-    Capabilities,
     GenerationDefaults,
+    Limits,
+)
+from mii_serve.types.params import (
+    BatchKey,
     GenerationKwargs,
     GenerationParams,
+    LatentShape,
+    RequestedParams,
+    draw_seed,
+)
+from mii_serve.types.request import (
     GenerationRequest,
     ImageFormat,
     InputImage,
-    LatentShape,
-    Limits,
     OutputOptions,
-    Parameter,
     Priority,
-    RequestedParams,
     ResolvedRequest,
-    draw_seed,
 )
 from mii_serve.types.server_info import (
     Activity,

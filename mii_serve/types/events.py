@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TypeAlias
 
-from mii_serve.types.params import GenerationParams, ImageFormat
+from mii_serve.types.params import GenerationParams
+from mii_serve.types.request import ImageFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

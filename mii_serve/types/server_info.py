@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from mii_serve.types.params import Capabilities, GenerationDefaults, Limits
+from mii_serve.types.capabilities import Capabilities
+from mii_serve.types.limits import GenerationDefaults, Limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

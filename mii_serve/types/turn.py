@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from mii_serve.errors import MiiServeError
 from mii_serve.types.batch_shape import BatchShape
-from mii_serve.types.params import GenerationParams, InputImage, Priority
+from mii_serve.types.params import GenerationParams
+from mii_serve.types.request import InputImage, Priority
 
 
 @dataclass(frozen=True, slots=True, order=True)

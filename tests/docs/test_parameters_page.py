@@ -14,8 +14,8 @@ HEAD = """# 14. Parameters
 A request has these parameters, over every protocol. The names are diffusers', but for `seed`. Only `prompt` is required; a
 parameter that is left out has the default of the model, or the default below. The bounds are those of a deployment without
 settings of its own (`limits`); `GetServerInfo` and `/ui/info` have a deployment's own. The declarations are in
-[`types/params.py`](../../mii_serve/types/params.py); this page, the command's flags, the JSON bodies and the page's form are
-made from them.
+[`types/declarations.py`](../../mii_serve/types/declarations.py); this page, the command's flags, the JSON bodies and the
+page's form are made from them.
 
 | parameter | type | default | bounds | meaning |
 |---|---|---|---|---|

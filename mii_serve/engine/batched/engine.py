@@ -21,7 +21,7 @@ from mii_serve.engine.batched.decoding import Decoding, Undecoded
 from mii_serve.engine.batched.denoiser import Denoiser
 from mii_serve.engine.batched.launched import LaunchedTurn
 from mii_serve.engine.batched.probe import BatchedProbe
-from mii_serve.engine.batched.prompt_cache import Prompt, PromptCache
+from mii_serve.engine.batched.prompt_cache import Prompt, PromptCache, PromptKey
 from mii_serve.engine.batched.slot_search import NUM_SAMPLES, find_slots
 from mii_serve.engine.batched.stepping import ObjectStepping, Stepping, TableStepping
 from mii_serve.engine.batched.tail import Tail
@@ -261,10 +261,10 @@ class BatchedEngine:
     def _join(self, joins: Sequence[Sample], timer: StageTimer) -> None:
         if not joins:
             return
-        texts = [sample.params.prompt for sample in joins]
-        texts += [sample.params.negative_prompt for sample in joins if self._is_guided(sample.params)]
+        keys = [PromptKey(sample.params.prompt) for sample in joins]
+        keys += [PromptKey(sample.params.negative_prompt) for sample in joins if self._is_guided(sample.params)]
         with timer.time("encode"):
-            prompts = self._prompts.acquire(texts)
+            prompts = self._prompts.acquire(keys)
             encoded = encode_images(self._pipeline.vae, joins, self.capacity.max_decodes)
         negative_prompts = iter(prompts[len(joins) :])
         for sample, prompt in zip(joins, prompts, strict=False):  # the negative ones follow

@@ -24,6 +24,7 @@ from mii_serve.engine.ranks.order import Order, execute
 from mii_serve.engine.turns import MAX_IN_FLIGHT, Turn
 from mii_serve.errors import EngineError, MiiServeError
 from mii_serve.logs import configure_logs
+from mii_serve.models.deferred import defer_unused_modules
 from mii_serve.models.quiet import quiet_libraries
 from mii_serve.parent import end_with_parent
 
@@ -40,6 +41,7 @@ def main() -> int:
     end_with_parent()
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text("mii_rank")
+    defer_unused_modules()
     with quiet_libraries():
         importlib.import_module("mii_serve.engine.factory")
         importlib.import_module("mii_serve.models.loading")

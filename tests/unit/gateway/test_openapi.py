@@ -41,6 +41,7 @@ def test_every_parameter_is_described():
         assert set(described[name]["properties"]) == set(body.model_fields)
     edits = set(openai.EditsBody.model_fields) - {"stream", "partial_images"}
     assert properties("EditsRequest") == {"image", "mask", *edits}
+    assert properties("VariationsRequest") == {"image", *edits} - {"prompt"}
     task = document()["components"]["schemas"]["TextToImageRequest"]["properties"]
     assert set(task["parameters"]["properties"]) == set(huggingface.TaskParameters.model_fields)
     assert set(task["options"]["properties"]) == set(huggingface.TaskOptions.model_fields)
