@@ -96,7 +96,8 @@ def joined(served: Web):
 async def test_webuiapi_as_it_is(folder):
     async with web(folder, FakeEngine(max_slots=4), keys=keys(folder), enable_sdapi=True) as served:
         host, _, port = served.address.rpartition(":")
-        seen = json.loads(await asyncio.to_thread(run_client, "webuiapi", "webuiapi_pictures.py", host, port, KEY))
+        output = await asyncio.to_thread(run_client, "webuiapi", "webuiapi_pictures.py", host, port, KEY)
+        seen = json.loads(output.splitlines()[-1])  # the client prints, too
         first = joined(served)[0].params
     assert (first.prompt, first.negative_prompt, first.scheduler, first.num_inference_steps) == ("a", "b", "pndm", 4)
     assert (seen["images"], seen["seeds"], seen["parameters"]) == ([[64, 64]] * 4, [5, 6, 7, 8], ["a", 5, 4, 64, "PLMS", 2])

@@ -12,11 +12,11 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, Field
 
 from mii_serve.errors import InvalidRequestError
+from mii_serve.gateway.dialects.sdapi.prompts import without_loras
 from mii_serve.gateway.json_body import JsonObject, WholeNumber, one_of, shown, validated
 
 MAX_TASK_ID_CHARS = 200
 MAX_BLUR_PX = 256
-LORA_SYNTAX = "<lora:"
 OVERRIDE = "override_settings"
 
 NOT_KEPT = frozenset({"url", "auth"})
@@ -104,9 +104,10 @@ class Settings(_Object):
     @property
     def preview_every(self) -> int | None:
         """Steps between previews; None where nobody asked for them."""
-        if self.live_previews_enable is False or not (self.live_previews_enable or self.show_progress_every_n_steps):
+        every = max(0, self.show_progress_every_n_steps or 0)
+        if self.live_previews_enable is False or not (self.live_previews_enable or every):
             return None
-        return max(1, self.show_progress_every_n_steps or 1)
+        return max(1, every)
 
 
 class TextBody(_Object):
@@ -235,9 +236,9 @@ def _is_same(given: Any, neutral: Any) -> bool:
 def _checked(body: Body) -> Body:
     """The rules between members."""
     for name in ("prompt", "negative_prompt"):
-        text = getattr(body, name)
-        if text is not None and LORA_SYNTAX in text.casefold():
-            raise InvalidRequestError(name, f"must not name a LoRA ({LORA_SYNTAX}NAME:SCALE>): this server has none")
+        _, loras = without_loras(getattr(body, name) or "", name)
+        if loras:
+            raise InvalidRequestError(name, "must not name a LoRA: this server has none", repr(next(iter(loras))[:60]))
     for name, script in body.alwayson_scripts.items():
         given = script.get("args") if isinstance(script, dict) else script
         if given and not (isinstance(given, list) and given[0] is False):

@@ -13,8 +13,8 @@ from dataclasses import replace
 from starlette.responses import Response
 
 from mii_serve.config import HttpConfig
-from mii_serve.errors import InvalidRequestError, RequestCancelledError
-from mii_serve.gateway.dialects.sdapi.answer import Drawn, answer_to_json
+from mii_serve.errors import DeadlineExceededError, InvalidRequestError, QueueFullError, RequestCancelledError
+from mii_serve.gateway.dialects.sdapi.answer import FILES, Drawn, answer_to_json
 from mii_serve.gateway.dialects.sdapi.body import OVERRIDE, Settings, TextBody, image_body, settings_of, text_body
 from mii_serve.gateway.dialects.sdapi.samplers import Chosen, chosen
 from mii_serve.gateway.dialects.sdapi.tasks import Task, Tasks
@@ -42,8 +42,9 @@ DENOISING_STRENGTH = 0.75
 """Of an `img2img` that names none."""
 MAX_PREVIEWS = 3
 """Each costs as much as the end of a picture."""
-MAX_DECODING = 2
-"""Calls whose images are made ready at once."""
+MAX_DECODING, MAX_PREPARING = 2, 64
+"""Calls whose images are made ready at once, and those that wait for it, too."""
+RETRY_AFTER_S = 2.0
 FORMATS = {"png": ImageFormat.PNG, "jpg": ImageFormat.JPEG, "jpeg": ImageFormat.JPEG, "webp": ImageFormat.WEBP}
 PATHS = {
     "num_inference_steps": "steps",
@@ -66,6 +67,7 @@ class Generations:
         self._names = names
         self._tasks = tasks
         self._decoding = asyncio.Semaphore(MAX_DECODING)
+        self._num_preparing = 0
 
     async def text_to_image(self, call: HttpCall) -> Response:
         body = text_body(call.body)
@@ -78,8 +80,20 @@ class Generations:
         asked, picked = self._requested(body)
         self._check_count(body)
         size = self._resolved(asked)  # before anything is decoded
-        async with self._decoding:
-            image, mask = await asyncio.to_thread(input_images, body, size.width, size.height)
+        if self._num_preparing >= MAX_PREPARING:
+            raise QueueFullError(f"the images of {MAX_PREPARING} requests wait to be read already", RETRY_AFTER_S)
+        self._num_preparing += 1
+        try:
+            async with asyncio.timeout(call.context.left_s), self._decoding:
+                image, mask = await asyncio.to_thread(input_images, body, size.width, size.height)
+        except TimeoutError:
+            raise DeadlineExceededError("the time ran out before the image was read") from None
+        finally:
+            self._num_preparing -= 1
+        if not body.include_init_images:  # they would be kept until the answer
+            body = body.model_copy(update={"init_images": [], "mask": None})
+            for name in FILES:
+                call.body.pop(name, None)
         strength = DENOISING_STRENGTH if body.denoising_strength is None else body.denoising_strength
         asked = replace(asked, height=size.height, width=size.width, image=image, mask_image=mask, strength=strength)
         return await self._answer(call, body, (asked, picked), "scripts_img2img")
