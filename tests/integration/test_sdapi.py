@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import random
 import zlib
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ async def test_webuiapi_as_it_is(folder):
     assert seen["schedulers"] == ["automatic", "beta", "exponential", "karras", "uniform"]
     assert (seen["lists"], seen["progress"], seen["interrupt"]) == ([[], [], [], {}], 0.0, [{}, {}])
     assert seen["memory"] == ["cuda", "ram"]
-    assert seen["refused"] == [[422, "enable_hr"], [422, "sampler_name"], [422, "inpaint_full_res"], [401, ""]]
+    assert seen["refused"] == [[422, "hr_upscaler"], [422, "sampler_name"], [422, "inpaint_full_res"], [401, ""]]
 
 
 async def test_what_clients_send_is_served(served):
@@ -139,6 +140,26 @@ async def test_many_images_become_requests_of_as_many_as_one_may_have(served):
     assert served.server.loop.activity().num_requests == 2
 
 
+async def test_hires_fix_is_two_requests_for_each_image(served):
+    body = {**ASK, **HIRES, "n_iter": 2, "seed": 3, "denoising_strength": 0.5, "hr_second_pass_steps": 6}
+    answer = await post(served, "txt2img", body)
+    assert answer.status_code == 200, answer.text
+    told, samples = answer.json(), joined(served)
+    assert [picture(text).size for text in told["images"]] == [(128, 128)] * 2
+    firsts, seconds = ([one for one in samples if (one.input_image is None) is is_first] for is_first in (True, False))
+    assert [one.seed for one in firsts] == [3, 4] and sorted(one.seed for one in seconds) == [3, 4]
+    for one in seconds:
+        assert (one.params.width, one.params.strength, one.params.num_inference_steps) == (128, 0.5, 6)
+        [drawn] = [first for first in firsts if first.seed == one.seed]
+        assert one.input_image.rgb[:3] == random.Random(drawn.seed).randbytes(3), "each begins with its own"
+    info = json.loads(told["info"])
+    assert (info["denoising_strength"], info["all_seeds"], info["width"]) == (0.5, [3, 4], 64)
+    assert "Hires resize: 128x128, Hires steps: 6, Hires upscaler: Lanczos" in info["infotexts"][0]
+    told = (await post(served, "txt2img", {**body, "prompt": "a skull"})).json()
+    assert json.loads(told["info"])["nsfw_content_detected"] == [True, True], "what is flagged is not drawn again"
+    assert len(joined(served)) == 6
+
+
 async def test_formats_and_flagged_pictures(served):
     body = {**ASK, "prompt": "a skull", "override_settings": {"samples_format": "webp", "jpeg_quality": 50}}
     told = (await post(served, "txt2img", body)).json()
@@ -147,8 +168,16 @@ async def test_formats_and_flagged_pictures(served):
     assert json.loads(told["info"])["nsfw_content_detected"] == [True]
 
 
+HIRES = {"enable_hr": True, "hr_upscaler": "Lanczos"}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("txt2img", {"enable_hr": True}, "enable_hr"),
+    ("txt2img", {"enable_hr": True}, "hr_upscaler"),
+    ("txt2img", {**HIRES, "hr_scale": 1.1}, "hr_scale"),
+    ("txt2img", {**HIRES, "hr_scale": 100}, "hr_scale"),
+    ("txt2img", {**HIRES, "hr_resize_x": 4096}, "hr_resize_x"),
+    ("txt2img", {**HIRES, "hr_resize_x": 128, "hr_resize_y": 64}, "hr_resize_y"),
+    ("txt2img", {**HIRES, "hr_second_pass_steps": 10**6}, "hr_second_pass_steps"),
+    ("txt2img", {**HIRES, "hr_sampler_name": "Euler"}, "hr_sampler_name"),
+    ("txt2img", {**HIRES, "denoising_strength": 0.1}, "denoising_strength"),
     ("txt2img", {"tiling": True}, "tiling"),
     ("txt2img", {"styles": ["photo"]}, "styles"),
     ("txt2img", {"subseed_strength": 0.5}, "subseed_strength"),
@@ -172,6 +201,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("txt2img", {"num_inference_steps": 4}, "num_inference_steps"),
     ("txt2img", {"styles": {"a": [[[[]]]]}}, "styles"),
     ("img2img", {}, "init_images"),
+    ("img2img", {"enable_hr": True}, "enable_hr"),
     ("img2img", {"init_images": ["%%%"]}, "init_images[0]"),
     ("img2img", {"init_images": ["data:image/png;base64,aGVsbG8="]}, "init_images[0]"),
     ("img2img", {"init_images": ["http://169.254.169.254/latest"]}, "init_images[0]"),

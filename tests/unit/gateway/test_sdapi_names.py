@@ -77,5 +77,5 @@ def test_loras_of_a_prompt():
         "<lora:a:nan>",
         "<lora:a:>",
     ):
-        with pytest.raises(InvalidRequestError, match="^prompt: "):
+        with pytest.raises(InvalidRequestError, match=r"^prompt: "):
             without_loras(bad, "prompt")

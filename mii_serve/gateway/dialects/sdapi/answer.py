@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mii_serve import __version__
-from mii_serve.gateway.dialects.sdapi.body import NEUTRAL, NOT_KEPT, ImageBody, TextBody
+from mii_serve.gateway.dialects.sdapi.body import NEUTRAL, NOT_KEPT, CommonBody, ImageBody
+from mii_serve.gateway.dialects.sdapi.hires import Hires
 from mii_serve.gateway.dialects.sdapi.samplers import Chosen
 from mii_serve.gateway.generation import to_base64, to_json
 from mii_serve.types import Done, GenerationParams, ImageReady
@@ -26,11 +27,21 @@ class Drawn:
     chosen: Chosen
     model: tuple[str, str]
     timestamp: str
+    hires: Hires | None = None
     images: dict[int, ImageReady] = field(default_factory=dict)
     done: Done | None = None
 
+    @property
+    def strength(self) -> float | None:
+        """Of the image that was drawn from another; None where there was no other."""
+        return self.params.strength if self.hires is None else self.hires.strength
 
-def answer_to_json(body: TextBody, given: Mapping[str, Any], drawn: Drawn) -> bytes:
+    @property
+    def more_facts(self) -> dict[str, Any]:
+        return {} if self.hires is None else self.hires.facts()
+
+
+def answer_to_json(body: CommonBody, given: Mapping[str, Any], drawn: Drawn) -> bytes:
     """The answer; `given` is the body as it came."""
     images = [drawn.images[index] for index in sorted(drawn.images)]
     texts = ["" if image.moderation_blocked else to_base64(image.encoded) for image in images]
@@ -40,7 +51,7 @@ def answer_to_json(body: TextBody, given: Mapping[str, Any], drawn: Drawn) -> by
     )
 
 
-def _parameters(body: TextBody, given: Mapping[str, Any], params: GenerationParams, drawn: Drawn) -> dict[str, Any]:
+def _parameters(body: CommonBody, given: Mapping[str, Any], params: GenerationParams, drawn: Drawn) -> dict[str, Any]:
     """The members as they came; of those that were left out, what they were taken for."""
     found: dict[str, Any] = {name: values[0] for name, values in NEUTRAL.items()}
     found |= {name: None if name in FILES else getattr(body, name) for name in type(body).model_fields}
@@ -52,7 +63,7 @@ def _parameters(body: TextBody, given: Mapping[str, Any], params: GenerationPara
         "negative_prompt": params.negative_prompt,
         "sampler_name": drawn.chosen.sampler,
         "scheduler": drawn.chosen.schedule_type,
-        "denoising_strength": params.strength,
+        "denoising_strength": drawn.strength,
     }
     has_files = isinstance(body, ImageBody) and body.include_init_images
     return found | {
@@ -62,7 +73,7 @@ def _parameters(body: TextBody, given: Mapping[str, Any], params: GenerationPara
     }
 
 
-def _info(body: TextBody, drawn: Drawn, images: list[ImageReady]) -> dict[str, Any]:
+def _info(body: CommonBody, drawn: Drawn, images: list[ImageReady]) -> dict[str, Any]:
     params, num_images = drawn.params, len(images)
     seeds = [image.seed for image in images]
     name, model_hash = drawn.model
@@ -90,8 +101,8 @@ def _info(body: TextBody, drawn: Drawn, images: list[ImageReady]) -> dict[str, A
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": params.strength,
-        "extra_generation_params": {"Schedule type": drawn.chosen.schedule_type},
+        "denoising_strength": drawn.strength,
+        "extra_generation_params": {"Schedule type": drawn.chosen.schedule_type, **drawn.more_facts},
         "index_of_first_image": 0,
         "infotexts": [_infotext(drawn, seed) for seed in seeds],
         "styles": [],
@@ -124,7 +135,8 @@ def _infotext(drawn: Drawn, seed: int) -> str:
         "Size": f"{params.width}x{params.height}",
         "Model hash": model_hash,
         "Model": _quoted(name),
-        "Denoising strength": None if params.strength is None else f"{params.strength:g}",
+        "Denoising strength": None if drawn.strength is None else f"{drawn.strength:g}",
+        **drawn.more_facts,
         "Version": f"mii_serve {__version__}",
     }
     negative = f"\nNegative prompt: {params.negative_prompt}" if params.negative_prompt else ""

@@ -6,7 +6,7 @@ nothing; with any other value the request is refused, by the member's name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field
@@ -27,19 +27,26 @@ WITHOUT_EFFECT = NOT_KEPT | {
     *("override_settings_restore_afterwards", "subseed", "seed_enable_extras", "image_cfg_scale", "refiner_switch_at"),
     *("comments", "user", "script_args"),
 }
-WITHOUT_HIRES = frozenset(
-    {
-        *("firstphase_width", "firstphase_height", "hr_scale", "hr_upscaler", "hr_second_pass_steps"),
-        *("hr_resize_x", "hr_resize_y", "hr_checkpoint_name", "hr_sampler_name", "hr_scheduler"),
-        *("hr_prompt", "hr_negative_prompt", "hr_additional_modules", "hr_cfg"),
-    }
-)
-"""Members that mean something with `enable_hr` only."""
+OF_HIRES = frozenset({"hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y"})
+NEUTRAL_IN_HIRES: Mapping[str, tuple[Any, ...]] = {
+    "firstphase_width": (0,),
+    "firstphase_height": (0,),
+    "hr_checkpoint_name": ("", "Use same checkpoint"),
+    "hr_sampler_name": ("", "Use same sampler"),
+    "hr_scheduler": ("", "Use same scheduler"),
+    "hr_prompt": ("",),
+    "hr_negative_prompt": ("",),
+    "hr_additional_modules": ([], ["Use same choices"]),
+}
+"""Members that mean something with `enable_hr` only; these and those of `OF_HIRES`."""
+WITHOUT_HIRES = OF_HIRES | NEUTRAL_IN_HIRES.keys() | {"hr_cfg"}
+
+DENOISING_STRENGTH = 0.75
+"""Of a request that names none."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "restore_faces": (False,),
     "tiling": (False,),
-    "enable_hr": (False,),
     "disable_extra_networks": (False,),
     "styles": ([],),
     "subseed_strength": (0,),
@@ -110,8 +117,8 @@ class Settings(_Object):
         return max(1, every)
 
 
-class TextBody(_Object):
-    """The members of `txt2img` that have an effect."""
+class CommonBody(_Object):
+    """The members that have an effect on `txt2img` and on `img2img`."""
 
     prompt: str = ""
     negative_prompt: str | None = None
@@ -137,7 +144,18 @@ class TextBody(_Object):
         return self.batch_size * self.n_iter
 
 
-class ImageBody(TextBody):
+class TextBody(CommonBody):
+    """The members of `txt2img` that have an effect; those after `enable_hr` with it only."""
+
+    enable_hr: Flag = False
+    hr_scale: float = 2.0
+    hr_upscaler: str = "Latent"
+    hr_second_pass_steps: WholeNumber = 0
+    hr_resize_x: WholeNumber = 0
+    hr_resize_y: WholeNumber = 0
+
+
+class ImageBody(CommonBody):
     """The members of `img2img` that have an effect; those after `mask` with a mask only."""
 
     init_images: list[str] = Field(default_factory=list)
@@ -154,7 +172,7 @@ class ImageBody(TextBody):
     inpaint_full_res_padding: WholeNumber = 0
 
 
-Body = TypeVar("Body", bound=TextBody)
+Body = TypeVar("Body", bound=CommonBody)
 
 
 def text_body(value: object) -> TextBody:
@@ -163,7 +181,11 @@ def text_body(value: object) -> TextBody:
     Raises:
         InvalidRequestError: naming the member and the rule.
     """
-    return _checked(validated(TextBody, _served(value, "body", NEUTRAL, WITHOUT_EFFECT | WITHOUT_HIRES)))
+    if isinstance(value, dict) and value.get("enable_hr"):
+        served = _served(value, "body", {**NEUTRAL, **NEUTRAL_IN_HIRES}, WITHOUT_EFFECT)
+    else:
+        served = _served(value, "body", NEUTRAL, WITHOUT_EFFECT | WITHOUT_HIRES)
+    return _checked(validated(TextBody, served))
 
 
 def image_body(value: object) -> ImageBody:
@@ -172,7 +194,8 @@ def image_body(value: object) -> ImageBody:
     Raises:
         InvalidRequestError: naming the member and the rule.
     """
-    body = _checked(validated(ImageBody, _served(value, "body", NEUTRAL, WITHOUT_EFFECT | WITHOUT_HIRES)))
+    neutral = {**NEUTRAL, "enable_hr": (False,)}
+    body = _checked(validated(ImageBody, _served(value, "body", neutral, WITHOUT_EFFECT | WITHOUT_HIRES)))
     if len(body.init_images) != 1:
         raise InvalidRequestError("init_images", "must have one image", str(len(body.init_images)))
     if body.resize_mode not in (0, 1):
@@ -189,7 +212,7 @@ def image_body(value: object) -> ImageBody:
     return body
 
 
-def settings_of(body: TextBody) -> Settings:
+def settings_of(body: CommonBody) -> Settings:
     """What the body's `override_settings` say.
 
     Raises:
@@ -200,11 +223,6 @@ def settings_of(body: TextBody) -> Settings:
         return validated(Settings, served)
     except InvalidRequestError as error:
         raise InvalidRequestError(f"{OVERRIDE}.{error.field}", str(error).removeprefix(f"{error.field}: ")) from None
-
-
-def defaults_of(names: Iterable[str]) -> dict[str, Any]:
-    """Members with the value that leaving them out means."""
-    return {name: NEUTRAL[name][0] for name in names}
 
 
 def _served(

@@ -6,8 +6,6 @@ All images of a call are requests to the dispatcher, which makes them side by si
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Sequence
 from dataclasses import replace
 
 from starlette.responses import Response
@@ -15,11 +13,22 @@ from starlette.responses import Response
 from mii_serve.config import HttpConfig
 from mii_serve.errors import DeadlineExceededError, InvalidRequestError, QueueFullError, RequestCancelledError
 from mii_serve.gateway.dialects.sdapi.answer import FILES, Drawn, answer_to_json
-from mii_serve.gateway.dialects.sdapi.body import OVERRIDE, Settings, TextBody, image_body, settings_of, text_body
+from mii_serve.gateway.dialects.sdapi.body import (
+    DENOISING_STRENGTH,
+    OVERRIDE,
+    CommonBody,
+    Settings,
+    TextBody,
+    image_body,
+    settings_of,
+    text_body,
+)
+from mii_serve.gateway.dialects.sdapi.drawing import Drawing
+from mii_serve.gateway.dialects.sdapi.hires import Hires, hires_of
 from mii_serve.gateway.dialects.sdapi.samplers import Chosen, chosen
 from mii_serve.gateway.dialects.sdapi.tasks import Task, Tasks
 from mii_serve.gateway.errors import ImagesHeldBackError, NotFoundError
-from mii_serve.gateway.generation import check_budget, relocate, too_many
+from mii_serve.gateway.generation import relocate, too_many
 from mii_serve.gateway.middleware import HttpCall
 from mii_serve.gateway.model_names import ModelNames
 from mii_serve.server.call import CallContext
@@ -28,18 +37,14 @@ from mii_serve.types import (
     MAX_SEED,
     RANDOM_SEED,
     Capabilities,
-    Done,
     GenerationParams,
     GenerationRequest,
     ImageFormat,
-    ImageReady,
     OutputOptions,
     RequestedParams,
     draw_seed,
 )
 
-DENOISING_STRENGTH = 0.75
-"""Of an `img2img` that names none."""
 MAX_PREVIEWS = 3
 """Each costs as much as the end of a picture."""
 MAX_DECODING, MAX_PREPARING = 2, 64
@@ -98,7 +103,7 @@ class Generations:
         asked = replace(asked, height=size.height, width=size.width, image=image, mask_image=mask, strength=strength)
         return await self._answer(call, body, (asked, picked), "scripts_img2img")
 
-    def _requested(self, body: TextBody) -> tuple[RequestedParams, Chosen]:
+    def _requested(self, body: CommonBody) -> tuple[RequestedParams, Chosen]:
         """The parameters of one image that the body names."""
         picked = chosen(body.sampler_name or body.sampler_index or "", body.scheduler, body.eta, self._dispatcher.capabilities)
         asked = RequestedParams(
@@ -113,26 +118,30 @@ class Generations:
         )
         return asked, picked
 
-    async def _answer(self, call: HttpCall, body: TextBody, request: tuple[RequestedParams, Chosen], job: str) -> Response:
+    async def _answer(self, call: HttpCall, body: CommonBody, request: tuple[RequestedParams, Chosen], job: str) -> Response:
         asked, picked = request
         settings = settings_of(body)
         await self._check_model(settings.sd_model_checkpoint)
         self._check_count(body)
-        params = self._resolved(asked)
-        requests = _requests(asked, body, params, settings, self._dispatcher.capabilities, call.context)
-        check_budget(self._settings, requests, params.num_inference_steps)
+        params, capabilities = self._resolved(asked), self._dispatcher.capabilities
+        hires = hires_of(body, asked, params, capabilities) if isinstance(body, TextBody) else None
+        output = _output(params, settings, call.context)
+        firsts = output if hires is None else replace(output, format=ImageFormat.PNG, quality=None)
+        requests = _requests(asked, body, params, firsts, capabilities)
+        self._check_steps(body, params, hires)
         task = Task(
             owner=call.context.client,
             id=body.force_task_id or call.context.request_id,
             job=job,
-            num_images=body.num_images,
+            num_images=body.num_images if hires is None else 2 * body.num_images,
             batch_size=body.batch_size,
             num_steps=params.num_steps,
         )
-        drawn = Drawn(params=params, chosen=picked, model=await self._model(), timestamp=task.timestamp)
+        drawn = Drawn(params=params, chosen=picked, model=await self._model(), timestamp=task.timestamp, hires=hires)
+        drawing = Drawing(self._dispatcher, call.context, task, drawn, asked, output)
         try:
             with self._tasks.running(task):
-                await self._draw(requests, call.context, task, drawn)
+                await drawing.run(requests)
         except InvalidRequestError as error:
             relocate(error, PATHS)
             raise
@@ -143,7 +152,7 @@ class Generations:
         content = await asyncio.to_thread(answer_to_json, body, call.body, drawn)
         return Response(content, 200, media_type="application/json")
 
-    def _check_count(self, body: TextBody) -> None:
+    def _check_count(self, body: CommonBody) -> None:
         if body.num_images > self._settings.max_images:
             raise too_many("images", min(body.num_images, 10**9), self._settings.max_images)
 
@@ -167,38 +176,10 @@ class Generations:
         """The model's name, and the short hash that stands for its revision."""
         return (await self._names.all())[0], short_hash((await self._names.info()).model_revision)
 
-    async def _draw(self, requests: Sequence[GenerationRequest], context: CallContext, task: Task, drawn: Drawn) -> None:
-        """Draw until all is done, or the caller interrupts the task; what is finished by then is kept."""
-        drawing = asyncio.ensure_future(self._draw_all(requests, context, task, drawn))
-        stopping = asyncio.ensure_future(task.interrupted.wait())
-        try:
-            await asyncio.wait((drawing, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if drawing.done():
-                drawing.result()
-        finally:
-            drawing.cancel()
-            stopping.cancel()
-            await asyncio.gather(drawing, stopping, return_exceptions=True)
-
-    async def _draw_all(self, requests: Sequence[GenerationRequest], context: CallContext, task: Task, drawn: Drawn) -> None:
-        async def one(part: int, offset: int) -> None:
-            own = context.for_part(part) if len(requests) > 1 else context
-            async with contextlib.aclosing(self._dispatcher.events(requests[part], own)) as events:
-                async for event in events:
-                    task.add(event, offset)
-                    if isinstance(event, ImageReady):
-                        drawn.images[offset + event.image_index] = event
-                    elif isinstance(event, Done):
-                        drawn.done = event
-
-        offset = 0
-        try:
-            async with asyncio.TaskGroup() as group:
-                for part, request in enumerate(requests):
-                    group.create_task(one(part, offset))
-                    offset += request.params.num_images_per_prompt or 1
-        except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
+    def _check_steps(self, body: CommonBody, params: GenerationParams, hires: Hires | None) -> None:
+        num_steps = params.num_inference_steps + (0 if hires is None else hires.num_inference_steps)
+        if (count := body.num_images * num_steps) > self._settings.max_steps:
+            raise too_many("denoising steps", count, self._settings.max_steps)
 
 
 def short_hash(revision: str) -> str:
@@ -206,25 +187,23 @@ def short_hash(revision: str) -> str:
     return revision.rpartition(":")[2][:10]
 
 
-def _requests(
-    asked: RequestedParams,
-    body: TextBody,
-    params: GenerationParams,
-    settings: Settings,
-    capabilities: Capabilities,
-    context: CallContext,
-) -> list[GenerationRequest]:
-    """The images of a call as requests of as many images as one may have; image i has the seed `seed + i`."""
+def _output(params: GenerationParams, settings: Settings, context: CallContext) -> OutputOptions:
     image_format = FORMATS[settings.samples_format]
     preview_every = None
     if settings.preview_every is not None and context.idempotency_key is None:
         preview_every = min(1000, max(settings.preview_every, params.num_steps // (MAX_PREVIEWS + 1), 1))
-    output = OutputOptions(
+    return OutputOptions(
         format=image_format,
         quality=None if image_format is ImageFormat.PNG else settings.jpeg_quality,
         embed_metadata=image_format is ImageFormat.PNG,
         preview_every=preview_every,
     )
+
+
+def _requests(
+    asked: RequestedParams, body: CommonBody, params: GenerationParams, output: OutputOptions, capabilities: Capabilities
+) -> list[GenerationRequest]:
+    """The images of a call as requests of as many images as one may have; image i has the seed `seed + i`."""
     most, requests, offset = capabilities.limits.max_images_per_prompt, list[GenerationRequest](), 0
     while offset < body.num_images:
         count = min(most, body.num_images - offset)
