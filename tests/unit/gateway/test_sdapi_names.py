@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mii_serve.errors import InvalidRequestError
-from mii_serve.gateway.dialects.sdapi.prompts import without_loras
+from mii_serve.gateway.dialects.sdapi.prompts import refuse_scheduled, without_loras
 from mii_serve.gateway.dialects.sdapi.samplers import SAMPLERS, chosen, samplers_to_json
 from mii_serve.samplers.names import SAMPLERS as OURS
 from mii_serve.types import Capabilities, GenerationDefaults, Limits
@@ -79,3 +79,21 @@ def test_loras_of_a_prompt():
     ):
         with pytest.raises(InvalidRequestError, match=r"^prompt: "):
             without_loras(bad, "prompt")
+
+
+def test_prompts_that_change_on_the_way_are_refused():
+    for fine in (
+        "[a]",
+        "(a:1.2) [b (c:0.5)]",
+        r"\[a:b:0.5\]",
+        "a | b",
+        "a and b",
+        "BRAND",
+        "[a:b]",
+        "[" * 100_000,
+        "[a" * 50_000,
+    ):
+        refuse_scheduled(fine, "prompt")
+    for bad in ("[a:b:0.5]", "a [b:10] c", "[a::.5 ]", "[a|b]", "a AND b"):
+        with pytest.raises(InvalidRequestError, match=r"^prompt: "):
+            refuse_scheduled(bad, "prompt")

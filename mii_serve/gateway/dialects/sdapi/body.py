@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, Field
 
 from mii_serve.errors import InvalidRequestError
-from mii_serve.gateway.dialects.sdapi.prompts import without_loras
+from mii_serve.gateway.dialects.sdapi.prompts import refuse_scheduled, without_loras
 from mii_serve.gateway.json_body import JsonObject, WholeNumber, one_of, shown, validated
 
 MAX_TASK_ID_CHARS = 200
@@ -254,7 +254,9 @@ def _is_same(given: Any, neutral: Any) -> bool:
 def _checked(body: Body) -> Body:
     """The rules between members."""
     for name in ("prompt", "negative_prompt"):
-        _, loras = without_loras(getattr(body, name) or "", name)
+        text = getattr(body, name) or ""
+        refuse_scheduled(text, name)
+        _, loras = without_loras(text, name)
         if loras:
             raise InvalidRequestError(name, "must not name a LoRA: this server has none", repr(next(iter(loras))[:60]))
     for name, script in body.alwayson_scripts.items():

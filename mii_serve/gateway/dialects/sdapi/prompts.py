@@ -1,4 +1,6 @@
-"""What a prompt of that API says beside its text: `<lora:NAME:SCALE>`."""
+"""What a prompt of that API says beside its text: `<lora:NAME:SCALE>`, and what is refused because it is another kind of
+prompt: parts that come or go at a step (`[a:b:0.5]`), that alternate (`[a|b]`), and several prompts in one (`AND`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,24 @@ import re
 from mii_serve.errors import InvalidRequestError
 
 _NETWORK = re.compile(r"<(lora|lyco|hypernet):([^<>]{1,300})>", re.IGNORECASE)
+
+
+_SQUARE = re.compile(r"(?<!\\)\[([^\[\]]*)\]")
+_NUMBER = re.compile(r"\s*[.\d]+\s*", re.ASCII)
+_AND = re.compile(r"\bAND\b")
+
+
+def refuse_scheduled(prompt: str, field: str) -> None:
+    """Raises:
+    InvalidRequestError: the prompt is not one text for all steps.
+    """
+    for inside in _SQUARE.findall(prompt):
+        _, colon, last = inside.rpartition(":")
+        if "|" in inside or (colon and _NUMBER.fullmatch(last)):
+            rule = "must be the same in all steps: [from:to:when] and [a|b] are not served"
+            raise InvalidRequestError(field, rule, repr(f"[{inside[:60]}]"))
+    if _AND.search(prompt):
+        raise InvalidRequestError(field, "must be one prompt: several, joined by AND, are not served")
 
 
 def without_loras(prompt: str, field: str) -> tuple[str, dict[str, float]]:
