@@ -32,10 +32,11 @@ from mii_serve.gateway.dialects.mii import MiiDialect, MiiPictures
 from mii_serve.gateway.dialects.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.dialects.openai_batches import Batches, routes_without_jobs
 from mii_serve.gateway.dialects.openai_edits import Edits, Variations, read_edit
+from mii_serve.gateway.dialects.sdapi.dialect import SdapiDialect
 from mii_serve.gateway.dialects.sdapi.routes import ROOT as SDAPI_ROOT
 from mii_serve.gateway.dialects.sdapi.routes import sdapi_routes
 from mii_serve.gateway.errors import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
-from mii_serve.gateway.hosts import AllowedHosts, HostCheck
+from mii_serve.gateway.hosts import NO_REQUEST_ID, AllowedHosts, HostCheck
 from mii_serve.gateway.image_links import ImageStore
 from mii_serve.gateway.listener import BoundedListener, ConcurrencyLimit, ConnectionPool
 from mii_serve.gateway.middleware import Endpoints
@@ -146,12 +147,19 @@ def _calls(dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, n
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    hint = "; --enable-sdapi turns AUTOMATIC1111's API on" if request.url.path.startswith(SDAPI_ROOT) else ""
+    is_sdapi = request.url.path.startswith(SDAPI_ROOT)
+    has_sdapi = any(route.path.startswith(SDAPI_ROOT) for route in request.app.routes if isinstance(route, Route))
+    hint = "; --enable-sdapi turns AUTOMATIC1111's API on" if is_sdapi and not has_sdapi else ""
     refusal: MiiServeError = NotFoundError(f"there is nothing at {request.url.path[:100]!r}{hint}")
+    headers = dict(error.headers or {})
     if error.status_code == MethodNotAllowedError.http_status:
         refusal = MethodNotAllowedError(f"{request.method} is not answered here")
-        return problem_response(openai_problem(refusal), {"allow": ", ".join(_methods_at(request))})
-    return problem_response(openai_problem(refusal), error.headers)
+        headers = {"allow": ", ".join(_methods_at(request))}
+    if not is_sdapi:
+        return problem_response(openai_problem(refusal), headers)
+    response = SdapiDialect().refusal(refusal, NO_REQUEST_ID)
+    response.headers.update(headers)
+    return response
 
 
 def _methods_at(request: Request) -> list[str]:

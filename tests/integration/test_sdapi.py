@@ -226,6 +226,8 @@ async def test_what_would_change_the_picture_or_the_server_is_refused_by_name(se
     for name in ("extra-single-image", "server-kill", "unload-checkpoint", "interrogate"):
         answer = await post(served, name, {})
         assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
+    answer = await post(served, "samplers", {})
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD") and answer.json()["detail"]
 
 
 async def test_hostile_bodies_cost_one_refusal(served):

@@ -145,9 +145,6 @@ class Descriptions:
         body = validated(PngInfoBody, call.body)
         return JSONResponse(await asyncio.to_thread(_png_info, body.image))
 
-    async def nothing(self, call: HttpCall) -> Response:
-        raise NotFoundError(f"there is nothing at {call.request.url.path[:100]!r}")
-
 
 class PngInfoBody(JsonObject):
     image: str

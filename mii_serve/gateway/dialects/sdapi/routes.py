@@ -28,7 +28,7 @@ MAX_FILE_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 64 * 1024
 def sdapi_routes(
     dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, names: ModelNames, embeddings: Sequence[str] = ()
 ) -> list[Route]:
-    """All of them; the last answers what is not served here, in the words of this API."""
+    """All that is served of it."""
     tasks, dialect = Tasks(), SdapiDialect()
     draws = Generations(dispatcher, settings, names, tasks)
     describes = Descriptions(dispatcher, names, tasks, embeddings)
@@ -50,6 +50,4 @@ def sdapi_routes(
         *(post(name, describes.interrupt, read=read_nothing) for name in ("interrupt", "skip")),
         *(post(f"refresh-{what}", describes.refresh, read=read_nothing) for what in ("checkpoints", "vae", "loras")),
         *(get(name, handler) for name, handler in describes.readers().items()),
-        post("{rest:path}", describes.nothing, read=read_nothing),
-        get("{rest:path}", describes.nothing),
     ]
