@@ -65,7 +65,12 @@ CLOSE = 0.8
 """The similarity (`difflib` ratio, 0 to 1) from which a name counts as a misspelling of another."""
 
 
+ORIGIN_PATTERN = r"^(\*|[a-z][a-z0-9+.-]*://[^\s/?#@*]{1,300})$"
+"""What browsers send as `Origin`, such as `https://app.example.com`, or `*`."""
+
+
 HostName = Annotated[str, Field(pattern=HOST_PATTERN)]
+Origin = Annotated[str, Field(pattern=ORIGIN_PATTERN)]
 ServedName = Annotated[str, Field(pattern=r"^[!-~]([ -~]*[!-~])?$", max_length=200)]
 """A name of the model in requests: printable ASCII, because paths and logs hold it."""
 
@@ -106,6 +111,8 @@ class HttpConfig(BaseModel):
     count all prompts of a request together; a step is one denoising step of one image.
     `refuse_blocked_score` answers `/score` with 400 if content safety blocked a prompt, instead of Azure's empty object;
     `refuse_flagged_images` refuses an OpenAI request if every picture was flagged, instead of sending black ones.
+    `cors_origins` are the origins whose pages may use the server in a browser (CORS); `*` is any.
+    `enable_sdapi` serves AUTOMATIC1111's API below `/sdapi`.
     `keep_alive_s` is how long an idle connection stays open between requests; proxies that pool connections must close theirs
     sooner. `public_url` is the start of the links in answers, if it is not the address that requests name.
     """
@@ -120,6 +127,8 @@ class HttpConfig(BaseModel):
     public_url: str | None = Field(None, pattern=r"^https?://[^\s?#@]+$")
     refuse_blocked_score: bool = False
     refuse_flagged_images: bool = True
+    enable_sdapi: bool = False
+    cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_names)] = ()
     allowed_hosts: Annotated[tuple[HostName, ...] | None, NoDecode, BeforeValidator(_names)] = Field(None, min_length=1)
 
 

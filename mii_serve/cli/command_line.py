@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_serve import __version__
-from mii_serve.cli import batch_flags, bench_flags, evaluate_flags, lora_flags
+from mii_serve.cli import batch_flags, bench_flags, evaluate_flags, http_flags, lora_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
@@ -156,6 +156,7 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="turn on /v1/files and /v1/batches, and keep them here",
     )
+    http_flags.add_flags(parser)
     add("--tls-cert", type=Path, metavar="FILE", help="certificate chain in PEM; turns TLS on for both ports")
     add("--tls-key", type=Path, metavar="FILE", help="its private key")
     add("--tls-client-ca", type=Path, metavar="FILE", help="require client certificates that one of these CAs signed")
@@ -362,7 +363,7 @@ def _deploy(values: dict[str, Any]) -> int:
     from mii_serve.cli.deploy import run
 
     file, mii_file = values.pop("config"), values.pop("mii_config")
-    return run(values, file, mii_file)
+    return run(http_flags.grouped(values), file, mii_file)
 
 
 def _config(values: dict[str, Any]) -> int:
@@ -371,7 +372,7 @@ def _config(values: dict[str, Any]) -> int:
     if values.pop("action") == "schema":
         return config.schema()
     file, is_effective, is_json = values.pop("config"), values.pop("effective"), values.pop("json")
-    return config.show(values, file, is_effective=is_effective, is_json=is_json)
+    return config.show(http_flags.grouped(values), file, is_effective=is_effective, is_json=is_json)
 
 
 def _generate(values: dict[str, Any]) -> int:

@@ -31,9 +31,14 @@ from mii_serve.types import (
 JSON_TYPES: dict[type, str] = {str: "string", int: "integer", float: "number"}
 
 
-def document() -> dict[str, Any]:
+def document(*, has_sdapi: bool = False) -> dict[str, Any]:
     """The OpenAPI document: what is written in `openapi.yaml`, and the parameters from their declarations."""
     written: dict[str, Any] = yaml.safe_load((files(__package__) / "openapi.yaml").read_text(encoding="utf-8"))
+    if has_sdapi:
+        added = yaml.safe_load((files(__package__) / "dialects" / "sdapi" / "openapi.yaml").read_text(encoding="utf-8"))
+        written["paths"] |= added["paths"]
+        for kind, components in added["components"].items():
+            written["components"][kind] |= components
     written["info"]["version"] = __version__
     schemas = written["components"]["schemas"]
     task = schemas["TextToImageRequest"]["properties"]["parameters"]
@@ -86,9 +91,9 @@ def _schema(parameter: Parameter) -> dict[str, Any]:
 class Description:
     """Answers that cost nothing and need no key."""
 
-    def __init__(self, names: ModelNames) -> None:
+    def __init__(self, names: ModelNames, *, has_sdapi: bool = False) -> None:
         self._names = names
-        self._document = document()
+        self._document = document(has_sdapi=has_sdapi)
 
     async def swagger(self, request: Request) -> Response:
         """Azure's inference server takes the version of the format as `?version=2|3`; here there is 3."""
