@@ -90,7 +90,7 @@ def build_app(
     openai = OpenAiDialect()
     batches = routes_without_jobs(endpoints, openai) if jobs is None else Batches(jobs).routes(endpoints, openai)
     calls = [*_calls(dispatcher, endpoints, settings, names), *batches, *page_routes(dispatcher, endpoints, files, jobs)]
-    calls += LoraCalls(dispatcher).routes(settings, openai)
+    calls += LoraCalls(dispatcher, keys).routes(settings, openai)
     pool = connections or ConnectionPool(MAX_CONNECTIONS)
     checks = [Middleware(HostCheck, hosts or AllowedHosts()), Middleware(ConcurrencyLimit, pool)]
     app = Starlette(
