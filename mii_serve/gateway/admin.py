@@ -34,12 +34,14 @@ class _LoraBody(JsonObject):
 class LoraCalls:
     """The calls. Errors are in the words of a dialect."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, keys: KeyRing) -> None:
+        """`keys` are the callers'. They tell who is refused where there are no keys of admins."""
         self._dispatcher = dispatcher
+        self._keys = keys
 
     def routes(self, settings: HttpConfig, dialect: Dialect) -> list[Route]:
         keys = self._dispatcher.admin_keys
-        endpoints = Endpoints(Admission(self._dispatcher.metrics, keys or KeyRing()), settings)
+        endpoints = Endpoints(Admission(self._dispatcher.metrics, keys or self._keys), settings)
         routes = (
             ("GET", LORAS, self.all),
             ("POST", LORAS, self.load),

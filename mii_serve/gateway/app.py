@@ -99,7 +99,7 @@ def build_app(
     openai = OpenAiDialect()
     batches = routes_without_jobs(endpoints, openai) if jobs is None else Batches(jobs).routes(endpoints, openai)
     calls = [*_calls(dispatcher, endpoints, settings, names), *batches, *page_routes(dispatcher, endpoints, files, jobs)]
-    calls += LoraCalls(dispatcher).routes(settings, openai)
+    calls += LoraCalls(dispatcher, keys).routes(settings, openai)
     if settings.enable_sdapi:
         calls += sdapi_routes(dispatcher, endpoints, settings, names, embeddings)
     pool = connections or ConnectionPool(MAX_CONNECTIONS)

@@ -175,9 +175,10 @@ class BatchedLoras:
         ranks = [change.rank for name, change in combination.unet.items() if name in self._layout.layers]
         entry.rank = _rounded(max(ranks, default=0))
         assert entry.rank <= self.rank, "there is room for every combination that may have a row"
-        self._down[entry.row].zero_()
-        self._up[entry.row].zero_()
-        self._layout.write(combination.unet, self._down[entry.row], self._up[entry.row])
+        if entry.rank:
+            for pool in (self._down, self._up):
+                pool[entry.row].zero_()
+            self._layout.write(combination.unet, self._down[entry.row], self._up[entry.row])
         return entry
 
     def _reserve(self, rank: int) -> None:
