@@ -1,5 +1,8 @@
 # Everything a newcomer or CI needs. `make demo` and `make test` work on a fresh machine with Python 3.11 or newer.
 
+# Half of the tests start Python, again and again: it may keep what it has compiled.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTHON ?= python3
 TORCH_FLAGS ?=
 VENV := .venv

@@ -28,7 +28,7 @@ from pydantic_settings import (
 )
 
 from mii_serve.errors import ConfigError
-from mii_serve.types import EngineChoice
+from mii_serve.types import LORA_NAME, EngineChoice
 
 DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
 Parallelism = Literal["rows", "tensor"]
@@ -77,6 +77,9 @@ ServedName = Annotated[str, Field(pattern=r"^[!-~]([ -~]*[!-~])?$", max_length=2
 
 EmbeddingToken = Annotated[str, Field(pattern=r"^[^\s,=]+$", max_length=64)]
 """A word of prompts."""
+
+
+LoraName = Annotated[str, Field(pattern=LORA_NAME)]
 
 
 def _names(given: object) -> object:
@@ -197,6 +200,7 @@ class DeployConfig(BaseSettings):
     tokenizer: Path | None = None
     vae: Path | None = None
     embedding: Annotated[dict[EmbeddingToken, Path], NoDecode, BeforeValidator(_paths_by_name)] = Field(default_factory=dict)
+    lora: Annotated[dict[LoraName, Path], NoDecode, BeforeValidator(_paths_by_name)] = Field(default_factory=dict)
     allow_pickle: bool = False
     enable_safety_checker: bool = True
     engine: EngineChoice = "auto"
@@ -211,6 +215,7 @@ class DeployConfig(BaseSettings):
     grpc_port: Port = 50050
     http_port: Port = 5001
     api_key_file: Path | None = None
+    admin_key_file: Path | None = None
     jobs_folder: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -385,6 +390,8 @@ def _check_ranks(config: DeployConfig) -> None:
         return
     if config.parallelism == "tensor" and config.engine == "deepspeed":
         raise ConfigError("parallelism", "DeepSpeed's kernels compute with whole weights, got 'tensor'; use 'rows'")
+    if config.parallelism == "tensor" and config.lora:
+        raise ConfigError("lora", "ranks that share a UNet's layers compute no LoRAs; use parallelism 'rows'")
     if config.engine == "reference":
         raise ConfigError("tensor_parallel", f"the reference engine runs on one device, got {config.tensor_parallel}; use 1")
     if config.device.startswith("cuda:"):

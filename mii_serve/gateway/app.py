@@ -24,6 +24,7 @@ from starlette.routing import Match, Route
 from mii_serve.config import DeployConfig, HttpConfig
 from mii_serve.errors import MiiServeError
 from mii_serve.gateway import image_links
+from mii_serve.gateway.admin import LoraCalls
 from mii_serve.gateway.cors import Cors, Origins
 from mii_serve.gateway.dialects.azure_score import AzureDialect, Score
 from mii_serve.gateway.dialects.huggingface import HuggingFaceDialect, Tasks, read_task
@@ -97,6 +98,7 @@ def build_app(
     openai = OpenAiDialect()
     batches = routes_without_jobs(endpoints, openai) if jobs is None else Batches(jobs).routes(endpoints, openai)
     calls = [*_calls(dispatcher, endpoints, settings, names), *batches, *page_routes(dispatcher, endpoints, files, jobs)]
+    calls += LoraCalls(dispatcher).routes(settings, openai)
     if settings.enable_sdapi:
         calls += sdapi_routes(dispatcher, endpoints, settings, names, embeddings)
     pool = connections or ConnectionPool(MAX_CONNECTIONS)

@@ -16,7 +16,7 @@ from mii_serve.gateway.dialects.huggingface import TASK_PARAMETERS
 from mii_serve.gateway.dialects.openai import IMAGES_PARAMETERS
 from mii_serve.gateway.errors import NotFoundError, azure_problem, problem_response
 from mii_serve.gateway.model_names import ModelNames
-from mii_serve.types import PARAMETERS, RANDOM_SEED, STRENGTH, Limits, Parameter
+from mii_serve.types import LORAS_HELP, MAX_LORA_SCALE, MAX_LORAS, PARAMETERS, RANDOM_SEED, STRENGTH, Limits, Parameter
 
 JSON_TYPES: dict[type, str] = {str: "string", int: "integer", float: "number"}
 
@@ -37,7 +37,7 @@ def document(*, has_sdapi: bool = False) -> dict[str, Any]:
         (schemas["ImagesRequest"], IMAGES_PARAMETERS),
         (task, TASK_PARAMETERS),
     ):
-        schema["properties"] |= {name: {"$ref": f"#/components/schemas/{name}"} for name in names}
+        schema["properties"] |= {name: {"$ref": f"#/components/schemas/{name}"} for name in (*names, "loras")}
     of_images = schemas["ImagesRequest"]["properties"]
     schemas["EditsRequest"]["properties"] |= {
         name: schema for name, schema in of_images.items() if name not in ("stream", "partial_images")
@@ -48,6 +48,14 @@ def document(*, has_sdapi: bool = False) -> dict[str, Any]:
         if name not in ("prompt", "mask", "image")
     }
     schemas |= {parameter.name: _schema(parameter) for parameter in (*PARAMETERS, STRENGTH)}
+    scale = {"type": "number", "minimum": -MAX_LORA_SCALE, "maximum": MAX_LORA_SCALE}
+    schemas["loras"] = {
+        "type": "object",
+        "description": LORAS_HELP,
+        "additionalProperties": scale,
+        "maxProperties": MAX_LORAS,
+        "nullable": True,
+    }
     return written
 
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types.declarations import PARAMETERS, STRENGTH
 from mii_serve.types.limits import IMAGE_STRENGTH, MASK_STRENGTH, MAX_SCHEDULER_CHARS, GenerationDefaults, Limits
+from mii_serve.types.loras import LoraInfo, checked_loras, chosen_loras
 from mii_serve.types.params import GenerationParams, RequestedParams, num_steps_left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a deployed model accepts and assumes. `schedulers` maps every accepted name to the name we answer with."""
+    """What a deployed model accepts and assumes. `schedulers` maps every accepted name to the name we answer with.
+
+    `needs_mask`: it is an inpainting model, which can only repaint a part of an image. Requests can name the `loras`.
+    """
 
     limits: Limits
     defaults: GenerationDefaults
     schedulers: Mapping[str, str]
+    needs_mask: bool = False
+    loras: Mapping[str, LoraInfo] = field(default_factory=dict)
 
     def resolve(self, asked: RequestedParams, *, fallback_seed: int) -> GenerationParams:
         """Fill in the defaults and check every rule.
@@ -37,9 +43,19 @@ class Capabilities:
                 continue
             values[parameter.name] = parameter.checked(value, self)
         strength = self._strength_of(asked, values["num_inference_steps"])
-        return GenerationParams(**values, strength=strength, has_mask=asked.mask_image is not None)
+        loras = checked_loras(asked.loras or {})
+        choice = chosen_loras(loras, self.loras)
+        has_mask = asked.mask_image is not None
+        return GenerationParams(**values, strength=strength, has_mask=has_mask, loras=loras, lora_choice=choice)
+
+    def with_mask_if_needed(self, asked: RequestedParams) -> RequestedParams:
+        """A request of the server's own, to resolve only, with the images that this model cannot do without."""
+        return replace(asked, image=b"image", mask_image=b"mask") if self.needs_mask else asked
 
     def _strength_of(self, asked: RequestedParams, num_inference_steps: int) -> float | None:
+        for name in ("image", "mask_image") if self.needs_mask else ():
+            if getattr(asked, name) is None:
+                raise InvalidRequestError(name, "is missing: this model repaints the part of an image that a mask covers")
         if asked.image is None:
             if asked.mask_image is not None:
                 raise InvalidRequestError("mask_image", "is for requests with an image only")

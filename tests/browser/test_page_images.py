@@ -7,13 +7,15 @@ import base64
 import io
 import re
 import sys
+from dataclasses import replace
 
 import pytest
+from fake_engine import FakeEngine
 from outside import ROOT
 from patience import PATIENCE_S
 from PIL import Image
 from playwright.async_api import Page, expect
-from sites import DESKTOP, PHONE, Site, violations
+from sites import DESKTOP, PHONE, Site, site_of, violations
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 IMAGE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
@@ -178,3 +180,26 @@ async def test_a_mask_is_erased_cleared_and_refused_by_name(site: Site):
     await draw(page, "a")
     assert joined(site)[-1].input_image.mask is None
     site.complaints[:] = [text for text in site.complaints if "status of 400" not in text]
+
+
+class InpaintingEngine(FakeEngine):
+    @property
+    def capabilities(self):
+        return replace(super().capabilities, needs_mask=True)
+
+
+async def test_a_model_that_needs_a_mask_asks_for_it(browser, tmp_path):
+    async with site_of(browser, tmp_path, InpaintingEngine()) as site:
+        page = await site.open()
+        await expect(page.locator("#start-hint")).to_have_text("this model repaints a part of one")
+        await page.fill("#prompt", "a")
+        await page.click("#generate")
+        await expect(page.locator("#image-error")).to_contain_text("The image is missing: this model repaints")
+        await choose(page, file(IMAGE))
+        await page.click("#generate")
+        await expect(page.locator("#mask_image-error")).to_contain_text("The mask is missing: this model repaints")
+        await page.focus("#mask")
+        await page.keyboard.press("Space")
+        await draw(page, "a")
+        assert joined(site)[-1].params.has_mask
+        site.complaints[:] = [text for text in site.complaints if "status of 400" not in text]

@@ -72,11 +72,12 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} - before))
 DEFERRED = """
 import sys
 from mii_serve.config import DeployConfig
+from mii_serve.models.deferred import import_for_drawing
+from mii_serve.replica.process import HEAVY_MODULES
 from mii_serve.replica.local import open_local
-from mii_serve.replica.process import _import_all
 from mii_serve.types import GenerationRequest, RequestedParams
 
-_import_all()
+import_for_drawing(*HEAVY_MODULES)
 with open_local(DeployConfig.load({"device": "cpu", "max_slots": 1})) as local:
     local.generate(GenerationRequest(params=RequestedParams(prompt="a red circle", num_inference_steps=1)))
 packages = ("torch._dynamo", "torch._inductor", "triton", "scipy.stats", "scipy.optimize", "scipy.integrate")

@@ -50,7 +50,7 @@ QUALITIES = {"auto": 1.0, "standard": 1.0, "low": 0.5, "medium": 1.0, "high": 1.
 """Times the model's own number of steps, where the request names none."""
 EFFECTIVE = (
     *names_without("prompt", "negative_prompt", "height", "width", "num_images_per_prompt"),
-    *("scheduler_class", "engine", "dtype", "model", "model_revision"),
+    *("loras", "scheduler_class", "engine", "dtype", "model", "model_revision"),
     *DROPPED,
 )
 """Members of an answer's `parameters`."""

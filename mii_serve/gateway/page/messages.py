@@ -49,7 +49,7 @@ _EVENT_NAMES: dict[type, str] = {
 _DONE = (
     *PARAMETER_NAMES,
     *_ENGINE,
-    *("dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "strength", "has_mask"),
+    *("loras", "dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "strength", "has_mask"),
 )
 """Members of the parameters that were really used."""
 
@@ -81,8 +81,8 @@ def parse(body: object, files: Mapping[str, bytes] = MappingProxyType({})) -> Ge
     """
     page = validated(PageBody, body)
     output = OutputOptions.checked(format=ImageFormat.PNG, quality=None, embed_metadata=True, preview_every=page.preview_every)
-    images = {"image": files.get("image"), "mask_image": files.get("mask_image")}
-    params = replace(requested(page.given()), strength=page.strength, **images)
+    image, mask_image = files.get("image"), files.get("mask_image")
+    params = replace(requested(page.given()), strength=page.strength, image=image, mask_image=mask_image)
     return GenerationRequest(params=params, output=output)
 
 
@@ -107,7 +107,7 @@ def _with_text_seed(members: dict[str, Any]) -> dict[str, Any]:
 
 def info_to_json(info: ServerInfo, grpc_port: int | None) -> dict[str, Any]:
     """What the form and the code to copy are made from."""
-    names = ("version", "deployment_name", *_ENGINE, "has_safety_checker")
+    names = ("version", "deployment_name", *_ENGINE, "has_safety_checker", "needs_mask")
     return {
         **{name: getattr(info, name) for name in names},
         "defaults": asdict(info.defaults),

@@ -17,11 +17,11 @@ let onChange = () => {};
 const isErasing = () => byId("mask-erase").getAttribute("aria-pressed") === "true";
 const radius = () => (Number(byId("brush-size").value) / 100) * Math.max(canvas.width, canvas.height) * 0.5;
 
-export function begin(width, height) {
+export function begin(width, height, isPainting) {
   [canvas.width, canvas.height] = [width, height];
   at = [width / 2, height / 2];
   isEmpty = true;
-  setPainting(false);
+  setPainting(isPainting);
 }
 
 export function end() {

@@ -8,12 +8,15 @@ const [LEAST_PX, MOST_PX] = [256, 400]; // how wide it is shown at least, and ho
 const GROUND = "#fff"; // what is transparent is put on it
 
 let limits = null;
+let needsMask = false; // the model repaints a part of an image, and does nothing else
 let isChosen = false;
 let isStrengthTheUsers = false;
 let onSize = () => {};
 
 export function fill(info) {
   limits = info.limits;
+  needsMask = info.needs_mask;
+  if (needsMask) byId("start-hint").textContent = "this model repaints a part of one";
 }
 
 // Names of fields beside the declared parameters that an error of the server may name.
@@ -27,8 +30,8 @@ export function clearErrors() {
 export function showError({ field, rule }) {
   const label = { image: "The image", mask_image: "The mask", strength: "Strength" }[field];
   byId(`${field}-error`).textContent = `${label} ${rule}`;
-  const input = byId(field === "strength" && isChosen ? "strength" : "image-file");
-  input.setAttribute("aria-invalid", "true");
+  const input = byId(isChosen ? { strength: "strength", mask_image: "mask-paint" }[field] ?? "image-file" : "image-file");
+  if (input.type !== "button") input.setAttribute("aria-invalid", "true");
   input.focus();
 }
 
@@ -68,12 +71,12 @@ export async function take(url, name) {
   }
   isChosen = true;
   isStrengthTheUsers = false;
-  setStrength(STRENGTH.whole);
+  setStrength(needsMask ? STRENGTH.masked : STRENGTH.whole);
   const shown = byId("image-shown");
   shown.setAttribute("aria-label", `The image to start from: ${name}`);
   shown.classList.toggle("tiny", Math.max(shown.width, shown.height) <= LEAST_PX);
   shown.style.width = `${Math.min((MOST_PX * shown.width) / shown.height, Math.max(shown.width, LEAST_PX))}px`;
-  brush.begin(shown.width, shown.height);
+  brush.begin(shown.width, shown.height, needsMask);
   byId("start-chosen").hidden = false;
   onSize(...size);
 }
@@ -141,7 +144,7 @@ export function listen(say, size) {
     byId("strength-error").textContent = "";
   });
   brush.listen((isMasked) => {
-    if (!isStrengthTheUsers) setStrength(isMasked ? STRENGTH.masked : STRENGTH.whole);
+    if (!isStrengthTheUsers) setStrength(isMasked || needsMask ? STRENGTH.masked : STRENGTH.whole);
   });
   document.addEventListener("paste", (event) => {
     const file = imageOf(event.clipboardData);
