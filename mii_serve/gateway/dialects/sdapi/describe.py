@@ -37,7 +37,6 @@ NOTHING: dict[str, Any] = {
     "upscalers": [],
     "latent-upscale-modes": [],
     "sd-vae": [],
-    "loras": [],
     "hypernetworks": [],
     "face-restorers": [],
     "realesrgan-models": [],
@@ -71,6 +70,7 @@ class Descriptions:
             "schedulers": _constant(schedulers_to_json()),
             "samplers": self.samplers,
             "sd-models": self.models,
+            "loras": self.loras,
             "embeddings": self.embeddings,
             "options": self.options,
             "progress": self.progress,
@@ -88,6 +88,10 @@ class Descriptions:
                 for name in await self._names.all()
             ]
         )
+
+    async def loras(self, call: HttpCall) -> Response:
+        names = sorted(self._dispatcher.loras.known)
+        return JSONResponse([{"name": name, "alias": name, "path": name, "metadata": {}} for name in names])
 
     async def embeddings(self, call: HttpCall) -> Response:
         unknown = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": None, "vectors": None}
