@@ -18,8 +18,7 @@ from outside import run_client
 from patience import PATIENCE_S
 from PIL import Image
 from servers import Turnstile
-from test_addresses import client_from
-from web import Web, picture, web
+from web import Web, client_from, picture, web
 
 from mii_serve.server.keys import KeyRing
 from mii_serve.types import Capabilities, LoraInfo
