@@ -1,7 +1,7 @@
 """HTTP of a deployment: `/metrics`, the probes `/livez` and `/readyz`, `/` as Azure ML's containers answer it, and the calls.
 
-The calls are Azure ML's `/score`, OpenAI's images API, Hugging Face's tasks, MII's RESTful gateway and, where it is on,
-AUTOMATIC1111's API. `/swagger.json` describes it all. For a person there is the page, at `/` too.
+The calls are Azure ML's `/score`, OpenAI's images API, Hugging Face's tasks, the Open Inference Protocol, MII's RESTful gateway
+and, where it is on, AUTOMATIC1111's API. `/swagger.json` describes it all. For a person there is the page, at `/` too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Match, Route
 
 from mii_serve.config import DeployConfig, HttpConfig
-from mii_serve.errors import MiiServeError
+from mii_serve.errors import MiiServeError, NotFoundError
 from mii_serve.gateway import image_links
 from mii_serve.gateway.admin import LoraCalls
 from mii_serve.gateway.cors import Cors, Origins
@@ -30,18 +30,18 @@ from mii_serve.gateway.dialects.azure_score import AzureDialect, Score
 from mii_serve.gateway.dialects.huggingface import HuggingFaceDialect, Tasks, read_task
 from mii_serve.gateway.dialects.mii import PATH as MII_PATH
 from mii_serve.gateway.dialects.mii import MiiDialect, MiiPictures
+from mii_serve.gateway.dialects.open_inference import OpenInferenceRoutes
 from mii_serve.gateway.dialects.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.dialects.openai_batches import Batches, routes_without_jobs
 from mii_serve.gateway.dialects.openai_edits import Edits, Variations, read_edit
 from mii_serve.gateway.dialects.sdapi.dialect import SdapiDialect
 from mii_serve.gateway.dialects.sdapi.routes import ROOT as SDAPI_ROOT
 from mii_serve.gateway.dialects.sdapi.routes import sdapi_routes
-from mii_serve.gateway.errors import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
+from mii_serve.gateway.errors import MethodNotAllowedError, openai_problem, problem_response
 from mii_serve.gateway.hosts import NO_REQUEST_ID, AllowedHosts, HostCheck
 from mii_serve.gateway.image_links import ImageStore
 from mii_serve.gateway.listener import BoundedListener, ConcurrencyLimit, ConnectionPool
 from mii_serve.gateway.middleware import Endpoints
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.gateway.openapi import Description
 from mii_serve.gateway.page.calls import page_routes
 from mii_serve.gateway.page.files import PageFiles, wants_page
@@ -53,6 +53,7 @@ from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.jobs import Jobs
 from mii_serve.server.keys import KeyRing
+from mii_serve.server.model_names import ModelNames
 from mii_serve.server.open_files import MAX_CONNECTIONS
 from mii_serve.server.tls import Tls
 
@@ -140,6 +141,7 @@ def _calls(dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, n
         endpoints.route(MII_PATH + "/{deployment}", MiiPictures(dispatcher, settings, names), MiiDialect()),
         endpoints.route("/", tasks, hugging_face, read=read),
         endpoints.route("/models/{model:path}", tasks, hugging_face, read=read),
+        *OpenInferenceRoutes(dispatcher, settings, names).routes(endpoints),
         Route(image_links.PATH + "/{name}", store.answer),
         Route("/info", description.info),
         Route("/swagger.json", description.swagger),

@@ -10,13 +10,23 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mii_serve import __version__
-from mii_serve.errors import InvalidRequestError, MiiServeError
+from mii_serve.errors import InvalidRequestError, MiiServeError, NotFoundError
 from mii_serve.gateway.dialects.azure_score import SCORE_PARAMETERS
 from mii_serve.gateway.dialects.huggingface import TASK_PARAMETERS
 from mii_serve.gateway.dialects.openai import IMAGES_PARAMETERS
-from mii_serve.gateway.errors import NotFoundError, azure_problem, problem_response
-from mii_serve.gateway.model_names import ModelNames
-from mii_serve.types import LORAS_HELP, MAX_LORA_SCALE, MAX_LORAS, PARAMETERS, RANDOM_SEED, STRENGTH, Limits, Parameter
+from mii_serve.gateway.errors import azure_problem, problem_response
+from mii_serve.server.model_names import ModelNames
+from mii_serve.types import (
+    LORAS_HELP,
+    MAX_LORA_SCALE,
+    MAX_LORAS,
+    PARAMETER_NAMES,
+    PARAMETERS,
+    RANDOM_SEED,
+    STRENGTH,
+    Limits,
+    Parameter,
+)
 
 JSON_TYPES: dict[type, str] = {str: "string", int: "integer", float: "number"}
 
@@ -47,6 +57,9 @@ def document(*, has_sdapi: bool = False) -> dict[str, Any]:
         for name, schema in schemas["EditsRequest"]["properties"].items()
         if name not in ("prompt", "mask", "image")
     }
+    infer = schemas["InferenceRequest"]["properties"]["parameters"]["properties"]
+    infer |= {name: {"$ref": f"#/components/schemas/{name}"} for name in PARAMETER_NAMES}
+    schemas["InferenceInput"]["properties"]["name"]["enum"] = list(PARAMETER_NAMES)
     schemas |= {parameter.name: _schema(parameter) for parameter in (*PARAMETERS, STRENGTH)}
     scale = {"type": "number", "minimum": -MAX_LORA_SCALE, "maximum": MAX_LORA_SCALE}
     schemas["loras"] = {

@@ -62,6 +62,7 @@ class FrontHost:
             tls=self._tls,
             max_connections=self._limits.grpc,
             max_connection_age_s=config.max_connection_age_s,
+            served_names=config.served_model_name,
         )
         self.calls = ProxiedCalls(self._dispatcher, self._keys, self._front.health, config.host)
         hosts = AllowedHosts.of(config)

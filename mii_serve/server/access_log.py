@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 _PROMPTS = ("prompt", "negative_prompt")
 _LOGGED = tuple(parameter.name for parameter in PARAMETERS if parameter.name not in _PROMPTS)
-_WORK = frozenset({"Generate", "GenerateStream", "Txt2ImgReply"})
+_WORK = frozenset({"Generate", "GenerateStream", "ModelInfer", "Txt2ImgReply"})
 
 
 def is_work(method: str) -> bool:

@@ -104,6 +104,7 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
         on_terminate=on_terminate,
         max_connections=most.grpc,
         max_connection_age_s=config.max_connection_age_s,
+        served_names=config.served_model_name,
     )
     if not is_loopback(config.host):
         _warn_of_what_is_open(config)

@@ -91,6 +91,11 @@ class Dispatcher:
         return self._router.is_up and not self._is_draining
 
     @property
+    def has_content_safety(self) -> bool:
+        """Whether images are sent only if content safety has found them harmless."""
+        return self._moderation is not None
+
+    @property
     def capabilities(self) -> Capabilities:
         """What the model accepts and assumes.
 

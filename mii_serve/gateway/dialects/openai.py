@@ -24,10 +24,10 @@ from mii_serve.gateway.generation import check_budget, relocate, to_base64, to_j
 from mii_serve.gateway.image_links import ImageStore, base_url
 from mii_serve.gateway.json_body import WholeNumber, broken_rule, one_of, shown, validated
 from mii_serve.gateway.middleware import EventStream, HttpCall
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.gateway.parameters import Parameters, names_without, requested, with_parameters
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.dropped_text import DROPPED
+from mii_serve.server.model_names import ModelNames
 from mii_serve.types import (
     Capabilities,
     Done,
