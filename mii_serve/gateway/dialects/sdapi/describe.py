@@ -141,9 +141,13 @@ class Descriptions:
         return JSONResponse(None)
 
     async def memory(self, call: HttpCall) -> Response:
-        page, pages, free = (os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+        unavailable = {"error": "unavailable"}
+        try:
+            page, pages, free = (os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+        except (ValueError, OSError):  # a system that does not say
+            return JSONResponse({"ram": unavailable, "cuda": unavailable})
         ram = {"free": page * free, "used": page * (pages - free), "total": page * pages}
-        return JSONResponse({"ram": ram, "cuda": {"error": "unavailable"}})
+        return JSONResponse({"ram": ram, "cuda": unavailable})
 
     async def png_info(self, call: HttpCall) -> Response:
         body = validated(PngInfoBody, call.body)
