@@ -21,10 +21,10 @@ from mii_serve.gateway.errors import openai_problem, problem_response
 from mii_serve.gateway.generation import too_many
 from mii_serve.gateway.json_body import JsonObject, shown, validated
 from mii_serve.gateway.middleware import HttpCall
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.dropped_text import dropped_headers
 from mii_serve.server.mii import MiiRequest, draw_pictures
+from mii_serve.server.model_names import ModelNames
 from mii_serve.types import ImageReady, ResolvedRequest
 
 PATH = "/mii"

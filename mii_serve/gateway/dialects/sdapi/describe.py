@@ -13,16 +13,15 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from mii_serve.errors import InvalidRequestError
+from mii_serve.errors import InvalidRequestError, NotFoundError
 from mii_serve.gateway.dialects.sdapi.body import NEUTRAL_SETTINGS
 from mii_serve.gateway.dialects.sdapi.generate import short_hash
 from mii_serve.gateway.dialects.sdapi.samplers import samplers_to_json, schedulers_to_json
 from mii_serve.gateway.dialects.sdapi.tasks import Tasks, idle_to_json
-from mii_serve.gateway.errors import NotFoundError
 from mii_serve.gateway.json_body import JsonObject, shown, validated
 from mii_serve.gateway.middleware import HttpCall
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.server.dispatcher import Dispatcher
+from mii_serve.server.model_names import ModelNames
 
 Get = Callable[[HttpCall], Awaitable[Response]]
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from starlette.responses import Response
 
 from mii_serve.config import HttpConfig
-from mii_serve.errors import DeadlineExceededError, InvalidRequestError, QueueFullError, RequestCancelledError
+from mii_serve.errors import DeadlineExceededError, InvalidRequestError, NotFoundError, QueueFullError, RequestCancelledError
 from mii_serve.gateway.dialects.sdapi.answer import FILES, Drawn, answer_to_json
 from mii_serve.gateway.dialects.sdapi.body import (
     DENOISING_STRENGTH,
@@ -28,12 +28,12 @@ from mii_serve.gateway.dialects.sdapi.hires import Hires, hires_of
 from mii_serve.gateway.dialects.sdapi.prompts import without_loras
 from mii_serve.gateway.dialects.sdapi.samplers import Chosen, chosen
 from mii_serve.gateway.dialects.sdapi.tasks import Task, Tasks
-from mii_serve.gateway.errors import ImagesHeldBackError, NotFoundError
+from mii_serve.gateway.errors import ImagesHeldBackError
 from mii_serve.gateway.generation import relocate, too_many
 from mii_serve.gateway.middleware import HttpCall
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.server.call import CallContext
 from mii_serve.server.dispatcher import Dispatcher
+from mii_serve.server.model_names import ModelNames
 from mii_serve.types import (
     MAX_SEED,
     RANDOM_SEED,

@@ -15,9 +15,9 @@ from mii_serve.gateway.dialects.sdapi.generate import Generations
 from mii_serve.gateway.dialects.sdapi.tasks import Tasks
 from mii_serve.gateway.json_body import read_json
 from mii_serve.gateway.middleware import Endpoints, Handler, ReadBody
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.gateway.multipart import read_nothing
 from mii_serve.server.dispatcher import Dispatcher
+from mii_serve.server.model_names import ModelNames
 from mii_serve.types import MAX_IMAGE_BYTES
 
 ROOT = "/sdapi/v1"
