@@ -8,6 +8,7 @@ import io
 import json
 import random
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from outside import run_client
 from patience import PATIENCE_S
 from PIL import Image
 from servers import Turnstile
-from test_addresses import client_from
-from web import Web, picture, web
+from web import Web, client_from, picture, web
 
 from mii_serve.server.keys import KeyRing
+from mii_serve.types import Capabilities, LoraInfo
 
 ROOT = "/sdapi/v1"
 KEY, OTHER_KEY = "studio-key-0123456789", "garden-key-0123456789"
@@ -160,6 +161,25 @@ async def test_hires_fix_is_two_requests_for_each_image(served):
     assert len(joined(served)) == 6
 
 
+class LoraEngine(FakeEngine):
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, loras={"film": LoraInfo(name="film", revision="r", rank=4)})
+
+
+async def test_prompts_name_loras(tmp_path):
+    async with web(tmp_path, LoraEngine(), enable_sdapi=True) as served:
+        assert [one["name"] for one in await get(served, "loras")] == ["film"]
+        answer = await post(served, "txt2img", {**ASK, "prompt": "a <lora:film:0.5>"})
+        assert answer.status_code == 200, answer.text
+        params = joined(served)[0].params
+        assert (params.prompt, params.loras) == ("a ", {"film": 0.5})
+        info = json.loads(answer.json()["info"])
+        assert info["prompt"] == "a <lora:film:0.5>" and info["infotexts"][0].startswith("a <lora:film:0.5>\nSteps")
+        refused = (await post(served, "txt2img", {**ASK, "prompt": "a <lora:other:1>"})).json()
+        assert refused["body"] == "prompt" and "film" in refused["detail"]
+
+
 async def test_formats_and_flagged_pictures(served):
     body = {**ASK, "prompt": "a skull", "override_settings": {"samples_format": "webp", "jpeg_quality": 50}}
     told = (await post(served, "txt2img", body)).json()
@@ -183,6 +203,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("txt2img", {"subseed_strength": 0.5}, "subseed_strength"),
     ("txt2img", {"clip_skip": 2}, "clip_skip"),
     ("txt2img", {"prompt": "a <lora:b:1>"}, "prompt"),
+    ("txt2img", {"prompt": "a <lora:b:1000>"}, "prompt"),
+    ("txt2img", {"prompt": "a <lora:b:1:2>"}, "prompt"),
+    ("txt2img", {"prompt": "a [b:c:0.5]"}, "prompt"),
     ("txt2img", {"negative_prompt": "<LoRA:b:1>"}, "negative_prompt"),
     ("txt2img", {"sampler_name": "DPM adaptive"}, "sampler_name"),
     ("txt2img", {"sampler_name": "PLMS", "scheduler": "Polyexponential"}, "scheduler"),

@@ -78,8 +78,8 @@ def _info(body: CommonBody, drawn: Drawn, images: list[ImageReady]) -> dict[str,
     seeds = [image.seed for image in images]
     name, model_hash = drawn.model
     info: dict[str, Any] = {
-        "prompt": params.prompt,
-        "all_prompts": [params.prompt] * num_images,
+        "prompt": body.prompt,
+        "all_prompts": [body.prompt] * num_images,
         "negative_prompt": params.negative_prompt,
         "all_negative_prompts": [params.negative_prompt] * num_images,
         "seed": seeds[0],
@@ -104,7 +104,7 @@ def _info(body: CommonBody, drawn: Drawn, images: list[ImageReady]) -> dict[str,
         "denoising_strength": drawn.strength,
         "extra_generation_params": {"Schedule type": drawn.chosen.schedule_type, **drawn.more_facts},
         "index_of_first_image": 0,
-        "infotexts": [_infotext(drawn, seed) for seed in seeds],
+        "infotexts": [_infotext(body.prompt, drawn, seed) for seed in seeds],
         "styles": [],
         "job_timestamp": drawn.timestamp,
         "clip_skip": 1,
@@ -123,8 +123,8 @@ def _info(body: CommonBody, drawn: Drawn, images: list[ImageReady]) -> dict[str,
     return info
 
 
-def _infotext(drawn: Drawn, seed: int) -> str:
-    """The text that image-generation tools show and read."""
+def _infotext(prompt: str, drawn: Drawn, seed: int) -> str:
+    """The text that image-generation tools show and read; the prompt has its LoRAs."""
     params, (name, model_hash) = drawn.params, drawn.model
     facts = {
         "Steps": params.num_inference_steps,
@@ -140,7 +140,7 @@ def _infotext(drawn: Drawn, seed: int) -> str:
         "Version": f"mii_serve {__version__}",
     }
     negative = f"\nNegative prompt: {params.negative_prompt}" if params.negative_prompt else ""
-    return f"{params.prompt}{negative}\n" + ", ".join(f"{key}: {fact}" for key, fact in facts.items() if fact not in (None, ""))
+    return f"{prompt}{negative}\n" + ", ".join(f"{key}: {fact}" for key, fact in facts.items() if fact not in (None, ""))
 
 
 def _quoted(text: str) -> str:

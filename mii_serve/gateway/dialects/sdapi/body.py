@@ -257,8 +257,8 @@ def _checked(body: Body) -> Body:
         text = getattr(body, name) or ""
         refuse_scheduled(text, name)
         _, loras = without_loras(text, name)
-        if loras:
-            raise InvalidRequestError(name, "must not name a LoRA: this server has none", repr(next(iter(loras))[:60]))
+        if loras and name == "negative_prompt":
+            raise InvalidRequestError(name, "must not name a LoRA: that is for the prompt", repr(next(iter(loras))[:60]))
     for name, script in body.alwayson_scripts.items():
         given = script.get("args") if isinstance(script, dict) else script
         if given and not (isinstance(given, list) and given[0] is False):

@@ -36,7 +36,6 @@ NOTHING: dict[str, Any] = {
     "upscalers": [],
     "latent-upscale-modes": [],
     "sd-vae": [],
-    "loras": [],
     "hypernetworks": [],
     "face-restorers": [],
     "realesrgan-models": [],
@@ -70,6 +69,7 @@ class Descriptions:
             "schedulers": _constant(schedulers_to_json()),
             "samplers": self.samplers,
             "sd-models": self.models,
+            "loras": self.loras,
             "embeddings": self.embeddings,
             "options": self.options,
             "progress": self.progress,
@@ -87,6 +87,10 @@ class Descriptions:
                 for name in await self._names.all()
             ]
         )
+
+    async def loras(self, call: HttpCall) -> Response:
+        names = sorted(self._dispatcher.loras.known)
+        return JSONResponse([{"name": name, "alias": name, "path": name, "metadata": {}} for name in names])
 
     async def embeddings(self, call: HttpCall) -> Response:
         unknown = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": None, "vectors": None}
@@ -136,9 +140,13 @@ class Descriptions:
         return JSONResponse(None)
 
     async def memory(self, call: HttpCall) -> Response:
-        page, pages, free = (os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+        unavailable = {"error": "unavailable"}
+        try:
+            page, pages, free = (os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+        except (ValueError, OSError):  # a system that does not say
+            return JSONResponse({"ram": unavailable, "cuda": unavailable})
         ram = {"free": page * free, "used": page * (pages - free), "total": page * pages}
-        return JSONResponse({"ram": ram, "cuda": {"error": "unavailable"}})
+        return JSONResponse({"ram": ram, "cuda": unavailable})
 
     async def png_info(self, call: HttpCall) -> Response:
         body = validated(PngInfoBody, call.body)

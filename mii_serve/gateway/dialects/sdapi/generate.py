@@ -25,6 +25,7 @@ from mii_serve.gateway.dialects.sdapi.body import (
 )
 from mii_serve.gateway.dialects.sdapi.drawing import Drawing
 from mii_serve.gateway.dialects.sdapi.hires import Hires, hires_of
+from mii_serve.gateway.dialects.sdapi.prompts import without_loras
 from mii_serve.gateway.dialects.sdapi.samplers import Chosen, chosen
 from mii_serve.gateway.dialects.sdapi.tasks import Task, Tasks
 from mii_serve.gateway.errors import ImagesHeldBackError
@@ -106,8 +107,10 @@ class Generations:
     def _requested(self, body: CommonBody) -> tuple[RequestedParams, Chosen]:
         """The parameters of one image that the body names."""
         picked = chosen(body.sampler_name or body.sampler_index or "", body.scheduler, body.eta, self._dispatcher.capabilities)
+        prompt, loras = without_loras(body.prompt, "prompt")
         asked = RequestedParams(
-            prompt=body.prompt,
+            prompt=prompt,
+            loras=loras or None,
             negative_prompt=body.negative_prompt,
             height=body.height,
             width=body.width,
@@ -143,8 +146,7 @@ class Generations:
             with self._tasks.running(task):
                 await drawing.run(requests)
         except InvalidRequestError as error:
-            relocate(error, PATHS)
-            raise
+            raise _in_words(error) from None
         if not drawn.images:
             raise RequestCancelledError("the request was interrupted before an image was finished")
         if all(image.moderation_blocked for image in drawn.images.values()):
@@ -161,8 +163,7 @@ class Generations:
         try:
             return self._dispatcher.capabilities.resolve(asked, fallback_seed=0)
         except InvalidRequestError as error:
-            relocate(error, PATHS)
-            raise
+            raise _in_words(error) from None
 
     async def _check_model(self, name: str) -> None:
         if not name:
@@ -180,6 +181,14 @@ class Generations:
         num_steps = params.num_inference_steps + (0 if hires is None else hires.num_inference_steps)
         if (count := body.num_images * num_steps) > self._settings.max_steps:
             raise too_many("denoising steps", count, self._settings.max_steps)
+
+
+def _in_words(error: InvalidRequestError) -> InvalidRequestError:
+    """The error, which names the member that this API has."""
+    if error.field.startswith("loras"):
+        return InvalidRequestError("prompt", str(error))
+    relocate(error, PATHS)
+    return error
 
 
 def short_hash(revision: str) -> str:
