@@ -81,8 +81,8 @@ def parse(body: object, files: Mapping[str, bytes] = MappingProxyType({})) -> Ge
     """
     page = validated(PageBody, body)
     output = OutputOptions.checked(format=ImageFormat.PNG, quality=None, embed_metadata=True, preview_every=page.preview_every)
-    images = {"image": files.get("image"), "mask_image": files.get("mask_image")}
-    params = replace(requested(page.given()), strength=page.strength, **images)
+    image, mask_image = files.get("image"), files.get("mask_image")
+    params = replace(requested(page.given()), strength=page.strength, image=image, mask_image=mask_image)
     return GenerationRequest(params=params, output=output)
 
 
