@@ -123,12 +123,8 @@ def test_a_port_in_use_ends_with_an_error_that_names_it():
     ("arguments", "text"),
     [
         (("./no-such-model",), "no-such-model"),
-        (("demo", "--engine", "reference", "--max-slots", "4"), "max_slots"),
-        (("demo", "--engine", "deepspeed"), "engine"),
-        (("demo", "--dtype", "fp16"), "dtype"),
         (("demo", "--replicas", "0"), "replicas"),
         (("demo", "--engine", "reference", "--tensor-parallel", "2"), "tensor_parallel"),
-        (("demo", "--tensor-parallel", "3", "--parallelism", "tensor", "--device", "cpu"), "tensor_parallel"),
         (("demo", "--grpc-port", "70000"), "grpc_port"),
         (("demo", "--device", "cuda"), "device"),
     ],
