@@ -171,7 +171,7 @@ def _report(result: GenerationResult, paths: list[Path], *, is_json: bool) -> No
             "seeds": result.seeds,
             "nsfw_content_detected": result.nsfw_content_detected,
             "moderation_blocked": result.moderation_blocked,
-            "parameters": asdict(done),
+            "parameters": done.as_record(),
             "timings": {"queued_s": result.queued_s, "total_s": result.total_s},
         }
         print(json.dumps(answer))

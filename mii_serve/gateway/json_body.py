@@ -19,7 +19,7 @@ from starlette.requests import Request
 
 from mii_serve.errors import InvalidRequestError, RequestCancelledError
 from mii_serve.gateway.errors import BodyTooLargeError, MediaTypeError
-from mii_serve.gateway.suggestions import unknown_member_rule
+from mii_serve.server.suggestions import unknown_member_rule
 from mii_serve.types import MAX_SEED
 
 BODY = "body"
@@ -29,6 +29,8 @@ BODY_TIMEOUT_S = 30.0
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024
 """Of a body that is too large so much is read on and dropped: a caller whose connection is closed while it sends does not see
 the answer."""
+MAX_FILE_SIGNS = 1000
+"""Commas and brackets of a body that is large because it has files in it; base64 has none."""
 SHOWN_CHARS = 60
 UTF8 = frozenset({"utf8", "ascii", "usascii"})
 """Charsets that are UTF-8 or a part of it, without the signs in their names."""
@@ -37,17 +39,26 @@ UTF8 = frozenset({"utf8", "ascii", "usascii"})
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-async def read_json(request: Request, max_bytes: int) -> Any:
-    """The body as a JSON value.
+async def read_json(request: Request, max_bytes: int, max_file_bytes: int = 0) -> Any:
+    """The body as a JSON value. One of up to `max_file_bytes` may be larger, if few members take all of it, as files do.
 
     Raises:
         BodyTooLargeError, MediaTypeError, InvalidRequestError: naming the rule.
         RequestCancelledError: the caller left before the body was complete.
     """
     _check_media_type(request.headers.get("content-type", ""))
-    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
-        raise MediaTypeError("content-encoding", "must be left out: bodies are not unpacked here", shown(coding))
-    raw = await _read(request, max_bytes)
+    raw = await read_raw(request, max(max_bytes, max_file_bytes))
+    if len(raw) > max_bytes and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_FILE_SIGNS:  # slow to read
+        raise too_large(max_bytes)
+    return json_value(raw)
+
+
+def json_value(raw: bytes) -> Any:
+    """A body that has been read, as a JSON value.
+
+    Raises:
+        InvalidRequestError: naming the rule.
+    """
     if not raw.strip():
         raise InvalidRequestError(BODY, "must be a JSON object", "nothing")
     try:
@@ -72,7 +83,15 @@ def _check_media_type(value: str) -> None:
         raise MediaTypeError("content-type", "must have the charset utf-8", repr(value[:SHOWN_CHARS]))
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def read_raw(request: Request, max_bytes: int) -> bytes:
+    """The body as it is.
+
+    Raises:
+        BodyTooLargeError, MediaTypeError, InvalidRequestError: naming the rule.
+        RequestCancelledError: the caller left before the body was complete.
+    """
+    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        raise MediaTypeError("content-encoding", "must be left out: bodies are not unpacked here", shown(coding))
     body, num_bytes = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -89,8 +108,12 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     except TimeoutError:
         raise InvalidRequestError(BODY, f"must arrive within {BODY_TIMEOUT_S:g} seconds") from None
     if num_bytes > max_bytes:
-        raise BodyTooLargeError(BODY, f"must be at most {max_bytes} bytes")
+        raise too_large(max_bytes)
     return bytes(body)
+
+
+def too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(BODY, f"must be at most {max_bytes} bytes")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

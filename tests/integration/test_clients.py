@@ -46,6 +46,7 @@ async def test_openais_client(served, name):
     assert last == ("image_generation.completed", None)
     assert {start for _, _, start in seen["events"]} == {"iVBO"}
     assert seen["edits"] == [[5, 6], ["89504e47"]]
+    assert seen["variations"] == ["89504e47"] * 2
     assert seen["errors"] == {
         "mask": ["BadRequestError", 400, "invalid_value"],
         "size": ["BadRequestError", 400, "invalid_value"],
