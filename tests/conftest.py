@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,9 @@ from mii_serve.threads import wait_briefly
 # once: two threads that wait for each other at each layer take two to three times as long as one.
 wait_briefly()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+NUMERIC, UNIT = (Path(__file__).with_name(name) for name in ("numeric", "unit"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +32,11 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, short ones last: of processes that take a file each, none is left with a long one at the end."""
+    items.sort(key=lambda item: (item.path.is_relative_to(UNIT), not item.path.is_relative_to(NUMERIC)))
 
 
 @pytest.fixture(autouse=True)
