@@ -122,7 +122,7 @@ class LoraRows:
     def merged(self, layer: nn.Module) -> torch.Tensor:
         """The layer's weight for each entry, entries × outputs × inputs."""
         inputs, outputs = self.layout.places[layer]
-        weight: torch.Tensor = layer.weight.flatten(1)  # type: ignore[operator,union-attr,assignment]
+        weight: torch.Tensor = layer.weight.flatten(1)  # type: ignore[operator]
         up, down = self.up[:, :, outputs], self.down[:, :, inputs]
         return torch.baddbmm(weight.expand(len(up), *weight.shape), up.transpose(1, 2), down)
 

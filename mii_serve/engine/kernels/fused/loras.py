@@ -106,7 +106,7 @@ class FusedLoraPass(FusedPass):
             if bias is None:
                 return torch.bmm(of_entries, weights).flatten(0, 1)
             return torch.baddbmm(bias, of_entries, weights).flatten(0, 1)
-        outputs = linear(inputs, layer.weight.flatten(1), bias)  # type: ignore[operator,union-attr]
+        outputs = linear(inputs, layer.weight.flatten(1), bias)  # type: ignore[operator]
         self._change(layer, inputs, outputs, num_entries)
         return outputs
 
@@ -116,7 +116,7 @@ class FusedLoraPass(FusedPass):
             of_entries = inputs.unflatten(0, (num_entries, -1))
             into.unflatten(0, (num_entries, -1)).baddbmm_(of_entries, self.loras.merged(layer).transpose(1, 2))
             return
-        into.addmm_(inputs, layer.weight.flatten(1).t())  # type: ignore[operator,union-attr]
+        into.addmm_(inputs, layer.weight.flatten(1).t())  # type: ignore[operator]
         self._change(layer, inputs, into, num_entries)
 
     def _change(self, layer: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor, num_entries: int) -> None:
