@@ -2,7 +2,8 @@
 
 Computes what `StableDiffusionPipeline.__call__` computes, and for a request with an image `StableDiffusionImg2ImgPipeline`
 or, with a mask, `StableDiffusionInpaintPipeline`, operation by operation, so that on the same machine its pictures are
-the same bits; only the loop is turned inside out, one UNet call per turn. Slow on purpose and never optimised.
+the same bits; only the loop is turned inside out, one UNet call per turn. A LoRA is added to the outputs of the layers that it
+changes, as PEFT does. Slow on purpose and never optimised.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in, takes_mask_in
 from mii_serve.engine.decode import decode, is_finite
 from mii_serve.engine.input_images import KeptImage, mask_of, masked_pixels_of, pixels_of, skip_masked_image
+from mii_serve.engine.loras import NOTHING, Combination, LoraStore, applied
 from mii_serve.engine.probe import UNetCall, without_checker
 from mii_serve.engine.sample_errors import is_of_one_sample, not_finite, sample_error
 from mii_serve.engine.stage_timer import StageTimer
@@ -33,6 +35,7 @@ from mii_serve.samplers.preview import x0_coefficients
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
     LATENT_SCALE,
+    Capabilities,
     EngineCapacity,
     GenerationParams,
     Picture,
@@ -58,6 +61,7 @@ class ReferenceSample:
     generator: torch.Generator
     prompt_embeds: torch.Tensor
     latents: torch.Tensor
+    loras: Combination = NOTHING
     kept_image: KeptImage | None = None
     condition: torch.Tensor | None = None
     step: int = 0
@@ -91,8 +95,13 @@ class ReferenceEngine:
         self._timer = StageTimer()
         self._samples: dict[SampleId, ReferenceSample] = {}
         self._num_calls: dict[tuple[str, int, int], int] = {}
-        self.capabilities = capabilities_of(model, self._schedulers, self._count_calls, needs_mask=self._takes_mask)
+        self.loras = LoraStore(model.pipeline, model.loras)
+        self._capabilities = capabilities_of(model, self._schedulers, self._count_calls, needs_mask=self._takes_mask)
         self.description = description_of(model, "reference", note)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.loras.told(self._capabilities)
 
     def stage_seconds(self) -> dict[str, float]:
         return self._timer.take()
@@ -100,6 +109,7 @@ class ReferenceEngine:
     def check(self, params: GenerationParams) -> int:
         num_calls = self._count_calls(params.scheduler, params.num_inference_steps, params.num_skipped_steps)
         refuse_without_noise(self._schedulers, params, has_blending=not self._takes_mask)
+        self.loras.check(params.lora_choice)
         return num_calls
 
     def _count_calls(self, scheduler: str, num_inference_steps: int, num_skipped_steps: int = 0) -> int:
@@ -145,7 +155,8 @@ class ReferenceEngine:
         scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device, params.num_skipped_steps)
         timesteps = scheduler.timesteps[first_call(scheduler, params.num_skipped_steps) :]
         is_guided = self._is_guided(params)
-        with self._timer.time("encode"):
+        loras = self.loras.combination(params.lora_choice)
+        with self._timer.time("encode"), applied(pipeline.text_encoder, loras.text_encoder):
             prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
                 params.prompt, self._device, 1, is_guided, params.negative_prompt
             )
@@ -163,6 +174,7 @@ class ReferenceEngine:
             generator=generator,
             prompt_embeds=prompt_embeds,
             latents=first.latents,
+            loras=loras,
             kept_image=first.kept_image,
             condition=first.condition,
         )
@@ -220,16 +232,17 @@ class ReferenceEngine:
         model_input = torch.cat([latents] * 2) if is_guided else latents
         model_input = scheduler.scale_model_input(model_input, timestep)
         with self._timer.time("denoise"):
-            embeds, unet_input = running.prompt_embeds, model_input
+            unet_input = model_input
             if running.condition is not None:
                 unet_input = torch.cat([model_input, torch.cat([running.condition] * len(model_input))], dim=1)
-            noise_pred = self._pipeline.unet(
-                unet_input,
-                timestep,
-                encoder_hidden_states=embeds,
-                timestep_cond=self._embedded_guidance(guidance_scale, latents.dtype),
-                return_dict=False,
-            )[0]
+            with applied(self._pipeline.unet, running.loras.unet):
+                noise_pred = self._pipeline.unet(
+                    unet_input,
+                    timestep,
+                    encoder_hidden_states=running.prompt_embeds,
+                    timestep_cond=self._embedded_guidance(guidance_scale, latents.dtype),
+                    return_dict=False,
+                )[0]
             if is_guided:
                 noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
                 noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)

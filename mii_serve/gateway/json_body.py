@@ -19,7 +19,7 @@ from starlette.requests import Request
 
 from mii_serve.errors import InvalidRequestError, RequestCancelledError
 from mii_serve.gateway.errors import BodyTooLargeError, MediaTypeError
-from mii_serve.gateway.suggestions import unknown_member_rule
+from mii_serve.server.suggestions import unknown_member_rule
 from mii_serve.types import MAX_SEED
 
 BODY = "body"
@@ -49,8 +49,6 @@ async def read_json(request: Request, max_bytes: int, max_file_bytes: int = 0) -
         RequestCancelledError: the caller left before the body was complete.
     """
     _check_media_type(request.headers.get("content-type", ""))
-    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
-        raise MediaTypeError("content-encoding", "must be left out: bodies are not unpacked here", shown(coding))
     raw = await read_raw(request, max(max_bytes, max_file_bytes), FILE_TIMEOUT_S if max_file_bytes else None)
     if len(raw) > max_bytes and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_FILE_SIGNS:  # slow to read
         raise too_large(max_bytes)
@@ -58,7 +56,7 @@ async def read_json(request: Request, max_bytes: int, max_file_bytes: int = 0) -
 
 
 def json_value(raw: bytes) -> Any:
-    """The JSON value that the bytes are.
+    """A body that has been read, as a JSON value.
 
     Raises:
         InvalidRequestError: naming the rule.
@@ -91,9 +89,11 @@ async def read_raw(request: Request, max_bytes: int, timeout_s: float | None = N
     """The bytes of a body, which has `BODY_TIMEOUT_S` to arrive, or this.
 
     Raises:
-        BodyTooLargeError, InvalidRequestError: naming the rule.
+        BodyTooLargeError, MediaTypeError, InvalidRequestError: naming the rule.
         RequestCancelledError: the caller left before the body was complete.
     """
+    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        raise MediaTypeError("content-encoding", "must be left out: bodies are not unpacked here", shown(coding))
     body, num_bytes, timeout_s = bytearray(), 0, timeout_s or BODY_TIMEOUT_S
     try:
         async with asyncio.timeout(timeout_s):

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from mii_serve.engine import Engine
@@ -33,6 +34,7 @@ from mii_serve.metrics import ReplicaMetrics
 from mii_serve.provenance import Provenance
 from mii_serve.replica.encoding import encode_picture
 from mii_serve.replica.images import ImageEncoding
+from mii_serve.replica.loras import ReplicaLoras
 from mii_serve.replica.mailbox import Mailbox
 from mii_serve.replica.trace import RequestTrace
 from mii_serve.scheduler import Position, Scheduler
@@ -44,6 +46,7 @@ from mii_serve.types import (
     Event,
     ImageReady,
     LatentShape,
+    LoraInfo,
     OutputOptions,
     Picture,
     Preview,
@@ -103,6 +106,7 @@ class ReplicaLoop:
     ) -> None:
         """`engine_thread` is the one thread that has built and warmed the engine; it stays its caller's to shut down."""
         self._engine, self._provenance = engine, provenance or Provenance()
+        self._loras = ReplicaLoras(engine, engine_thread, self._used_loras)
         self._scheduler = Scheduler(
             engine.capacity,
             max_waiting_samples=max_waiting_samples,
@@ -220,14 +224,34 @@ class ReplicaLoop:
         self._wake.set()
         generation.outlet.put(_queued(position))
 
+    async def load_lora(self, name: str, path: Path) -> LoraInfo:
+        """Let requests name a LoRA from now on. Its files are read beside the turns.
+
+        Raises:
+            InvalidRequestError: the files cannot be used.
+            UnsupportedError: this engine computes no LoRAs, or not those that come at run time.
+        """
+        self._refuse_if_stopped()
+        return await self._loras.load(name, path)
+
+    async def remove_lora(self, name: str) -> None:
+        """Let no new request name it; nothing happens where there is none."""
+        await self._loras.remove(name)
+
     def drop(self, request_id: str) -> None:
         """Forget a request; nothing happens if it has ended."""
         if (generation := self._generations.get(request_id)) is not None:
             self._end(generation)
             self._num_cancelled += self._failure is None
 
+    def _used_loras(self) -> set[str]:
+        """The revisions that requests in flight need."""
+        used = [generation.request.params.lora_choice for generation in self._generations.values()]
+        return {revision for choice in used for revision, _ in choice.parts}
+
     def _end(self, generation: _Generation) -> None:
         del self._generations[generation.request.id]
+        self._loras.forget_unused()
         self._scheduler.drop(generation.request.id)
         self._idle.clear()
         self._wake.set()

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 _PROMPTS = ("prompt", "negative_prompt")
 _LOGGED = tuple(parameter.name for parameter in PARAMETERS if parameter.name not in _PROMPTS)
-_WORK = frozenset({"Generate", "GenerateStream", "Txt2ImgReply"})
+_WORK = frozenset({"Generate", "GenerateStream", "ModelInfer", "Txt2ImgReply"})
 
 
 def is_work(method: str) -> bool:
@@ -40,6 +40,8 @@ class CallLog(dict[str, object]):
         self.update({name: getattr(params, name) for name in _LOGGED})
         if params.strength is not None:
             self["strength"] = params.strength
+        if params.loras:
+            self["loras"] = ",".join(f"{name}:{scale:g}" for name, scale in params.loras.items())
 
     def add_event(self, event: Event) -> None:
         match event:

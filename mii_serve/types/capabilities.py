@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types.declarations import PARAMETERS, STRENGTH
 from mii_serve.types.limits import IMAGE_STRENGTH, MASK_STRENGTH, MAX_SCHEDULER_CHARS, GenerationDefaults, Limits
+from mii_serve.types.loras import LoraInfo, checked_loras, chosen_loras
 from mii_serve.types.params import GenerationParams, RequestedParams, num_steps_left
 
 
@@ -17,13 +18,14 @@ from mii_serve.types.params import GenerationParams, RequestedParams, num_steps_
 class Capabilities:
     """What a deployed model accepts and assumes. `schedulers` maps every accepted name to the name we answer with.
 
-    `needs_mask`: it is an inpainting model, which can only repaint a part of an image.
+    `needs_mask`: it is an inpainting model, which can only repaint a part of an image. Requests can name the `loras`.
     """
 
     limits: Limits
     defaults: GenerationDefaults
     schedulers: Mapping[str, str]
     needs_mask: bool = False
+    loras: Mapping[str, LoraInfo] = field(default_factory=dict)
 
     def resolve(self, asked: RequestedParams, *, fallback_seed: int) -> GenerationParams:
         """Fill in the defaults and check every rule.
@@ -41,7 +43,10 @@ class Capabilities:
                 continue
             values[parameter.name] = parameter.checked(value, self)
         strength = self._strength_of(asked, values["num_inference_steps"])
-        return GenerationParams(**values, strength=strength, has_mask=asked.mask_image is not None)
+        loras = checked_loras(asked.loras or {})
+        choice = chosen_loras(loras, self.loras)
+        has_mask = asked.mask_image is not None
+        return GenerationParams(**values, strength=strength, has_mask=has_mask, loras=loras, lora_choice=choice)
 
     def with_mask_if_needed(self, asked: RequestedParams) -> RequestedParams:
         """A request of the server's own, to resolve only, with the images that this model cannot do without."""

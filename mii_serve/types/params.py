@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict
 
 from mii_serve.types.limits import LATENT_SCALE, MAX_SEED
+from mii_serve.types.loras import NO_LORAS, LoraChoice
 
 LatentShape = tuple[int, int]
 """Height and width of latents, in latent pixels."""
 
-BatchKey = tuple[int, ...]
+BatchKey = tuple[object, ...]
 """See `GenerationParams.batch_key`."""
 
 
@@ -22,7 +24,8 @@ BatchKey = tuple[int, ...]
 class GenerationParams:
     """A request with nothing left open. A picture is a pure function of these, its index and the request's `InputImage`.
 
-    `strength` is None where there is no such image. `has_mask`: only a part of the image is repainted.
+    `strength` is None where there is no such image. `has_mask`: only a part of the image is repainted. `loras` are names with
+    scales, as asked for; `lora_choice` is what they come to on the server.
     """
 
     prompt: str = field(repr=False)
@@ -37,6 +40,8 @@ class GenerationParams:
     seed: int
     strength: float | None = None
     has_mask: bool = False
+    loras: Mapping[str, float] = field(default_factory=dict, hash=False)
+    lora_choice: LoraChoice = NO_LORAS
 
     def seed_of(self, image_index: int) -> int:
         """Image i of a request is image 0 of the same request with seed + i (modulo 2**64)."""
@@ -74,7 +79,7 @@ class GenerationParams:
     @property
     def batch_key(self) -> BatchKey:
         """Only samples whose keys are equal can share a UNet call."""
-        return self.latent_shape
+        return self.latent_shape if self.lora_choice.shares_calls else (*self.latent_shape, self.lora_choice.parts)
 
     @property
     def work_per_call(self) -> int:
@@ -96,6 +101,7 @@ class GenerationKwargs(TypedDict, total=False):
     scheduler: str | None
     seed: int | None
     strength: float | None
+    loras: Mapping[str, float] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +121,7 @@ class RequestedParams:
     image: bytes | None = field(default=None, repr=False)
     mask_image: bytes | None = field(default=None, repr=False)
     strength: float | None = None
+    loras: Mapping[str, float] | None = None
 
 
 def num_steps_left(num_inference_steps: int, strength: float) -> int:

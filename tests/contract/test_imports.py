@@ -72,11 +72,12 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} - before))
 DEFERRED = """
 import sys
 from mii_serve.config import DeployConfig
+from mii_serve.models.deferred import import_for_drawing
+from mii_serve.replica.process import HEAVY_MODULES
 from mii_serve.replica.local import open_local
-from mii_serve.replica.process import _import_all
 from mii_serve.types import GenerationRequest, RequestedParams
 
-_import_all()
+import_for_drawing(*HEAVY_MODULES)
 with open_local(DeployConfig.load({"device": "cpu", "max_slots": 1})) as local:
     local.generate(GenerationRequest(params=RequestedParams(prompt="a red circle", num_inference_steps=1)))
 packages = ("torch._dynamo", "torch._inductor", "triton", "scipy.stats", "scipy.optimize", "scipy.integrate")
@@ -101,6 +102,7 @@ print(linear_sum_assignment([[0, 1], [1, 0]])[1].tolist(), bert.BertConfig().mod
 """
 
 
+@pytest.mark.slow
 def test_what_drawing_does_not_use_a_replica_imports_only_when_something_asks_for_it() -> None:
     ran = subprocess.run([sys.executable, "-c", DEFERRED], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ran.returncode == 0, ran.stderr

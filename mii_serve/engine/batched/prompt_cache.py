@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from mii_serve.engine.batched.loras import BatchedLoras
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.text_encoding import encoded
 from mii_serve.engine.truncation import dropped_text
 from mii_serve.engine.upload import upload
+from mii_serve.types import LoraParts
 
 CPU_TEXTS, CUDA_TEXTS = 1, 4
 """Texts in a batch; smaller batches are padded to it. A guided sample brings one or two new texts, and on a CPU
@@ -31,10 +33,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class PromptKey:
-    """All that a prompt's embeddings depend on. `clip_skip` is that of diffusers' `encode_prompt`."""
+    """All that a prompt's embeddings depend on. `clip_skip` is as in diffusers' `encode_prompt`; `loras` are those of the text
+    encoder and of the layers behind it.
+    """
 
     text: str = field(repr=False)
     clip_skip: int | None = None
+    loras: LoraParts = ()
 
 
 EMPTY = PromptKey("")
@@ -57,11 +62,20 @@ class PromptCache:
     A new prompt replaces the least recently used one that is not in use. The empty prompt is never replaced.
     """
 
-    def __init__(self, pipeline: Any, kernels: KernelSet, *, max_in_use: int, num_spare_rows: int = NUM_SPARE_ROWS) -> None:
-        """`max_in_use` is the largest number of different prompts that are in use at once."""
+    def __init__(
+        self,
+        pipeline: Any,
+        kernels: KernelSet,
+        *,
+        max_in_use: int,
+        num_spare_rows: int = NUM_SPARE_ROWS,
+        loras: BatchedLoras | None = None,
+    ) -> None:
+        """`max_in_use` is the largest number of different prompts that are in use at once. Only with `loras`, keys have any."""
         num_rows = max_in_use + num_spare_rows
         self._pipeline = pipeline
         self._kernels = kernels
+        self._loras = loras
         self._known: OrderedDict[PromptKey, Prompt] = OrderedDict()
         self._free = list(reversed(range(num_rows)))
         self._batch_size = CUDA_TEXTS if torch.device(pipeline.device).type == "cuda" else CPU_TEXTS
@@ -75,8 +89,10 @@ class PromptCache:
         for key in keys:
             if (known := self._known.get(key)) is not None:
                 known.num_users += 1  # before `_encode` looks for rows that are not in use
-        for batch in self._batches(missing):
-            self._encode(batch)
+        for loras in dict.fromkeys(key.loras for key in missing):
+            for batch in self._batches([key for key in missing if key.loras == loras]):
+                with contextlib.nullcontext() if self._loras is None else self._loras.encoding(loras):
+                    self._encode(batch)
         is_new = set(missing)
         for key in keys:
             self._known[key].num_users += key in is_new

@@ -23,10 +23,10 @@ from mii_serve.gateway.errors import ImagesHeldBackError, MediaTypeError, NotAcc
 from mii_serve.gateway.generation import check_budget, relocate
 from mii_serve.gateway.json_body import FILE_TIMEOUT_S, JsonObject, WholeNumber, read_json, read_raw, validated
 from mii_serve.gateway.middleware import HttpCall
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.gateway.parameters import Parameters, names_without, requested, with_parameters
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.dropped_text import dropped_headers
+from mii_serve.server.model_names import ModelNames
 from mii_serve.types import MAX_IMAGE_BYTES, GenerationRequest, ImageFormat, OutputOptions
 
 TASK_PARAMETERS = names_without("prompt", "num_images_per_prompt")

@@ -24,10 +24,10 @@ from mii_serve.gateway.generation import check_budget, relocate, to_base64, to_j
 from mii_serve.gateway.image_links import ImageStore, base_url
 from mii_serve.gateway.json_body import WholeNumber, broken_rule, one_of, shown, validated
 from mii_serve.gateway.middleware import EventStream, HttpCall
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.gateway.parameters import Parameters, names_without, requested, with_parameters
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.dropped_text import DROPPED
+from mii_serve.server.model_names import ModelNames
 from mii_serve.types import (
     Capabilities,
     Done,
@@ -50,7 +50,7 @@ QUALITIES = {"auto": 1.0, "standard": 1.0, "low": 0.5, "medium": 1.0, "high": 1.
 """Times the model's own number of steps, where the request names none."""
 EFFECTIVE = (
     *names_without("prompt", "negative_prompt", "height", "width", "num_images_per_prompt"),
-    *("scheduler_class", "engine", "dtype", "model", "model_revision"),
+    *("loras", "scheduler_class", "engine", "dtype", "model", "model_revision"),
     *DROPPED,
 )
 """Members of an answer's `parameters`."""

@@ -2,7 +2,7 @@
 
 What is transparent in an edit's mask is repainted; without a mask, what is transparent in the image; where nothing is, the
 whole image is the start of a new one (image-to-image). A variation is image-to-image with an empty prompt. Beside the API's own
-members there are `strength` and those of image generations.
+members there are `strength` and those of image generations, `loras` here as NAME:SCALE separated by commas.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mii_serve.gateway.generation import relocate
 from mii_serve.gateway.json_body import shown, validated
 from mii_serve.gateway.middleware import EventStream, HttpCall
 from mii_serve.gateway.multipart import Form, read_form
-from mii_serve.types import MAX_IMAGE_BYTES, PARAMETERS
+from mii_serve.types import MAX_IMAGE_BYTES, PARAMETERS, parsed_loras
 
 FILES = ("image", "mask")
 MAX_FORM_BYTES = MAX_IMAGE_BYTES + 1024 * 1024
@@ -93,6 +93,8 @@ def _body(form: Form, model: type[_Body]) -> _Body:
 
 
 def _value(name: str, text: str) -> Any:
+    if name == "loras" and text:
+        return parsed_loras(text)
     kind = _KINDS.get(name, str)
     if kind is str or text == "":
         return text

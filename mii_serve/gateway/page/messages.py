@@ -49,7 +49,7 @@ _EVENT_NAMES: dict[type, str] = {
 _DONE = (
     *PARAMETER_NAMES,
     *_ENGINE,
-    *("dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "strength", "has_mask"),
+    *("loras", "dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "strength", "has_mask"),
 )
 """Members of the parameters that were really used."""
 

@@ -64,8 +64,8 @@ def what_else(shapes: Shapes) -> str | None:
     """What the file is if it is no checkpoint of the layout of Stable Diffusion v1 and v2, and what to do; None otherwise."""
     if any(_LORA.search(name) for name in shapes):
         return (
-            "a LoRA: a small change to a model, not a model. Merge it into its model first:"
-            " pipeline.load_lora_weights(FILE); pipeline.fuse_lora(); pipeline.save_pretrained(FOLDER)"
+            "a LoRA: a small change to a model, not a model. Give the model it is for, and --lora NAME=FILE; requests then name"
+            " it with a scale"
         )
     if is_embedding(shapes):
         return "an embedding of textual inversion, not a model. Give the model it is for, and --embedding TOKEN=FILE"
