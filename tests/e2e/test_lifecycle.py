@@ -28,7 +28,7 @@ def http_status(address: str, path: str) -> int:
 
 
 def test_a_deployment_lives_serves_and_ends_cleanly(tmp_path):
-    with deployed("demo", "--deployment-name", "mine") as running:
+    with deployed("demo", "--deployment-name", "mine", has_model=False) as running:
         assert [http_status(running.http, path) for path in ("/livez", "/readyz", "/")] == [200, 200, 200]
         [replica] = running.replica_pids()
         assert running.spare_pids() == [], "there is one only where the setting says so"
