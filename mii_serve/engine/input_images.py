@@ -7,7 +7,7 @@ the mask and the rest of the image beside the latents, and nothing is put back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,18 @@ class EncodedInput:
     image: EncodedImage | None = None
     masked_image: EncodedImage | None = None
 
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> EncodedInput:
+        """The same on another device."""
+        return EncodedInput(image=_moved(self.image, move), masked_image=_moved(self.masked_image, move))
+
 
 NOTHING = EncodedInput()
+
+
+def _moved(image: EncodedImage | None, move: Callable[[torch.Tensor], torch.Tensor]) -> EncodedImage | None:
+    if image is None:
+        return None
+    return EncodedImage(move(image.mean), None if image.std is None else move(image.std), image.scaling_factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,7 @@ from mii_serve.errors import (
 from mii_serve.metrics import ReplicaMetrics
 from mii_serve.provenance import Provenance
 from mii_serve.replica.encoding import encode_picture
+from mii_serve.replica.images import ImageEncoding
 from mii_serve.replica.loras import ReplicaLoras
 from mii_serve.replica.mailbox import Mailbox
 from mii_serve.replica.trace import RequestTrace
@@ -127,6 +128,7 @@ class ReplicaLoop:
         self._engine_thread = engine_thread
         self._encoders = ThreadPoolExecutor(NUM_ENCODING_THREADS, thread_name_prefix="encode")
         self._encoding: set[asyncio.Task[None]] = set()
+        self._images = ImageEncoding(engine, engine_thread, self.metrics)
         self._born = time.monotonic()
         self._sent_positions_at = self._born
         self._num_graph_misses = engine.num_graph_misses
@@ -190,6 +192,7 @@ class ReplicaLoop:
         Raises:
             InvalidRequestError: the id is in use, or the schedulers cannot do what is asked.
             QueueFullError: no room.
+            EngineError: the request's image could not be encoded.
             DeadlineExceededError: it cannot be done in `timeout_s`.
             UnavailableError: the loop has stopped.
         """
@@ -197,6 +200,7 @@ class ReplicaLoop:
         self._refuse_if_stopped()
         params, output = resolved.params, resolved.output
         num_calls = await asyncio.get_running_loop().run_in_executor(self._encoders, self._engine.check, params)
+        encoded_image = await self._images.encoded(params, resolved.input_image, deadline)
         self._refuse_if_stopped()
         if request_id in self._generations:
             raise InvalidRequestError("x-request-id", "must not be in use by a running request", repr(request_id))
@@ -210,6 +214,7 @@ class ReplicaLoop:
             deadline=deadline,
             preview_every=output.preview_every,
             input_image=resolved.input_image,
+            encoded_image=encoded_image,
         )
         position = self._scheduler.add(request, now)
         generation = self._generations[request_id] = _Generation(
@@ -287,6 +292,7 @@ class ReplicaLoop:
         finally:
             self._fail_all(UnavailableError("the replica is stopping"))
             self._encoders.shutdown(wait=True)
+            self._images.close()
 
     async def until_idle(self) -> None:
         """Wait until there is nothing to do: the engine has forgotten the samples of every request that has ended."""

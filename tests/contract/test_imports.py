@@ -102,6 +102,7 @@ print(linear_sum_assignment([[0, 1], [1, 0]])[1].tolist(), bert.BertConfig().mod
 """
 
 
+@pytest.mark.slow
 def test_what_drawing_does_not_use_a_replica_imports_only_when_something_asks_for_it() -> None:
     ran = subprocess.run([sys.executable, "-c", DEFERRED], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -21,7 +21,8 @@ page's form are made from them.
 |---|---|---|---|---|
 """
 FOR_IMAGES = f"""
-A request that starts from an image ([page 3](03-wire.md#images-to-start-from)) has the `image`, and in addition:
+A request that starts from an image ([page 3](03-wire.md#images-to-start-from)) has the `image`, may have a
+`mask_image` and an empty prompt ([page 22](22-images.md)), and in addition:
 
 {HEAD[HEAD.index("| parameter") :]}"""
 BOUNDS = f"at most {MAX_LORAS}, each scale -{MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}"

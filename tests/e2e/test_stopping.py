@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from deployments import ENDLESS, deployed, read_line, start, until
+from deployments import ENDLESS, WITHOUT_SPARE, deployed, read_line, start, until, without_models
 from patience import PATIENCE_S
 
 from mii_serve.client import Client
@@ -202,7 +202,7 @@ def is_ready_at(address: str) -> bool:
 def test_without_standard_streams_it_serves_and_ends_cleanly(redirection):
     port = free_port()
     command = f"exec {sys.executable} -m mii_serve deploy demo --grpc-port 0 --http-port {port} {redirection}"
-    with subprocess.Popen(["sh", "-c", command]) as process:
+    with subprocess.Popen(["sh", "-c", command], env=without_models({**os.environ, **WITHOUT_SPARE})) as process:
         try:
             until(lambda: is_ready_at(f"127.0.0.1:{port}"), "it is ready")
             assert (
@@ -219,7 +219,8 @@ def test_a_reader_that_goes_away_ends_nothing():
     read, write = os.pipe()
     port = free_port()
     command = [sys.executable, "-m", "mii_serve", "deploy", "demo", "--grpc-port", "0", "--http-port", str(port)]
-    with subprocess.Popen(command, stdout=write, stderr=write) as process:
+    environment = without_models({**os.environ, **WITHOUT_SPARE})
+    with subprocess.Popen(command, stdout=write, stderr=write, env=environment) as process:
         os.close(write)
         os.close(read)
         try:
@@ -283,6 +284,7 @@ def test_nothing_that_lies_in_the_current_folder_is_run(tmp_path):
             subprocess.Popen(
                 [*command, "deploy", "demo", "--grpc-port", "0", "--http-port", "0"],
                 cwd=folder,
+                env={**os.environ, **WITHOUT_SPARE},
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

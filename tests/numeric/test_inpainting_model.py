@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,13 @@ def test_in_one_batch_each_is_the_pipelines(native, expected):
     together = finish(native, *samples, late=1)
     for one, picture in zip(samples, expected, strict=True):
         assert np.abs(levels(together[one.id][-1].picture) - picture).max() <= 1, one.params
+
+
+def test_an_image_that_was_encoded_before_makes_the_same_picture(native, expected):
+    for i in (0, 1):
+        one = sample_of(native, REQUESTS[i], i, *inputs(i))
+        ahead = replace(one, encoded_image=native.encode_image(one.params, one.input_image))
+        assert np.abs(levels(finish(native, ahead)[one.id][-1].picture) - expected[i]).max() <= 1
 
 
 def test_padded_to_a_bucket_it_is_the_same(model, expected):

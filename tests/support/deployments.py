@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -26,6 +26,7 @@ from mii_serve.errors import UnavailableError
 IDLE_S = 120.0
 """A process that for so long neither computes nor writes a line is not going to."""
 WITH_SPARE = {"MII_SERVE_ENABLE_SPARE_PROCESS": "1"}
+WITHOUT_SPARE = {"MII_SERVE_ENABLE_SPARE_PROCESS": "0"}
 MODELLESS = (str(Path(__file__).with_name("modelless")), str(Path(__file__).parent))
 ENDLESS = {"num_inference_steps": 1000, "scheduler": "euler"}
 """Longer than any test waits, on a sampler that can make so many steps."""
@@ -89,15 +90,20 @@ def start(
     command = [sys.executable, "-m", "mii_serve", "deploy", *arguments]
     if "--grpc-port" not in arguments:
         command += ports
-    patient = {"MII_SERVE_REPLICA_WAIT_S": str(PATIENCE_S), "MII_SERVE_ENABLE_SPARE_PROCESS": "0"}
+    patient = {"MII_SERVE_REPLICA_WAIT_S": str(PATIENCE_S), **WITHOUT_SPARE}
     if not {"--config", "reference"} & set(arguments):
         patient["MII_SERVE_MAX_SLOTS"] = "8"
     environment = {**os.environ, **patient, **(env or {})}
     if not has_model:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (*MODELLESS, environment.get("PYTHONPATH"))))
+        environment = without_models(environment)
     if max_files is not None:
         command = ["sh", "-c", f'ulimit -n {max_files}; exec "$@"', "sh", *command]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+
+
+def without_models(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a process whose replicas are to load no model, see `start`."""
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, (*MODELLESS, environment.get("PYTHONPATH"))))}
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from fake_engine import FakeEngine
 
-from mii_serve.types import Capabilities, SampleProgress, StepPlan
+from mii_serve.types import Capabilities, EngineDescription, SampleProgress, StepPlan
 
 TURN_S = 0.005
 POISON = "poison"
@@ -21,6 +21,10 @@ class TimedEngine(FakeEngine):
 
     def __init__(self) -> None:
         super().__init__(max_slots=8)
+
+    @property
+    def description(self) -> EngineDescription:
+        return replace(super().description, model="demo")
 
     @property
     def capabilities(self) -> Capabilities:

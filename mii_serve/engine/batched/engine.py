@@ -16,7 +16,7 @@ import torch
 
 from mii_serve.engine.batched.batch_inputs import SampleInputs
 from mii_serve.engine.batched.buckets import BatchShape, declare_buckets
-from mii_serve.engine.batched.decoding import Decoding, Undecoded
+from mii_serve.engine.batched.decoding import Decoding, Undecoded, on_host
 from mii_serve.engine.batched.denoiser import Denoiser
 from mii_serve.engine.batched.first_latents import first_latents
 from mii_serve.engine.batched.launched import LaunchedTurn
@@ -28,7 +28,7 @@ from mii_serve.engine.batched.stepping import ObjectStepping, Stepping, TableSte
 from mii_serve.engine.batched.tail import Tail
 from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in, takes_mask_in
-from mii_serve.engine.input_images import NOTHING, KeptImage, encode_images, keep_unmasked
+from mii_serve.engine.input_images import NOTHING, EncodedInput, KeptImage, encode_images, keep_unmasked
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.engine.sample_errors import is_of_one_sample, sample_error
@@ -47,6 +47,7 @@ from mii_serve.types import (
     Capabilities,
     EngineCapacity,
     GenerationParams,
+    InputImage,
     LatentShape,
     Sample,
     SampleId,
@@ -248,6 +249,22 @@ class BatchedEngine:
         with self._engine_errors(), torch.inference_mode():
             return self._taken(self._tail.take())
 
+    @property
+    def encodes_beside(self) -> bool:
+        """See `turns.EncodingEngine`."""
+        return self._tail.has_stream
+
+    def encode_image(self, params: GenerationParams, image: InputImage) -> EncodedInput:
+        """See `turns.EncodingEngine`; on the host, as it may wait there for long."""
+        sample = Sample(id=SampleId("", 0), params=params, input_image=image)
+
+        def encode() -> EncodedInput:
+            [encoded] = encode_images(self._pipeline.vae, [sample], 1, takes_mask=self.capabilities.needs_mask).values()
+            return encoded.moved(on_host)
+
+        with self._engine_errors(), torch.inference_mode():
+            return self._tail.compute(encode)
+
     def probe(self) -> BatchedProbe:
         return BatchedProbe(self._pipeline, self._prompts, self._timesteps, self._denoiser, self.capacity)
 
@@ -285,7 +302,8 @@ class BatchedEngine:
             loras = [None if self.loras is None else self.loras.acquire(sample.params.lora_choice) for sample in joins]
             prompts = self._prompts.acquire(keys)
             max_images = self.capacity.max_decodes
-            encoded = encode_images(self._pipeline.vae, joins, max_images, takes_mask=self._capabilities.needs_mask)
+            unencoded = [sample for sample in joins if sample.encoded_image is None]
+            encoded = encode_images(self._pipeline.vae, unencoded, max_images, takes_mask=self._capabilities.needs_mask)
         negative_prompts = iter(prompts[len(joins) :])
         for sample, prompt, entry in zip(joins, prompts, loras, strict=False):  # the negative prompts follow
             params = sample.params
@@ -293,6 +311,8 @@ class BatchedEngine:
             generator = torch.Generator("cpu").manual_seed(sample.seed)
             stepping = self._stepping(params, generator)
             image = encoded.get(sample.id, NOTHING)
+            if isinstance(sample.encoded_image, EncodedInput):
+                image = sample.encoded_image.moved(lambda tensor: upload(tensor, self._device))
             first = first_latents(self._pipeline.unet, self._device, sample, stepping, generator, image)
             self._samples[sample.id] = BatchedSample(
                 sample=sample,
