@@ -114,6 +114,18 @@ class LoraRows:
         reduced = torch.bmm(inputs, self.down[:, :, place[0]].transpose(1, 2))
         return outputs.baddbmm_(reduced, self.up[:, :, place[1]])
 
+    def is_merged(self, layer: nn.Module, num_tokens: int) -> bool:
+        """Whether a changed weight for each entry is less to write and read than the layer's inputs and outputs once more."""
+        inputs, outputs = (one.stop - one.start for one in self.layout.places[layer])
+        return 2 * inputs * outputs < num_tokens * (inputs + 2 * outputs)
+
+    def merged(self, layer: nn.Module) -> torch.Tensor:
+        """The layer's weight for each entry, entries × outputs × inputs."""
+        inputs, outputs = self.layout.places[layer]
+        weight: torch.Tensor = layer.weight.flatten(1)  # type: ignore[operator]
+        up, down = self.up[:, :, outputs], self.down[:, :, inputs]
+        return torch.baddbmm(weight.expand(len(up), *weight.shape), up.transpose(1, 2), down)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OneLora:

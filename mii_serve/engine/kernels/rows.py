@@ -15,6 +15,7 @@ import torch
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.kernels.loras import CallLoras
 from mii_serve.engine.kernels.shares import Share, shares
+from mii_serve.models.architecture import INPAINTING_CHANNELS, LATENT_CHANNELS
 from mii_serve.types import EngineName
 
 
@@ -83,7 +84,10 @@ class RowParallelKernels:
     ) -> torch.Tensor:
         """See `KernelSet`; one all-gather. `sample_of_row` is what `shares` says, and is not read."""
         call = self._call(len(model_input), len(prompts), model_input.device)
-        sent = model_input.new_zeros(call.num_sent, *model_input.shape[1:])
+        _, num_channels, *size = model_input.shape
+        if num_channels == INPAINTING_CHANNELS:  # of which the UNet predicts the latents' part
+            num_channels = LATENT_CHANNELS
+        sent = model_input.new_zeros(call.num_sent, num_channels, *size)
         if call.num_own:
             sent[: call.num_own] = self._kernels.predict_noise(
                 model_input[call.samples].contiguous(memory_format=torch.channels_last),

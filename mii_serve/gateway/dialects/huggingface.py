@@ -21,7 +21,7 @@ from mii_serve.config import HttpConfig
 from mii_serve.errors import InvalidRequestError, MiiServeError
 from mii_serve.gateway.errors import ImagesHeldBackError, MediaTypeError, NotAcceptableError, problem_headers, problem_of
 from mii_serve.gateway.generation import check_budget, relocate
-from mii_serve.gateway.json_body import JsonObject, WholeNumber, read_json, read_raw, validated
+from mii_serve.gateway.json_body import FILE_TIMEOUT_S, JsonObject, WholeNumber, read_json, read_raw, validated
 from mii_serve.gateway.middleware import HttpCall
 from mii_serve.gateway.parameters import Parameters, names_without, requested, with_parameters
 from mii_serve.server.dispatcher import Dispatcher
@@ -82,9 +82,9 @@ async def read_task(request: Request, max_bytes: int) -> Any:
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type.startswith("image/") or media_type == "application/octet-stream":
-        return await read_raw(request, MAX_IMAGE_BYTES)
+        return await read_raw(request, MAX_IMAGE_BYTES, FILE_TIMEOUT_S)
     if not media_type:  # bytes whose kind the client does not know
-        if (raw := await read_raw(request, MAX_IMAGE_BYTES)).startswith(_SIGNATURES):
+        if (raw := await read_raw(request, MAX_IMAGE_BYTES, FILE_TIMEOUT_S)).startswith(_SIGNATURES):
             return raw
         raise MediaTypeError("content-type", "must be application/json, or the body an image", "nothing")
     return await read_json(request, max_bytes, MAX_BODY_BYTES)

@@ -148,7 +148,7 @@ export function listen(say, size) {
   });
   document.addEventListener("paste", (event) => {
     const file = imageOf(event.clipboardData);
-    if (!file || limits === null) return;
+    if (!file || limits === null || event.clipboardData.types.includes("text/plain")) return; // text goes where the cursor is
     event.preventDefault();
     takeFile(file);
   });
