@@ -28,7 +28,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -236,8 +236,7 @@ def _stage(made: Made, folder: Path) -> list[Picture]:
 
 
 def _effective(parameters: EffectiveParameters) -> dict[str, Any]:
-    kept = {one.name: getattr(parameters, one.name) for one in fields(parameters)}
-    kept["scheduler_options"] = dict(parameters.scheduler_options)
+    kept = parameters.as_record()
     for name in ("prompt", "negative_prompt", "device", "seed"):
         kept.pop(name, None)
     return {name: value for name, value in kept.items() if value not in ("", {}, None)}
