@@ -52,6 +52,10 @@ class Loras:
             for name in self._removed & has.keys():
                 await connection.remove_lora(name)
             lost = [name for name, loaded in self._loaded.items() if not await self._restore(connection, name, loaded, has)]
+            for name in self._changed(has):
+                logger.error("LoRA %s is withdrawn: a replica that came back has read other files than the others", name)
+                await connection.remove_lora(name)
+                lost.append(name)
             for name in lost:
                 await self._withdraw(name)
             if self._removed or self._loaded or lost:
@@ -114,6 +118,13 @@ class Loras:
             await connection.remove_lora(name)
             return False
         return True
+
+    def _changed(self, has: Mapping[str, LoraInfo]) -> list[str]:
+        """The LoRAs of the start that are not those of the other replicas, if there are any."""
+        if not self._connections():
+            return []
+        own = {name: lora for name, lora in has.items() if name in self._known and name not in self._loaded}
+        return [name for name, lora in own.items() if lora.revision != self._known[name].revision]
 
     async def _withdraw(self, name: str) -> None:
         self._loaded.pop(name, None)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import grpc
 import httpx2
@@ -27,8 +28,10 @@ ADMIN = {"authorization": f"Bearer {KEY}"}
 class FakeLoras:
     """A LoRA is a file of text, and the text is its revision."""
 
+    of_the_start: ClassVar[dict[str, LoraInfo]] = {}
+
     def __init__(self) -> None:
-        self.known: dict[str, LoraInfo] = {}
+        self.known = dict(self.of_the_start)
         self.forgotten: list[set[str]] = []
 
     def load(self, name: str, path: Path) -> LoraInfo:
@@ -145,6 +148,24 @@ async def test_a_replica_that_comes_back_has_them_before_it_gets_work(deployment
         # what has changed on the disk is not what was loaded, so it is withdrawn
         assert [lora["name"] for lora in (await client.get("/admin/loras")).json()["loras"]] == ["ink"]
         assert list(deployment.replicas[0].engine.loras.known) == ["ink"]
+
+
+async def test_one_of_the_start_whose_files_are_not_the_same_on_all_replicas_is_withdrawn(deployment, monkeypatch):
+    def of_the_start(revision: str) -> None:
+        infos = {"base": LoraInfo(name="base", revision=revision, rank=4)}
+        monkeypatch.setattr(FakeLoras, "of_the_start", infos)
+
+    of_the_start("r1")
+    for index in (0, 1):
+        await deployment.lose(index, KILLED)
+    for index in (0, 1):
+        await deployment.start(index)
+    assert list(deployment.dispatcher.loras.known) == ["base"]
+    await deployment.lose(0, KILLED)
+    of_the_start("r2")
+    await deployment.start(0)
+    assert not deployment.dispatcher.loras.known
+    assert [replica.engine.loras.known for replica in deployment.replicas.values()] == [{}, {}]
 
 
 async def test_only_an_admin_key_opens_and_wrong_inputs_change_nothing(deployment, tmp_path):
