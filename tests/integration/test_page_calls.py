@@ -27,7 +27,7 @@ from mii_serve.server.keys import KeyRing
 from mii_serve.types import PARAMETER_NAMES, ServerInfo
 
 KEY = "studio-key-0123456789"
-KNOWN = ", ".join(sorted({"preview_every", "strength", *PARAMETER_NAMES}))
+KNOWN = ", ".join(sorted({"loras", "preview_every", "strength", *PARAMETER_NAMES}))
 JSON = {"content-type": "application/json"}
 
 

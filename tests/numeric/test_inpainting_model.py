@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 from drawing import finish
+from image_requests import drawn_by_diffusers, levels, sample_of, some_image, some_mask
 from PIL import Image
-from test_image_to_image import drawn_by_diffusers, levels, sample_of, some_image, some_mask
 
 from mii_serve.config import LimitsConfig
 from mii_serve.engine.batched.buckets import BatchShape

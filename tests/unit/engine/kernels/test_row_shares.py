@@ -68,10 +68,10 @@ def test_unguided_samples_fill_up_what_pairs_leave():
 
 
 def test_an_inpainting_model_predicts_for_the_latents_alone():
-    def predict(model_input, timestep_embeds, prompts, sample_of_row):
+    def predict(model_input, timestep_embeds, prompts, sample_of_row, loras):
         return torch.ones(len(prompts), 4, *model_input.shape[2:])
 
-    widths = {"prompt_width": 1, "timestep_width": 1, "max_latent_pixels_per_call": None}
+    widths = {"prompt_width": 1, "timestep_width": 1, "max_latent_pixels_per_call": None, "lora_layout": None}
     kernels = SimpleNamespace(name="native", sampler=None, predict_noise=predict, **widths)
     group = SimpleNamespace(rank=0, size=1, all_gather=lambda sent: sent)
     made = RowParallelKernels(kernels, group).predict_noise(torch.zeros(2, 9, 8, 8), torch.zeros(2, 1), torch.zeros(3, 77, 1))
