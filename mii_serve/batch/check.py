@@ -60,7 +60,7 @@ class _Rules:
         Raises:
             InvalidRequestError: naming the parameter and the rule.
         """
-        key = _NUMBERS(asked)
+        key = *_NUMBERS(asked), None if asked.loras is None else tuple(sorted(asked.loras.items()))
         if (work := self._known.get(key)) is None:
             given = {name: value for name, value in self._defaults.items() if getattr(asked, name) is None}
             params = self._capabilities.resolve(replace(asked, **given), fallback_seed=0)

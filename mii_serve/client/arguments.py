@@ -16,6 +16,7 @@ from PIL import Image
 
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types import (
+    LORAS_HELP,
     PARAMETER_NAMES,
     PARAMETERS,
     STRENGTH,
@@ -64,6 +65,7 @@ _HELPS = {
     " result has its size, rounded down to multiples of 8",
     "mask_image": "an image of the same size: where it is light, the image is repainted, where it is dark, it stays",
     STRENGTH.name: STRENGTH.help,
+    "loras": LORAS_HELP,
 }
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -111,7 +113,7 @@ def build_request(prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
     if not isinstance(prompt, str):
         raise InvalidRequestError("prompt", "must be text", type(prompt).__name__)
     given = {**_DEFAULTS, **options}
-    others = {name: given[name] for name in (*PARAMETER_NAMES, "strength") if name != "prompt"}
+    others = {name: given[name] for name in (*PARAMETER_NAMES, "strength", "loras") if name != "prompt"}
     image, mask_image = (_file_of(name, given[name]) for name in ("image", "mask_image"))
     return GenerationRequest(
         params=RequestedParams(prompt=prompt, image=image, mask_image=mask_image, **others),

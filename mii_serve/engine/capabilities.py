@@ -11,6 +11,7 @@ import torch
 
 from mii_serve.errors import InvalidRequestError, ModelError
 from mii_serve.models import LoadedModel
+from mii_serve.models.architecture import INPAINTING_CHANNELS
 from mii_serve.models.loading import TORCH_DTYPES
 from mii_serve.samplers.build import ModelSchedulers, first_line
 from mii_serve.samplers.sampling import Uncompiled
@@ -20,6 +21,11 @@ FEW_STEPS = 4
 """The scheduler of a distilled model may have fewer than diffusers' default of 50."""
 
 logger = logging.getLogger(__name__)
+
+
+def takes_mask_in(unet: Any) -> bool:
+    """Whether the UNet is an inpainting model's, which takes a mask and the rest of an image beside the latents."""
+    return bool(unet.config.in_channels == INPAINTING_CHANNELS)
 
 
 def takes_guidance_in(unet: Any) -> bool:
@@ -50,14 +56,21 @@ def _device_name(device: torch.device) -> str:
     return f"{properties.name} GPU-{properties.uuid}"
 
 
-def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Callable[[str, int], object]) -> Capabilities:
+def capabilities_of(
+    model: LoadedModel, schedulers: ModelSchedulers, check: Callable[[str, int], object], *, needs_mask: bool = False
+) -> Capabilities:
     """The model's limits and defaults with the names of its schedulers. `check` tries a name with a number of steps.
 
     Raises:
         ModelError: the default scheduler cannot draw; the text is for the operator.
     """
     declared, num_steps = model.defaults.scheduler, model.defaults.num_inference_steps
-    capabilities = Capabilities(limits=model.limits, defaults=model.defaults, schedulers=schedulers.accepted_names)
+    capabilities = Capabilities(
+        limits=model.limits,
+        defaults=model.defaults,
+        schedulers=schedulers.accepted_names,
+        needs_mask=needs_mask,
+    )
     try:
         name = capabilities.scheduler_named(declared)
         try:

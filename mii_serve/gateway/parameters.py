@@ -16,9 +16,11 @@ _TYPES: dict[type, Any] = {str: str, int: WholeNumber, float: float}
 class Parameters(JsonObject):
     """A JSON object that has parameters among its members; null is the same as left out."""
 
+    loras: dict[str, float] | None = None
+
     def given(self) -> dict[str, Any]:
         """The parameters that the caller named, in the order of their declaration."""
-        values = {name: getattr(self, name) for name in PARAMETER_NAMES if name in self.model_fields_set}
+        values = {name: getattr(self, name) for name in (*PARAMETER_NAMES, "loras") if name in self.model_fields_set}
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from mii_serve.errors import InvalidRequestError, MiiServeError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.types import (
     MAX_IMAGE_BYTES,
+    NO_LORAS,
     PARAMETER_NAMES,
     Activity,
     Done,
@@ -26,6 +27,8 @@ from mii_serve.types import (
     ImageReady,
     InputImage,
     Limits,
+    LoraChoice,
+    LoraInfo,
     OutputOptions,
     Preview,
     Priority,
@@ -123,6 +126,7 @@ def encode_request(request: GenerationRequest | ResolvedRequest) -> pb.GenerateR
     if isinstance(request.params, RequestedParams):
         _put(message, "image", request.params.image)
         _put(message, "mask_image", request.params.mask_image)
+    _put_loras(message, request.params.loras or {})
     for name in ("quality", "embed_metadata", "preview_every"):
         _put(message.output, name, getattr(output, name))
     return message
@@ -138,6 +142,13 @@ def _put(message: pb.GenerateRequest | pb.OutputOptions, name: str, value: objec
     except (TypeError, ValueError, UnicodeError):
         rule = f"must fit the field's type, {_TYPE_NAMES[_kind(message, name)]}"
         raise InvalidRequestError(name, rule, _shown(value)) from None
+
+
+def _put_loras(message: pb.GenerateRequest, loras: Mapping[str, float]) -> None:
+    try:
+        message.loras.update(loras)
+    except (TypeError, ValueError, AttributeError, UnicodeError):
+        raise InvalidRequestError("loras", "must be names of LoRAs with their scales", type(loras).__name__) from None
 
 
 def _kind(message: pb.GenerateRequest | pb.OutputOptions, name: str) -> int:
@@ -172,18 +183,25 @@ def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
     names = (*PARAMETER_NAMES, "image", "mask_image", "strength")
     asked = {name: _optional(message, name) for name in names if name != "prompt"}
     return GenerationRequest(
-        params=RequestedParams(prompt=message.prompt, **asked),
+        params=RequestedParams(prompt=message.prompt, loras=dict(message.loras) or None, **asked),
         output=_decode_output(message.output),
         priority=_decode_priority(message.priority),
     )
 
 
-def decode_resolved(message: pb.GenerateRequest, input_image: InputImage | None = None) -> ResolvedRequest:
+def decode_resolved(
+    message: pb.GenerateRequest, input_image: InputImage | None = None, lora_choice: LoraChoice = NO_LORAS
+) -> ResolvedRequest:
     """Read a resolved request that this package wrote. Nothing is checked again."""
     values = {name: getattr(message, name) for name in PARAMETER_NAMES}
-    has_mask = input_image is not None and input_image.mask is not None
     return ResolvedRequest(
-        params=GenerationParams(**values, strength=_optional(message, "strength"), has_mask=has_mask),
+        params=GenerationParams(
+            **values,
+            strength=_optional(message, "strength"),
+            has_mask=input_image is not None and input_image.mask is not None,
+            loras=_sorted(message.loras),
+            lora_choice=lora_choice,
+        ),
         output=_decode_output(message.output),
         priority=_decode_priority(message.priority),
         input_image=input_image,
@@ -344,20 +362,30 @@ def _fill_parameters(message: pb.EffectiveParameters, parameters: EffectiveParam
     if parameters.strength is not None:
         message.strength = parameters.strength
     message.scheduler_options.update(parameters.scheduler_options)
+    message.loras.update(parameters.loras)
 
 
-_PLAIN_PARAMETERS = tuple(one.name for one in fields(EffectiveParameters) if one.name not in ("scheduler_options", "strength"))
+_OTHER_PARAMETERS = ("scheduler_options", "strength", "loras", "lora_choice")
+_PLAIN_PARAMETERS = tuple(one.name for one in fields(EffectiveParameters) if one.name not in _OTHER_PARAMETERS)
 
 
 def _decode_done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:
     values = {name: getattr(parameters, name) for name in _PLAIN_PARAMETERS}
     return Done(
         parameters=EffectiveParameters(
-            **values, scheduler_options=dict(parameters.scheduler_options), strength=_optional(parameters, "strength")
+            **values,
+            scheduler_options=dict(parameters.scheduler_options),
+            strength=_optional(parameters, "strength"),
+            loras=_sorted(parameters.loras),
         ),
         queued_s=timings.queued_s,
         total_s=timings.total_s,
     )
+
+
+def _sorted(loras: Mapping[str, float]) -> dict[str, float]:
+    """The map's order on the wire means nothing."""
+    return {name: loras[name] for name in sorted(loras)}
 
 
 # ---- the server's description ------------------------------------------------------------------------------------
@@ -366,7 +394,7 @@ def _decode_done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Don
 _PLAIN_INFO = tuple(
     one.name
     for one in fields(ServerInfo)
-    if one.name not in ("defaults", "limits", "schedulers", "activity", "replicas", "default_scheduler_options")
+    if one.name not in ("defaults", "limits", "schedulers", "activity", "replicas", "default_scheduler_options", "loras")
 )
 
 
@@ -387,6 +415,7 @@ def encode_server_info(info: ServerInfo) -> pb.GetServerInfoResponse:
         defaults=message.Defaults(**{one.name: getattr(info.defaults, one.name) for one in fields(GenerationDefaults)}),
         limits=message.Limits(**{one.name: getattr(info.limits, one.name) for one in fields(Limits)}),
         schedulers=info.schedulers,
+        loras=[encode_lora(lora) for lora in info.loras],
         default_scheduler_options=info.default_scheduler_options,
         activity=_encode_activity(info.activity),
         replicas=replicas,
@@ -409,10 +438,19 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         defaults=_all_fields(message.defaults, GenerationDefaults),
         limits=_all_fields(message.limits, Limits),
         schedulers=dict(message.schedulers),
+        loras=tuple(decode_lora(lora) for lora in message.loras),
         default_scheduler_options=dict(message.default_scheduler_options),
         activity=_decode_activity(message.activity),
         replicas=tuple(replicas),
     )
+
+
+def encode_lora(lora: LoraInfo) -> pb.GetServerInfoResponse.Lora:
+    return pb.GetServerInfoResponse.Lora(**{one.name: getattr(lora, one.name) for one in fields(LoraInfo)})
+
+
+def decode_lora(message: pb.GetServerInfoResponse.Lora) -> LoraInfo:
+    return _all_fields(message, LoraInfo)
 
 
 def _encode_activity(activity: Activity) -> pb.GetServerInfoResponse.Activity:

@@ -38,7 +38,9 @@ def _texts(parameters: EffectiveParameters, seed: int) -> dict[str, str]:
 
     They say what was asked for and what was done. Files are passed on, so nothing of the host goes into them.
     """
-    params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams)}
+    params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams) if one.name != "lora_choice"}
+    if not parameters.loras:
+        del params["loras"]
     if parameters.strength is None:
         del params["strength"], params["has_mask"]
     engine = {name: getattr(parameters, name) for name in ENGINE_FIELDS}
@@ -55,6 +57,8 @@ def _texts(parameters: EffectiveParameters, seed: int) -> dict[str, str]:
     )
     if parameters.strength is not None:
         settings += f", Denoising strength: {parameters.strength:g}"
+    if parameters.loras:
+        settings += ", LoRAs: " + " ".join(f"{name}:{scale:g}" for name, scale in parameters.loras.items())
     return {
         "mii_serve": json.dumps(known, ensure_ascii=False),
         "parameters": f"{parameters.prompt}{negative}\n{settings}",

@@ -172,10 +172,13 @@ def noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
     return of_latents, of_noise
 
 
-def refuse_without_noise(schedulers: ModelSchedulers, params: GenerationParams) -> None:
+def refuse_without_noise(schedulers: ModelSchedulers, params: GenerationParams, *, has_blending: bool = True) -> None:
     """Raises:
-    InvalidRequestError: the request's scheduler cannot add noise to an image.
+    InvalidRequestError: the request's scheduler has to add noise to an image, and cannot. Without blending, one that repaints
+        an image with strength 1 has not to.
     """
+    if params.strength is None or (params.has_mask and params.strength == 1.0 and not has_blending):
+        return
     scheduler = schedulers.make(params.scheduler, params.num_inference_steps, torch.device("cpu"), params.num_skipped_steps)
     try:
         noise_level(scheduler, scheduler.timesteps[first_call(scheduler, params.num_skipped_steps)])

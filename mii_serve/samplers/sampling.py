@@ -29,8 +29,10 @@ class Uncompiled:
 class Samplings:
     """Finds out how to step each (sampler, number of steps), once. Safe to use from several threads."""
 
-    def __init__(self, schedulers: ModelSchedulers) -> None:
+    def __init__(self, schedulers: ModelSchedulers, *, has_blending: bool = True) -> None:
+        """Without blending, the latents of samples with a mask are left alone between the calls."""
         self._schedulers = schedulers
+        self._has_blending = has_blending
         self._cache: OrderedDict[tuple[str, int, int, bool], SamplerTable | Uncompiled] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -64,7 +66,8 @@ class Samplings:
         Raises:
             InvalidRequestError: it cannot be done with this model.
         """
-        return self.of(params.scheduler, params.num_inference_steps, params.num_skipped_steps, is_blended=params.has_mask)
+        is_blended = params.has_mask and self._has_blending
+        return self.of(params.scheduler, params.num_inference_steps, params.num_skipped_steps, is_blended=is_blended)
 
     def is_compiled(self, params: GenerationParams) -> bool:
         """Whether there is a table for a request; False as well where it cannot be done at all."""

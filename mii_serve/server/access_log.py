@@ -40,6 +40,8 @@ class CallLog(dict[str, object]):
         self.update({name: getattr(params, name) for name in _LOGGED})
         if params.strength is not None:
             self["strength"] = params.strength
+        if params.loras:
+            self["loras"] = ",".join(f"{name}:{scale:g}" for name, scale in params.loras.items())
 
     def add_event(self, event: Event) -> None:
         match event:

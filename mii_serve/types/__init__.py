@@ -1,6 +1,8 @@
 """The values that travel through the server: frozen dataclasses, standard library only."""
 
 from mii_serve.types.batch_shape import BatchShape, choose_bucket
+from mii_serve.types.capabilities import Capabilities
+from mii_serve.types.declarations import PARAMETER_NAMES, PARAMETERS, STRENGTH, Parameter
 from mii_serve.types.engines import ENGINE_CHOICES, ENGINES, EngineChoice, EngineName
 from mii_serve.types.events import (
     Done,
@@ -17,32 +19,44 @@ from mii_serve.types.events import (
     Step,
     gather,
 )
-from mii_serve.types.params import (
+from mii_serve.types.limits import (
     DEFAULT_SCHEDULER,
     LATENT_SCALE,
     MAX_IMAGE_BYTES,
     MAX_SCHEDULER_CHARS,
     MAX_SEED,
-    PARAMETER_NAMES,
-    PARAMETERS,
     RANDOM_SEED,
-    STRENGTH,
-    BatchKey,
-    Capabilities,
     GenerationDefaults,
+    Limits,
+)
+from mii_serve.types.loras import (
+    LORA_NAME,
+    LORAS_HELP,
+    MAX_LORA_SCALE,
+    MAX_LORAS,
+    MAX_SHARED_LORA_RANK,
+    NO_LORAS,
+    LoraChoice,
+    LoraInfo,
+    LoraParts,
+    checked_loras,
+    parsed_loras,
+)
+from mii_serve.types.params import (
+    BatchKey,
     GenerationKwargs,
     GenerationParams,
+    LatentShape,
+    RequestedParams,
+    draw_seed,
+)
+from mii_serve.types.request import (
     GenerationRequest,
     ImageFormat,
     InputImage,
-    LatentShape,
-    Limits,
     OutputOptions,
-    Parameter,
     Priority,
-    RequestedParams,
     ResolvedRequest,
-    draw_seed,
 )
 from mii_serve.types.server_info import (
     Activity,
@@ -64,9 +78,15 @@ __all__ = [
     "ENGINES",
     "ENGINE_CHOICES",
     "LATENT_SCALE",
+    "LORAS_HELP",
+    "LORA_NAME",
     "MAX_IMAGE_BYTES",
+    "MAX_LORAS",
+    "MAX_LORA_SCALE",
     "MAX_SCHEDULER_CHARS",
     "MAX_SEED",
+    "MAX_SHARED_LORA_RANK",
+    "NO_LORAS",
     "PARAMETERS",
     "PARAMETER_NAMES",
     "RANDOM_SEED",
@@ -92,6 +112,9 @@ __all__ = [
     "InputImage",
     "LatentShape",
     "Limits",
+    "LoraChoice",
+    "LoraInfo",
+    "LoraParts",
     "OutputOptions",
     "Parameter",
     "Picture",
@@ -111,7 +134,9 @@ __all__ = [
     "Started",
     "Step",
     "StepPlan",
+    "checked_loras",
     "choose_bucket",
     "draw_seed",
     "gather",
+    "parsed_loras",
 ]

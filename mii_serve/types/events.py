@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from mii_serve.types.params import GenerationParams, ImageFormat
+from mii_serve.types.params import GenerationParams
+from mii_serve.types.request import ImageFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,11 @@ class EffectiveParameters(GenerationParams):
     scheduler_class: str
     scheduler_options: Mapping[str, str]
     is_scheduler_compiled: bool
+
+    def as_record(self) -> dict[str, Any]:
+        """By name, as plain values."""
+        known = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "lora_choice"}
+        return known | {"scheduler_options": dict(self.scheduler_options), "loras": dict(self.loras)}
 
     @classmethod
     def of(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from mii_serve.types.params import Capabilities, GenerationDefaults, Limits
+from mii_serve.types.capabilities import Capabilities
+from mii_serve.types.limits import GenerationDefaults, Limits
+from mii_serve.types.loras import LoraInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,8 @@ class ServerInfo:
     `schedulers` maps every accepted name to the name the server answers with. `activity` is that of all replicas together.
     `engine_note` says why this engine runs and not the preferred one, where that could not. `default_scheduler_class` and its
     options are what a request that names no scheduler gets, as in `EffectiveParameters`. `num_ranks` and `parallelism` are as
-    in `EngineDescription`, and `engine_kernels` is its `kernels`.
+    in `EngineDescription`, and `engine_kernels` is its `kernels`. `needs_mask` is as in `Capabilities`. `loras` are those that
+    requests can name.
     """
 
     version: str
@@ -82,10 +85,18 @@ class ServerInfo:
     num_ranks: int = 1
     parallelism: str = ""
     engine_kernels: str = ""
+    needs_mask: bool = False
+    loras: tuple[LoraInfo, ...] = ()
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(limits=self.limits, defaults=self.defaults, schedulers=self.schedulers)
+        return Capabilities(
+            limits=self.limits,
+            defaults=self.defaults,
+            schedulers=self.schedulers,
+            needs_mask=self.needs_mask,
+            loras={lora.name: lora for lora in self.loras},
+        )
 
     def with_replicas(self, replicas: Iterable[ReplicaInfo]) -> ServerInfo:
         """The same server as the sum of these replicas, of which one at least is ready."""

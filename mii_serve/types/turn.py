@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from mii_serve.errors import MiiServeError
 from mii_serve.types.batch_shape import BatchShape
-from mii_serve.types.params import GenerationParams, InputImage, Priority
+from mii_serve.types.params import GenerationParams
+from mii_serve.types.request import InputImage, Priority
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -27,6 +28,8 @@ class Sample:
     id: SampleId
     params: GenerationParams
     input_image: InputImage | None = None
+    encoded_image: object | None = field(default=None, repr=False, compare=False)
+    """What the engine has made of the image already; None where it is to do so when the sample joins."""
 
     @property
     def seed(self) -> int:
@@ -50,6 +53,8 @@ class Request:
     deadline: float | None = None
     preview_every: int | None = None
     input_image: InputImage | None = None
+    encoded_image: object | None = field(default=None, repr=False, compare=False)
+    """As in `Sample`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,6 +112,8 @@ def picture_cases(capabilities: Capabilities) -> list[PictureCase]:
             num_images_per_prompt=images,
             scheduler=scheduler,
             seed=1000 + 10 * index,
+            strength=1.0 if capabilities.needs_mask else None,
+            has_mask=capabilities.needs_mask,
         )
         against = ", negative prompt" if negative and params.is_guided else ""
         name = f"{scheduler}, {steps} steps, guidance {guidance:g}{against}, {width}x{height}"

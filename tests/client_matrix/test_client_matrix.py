@@ -20,7 +20,7 @@ from outside import ROOT
 from patience import PATIENCE_S
 
 SCRIPTS = ROOT / "tests" / "clients"
-SHARED = SCRIPTS / "support"
+SHARED = ROOT / "tests" / "support" / "clients"
 ENVIRONMENTS = ROOT / ".clients"
 RESULTS = ROOT / "benchmarks" / "results" / "clients.json"
 KEY = "studio-key-0123456789"
@@ -55,7 +55,6 @@ class Client:
 
 
 NO_PARAMETERS_OF_OTHERS = "the provider for OpenAI passes on no parameters but OpenAI's; the one for servers like it does"
-NO_TASK = "the server answers Hugging Face's text-to-image task only; OpenAI's clients send images to /v1/images/edits"
 NO_STREAM = "the server refuses ModelStreamInfer and says what to use instead"
 NO_PREVIEWS = "has no way to ask for previews"
 
@@ -100,14 +99,12 @@ CLIENTS = [
         name="`huggingface_hub`",
         environment="huggingface",
         script="matrix_huggingface.py",
-        limits={"image to image": NO_TASK},
         lacks=("one image an answer",),
     ),
     Client(
         name="`@huggingface/inference`",
         environment="node",
         script="matrix_huggingface.mjs",
-        limits={"image to image": NO_TASK},
         lacks=("one image an answer",),
     ),
     Client(

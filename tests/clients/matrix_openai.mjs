@@ -23,6 +23,11 @@ await run("image to image", async () => {
   const image = await toFile(aPng(), "start.png", { type: "image/png" });
   checkBase64((await client.images.edit({ model: "demo", image, prompt: "a yellow star", size: SIZE })).data[0].b64_json);
 });
+await run("variations", async () => {
+  const image = await toFile(aPng(), "start.png", { type: "image/png" });
+  const answer = await client.images.createVariation({ model: "demo", image, size: SIZE, response_format: "b64_json" });
+  checkBase64(answer.data[0].b64_json);
+});
 await run("models", async () => assert.ok((await client.models.list()).data[0].id.endsWith("demo")));
 await refused("errors", "size: width must be a multiple of 8", () => client.images.generate({ prompt: "a", size: "65x64" }));
 print();

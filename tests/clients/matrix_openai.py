@@ -28,6 +28,13 @@ def edited():
     check_base64(answer.data[0].b64_json)
 
 
+def varied():
+    image = ("start.png", a_png(), "image/png")
+    check_base64(
+        client.images.create_variation(model="demo", image=image, size=SIZE, response_format="b64_json").data[0].b64_json
+    )
+
+
 async def concurrent():
     async with openai.AsyncOpenAI(base_url=f"{http}/v1", api_key=key) as aio:
         answer = await aio.images.generate(model="demo", prompt="a red circle", size=SIZE, extra_body=FEW)
@@ -40,6 +47,7 @@ steps.run("link", lambda: check_link(images(response_format="url")[0].url))
 steps.same("own parameters", lambda: check_base64(images(extra_body=FEW)[0].b64_json))
 steps.run("previews", streamed)
 steps.run("image to image", edited)
+steps.run("variations", varied)
 steps.run("asyncio", concurrent)
 steps.run("models", lambda: {"demo": None}[client.models.list().data[0].id.rpartition("/")[2]])
 steps.refused("errors", "size: width must be a multiple of 8", lambda: client.images.generate(prompt="a", size="65x64"))

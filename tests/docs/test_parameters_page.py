@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mii_serve.types import PARAMETERS, STRENGTH, GenerationDefaults, Limits, Parameter
+from mii_serve.types import LORAS_HELP, MAX_LORA_SCALE, MAX_LORAS, PARAMETERS, STRENGTH, GenerationDefaults, Limits, Parameter
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture" / "14-parameters.md"
 HEAD = """# 14. Parameters
@@ -14,16 +14,23 @@ HEAD = """# 14. Parameters
 A request has these parameters, over every protocol. The names are diffusers', but for `seed`. Only `prompt` is required; a
 parameter that is left out has the default of the model, or the default below. The bounds are those of a deployment without
 settings of its own (`limits`); `GetServerInfo` and `/ui/info` have a deployment's own. The declarations are in
-[`types/params.py`](../../mii_serve/types/params.py); this page, the command's flags, the JSON bodies and the page's form are
-made from them.
+[`types/declarations.py`](../../mii_serve/types/declarations.py); this page, the command's flags, the JSON bodies and the
+page's form are made from them.
 
 | parameter | type | default | bounds | meaning |
 |---|---|---|---|---|
 """
 FOR_IMAGES = f"""
-A request that starts from an image ([page 3](03-wire.md#images-to-start-from)) has the `image`, and in addition:
+A request that starts from an image ([page 3](03-wire.md#images-to-start-from)) has the `image`, may have a
+`mask_image` and an empty prompt ([page 22](22-images.md)), and in addition:
 
 {HEAD[HEAD.index("| parameter") :]}"""
+BOUNDS = f"at most {MAX_LORAS}, each scale -{MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}"
+FOR_LORAS = f"""
+A request may name LoRAs of the server ([page 21](21-loras.md)):
+
+{HEAD[HEAD.index("| parameter") :]}| `loras` | names with numbers | none | {BOUNDS} | {LORAS_HELP} |
+"""
 KINDS = {str: "text", int: "whole number", float: "number"}
 
 
@@ -39,7 +46,7 @@ def row(parameter: Parameter) -> str:
 
 
 def test_the_page_is_that_of_the_declarations(request: pytest.FixtureRequest):
-    page = HEAD + "\n".join(map(row, PARAMETERS)) + "\n" + FOR_IMAGES + row(STRENGTH) + "\n"
+    page = HEAD + "\n".join(map(row, PARAMETERS)) + "\n" + FOR_IMAGES + row(STRENGTH) + "\n" + FOR_LORAS
     if request.config.getoption("--update-goldens"):
         PAGE.write_text(page)
     assert PAGE.read_text() == page, "run: make goldens"

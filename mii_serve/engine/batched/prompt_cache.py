@@ -1,4 +1,4 @@
-"""The prompt cache: what the kernel set keeps of a prompt, computed once and shared by all samples with the same text.
+"""The prompt cache: what the kernel set keeps of a prompt, computed once and shared by all samples with the same `PromptKey`.
 
 Texts are encoded in batches of one fixed size: kernels may round differently with the batch size, and the result for a prompt
 must not depend on the other texts in its batch.
@@ -14,9 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from mii_serve.engine.batched.loras import BatchedLoras
 from mii_serve.engine.kernels import KernelSet
+from mii_serve.engine.text_encoding import encoded
 from mii_serve.engine.truncation import dropped_text
 from mii_serve.engine.upload import upload
+from mii_serve.types import LoraParts
 
 CPU_TEXTS, CUDA_TEXTS = 1, 4
 """Texts in a batch; smaller batches are padded to it. A guided sample brings one or two new texts, and on a CPU
@@ -28,11 +31,26 @@ NUM_SPARE_ROWS = 32
 Item = TypeVar("Item")
 
 
-@dataclass(slots=True, eq=False)
-class Prompt:
-    """`row` of `PromptCache.projected` holds this text while `num_users` is not 0; `dropped` is the part cut off."""
+@dataclass(frozen=True, slots=True)
+class PromptKey:
+    """All that a prompt's embeddings depend on. `clip_skip` is as in diffusers' `encode_prompt`; `loras` are those of the text
+    encoder and of the layers behind it.
+    """
 
     text: str = field(repr=False)
+    clip_skip: int | None = None
+    loras: LoraParts = ()
+
+
+EMPTY = PromptKey("")
+"""The usual negative prompt."""
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """`row` of `PromptCache.projected` holds this prompt while `num_users` is not 0; `dropped` is the part cut off."""
+
+    key: PromptKey
     row: int
     dropped: str = field(repr=False)
     num_users: int = 0
@@ -41,39 +59,50 @@ class Prompt:
 class PromptCache:
     """`projected` is rows × tokens × `KernelSet.prompt_width`, in the UNet's dtype.
 
-    A new prompt replaces the least recently used one that is not in use. The empty prompt, the usual negative one, is never
-    replaced.
+    A new prompt replaces the least recently used one that is not in use. The empty prompt is never replaced.
     """
 
-    def __init__(self, pipeline: Any, kernels: KernelSet, *, max_in_use: int, num_spare_rows: int = NUM_SPARE_ROWS) -> None:
-        """`max_in_use` is the largest number of different prompts that are in use at once."""
+    def __init__(
+        self,
+        pipeline: Any,
+        kernels: KernelSet,
+        *,
+        max_in_use: int,
+        num_spare_rows: int = NUM_SPARE_ROWS,
+        loras: BatchedLoras | None = None,
+    ) -> None:
+        """`max_in_use` is the largest number of different prompts that are in use at once. Only with `loras`, keys have any."""
         num_rows = max_in_use + num_spare_rows
         self._pipeline = pipeline
         self._kernels = kernels
-        self._known: OrderedDict[str, Prompt] = OrderedDict()
+        self._loras = loras
+        self._known: OrderedDict[PromptKey, Prompt] = OrderedDict()
         self._free = list(reversed(range(num_rows)))
         self._batch_size = CUDA_TEXTS if torch.device(pipeline.device).type == "cuda" else CPU_TEXTS
         self.num_encoded = 0
         size = num_rows, pipeline.tokenizer.model_max_length, kernels.prompt_width
         self.projected = torch.zeros(size, dtype=pipeline.unet.dtype, device=pipeline.device)
 
-    def acquire(self, texts: Sequence[str]) -> list[Prompt]:
-        """The prompt of each text, in use until it has been released as often as acquired."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
-        for text in texts:
-            if (known := self._known.get(text)) is not None:
+    def acquire(self, keys: Sequence[PromptKey]) -> list[Prompt]:
+        """The prompt of each key, in use until it has been released as often as acquired."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self._known]
+        for key in keys:
+            if (known := self._known.get(key)) is not None:
                 known.num_users += 1  # before `_encode` looks for rows that are not in use
-        for batch in self._batches(missing):
-            self._encode(batch)
+        for loras in dict.fromkeys(key.loras for key in missing):
+            for batch in self._batches([key for key in missing if key.loras == loras]):
+                with contextlib.nullcontext() if self._loras is None else self._loras.encoding(loras):
+                    self._encode(batch)
         is_new = set(missing)
-        for text in texts:
-            self._known[text].num_users += text in is_new
-            self._known.move_to_end(text)
-        return [self._known[text] for text in texts]
+        for key in keys:
+            self._known[key].num_users += key in is_new
+            self._known.move_to_end(key)
+        return [self._known[key] for key in keys]
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """The text encoder's output, B × tokens × text width."""
-        return torch.cat([self._embed(batch)[: len(batch)] for batch in self._batches(texts)])
+        keys = [PromptKey(text) for text in texts]
+        return torch.cat([self._embed(batch)[: len(batch)] for batch in self._batches(keys)])
 
     @contextlib.contextmanager
     def temporary_rows(self, embeds: torch.Tensor) -> Iterator[list[int]]:
@@ -91,25 +120,25 @@ class PromptCache:
         for prompt in prompts:
             prompt.num_users -= 1
 
-    def _encode(self, texts: Sequence[str]) -> None:
-        for text, projected in zip(texts, self._project(self._embed(texts)), strict=False):  # the rest is padding
+    def _encode(self, keys: Sequence[PromptKey]) -> None:
+        for key, projected in zip(keys, self._project(self._embed(keys)), strict=False):  # the rest is padding
             row = self._free_row()
             self.projected[row] = projected
-            self._known[text] = Prompt(text, row, dropped_text(self._pipeline, text))
-        self.num_encoded += len(texts)
+            self._known[key] = Prompt(key, row, dropped_text(self._pipeline, key.text))
+        self.num_encoded += len(keys)
 
-    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+    def _embed(self, keys: Sequence[PromptKey]) -> torch.Tensor:
         """One batch, padded. Computes what the pipeline's `encode_prompt` does, whose copies would wait for the device."""
         pipeline = self._pipeline
         tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
-        padded = pipeline.maybe_convert_prompt([*texts, *[""] * (self._batch_size - len(texts))], tokenizer)
+        texts = [key.text for key in keys] + [""] * (self._batch_size - len(keys))
         length = tokenizer.model_max_length
-        tokens = tokenizer(padded, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        texts = pipeline.maybe_convert_prompt(texts, tokenizer)
+        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         uses_mask = getattr(encoder.config, "use_attention_mask", None)
         device = self.projected.device  # the pipeline takes long to tell its own
         mask = upload(tokens.attention_mask, device) if uses_mask else None
-        embeds: torch.Tensor = encoder(upload(tokens.input_ids, device), attention_mask=mask)[0]
-        return embeds
+        return encoded(encoder, upload(tokens.input_ids, device), mask, [key.clip_skip for key in keys])
 
     def _batches(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         return [items[i : i + self._batch_size] for i in range(0, len(items), self._batch_size)]
@@ -119,7 +148,7 @@ class PromptCache:
 
     def _free_row(self) -> int:
         if not self._free:
-            idle = next(prompt for prompt in self._known.values() if not prompt.num_users and prompt.text)
-            del self._known[idle.text]
+            idle = next(prompt for prompt in self._known.values() if not prompt.num_users and prompt.key != EMPTY)
+            del self._known[idle.key]
             self._free.append(idle.row)
         return self._free.pop()

@@ -21,7 +21,7 @@ from mii_serve.config import HttpConfig
 from mii_serve.errors import InvalidRequestError, MiiServeError, UnavailableError
 from mii_serve.gateway.errors import MediaTypeError, problem_headers, problem_of
 from mii_serve.gateway.generation import check_budget, to_base64, to_json
-from mii_serve.gateway.json_body import JsonObject, WholeNumber, parse_json, read_bytes, shown, validated
+from mii_serve.gateway.json_body import JsonObject, WholeNumber, json_value, read_raw, shown, validated
 from mii_serve.gateway.middleware import Endpoints, HttpCall
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.dropped_text import dropped_headers
@@ -177,21 +177,21 @@ class OpenInferenceRoutes:
 
     async def _read_index(self, request: Request) -> Any:
         """Clients send nothing, or an object that is of no use with one model."""
-        raw = await read_bytes(request, self._settings.max_body_bytes)
-        return parse_json(raw) if raw else None
+        raw = await read_raw(request, self._settings.max_body_bytes)
+        return json_value(raw) if raw else None
 
     async def _read(self, request: Request) -> Body:
         media_type = request.headers.get("content-type", "")
         if media_type.partition(";")[0].strip().lower() not in _MEDIA_TYPES:
             raise MediaTypeError("content-type", f"must be application/json or {RAW_MEDIA_TYPE}", shown(media_type))
-        raw = await read_bytes(request, self._settings.max_body_bytes)
+        raw = await read_raw(request, self._settings.max_body_bytes)
         given = request.headers.get(JSON_BYTES)
         if given is None:
-            return Body(value=parse_json(raw))
+            return Body(value=json_value(raw))
         if not (given.isascii() and given.isdigit() and len(given) < 12 and int(given) <= len(raw)):
             rule = f"must be the bytes of JSON, of the {len(raw)} that the body has"
             raise InvalidRequestError("Inference-Header-Content-Length", rule, shown(given))
-        return Body(value=parse_json(raw[: int(given)]), raw=raw[int(given) :])
+        return Body(value=json_value(raw[: int(given)]), raw=raw[int(given) :])
 
     async def _infer(self, call: HttpCall) -> Response:
         body: Body = call.body

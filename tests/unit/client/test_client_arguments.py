@@ -22,6 +22,7 @@ CALL_OPTIONS = {
     "output_format",
     "quality",
     "embed_metadata",
+    "loras",
     "priority",
     "idempotency_key",
     "timeout",
