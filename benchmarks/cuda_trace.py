@@ -34,6 +34,9 @@ VIEWS = {
 }  # fmt: skip
 """They launch nothing."""
 
+IN_PLACE = {"addmm_": aten.addmm, "baddbmm_": aten.baddbmm}
+"""Products whose arithmetic is that of another operation."""
+
 WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "_unique2", "unique_dim"}
 """They wait for the device: the host reads what it has computed."""
 
@@ -183,7 +186,7 @@ class Trace(TorchDispatchMode):
         first = next(one for one in outputs if one.is_cuda)
         num_bytes = sum(_bytes(one) for one in (*inputs, *outputs) if one.is_cuda)
         flops = 0
-        counted = aten.addmm if name == "addmm_" else func._overloadpacket
+        counted = IN_PLACE.get(name, func._overloadpacket)
         if (count := flop_registry.get(counted)) is not None:
             flops = count(*args, **kwargs, out_val=made)
         if name == "native_group_norm":
