@@ -39,7 +39,7 @@ QUIET = {
     "HTTPS_PROXY": "http://127.0.0.1:9",
     "HTTP_PROXY": "http://127.0.0.1:9",
 }
-"""Nothing is told to the clients' makers; what is not on this machine is behind a proxy that is not there."""
+"""No telemetry; for clients that heed these variables, what is not on this machine is behind a proxy that is not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
