@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTO := mii_serve/proto/v1/image_generation.proto
 
-.PHONY: clients chromium peers demo test test-fast deployment-test image-test release check stubs goldens grade gpu-test gpu-bench gpu-tune clean
+.PHONY: clients client-matrix chromium peers demo test test-fast deployment-test image-test release check stubs goldens grade gpu-test gpu-bench gpu-tune clean
 
 # torch goes first and pinned, so that nothing else decides which build is taken. The registry's own build brings several gigabytes
 # of CUDA packages; on a machine without a GPU, TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu' avoids them.
@@ -48,6 +48,25 @@ CLIENTS := $(patsubst tests/clients/%.txt,.clients/%/.installed,$(wildcard tests
 
 clients: $(CLIENTS)
 
+# Those of the matrix in docs/architecture/26-clients.md: many packages, and no part of `make test`.
+MATRIX := $(patsubst tests/clients/matrix/%.txt,.clients/%/.installed,$(wildcard tests/clients/matrix/*.txt))
+
+.clients/%/.installed: tests/clients/matrix/%.txt
+	test -x .clients/$*/bin/python || $(PYTHON) -m venv .clients/$*
+	.clients/$*/bin/pip install -q -r $<
+	touch $@
+
+.clients/node/.installed: tests/clients/matrix/package.json
+	mkdir -p .clients/node
+	cp $< .clients/node/
+	npm install --prefix .clients/node --silent --no-fund --no-audit --ignore-scripts
+	touch $@
+
+# MATRIX_FLAGS=--update-goldens writes what was seen into the docs.
+client-matrix: $(INSTALLED) $(CLIENTS) $(MATRIX) .clients/node/.installed
+	$(BIN)/python -m pytest tests/client_matrix $(MATRIX_FLAGS)
+	$(BIN)/python tools/publish_figures.py
+
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
 
@@ -59,7 +78,7 @@ chromium: $(INSTALLED)
 TEST_PROCESSES ?= 2
 
 test: $(INSTALLED) $(CLIENTS) chromium
-	$(BIN)/python -m pytest -m "not gpu and not deployment" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not gpu and not deployment and not clients" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_PROCESSES) --dist loadfile tests/unit tests/contract tests/integration

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from figures import batching, devices, serving
+from figures import batching, clients, devices, serving
 from figures.files import RESULTS, ROOT
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -46,6 +46,7 @@ TABLES: dict[str, Callable[[], str]] = {
         devices.kernel_resources,
         serving.provenance,
         serving.watermark,
+        clients.clients,
     )
 }
 

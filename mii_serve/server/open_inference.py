@@ -72,6 +72,8 @@ class Plan:
     places: Sequence[Mapping[str, str]]
     outputs: Sequence[str]
     timeout_s: float | None
+    first: GenerationParams
+    """Of the first request, for the log."""
 
 
 class OpenInference:
@@ -146,6 +148,8 @@ class OpenInference:
                 ]
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
+        finally:
+            call.log.add_params(plan.first)  # each part has logged its own
         answers = [task.result() for task in tasks]
         outputs = _outputs_of([image for answer in answers for image in answer.images])
         response = InferResponse(
@@ -184,7 +188,7 @@ class OpenInference:
         for_all = dict(asked.parameters)
         timeout_s, priority = _timeout_s(for_all.pop("timeout", 0)), _priority(for_all.pop("priority", 0))
         rows, places = _rows(asked.inputs, for_all)
-        requests, num_images = list[GenerationRequest](), 0
+        requests, first, num_images, num_bytes = list[GenerationRequest](), None, 0, 0
         is_one_seed = len(rows) > 1 and places[0].get(SEED) == places[1].get(SEED)
         for row, at in zip(rows, places, strict=True):
             request = GenerationRequest(params=RequestedParams(**row), priority=priority)
@@ -196,9 +200,12 @@ class OpenInference:
             if is_one_seed and row[SEED] is not None:  # image k of the answer is made from seed + k
                 request = replace(request, params=replace(request.params, seed=params.seed_of(num_images)))
             num_images += params.num_images_per_prompt
-            _refuse_too_much(num_images, params, at)
+            num_bytes += params.num_images_per_prompt * (params.height * params.width * 3 + _ROOM_BYTES)
+            _refuse_too_much(num_images, num_bytes, at.get("num_images_per_prompt", "inputs.prompt"))
             requests.append(request)
-        return Plan(requests=requests, places=places, outputs=wanted, timeout_s=timeout_s)
+            first = first or params
+        assert first is not None
+        return Plan(requests=requests, places=places, outputs=wanted, timeout_s=timeout_s, first=first)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -286,12 +293,12 @@ def _priority(number: Scalar) -> Priority:
     return PRIORITIES[number]
 
 
-def _refuse_too_much(num_images: int, params: GenerationParams, places: Mapping[str, str]) -> None:
-    most = min(MAX_IMAGES, MAX_MESSAGE_BYTES // (params.height * params.width * 3 + _ROOM_BYTES))
-    if num_images > most:
-        path = places.get("num_images_per_prompt", "inputs.prompt")
-        size = f"{params.width}x{params.height}"
-        raise InvalidRequestError(path, f"must be for at most {most} images of {size} in one call", str(num_images))
+def _refuse_too_much(num_images: int, num_bytes: int, path: str) -> None:
+    if num_images > MAX_IMAGES:
+        raise InvalidRequestError(path, f"must be for at most {MAX_IMAGES} images in one call", str(num_images))
+    if num_bytes > MAX_MESSAGE_BYTES:
+        rule = f"must be for images of at most {MAX_MESSAGE_BYTES} bytes in one call, which is the most of a message"
+        raise InvalidRequestError(path, rule, f"{num_bytes} for {num_images}")
 
 
 def _with_timeout(call: CallContext, timeout_s: float | None) -> CallContext:

@@ -47,12 +47,12 @@ def test_its_container_is_one_that_kubernetes_takes(runtime, tmp_path):
 @each_runtime
 def test_the_server_has_the_flags_and_the_probes(runtime):
     (container,) = runtime["spec"]["containers"]
-    flags = build_parser().parse_args(container["args"])
+    flags = vars(build_parser().parse_args(container["args"]))
     (port,) = container["ports"]
     routes = {getattr(route, "path", None) for route in build_app(Dispatcher(), KeyRing(), HttpConfig()).routes}
     for name in ("startupProbe", "readinessProbe", "livenessProbe"):
         (probe,) = (container[name][kind] for kind in ("httpGet", "grpc", "tcpSocket") if kind in container[name])
-        assert probe["port"] == port["containerPort"] in (flags.http_port, flags.grpc_port)
+        assert probe["port"] == port["containerPort"] in (flags.get("http_port"), flags.get("grpc_port"))
         assert probe.get("path", "/livez") in routes and probe.get("service", OIP_SERVICE) == OIP_SERVICE
 
 

@@ -21,6 +21,7 @@ def test_there_are_tables_to_check():
         "batch",
         "batch_interference",
         "batch_job",
+        "clients",
         "engines",
         "evaluate",
         "front",

@@ -182,6 +182,10 @@ PROMPT = prompts("a")
             request(prompts(*"abcde"), num_images_per_prompt=13),
             "parameters.num_images_per_prompt: must be for at most 64 images",
         ),
+        (
+            request(prompts(*["a"] * 60), height=1024, width=1024),
+            "inputs.prompt: must be for images of at most 134217728 bytes in one call",
+        ),
         (request(prompts(*["a"] * 65)), "inputs.prompt.shape: must be of at most 64 elements, got 65"),
         # lengths that lie, shapes that are none
         (request((PROMPT[0], b"\x05\0\0\0a")), "inputs.prompt: must have 1 elements, each a length of 4 bytes"),

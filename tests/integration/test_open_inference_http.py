@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
 import struct
 
 import pytest
 from fake_engine import FakeEngine
 from outside import run_client
-from test_open_inference import colour, pixel
-from web import Web, web
+from web import Web, picture, web
 
 from mii_serve.errors import DeadlineExceededError
 from mii_serve.gateway.app import build_app
@@ -25,6 +25,11 @@ PROMPT = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a"]}
 async def served(tmp_path):
     async with web(tmp_path) as running:
         yield running
+
+
+def colour(seed: int) -> tuple[int, ...]:
+    """A pixel of the fake engine's picture."""
+    return tuple(random.Random(seed).randbytes(3))
 
 
 def tensor(name: str, datatype: str, *data, **more) -> dict:
@@ -49,7 +54,7 @@ async def test_json_has_images_in_base64(served):
         assert answer.status_code == 200, answer.text
         told = answer.json()
         outputs = {one["name"]: one for one in told["outputs"]}
-        images = [pixel(base64.b64decode(text)) for text in outputs["generated_image"]["data"]]
+        images = [picture(text).getpixel((0, 0)) for text in outputs["generated_image"]["data"]]
         assert images == [colour(5), (0, 0, 0)]
         assert (outputs["seed"]["data"], outputs["nsfw_content_detected"]["data"]) == ([5, 6], [False, True])
         assert (told["id"], told["model_name"], told["model_version"]) == ("mine", "fake", "1")
@@ -67,7 +72,7 @@ async def test_raw_tensors_come_after_the_json(served):
     size = int(answer.headers["inference-header-content-length"])
     told, rest = json.loads(answer.content[:size]), answer.content[size:]
     assert [one["parameters"]["binary_data_size"] for one in told["outputs"]] == [len(rest) - 9, 1, 8]
-    assert pixel(rest[4:-9]) == colour(5) and rest[-9:] == b"\0" + seed
+    assert picture(base64.b64encode(rest[4:-9]).decode()).getpixel((0, 0)) == colour(5) and rest[-9:] == b"\0" + seed
     outputs = [{"name": "seed", "parameters": {"binary_data": True}}, {"name": "nsfw_content_detected"}]
     answer = await raw(served, {"inputs": inputs, "outputs": outputs}, prompt + seed)
     size = int(answer.headers["inference-header-content-length"])
