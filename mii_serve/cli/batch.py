@@ -29,7 +29,7 @@ from mii_serve.cli.exits import ExitCode, say
 from mii_serve.cli.own_server import own_server
 from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.extras import require
-from mii_serve.types import Capabilities, GenerationDefaults, Limits, ServerInfo
+from mii_serve.types import Capabilities, GenerationDefaults, Limits, ModelParts, ServerInfo
 
 if TYPE_CHECKING:
     from mii_serve.batch.check import Findings
@@ -232,7 +232,8 @@ def _only_check(flags: BatchFlags, settings: JobSettings, connection: Connection
         capabilities = server_info(connection, flags.max_stall_s).capabilities
     else:
         defaults = GenerationDefaults(scheduler="default")
-        capabilities = Capabilities(limits=Limits(), defaults=defaults, schedulers=_AnyScheduler())
+        any_model = ModelParts(num_text_layers=1000)
+        capabilities = Capabilities(limits=Limits(), defaults=defaults, schedulers=_AnyScheduler(), parts=any_model)
     with tempfile.TemporaryDirectory(prefix="mii_serve-check-") as folder:
         journal = Journal(Path(folder) / JOURNAL)
         try:

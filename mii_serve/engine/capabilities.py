@@ -13,8 +13,9 @@ from mii_serve.errors import InvalidRequestError, ModelError
 from mii_serve.models import LoadedModel
 from mii_serve.models.loading import TORCH_DTYPES
 from mii_serve.samplers.build import ModelSchedulers, first_line
+from mii_serve.samplers.run import SamplerRun
 from mii_serve.samplers.sampling import Uncompiled
-from mii_serve.types import DEFAULT_SCHEDULER, Capabilities, EngineDescription, EngineName
+from mii_serve.types import DEFAULT_SCHEDULER, Capabilities, EngineDescription, EngineName, ModelParts
 
 FEW_STEPS = 4
 """The scheduler of a distilled model may have fewer than diffusers' default of 50."""
@@ -25,6 +26,16 @@ logger = logging.getLogger(__name__)
 def takes_guidance_in(unet: Any) -> bool:
     """Whether the UNet is a latent consistency model's, which makes no second row of a guided sample."""
     return getattr(unet.config, "time_cond_proj_dim", None) is not None
+
+
+def parts_of(pipeline: Any) -> ModelParts:
+    return ModelParts(
+        num_text_layers=pipeline.text_encoder.config.num_hidden_layers,
+        num_text_tokens=pipeline.tokenizer.model_max_length,
+        text_width=pipeline.text_encoder.config.hidden_size,
+        num_train_timesteps=int(pipeline.scheduler.config.get("num_train_timesteps", 1000)),
+        embeds_guidance=takes_guidance_in(pipeline.unet),
+    )
 
 
 def description_of(model: LoadedModel, engine: EngineName, note: str) -> EngineDescription:
@@ -50,20 +61,22 @@ def _device_name(device: torch.device) -> str:
     return f"{properties.name} GPU-{properties.uuid}"
 
 
-def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Callable[[str, int], object]) -> Capabilities:
-    """The model's limits and defaults with the names of its schedulers. `check` tries a name with a number of steps.
+def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Callable[[SamplerRun], object]) -> Capabilities:
+    """The model's limits and defaults with the names of its schedulers. `check` tries a run of one.
 
     Raises:
         ModelError: the default scheduler cannot draw; the text is for the operator.
     """
     declared, num_steps = model.defaults.scheduler, model.defaults.num_inference_steps
-    capabilities = Capabilities(limits=model.limits, defaults=model.defaults, schedulers=schedulers.accepted_names)
+    capabilities = Capabilities(
+        limits=model.limits, defaults=model.defaults, schedulers=schedulers.accepted_names, parts=parts_of(model.pipeline)
+    )
     try:
         name = capabilities.scheduler_named(declared)
         try:
-            sampling = check(name, num_steps)
+            sampling = check(SamplerRun(name, num_steps))
         except InvalidRequestError as error:
-            sampling = check(name, FEW_STEPS)
+            sampling = check(SamplerRun(name, FEW_STEPS))
             logger.warning("a request that names no num_inference_steps will be refused: the default does not work: %s", error)
     except InvalidRequestError as error:
         is_own = schedulers.accepted_names.get(declared) == DEFAULT_SCHEDULER

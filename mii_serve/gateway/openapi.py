@@ -16,7 +16,7 @@ from mii_serve.gateway.dialects.huggingface import TASK_PARAMETERS
 from mii_serve.gateway.dialects.openai import IMAGES_PARAMETERS
 from mii_serve.gateway.errors import NotFoundError, azure_problem, problem_response
 from mii_serve.gateway.model_names import ModelNames
-from mii_serve.types import PARAMETERS, RANDOM_SEED, STRENGTH, Limits, Parameter
+from mii_serve.types import OWN_STEPS, PARAMETERS, RANDOM_SEED, STRENGTH, Limits, Parameter
 
 JSON_TYPES: dict[type, str] = {str: "string", int: "integer", float: "number"}
 
@@ -37,7 +37,7 @@ def document() -> dict[str, Any]:
     schemas["EditsRequest"]["properties"] |= {
         name: schema for name, schema in of_images.items() if name not in ("stream", "partial_images")
     }
-    schemas |= {parameter.name: _schema(parameter) for parameter in (*PARAMETERS, STRENGTH)}
+    schemas |= {parameter.name: _schema(parameter) for parameter in (*PARAMETERS, STRENGTH, *OWN_STEPS)}
     return written
 
 
@@ -50,6 +50,10 @@ def _schema(parameter: Parameter) -> dict[str, Any]:
         schema |= zip(names, (least, most), strict=True)
     if parameter.multiple_of is not None:
         schema["multipleOf"] = parameter.multiple_of
+    if parameter.lengths is not None:
+        fewest, most_numbers = parameter.lengths(Limits())
+        description = schema.pop("description")
+        schema = {"type": "array", "description": description, "items": schema, "minItems": fewest, "maxItems": most_numbers}
     if parameter.name == "prompt":
         return schema | {"minLength": 1}
     if parameter.name == "seed":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -12,7 +12,9 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from mii_serve.errors import InvalidRequestError, MiiServeError
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.types import (
+    EMBEDS,
     MAX_IMAGE_BYTES,
+    OWN_STEPS,
     PARAMETER_NAMES,
     Activity,
     Done,
@@ -26,9 +28,12 @@ from mii_serve.types import (
     ImageReady,
     InputImage,
     Limits,
+    ModelParts,
     OutputOptions,
+    Parameter,
     Preview,
     Priority,
+    PromptEmbeds,
     Queued,
     ReplicaInfo,
     RequestedParams,
@@ -120,6 +125,11 @@ def encode_request(request: GenerationRequest | ResolvedRequest) -> pb.GenerateR
         message.priority = _PRIORITIES[request.priority]
     for name in (*PARAMETER_NAMES, "strength"):
         _put(message, name, getattr(request.params, name))
+    for one in OWN_STEPS:
+        _put_list(message, one, getattr(request.params, one.name))
+    for name in EMBEDS:
+        if (embeds := getattr(request.params, name)) is not None:
+            _put_embeds(getattr(message, name), name, embeds)
     if isinstance(request.params, RequestedParams):
         _put(message, "image", request.params.image)
         _put(message, "mask_image", request.params.mask_image)
@@ -138,6 +148,30 @@ def _put(message: pb.GenerateRequest | pb.OutputOptions, name: str, value: objec
     except (TypeError, ValueError, UnicodeError):
         rule = f"must fit the field's type, {_TYPE_NAMES[_kind(message, name)]}"
         raise InvalidRequestError(name, rule, _shown(value)) from None
+
+
+def _put_list(message: pb.GenerateRequest, parameter: Parameter, values: Sequence[object] | None) -> None:
+    if values is None:
+        return
+    try:
+        if not values or not isinstance(values, list | tuple) or any(isinstance(value, bool) for value in values):
+            raise TypeError
+        getattr(message, parameter.name).extend(values)
+    except (TypeError, ValueError):
+        kind = "32-bit whole numbers" if parameter.kind is int else "numbers"
+        raise InvalidRequestError(parameter.name, f"must be a list of {kind}, one or more", _shown(values)) from None
+
+
+def _put_embeds(message: pb.PromptEmbeds, name: str, embeds: PromptEmbeds) -> None:
+    try:
+        for one in fields(PromptEmbeds):
+            setattr(message, one.name, getattr(embeds, one.name))
+    except (AttributeError, TypeError, ValueError):
+        raise InvalidRequestError(name, "must be PromptEmbeds that fit the message's fields", type(embeds).__name__) from None
+
+
+def _embeds_of(message: pb.GenerateRequest) -> dict[str, Any]:
+    return {name: _all_fields(getattr(message, name), PromptEmbeds) for name in EMBEDS if message.HasField(name)}
 
 
 def _kind(message: pb.GenerateRequest | pb.OutputOptions, name: str) -> int:
@@ -165,12 +199,13 @@ def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
     Raises:
         InvalidRequestError: a field that this version does not have, or output options that break a rule.
     """
-    if unknown := unknown_field_numbers(message, message.output):
+    if unknown := unknown_field_numbers(message, message.output, message.prompt_embeds, message.negative_prompt_embeds):
         raise InvalidRequestError(
             "request", "has fields this server does not know", f"field numbers {unknown[:MAX_NAMED_FIELDS]}"
         )
     names = (*PARAMETER_NAMES, "image", "mask_image", "strength")
     asked = {name: _optional(message, name) for name in names if name != "prompt"}
+    asked |= _own_steps(message) | _embeds_of(message)
     return GenerationRequest(
         params=RequestedParams(prompt=message.prompt, **asked),
         output=_decode_output(message.output),
@@ -178,16 +213,25 @@ def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
     )
 
 
-def decode_resolved(message: pb.GenerateRequest, input_image: InputImage | None = None) -> ResolvedRequest:
-    """Read a resolved request that this package wrote. Nothing is checked again."""
+def decode_resolved(
+    message: pb.GenerateRequest, input_image: InputImage | None = None, *, embeds_guidance: bool = False
+) -> ResolvedRequest:
+    """Read a resolved request that this package wrote. Nothing is checked again. `embeds_guidance` is the model's."""
     values = {name: getattr(message, name) for name in PARAMETER_NAMES}
+    values |= {name: _optional(message, name) for name in ("strength", "clip_skip")}
+    values |= _own_steps(message) | _embeds_of(message)
     has_mask = input_image is not None and input_image.mask is not None
     return ResolvedRequest(
-        params=GenerationParams(**values, strength=_optional(message, "strength"), has_mask=has_mask),
+        params=GenerationParams(**values, has_mask=has_mask, embeds_guidance=embeds_guidance),
         output=_decode_output(message.output),
         priority=_decode_priority(message.priority),
         input_image=input_image,
     )
+
+
+def _own_steps(message: pb.GenerateRequest | pb.EffectiveParameters) -> dict[str, Any]:
+    """A list that is empty is absent."""
+    return {one.name: tuple(getattr(message, one.name)) or None for one in OWN_STEPS}
 
 
 def _decode_output(message: pb.OutputOptions) -> OutputOptions:
@@ -341,20 +385,28 @@ def _decode_format(number: pb.ImageFormat, index: int) -> ImageFormat:
 def _fill_parameters(message: pb.EffectiveParameters, parameters: EffectiveParameters) -> None:
     for name in _PLAIN_PARAMETERS:
         setattr(message, name, getattr(parameters, name))
-    if parameters.strength is not None:
-        message.strength = parameters.strength
+    for name in _OPTIONAL_PARAMETERS:
+        if (value := getattr(parameters, name)) is not None:
+            setattr(message, name, value)
+    for one in OWN_STEPS:
+        getattr(message, one.name).extend(getattr(parameters, one.name) or ())
     message.scheduler_options.update(parameters.scheduler_options)
 
 
-_PLAIN_PARAMETERS = tuple(one.name for one in fields(EffectiveParameters) if one.name not in ("scheduler_options", "strength"))
+_OPTIONAL_PARAMETERS = ("strength", "clip_skip")
+_PLAIN_PARAMETERS = tuple(
+    one.name
+    for one in fields(EffectiveParameters)
+    if one.name
+    not in ("scheduler_options", "embeds_guidance", *EMBEDS, *_OPTIONAL_PARAMETERS, *(one.name for one in OWN_STEPS))
+)
 
 
 def _decode_done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:
     values = {name: getattr(parameters, name) for name in _PLAIN_PARAMETERS}
+    values |= {name: _optional(parameters, name) for name in _OPTIONAL_PARAMETERS} | _own_steps(parameters)
     return Done(
-        parameters=EffectiveParameters(
-            **values, scheduler_options=dict(parameters.scheduler_options), strength=_optional(parameters, "strength")
-        ),
+        parameters=EffectiveParameters(**values, scheduler_options=dict(parameters.scheduler_options)),
         queued_s=timings.queued_s,
         total_s=timings.total_s,
     )
@@ -366,7 +418,7 @@ def _decode_done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Don
 _PLAIN_INFO = tuple(
     one.name
     for one in fields(ServerInfo)
-    if one.name not in ("defaults", "limits", "schedulers", "activity", "replicas", "default_scheduler_options")
+    if one.name not in ("defaults", "limits", "parts", "schedulers", "activity", "replicas", "default_scheduler_options")
 )
 
 
@@ -386,6 +438,7 @@ def encode_server_info(info: ServerInfo) -> pb.GetServerInfoResponse:
         **{name: getattr(info, name) for name in _PLAIN_INFO},
         defaults=message.Defaults(**{one.name: getattr(info.defaults, one.name) for one in fields(GenerationDefaults)}),
         limits=message.Limits(**{one.name: getattr(info.limits, one.name) for one in fields(Limits)}),
+        parts=message.Parts(**{one.name: getattr(info.parts, one.name) for one in fields(ModelParts)}),
         schedulers=info.schedulers,
         default_scheduler_options=info.default_scheduler_options,
         activity=_encode_activity(info.activity),
@@ -408,6 +461,7 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         **{name: getattr(message, name) for name in _PLAIN_INFO},
         defaults=_all_fields(message.defaults, GenerationDefaults),
         limits=_all_fields(message.limits, Limits),
+        parts=_all_fields(message.parts, ModelParts) if message.HasField("parts") else ModelParts(),
         schedulers=dict(message.schedulers),
         default_scheduler_options=dict(message.default_scheduler_options),
         activity=_decode_activity(message.activity),

@@ -58,6 +58,8 @@ from mii_serve.types import (
 logger = logging.getLogger(__name__)
 
 NUM_ENCODING_THREADS = 2
+NUM_CHECKING_THREADS = 2
+"""Beside those: a check may compile a sampler, and a finished image must not wait for that."""
 
 POSITIONS_EVERY_S = 0.5
 """Between two rounds of `Queued` events, at least."""
@@ -122,6 +124,7 @@ class ReplicaLoop:
         self._failure: MiiServeError | None = None
         self._engine_thread = engine_thread
         self._encoders = ThreadPoolExecutor(NUM_ENCODING_THREADS, thread_name_prefix="encode")
+        self._checkers = ThreadPoolExecutor(NUM_CHECKING_THREADS, thread_name_prefix="check")
         self._encoding: set[asyncio.Task[None]] = set()
         self._born = time.monotonic()
         self._sent_positions_at = self._born
@@ -192,7 +195,7 @@ class ReplicaLoop:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._refuse_if_stopped()
         params, output = resolved.params, resolved.output
-        num_calls = await asyncio.get_running_loop().run_in_executor(self._encoders, self._engine.check, params)
+        num_calls = await asyncio.get_running_loop().run_in_executor(self._checkers, self._engine.check, params)
         self._refuse_if_stopped()
         if request_id in self._generations:
             raise InvalidRequestError("x-request-id", "must not be in use by a running request", repr(request_id))
@@ -263,6 +266,7 @@ class ReplicaLoop:
         finally:
             self._fail_all(UnavailableError("the replica is stopping"))
             self._encoders.shutdown(wait=True)
+            self._checkers.shutdown(wait=True)
 
     async def until_idle(self) -> None:
         """Wait until there is nothing to do: the engine has forgotten the samples of every request that has ended."""

@@ -128,6 +128,7 @@ class ReplicaService(ReplicaServicer):
                 defaults=capabilities.defaults,
                 limits=capabilities.limits,
                 schedulers=capabilities.schedulers,
+                parts=capabilities.parts,
                 default_scheduler_class=scheduler.class_name,
                 default_scheduler_options=scheduler.options,
                 is_default_scheduler_compiled=scheduler.is_compiled,
@@ -188,14 +189,14 @@ class _Front:
 
     async def _accept(self, order: pb.Generate) -> None:
         front_id = order.id
-        request_id = f"{order.request_id} {next(_NUMBERS)}"
+        request_id, parts = f"{order.request_id} {next(_NUMBERS)}", self._loop.engine.capabilities.parts
         self._running[front_id] = request_id
         if order.has_steps:
             self._wanting_steps.add(front_id)
         try:
             await self._loop.submit(
                 request_id,
-                decode_resolved(order.request, _input_image(order)),
+                decode_resolved(order.request, _input_image(order), embeds_guidance=parts.embeds_guidance),
                 _Outlet(self, front_id),
                 client=order.client,
                 timeout_s=order.timeout_s if order.HasField("timeout_s") else None,

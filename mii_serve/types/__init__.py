@@ -2,7 +2,8 @@
 
 from mii_serve.types.batch_shape import BatchShape, choose_bucket
 from mii_serve.types.capabilities import Capabilities
-from mii_serve.types.declarations import PARAMETER_NAMES, PARAMETERS, STRENGTH, Parameter
+from mii_serve.types.declarations import OWN_STEPS, PARAMETER_NAMES, PARAMETERS, STRENGTH, Parameter, shown_list
+from mii_serve.types.embeddings import EMBEDS, FP16, FP32, PromptEmbeds
 from mii_serve.types.engines import ENGINE_CHOICES, ENGINES, EngineChoice, EngineName
 from mii_serve.types.events import (
     Done,
@@ -28,6 +29,7 @@ from mii_serve.types.limits import (
     RANDOM_SEED,
     GenerationDefaults,
     Limits,
+    ModelParts,
 )
 from mii_serve.types.params import (
     BatchKey,
@@ -37,6 +39,7 @@ from mii_serve.types.params import (
     RequestedParams,
     draw_seed,
 )
+from mii_serve.types.prompt_syntax import A1111, BREAK, MAX_CHUNKS, PLAIN, WeightedText, parse_a1111, text_read
 from mii_serve.types.request import (
     GenerationRequest,
     ImageFormat,
@@ -61,15 +64,23 @@ from mii_serve.types.turn import (
 )
 
 __all__ = [
+    "A1111",
+    "BREAK",
     "DEFAULT_SCHEDULER",
+    "EMBEDS",
     "ENGINES",
     "ENGINE_CHOICES",
+    "FP16",
+    "FP32",
     "LATENT_SCALE",
+    "MAX_CHUNKS",
     "MAX_IMAGE_BYTES",
     "MAX_SCHEDULER_CHARS",
     "MAX_SEED",
+    "OWN_STEPS",
     "PARAMETERS",
     "PARAMETER_NAMES",
+    "PLAIN",
     "RANDOM_SEED",
     "STRENGTH",
     "Activity",
@@ -93,11 +104,13 @@ __all__ = [
     "InputImage",
     "LatentShape",
     "Limits",
+    "ModelParts",
     "OutputOptions",
     "Parameter",
     "Picture",
     "Preview",
     "Priority",
+    "PromptEmbeds",
     "Queued",
     "ReplicaInfo",
     "Request",
@@ -112,7 +125,11 @@ __all__ = [
     "Started",
     "Step",
     "StepPlan",
+    "WeightedText",
     "choose_bucket",
     "draw_seed",
     "gather",
+    "parse_a1111",
+    "shown_list",
+    "text_read",
 ]

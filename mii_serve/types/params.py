@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from mii_serve.types.embeddings import PromptEmbeds
 from mii_serve.types.limits import LATENT_SCALE, MAX_SEED
+from mii_serve.types.prompt_syntax import PLAIN
 
 LatentShape = tuple[int, int]
 """Height and width of latents, in latent pixels."""
@@ -22,7 +25,9 @@ BatchKey = tuple[int, ...]
 class GenerationParams:
     """A request with nothing left open. A picture is a pure function of these, its index and the request's `InputImage`.
 
-    `strength` is None where there is no such image. `has_mask`: only a part of the image is repainted.
+    `strength` is None where there is no such image. `has_mask`: only a part of the image is repainted. With `timesteps` or
+    `sigmas` the steps are the request's own, and `num_inference_steps` is their number. `embeds_guidance` is that of
+    `ModelParts`. Embeddings are in the place of a text, which is empty then.
     """
 
     prompt: str = field(repr=False)
@@ -37,6 +42,14 @@ class GenerationParams:
     seed: int
     strength: float | None = None
     has_mask: bool = False
+    clip_skip: int | None = None
+    eta: float = 0.0
+    prompt_syntax: str = PLAIN
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    embeds_guidance: bool = False
+    prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
+    negative_prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
 
     def seed_of(self, image_index: int) -> int:
         """Image i of a request is image 0 of the same request with seed + i (modulo 2**64)."""
@@ -45,7 +58,7 @@ class GenerationParams:
     @property
     def is_guided(self) -> bool:
         """Classifier-free guidance is on, as `StableDiffusionPipeline` decides it."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 and not self.embeds_guidance
 
     @property
     def num_skipped_steps(self) -> int:
@@ -96,6 +109,11 @@ class GenerationKwargs(TypedDict, total=False):
     scheduler: str | None
     seed: int | None
     strength: float | None
+    clip_skip: int | None
+    eta: float | None
+    prompt_syntax: str | None
+    timesteps: Sequence[int] | None
+    sigmas: Sequence[float] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +133,13 @@ class RequestedParams:
     image: bytes | None = field(default=None, repr=False)
     mask_image: bytes | None = field(default=None, repr=False)
     strength: float | None = None
+    clip_skip: int | None = None
+    eta: float | None = None
+    prompt_syntax: str | None = None
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
+    negative_prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
 
 
 def num_steps_left(num_inference_steps: int, strength: float) -> int:

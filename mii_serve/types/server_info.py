@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from mii_serve.types.capabilities import Capabilities
-from mii_serve.types.limits import GenerationDefaults, Limits
+from mii_serve.types.limits import GenerationDefaults, Limits, ModelParts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +83,11 @@ class ServerInfo:
     num_ranks: int = 1
     parallelism: str = ""
     engine_kernels: str = ""
+    parts: ModelParts = field(default_factory=ModelParts)
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(limits=self.limits, defaults=self.defaults, schedulers=self.schedulers)
+        return Capabilities(limits=self.limits, defaults=self.defaults, schedulers=self.schedulers, parts=self.parts)
 
     def with_replicas(self, replicas: Iterable[ReplicaInfo]) -> ServerInfo:
         """The same server as the sum of these replicas, of which one at least is ready."""

@@ -112,6 +112,7 @@ def picture_cases(capabilities: Capabilities) -> list[PictureCase]:
             num_images_per_prompt=images,
             scheduler=scheduler,
             seed=1000 + 10 * index,
+            embeds_guidance=capabilities.parts.embeds_guidance,
         )
         against = ", negative prompt" if negative and params.is_guided else ""
         name = f"{scheduler}, {steps} steps, guidance {guidance:g}{against}, {width}x{height}"
