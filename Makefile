@@ -1,5 +1,8 @@
 # Everything a newcomer or CI needs. `make demo` and `make test` work on a fresh machine with Python 3.11 or newer.
 
+# Half of the tests start Python, again and again: it may keep what it has compiled.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTHON ?= python3
 TORCH_FLAGS ?=
 VENV := .venv
@@ -59,7 +62,7 @@ test: $(INSTALLED) $(CLIENTS) chromium
 	$(BIN)/python -m pytest -m "not gpu and not deployment" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not gpu and not slow" tests/unit tests/contract tests/integration
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_PROCESSES) --dist loadfile tests/unit tests/contract tests/integration
 
 # Checks deployment/ with the tools of those who use it: helm, promtool, hadolint and others, installed into a folder of their own.
 .deployment-tools/.installed: tools/install_deployment_tools.sh

@@ -92,9 +92,13 @@ async def turns_of(engine: BatchedEngine, thread: ThreadPoolExecutor, num_turns:
     for index in range(engine.capacity.max_slots):
         await loop.submit(f"r{index}", ResolvedRequest(params=params, output=OutputOptions()), Unread())
 
+    def is_busy() -> bool:
+        activity = loop.activity()
+        return activity.num_running + activity.num_waiting > 0
+
     async def reach(count: int) -> tuple[int, float]:
         while loop.activity().num_turns < count:
-            assert not turns.done()
+            assert not turns.done() and is_busy(), "the requests have ended before the runs"
             await asyncio.sleep(0.01)
         return loop.activity().num_turns, time.process_time()
 

@@ -38,11 +38,12 @@ POLL_S = 0.02
 def make_phases(model: str, born: float) -> None:
     """In a process of its own: what a replica does until it is ready, on the clock that all processes share."""
     running = time.monotonic()
-    from mii_serve.replica import process
+    from mii_serve.models.deferred import import_for_drawing
+    from mii_serve.replica.process import HEAVY_MODULES
     from mii_serve.threads import wait_briefly
 
     wait_briefly()
-    process._import_all()
+    import_for_drawing(*HEAVY_MODULES)
     imported = time.monotonic()
     from mii_serve.config import DeployConfig
     from mii_serve.engine.factory import build_engine

@@ -25,6 +25,7 @@ from mii_serve.engine.kernels.fused.operations import Operations
 from mii_serve.engine.kernels.fused.sampler import FusedSampler
 from mii_serve.engine.kernels.fused.triton_operations import Launch, TritonOperations
 from mii_serve.engine.kernels.fused.vae import FusedDecoder
+from mii_serve.engine.kernels.loras import LoraRows
 from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.samplers.table import INPUT_PLANES, STATE_PLANES
 
@@ -41,6 +42,24 @@ def native_turn(num_samples: int, also: Launch | None = None) -> Record:
         launch = launcher(trace, also)
         kernels = FusedKernels(unet, TritonOperations(launch), sampler=FusedSampler(launch))
         return turn(kernels, num_samples, trace)
+
+
+def lora_turn(num_samples: int, rank: int = 16) -> Record:
+    """With all fused kernels, and for each sample another LoRA of this rank in all layers that can have one."""
+    with fake_cuda.fake_cuda() as fake, Trace() as trace:
+        unet = fake_cuda.unet(fake)
+        unet.to(memory_format=torch.channels_last)
+        launch = launcher(trace)
+        kernels = FusedKernels(unet, TritonOperations(launch), sampler=FusedSampler(launch))
+        layout = kernels.lora_layout
+        assert layout is not None
+        down, up = (
+            torch.zeros(num_samples + 1, rank, width, dtype=DTYPE, device=fake_cuda.DEVICE)
+            for width in (layout.num_inputs, layout.num_outputs)
+        )
+        rows = torch.arange(num_samples, device=fake_cuda.DEVICE)
+        pool = LoraRows(layout, down, up)
+        return turn(kernels, num_samples, trace, SimpleNamespace(of_call=lambda entries: pool.taken(rows)))
 
 
 def unfused_turn(num_samples: int) -> Record:
@@ -75,15 +94,15 @@ def launcher(trace: Trace, also: Launch | None = None) -> Launch:
     return launch
 
 
-def turn(kernels: KernelSet, num_samples: int, trace: Trace) -> Record:
-    """One turn of so many guided samples, within `fake_cuda` and the trace."""
+def turn(kernels: KernelSet, num_samples: int, trace: Trace, loras: Any = None) -> Record:
+    """One turn of so many guided samples, within `fake_cuda` and the trace. `loras` stand for a `BatchedLoras`."""
 
     def on_device(*size: int) -> Any:
         return torch.zeros(*size, dtype=DTYPE, device=fake_cuda.DEVICE)
 
     prompts = SimpleNamespace(projected=on_device(2 * num_samples, NUM_TOKENS, kernels.prompt_width))
     timesteps = SimpleNamespace(embeds=on_device(num_samples, kernels.timestep_width))
-    denoiser = Denoiser(kernels, prompts, timesteps, max_slots=num_samples, num_channels=NUM_CHANNELS)
+    denoiser = Denoiser(kernels, prompts, timesteps, max_slots=num_samples, num_channels=NUM_CHANNELS, loras=loras)
     denoiser.pool(LATENT_SHAPE)
     matrix = np.zeros(MATRIX_SIZE, np.float32).reshape(STATE_PLANES, INPUT_PLANES)
     samples = [

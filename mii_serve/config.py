@@ -28,7 +28,7 @@ from pydantic_settings import (
 )
 
 from mii_serve.errors import ConfigError
-from mii_serve.types import EngineChoice
+from mii_serve.types import LORA_NAME, EngineChoice
 
 DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
 Parallelism = Literal["rows", "tensor"]
@@ -65,13 +65,21 @@ CLOSE = 0.8
 """The similarity (`difflib` ratio, 0 to 1) from which a name counts as a misspelling of another."""
 
 
+ORIGIN_PATTERN = r"^(\*|[a-z][a-z0-9+.-]*://[^\s/?#@*]{1,300})$"
+"""What browsers send as `Origin`, such as `https://app.example.com`, or `*`."""
+
+
 HostName = Annotated[str, Field(pattern=HOST_PATTERN)]
+Origin = Annotated[str, Field(pattern=ORIGIN_PATTERN)]
 ServedName = Annotated[str, Field(pattern=r"^[!-~]([ -~]*[!-~])?$", max_length=200)]
 """A name of the model in requests: printable ASCII, because paths and logs hold it."""
 
 
 EmbeddingToken = Annotated[str, Field(pattern=r"^[^\s,=]+$", max_length=64)]
 """A word of prompts."""
+
+
+LoraName = Annotated[str, Field(pattern=LORA_NAME)]
 
 
 def _names(given: object) -> object:
@@ -103,6 +111,8 @@ class HttpConfig(BaseModel):
     count all prompts of a request together; a step is one denoising step of one image.
     `refuse_blocked_score` answers `/score` with 400 if content safety blocked a prompt, instead of Azure's empty object;
     `refuse_flagged_images` refuses an OpenAI request if every picture was flagged, instead of sending black ones.
+    `cors_origins` are the origins whose pages may use the server in a browser (CORS); `*` is any.
+    `enable_sdapi` serves AUTOMATIC1111's API below `/sdapi`.
     `keep_alive_s` is how long an idle connection stays open between requests; proxies that pool connections must close theirs
     sooner. `public_url` is the start of the links in answers, if it is not the address that requests name.
     """
@@ -117,6 +127,8 @@ class HttpConfig(BaseModel):
     public_url: str | None = Field(None, pattern=r"^https?://[^\s?#@]+$")
     refuse_blocked_score: bool = False
     refuse_flagged_images: bool = True
+    enable_sdapi: bool = False
+    cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_names)] = ()
     allowed_hosts: Annotated[tuple[HostName, ...] | None, NoDecode, BeforeValidator(_names)] = Field(None, min_length=1)
 
 
@@ -188,6 +200,7 @@ class DeployConfig(BaseSettings):
     tokenizer: Path | None = None
     vae: Path | None = None
     embedding: Annotated[dict[EmbeddingToken, Path], NoDecode, BeforeValidator(_paths_by_name)] = Field(default_factory=dict)
+    lora: Annotated[dict[LoraName, Path], NoDecode, BeforeValidator(_paths_by_name)] = Field(default_factory=dict)
     allow_pickle: bool = False
     enable_safety_checker: bool = True
     engine: EngineChoice = "auto"
@@ -202,6 +215,7 @@ class DeployConfig(BaseSettings):
     grpc_port: Port = 50050
     http_port: Port = 5001
     api_key_file: Path | None = None
+    admin_key_file: Path | None = None
     jobs_folder: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -376,6 +390,8 @@ def _check_ranks(config: DeployConfig) -> None:
         return
     if config.parallelism == "tensor" and config.engine == "deepspeed":
         raise ConfigError("parallelism", "DeepSpeed's kernels compute with whole weights, got 'tensor'; use 'rows'")
+    if config.parallelism == "tensor" and config.lora:
+        raise ConfigError("lora", "ranks that share a UNet's layers compute no LoRAs; use parallelism 'rows'")
     if config.engine == "reference":
         raise ConfigError("tensor_parallel", f"the reference engine runs on one device, got {config.tensor_parallel}; use 1")
     if config.device.startswith("cuda:"):

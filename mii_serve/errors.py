@@ -5,6 +5,7 @@
     │   └── ContentBlockedError  content safety refuses the text or the picture
     ├── QueueFullError           no room now, try again later                    RESOURCE_EXHAUSTED   429
     │   └── RateLimitedError     this API key has had its share
+    ├── NotFoundError            there is no such model, file or route           NOT_FOUND            404
     ├── UnauthenticatedError     no API key, or an unknown one                   UNAUTHENTICATED      401
     ├── PermissionDeniedError    the operator has not allowed this               PERMISSION_DENIED    403
     ├── DeadlineExceededError    the caller's time ran out                       DEADLINE_EXCEEDED    424
@@ -61,6 +62,12 @@ class InvalidRequestError(MiiServeError):
         self.field = field
         self.rule = rule
 
+    def rename(self, field: str) -> None:
+        """Name what breaks the rule as the caller of a protocol knows it."""
+        text = str(self).removeprefix(f"{self.field}: ")
+        self.args = (f"{field}: {text}",)
+        self.field = field
+
 
 class ContentBlockedError(InvalidRequestError):
     """Content safety refuses `field`: a text before any work is done, or a picture before it leaves.
@@ -96,6 +103,17 @@ class RateLimitedError(QueueFullError):
     def __init__(self, text: str, retry_after_s: float | None = None, *, key_name: str | None = None) -> None:
         super().__init__(text, retry_after_s)
         self.key_name = key_name
+
+
+class NotFoundError(MiiServeError):
+    """There is no such route, model, deployment or file here. `code` says which of them to programs."""
+
+    grpc_code = "NOT_FOUND"
+    http_status = 404
+
+    def __init__(self, text: str, code: str = "not_found") -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class UnauthenticatedError(MiiServeError):
@@ -207,6 +225,7 @@ _BY_GRPC_CODE: dict[str, type[MiiServeError]] = {
     error.grpc_code: error
     for error in (
         QueueFullError,
+        NotFoundError,
         UnauthenticatedError,
         PermissionDeniedError,
         DeadlineExceededError,

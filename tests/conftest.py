@@ -1,18 +1,33 @@
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
 
-wait_briefly()  # before any test imports torch, and for every process that tests start
+# Before any test imports torch, and for every process that tests start. The networks are small and several processes run at
+# once: two threads that wait for each other at each layer take two to three times as long as one.
+wait_briefly()
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite the files the contract tests compare with")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays until the end: the garbage collector need not look through it, then or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ REPLICA_PROTO = "mii_serve/proto/replica/replica.proto"
 """Between a front and its replicas."""
 MII_PROTO = "mii_serve/proto/mii/pictures.proto"
 """Messages only: what mii calls its service is said where the calls are answered."""
+OIP_PROTO = "mii_serve/proto/oip/inference.proto"
+"""The same, of the Open Inference Protocol."""
 
 
 def generate(out: Path) -> None:
@@ -23,8 +25,9 @@ def generate(out: Path) -> None:
     Raises:
         SystemExit: protoc failed; it has said why.
     """
-    service = ("python", "pyi", "grpc_python", "mypy_grpc")
-    for proto, kinds in ((PROTO, service), (REPLICA_PROTO, service), (MII_PROTO, ("python", "pyi"))):
+    messages = ("python", "pyi")
+    service = (*messages, "grpc_python", "mypy_grpc")
+    for proto, kinds in ((PROTO, service), (REPLICA_PROTO, service), (MII_PROTO, messages), (OIP_PROTO, messages)):
         outputs = [f"--{kind}_out={out}" for kind in kinds]
         if code := protoc.main(["protoc", f"-I{ROOT}", *outputs, str(ROOT / proto)]):
             sys.exit(code)

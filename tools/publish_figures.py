@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
         serving.ray_proxy,
         devices.ranks,
         devices.ranks_computed,
+        devices.loras,
         devices.roofline,
         devices.kernel_times,
         devices.gpu_tests,

@@ -24,7 +24,7 @@ HUNG = (
     ("a small black cross on a green background", 9),
 )
 LAST = ("a yellow star above a red house", 11)
-NOT_SHOWN = {"page_idle_light", "page_running_light", "page_idle_phone"}
+NOT_SHOWN = {"page_idle_light", "page_running_light", "page_idle_phone", "page_mask_light"}
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 
 
@@ -68,6 +68,8 @@ def take(browser: Browser, url: str, out: Path, scheme: str, size: dict[str, int
     expect(page.locator("#inspector")).to_be_visible(timeout=60_000)
     page.wait_for_timeout(1200)
     save(page, out / f"page_finished{suffix}.webp")
+    paint(page)
+    save(page, out / f"page_mask{suffix}.webp")
     page.close()
 
 
@@ -77,6 +79,18 @@ def draw(page: Page, prompt: str, seed: int, num_inference_steps: int, scheduler
     page.fill("#num_inference_steps", str(num_inference_steps))
     page.select_option("#scheduler", scheduler)
     page.click("#generate")
+
+
+def paint(page: Page) -> None:
+    """A mask over the upper half of the picture that is shown."""
+    page.click("#use-image")
+    page.click("#mask-paint")
+    box = page.locator("#mask").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.25 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.7 * box["width"], box["y"] + 0.3 * box["height"], steps=5)
+    page.mouse.up()
 
 
 def save(page: Page, path: Path) -> None:

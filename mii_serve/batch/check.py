@@ -60,7 +60,7 @@ class _Rules:
         Raises:
             InvalidRequestError: naming the parameter and the rule.
         """
-        key = _NUMBERS(asked)
+        key = *_NUMBERS(asked), None if asked.loras is None else tuple(sorted(asked.loras.items()))
         has_weights = A1111 in (asked.prompt_syntax, self._defaults.get("prompt_syntax"))  # which every text must have right
         if (work := self._known.get(key)) is None or has_weights:
             given = {name: value for name, value in self._defaults.items() if getattr(asked, name) is None}

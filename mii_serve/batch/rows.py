@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mii_serve.errors import InvalidRequestError
-from mii_serve.types import EMBEDS, OWN_STEPS, PARAMETER_NAMES, PARAMETERS, RequestedParams
+from mii_serve.types import EMBEDS, OWN_STEPS, PARAMETER_NAMES, PARAMETERS, RequestedParams, checked_loras, parsed_loras
 
 ID = "id"
+LORAS = "loras"
 MAX_ID_CHARS = 512
 NEAR = 0.8
 """The similarity (`difflib` ratio, 0 to 1) from which a name counts as a misspelt parameter."""
@@ -72,6 +73,9 @@ def row_of_text(record: Mapping[str, str]) -> Row:
         parameter = _KINDS.get(name)
         if text == "" and name != "prompt":
             continue
+        if name == LORAS:
+            members[name] = _loras_of_text(text)
+            continue
         members[name] = text if parameter is None or parameter.kind is str else _number(name, text, parameter.kind)
     return _row(members.pop(ID, None), members)
 
@@ -89,7 +93,10 @@ def _row(row_id: Any, members: Mapping[str, Any]) -> Row:
     for name, value in members.items():
         if name == ID:
             continue
-        if name not in _KINDS:
+        if name == LORAS:
+            if value is not None:
+                given[name] = _loras_of(value)
+        elif name not in _KINDS:
             if name in OF_IMAGES:
                 raise RowError(name, "a row cannot start from an image; rename the member if it is something else")
             if name in OF_LISTS:
@@ -105,6 +112,20 @@ def _row(row_id: Any, members: Mapping[str, Any]) -> Row:
     if "prompt" not in given:
         raise RowError("prompt", "is missing")
     return Row(id=None if row_id is None else _checked_id(row_id), params=RequestedParams(**given), extra=extra)
+
+
+def _loras_of_text(text: str) -> dict[str, float]:
+    try:
+        return parsed_loras(text)
+    except InvalidRequestError as error:
+        raise RowError(LORAS, str(error).removeprefix(f"{LORAS}: ")) from None
+
+
+def _loras_of(value: Any) -> dict[str, float]:
+    try:
+        return checked_loras(value)
+    except InvalidRequestError as error:
+        raise RowError(LORAS, str(error).removeprefix(f"{LORAS}: ")) from None
 
 
 def _checked_id(row_id: Any) -> str:
@@ -144,7 +165,7 @@ def _openai_row(record: Mapping[str, Any]) -> Row:
             members |= _size(value)
         elif name in WITHOUT_EFFECT:
             extra[name] = value
-        elif (own_name := OPENAI_NAMES.get(name, name)) in _KINDS:
+        elif (own_name := OPENAI_NAMES.get(name, name)) in _KINDS or own_name == LORAS:
             members[own_name] = value
         else:
             raise RowError(name, "is not supported in a batch")

@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -338,8 +338,7 @@ def _failure(row: JournalRow, error: MiiServeError, tries: int) -> Outcome:
 
 def _effective(parameters: EffectiveParameters) -> dict[str, Any]:
     """What is kept of an answer: the prompts are in the input, and what was dropped of them where something was."""
-    kept = {one.name: getattr(parameters, one.name) for one in fields(parameters)}
-    kept["scheduler_options"] = dict(parameters.scheduler_options)
+    kept = parameters.as_record()
     for name in ("prompt", "negative_prompt", "device"):
         del kept[name]
     return {name: value for name, value in kept.items() if value not in ("", {})}

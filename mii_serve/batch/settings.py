@@ -13,7 +13,7 @@ from mii_serve.types import PARAMETER_NAMES, Capabilities, ImageFormat, Requeste
 
 Packing = Literal["folder", "webdataset"]
 """Whether pictures stay files, or are packed into tar files in the end."""
-DEFAULT_NAMES = tuple(name for name in PARAMETER_NAMES if name not in ("prompt", "seed"))
+DEFAULT_NAMES = (*(name for name in PARAMETER_NAMES if name not in ("prompt", "seed")), "loras")
 """Parameters that the job can set for all rows that do not name them."""
 
 
@@ -31,7 +31,7 @@ class JobSettings:
 
     def requested(self, row: Row, n: int) -> RequestedParams:
         """The row's parameters with the job's defaults, and its seed."""
-        given = {name: getattr(row.params, name) for name in PARAMETER_NAMES}
+        given = {name: getattr(row.params, name) for name in (*PARAMETER_NAMES, "loras")}
         for name, value in self.defaults.items():
             if given[name] is None:
                 given[name] = value

@@ -29,7 +29,7 @@ from mii_serve.cli.exits import ExitCode, say
 from mii_serve.cli.own_server import own_server
 from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.extras import require
-from mii_serve.types import Capabilities, GenerationDefaults, Limits, ModelParts, ServerInfo
+from mii_serve.types import Capabilities, GenerationDefaults, Limits, LoraInfo, ModelParts, ServerInfo
 
 if TYPE_CHECKING:
     from mii_serve.batch.check import Findings
@@ -123,8 +123,10 @@ def connected(connection: Connection | None, own: Mapping[str, Any]) -> Iterator
         return
     arguments = [str(own.get("model", "demo"))]
     for name, value in own.items():
-        if name != "model":
+        if name not in ("model", "lora"):
             arguments += [f"--{name}", str(value)]
+    for pair in own.get("lora", ()):
+        arguments += ["--lora", pair]
     say(f"starting a server for {arguments[0]}")
     with own_server(arguments) as address:
         yield Connection(target=address)
@@ -225,6 +227,16 @@ class _AnyScheduler(dict[str, str]):
         return key
 
 
+class _AnyLora(dict[str, LoraInfo]):
+    """The same for LoRAs."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> LoraInfo:
+        return LoraInfo(name=name, revision="", rank=1)
+
+
 def _only_check(flags: BatchFlags, settings: JobSettings, connection: Connection | None) -> int:
     if flags.given == STDIN:
         raise InvalidRequestError("INPUT", "must be a file or a folder with --only-check")
@@ -232,8 +244,13 @@ def _only_check(flags: BatchFlags, settings: JobSettings, connection: Connection
         capabilities = server_info(connection, flags.max_stall_s).capabilities
     else:
         defaults = GenerationDefaults(scheduler="default")
-        any_model = ModelParts(num_text_layers=1000)
-        capabilities = Capabilities(limits=Limits(), defaults=defaults, schedulers=_AnyScheduler(), parts=any_model)
+        capabilities = Capabilities(
+            limits=Limits(),
+            defaults=defaults,
+            schedulers=_AnyScheduler(),
+            loras=_AnyLora(),
+            parts=ModelParts(num_text_layers=1000),  # as many as any model has
+        )
     with tempfile.TemporaryDirectory(prefix="mii_serve-check-") as folder:
         journal = Journal(Path(folder) / JOURNAL)
         try:

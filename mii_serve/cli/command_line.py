@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_serve import __version__
-from mii_serve.cli import batch_flags, bench_flags, evaluate_flags
+from mii_serve.cli import batch_flags, bench_flags, evaluate_flags, http_flags, lora_flags
 from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_streams, say
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
@@ -156,6 +156,7 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="turn on /v1/files and /v1/batches, and keep them here",
     )
+    http_flags.add_flags(parser)
     add("--tls-cert", type=Path, metavar="FILE", help="certificate chain in PEM; turns TLS on for both ports")
     add("--tls-key", type=Path, metavar="FILE", help="its private key")
     add("--tls-client-ca", type=Path, metavar="FILE", help="require client certificates that one of these CAs signed")
@@ -171,6 +172,7 @@ def _add_deploy_flags(parser: argparse.ArgumentParser) -> None:
         metavar="TOKEN=PATH",
         help="a word for prompts and its embedding (textual inversion); repeat it for more",
     )
+    lora_flags.add_lora(parser.add_argument)
     add("--allow-pickle", action="store_true", help="load weights that can run code; only for models you trust")
     add(
         "--disable-safety-checker",
@@ -215,11 +217,13 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     for parameter in OWN_STEPS:
         name, metavar = f"--{parameter.name}", _METAVARS[parameter.kind]
         request.add_argument(name, type=parameter.kind, nargs="+", metavar=metavar, help=parameter.help)
+    lora_flags.add_use_lora(request.add_argument)
     add = parser.add_argument_group("without --target").add_argument
     # No default: a flag that was not given leaves the choice to the environment.
     add("--model", default=argparse.SUPPRESS, metavar="MODEL", help=MODELS)
     add("--engine", default=argparse.SUPPRESS, metavar=ENGINES, help="what computes the image")
     add("--dtype", default=argparse.SUPPRESS, metavar=DTYPES, help="precision of the model")
+    lora_flags.add_lora(add)
     add = parser.add_argument_group("the call").add_argument
     add("--timeout", type=float, metavar="SECONDS", help="give up after this time, not counting the loading of a model")
     add(
@@ -243,11 +247,13 @@ def _add_job_flags(parser: argparse.ArgumentParser, left_out: Sequence[str]) -> 
         if parameter.name not in left_out:
             flag = f"--{parameter.name.replace('_', '-')}"
             group.add_argument(flag, type=parameter.kind, metavar=_METAVARS[parameter.kind], help=parameter.help)
+    lora_flags.add_use_lora(group.add_argument)
     add = parser.add_argument_group("without --target").add_argument
     add("--model", default=argparse.SUPPRESS, metavar="MODEL", help=MODELS)
     add("--replicas", type=int, default=argparse.SUPPRESS, metavar="N", help="copies of the model, default 1")
     add("--engine", default=argparse.SUPPRESS, metavar=ENGINES, help="what computes the images")
     add("--dtype", default=argparse.SUPPRESS, metavar=DTYPES, help="precision of the model")
+    lora_flags.add_lora(add)
     _add_tls_flags(parser)
 
 
@@ -360,7 +366,7 @@ def _deploy(values: dict[str, Any]) -> int:
     from mii_serve.cli.deploy import run
 
     file, mii_file = values.pop("config"), values.pop("mii_config")
-    return run(values, file, mii_file)
+    return run(http_flags.grouped(values), file, mii_file)
 
 
 def _config(values: dict[str, Any]) -> int:
@@ -369,14 +375,14 @@ def _config(values: dict[str, Any]) -> int:
     if values.pop("action") == "schema":
         return config.schema()
     file, is_effective, is_json = values.pop("config"), values.pop("effective"), values.pop("json")
-    return config.show(values, file, is_effective=is_effective, is_json=is_json)
+    return config.show(http_flags.grouped(values), file, is_effective=is_effective, is_json=is_json)
 
 
 def _generate(values: dict[str, Any]) -> int:
     from mii_serve.cli.files import read_image
     from mii_serve.cli.generate import run
 
-    given = {name: values[name] for name in (*PARAMETER_NAMES, STRENGTH.name)}
+    given = {name: values[name] for name in (*PARAMETER_NAMES, STRENGTH.name, "loras")}
     given |= {one.name: None if values[one.name] is None else tuple(values[one.name]) for one in OWN_STEPS}
     for name, flag in (("image", "--image"), ("mask_image", "--mask-image")):
         given[name] = None if values[name] is None else read_image(flag, values[name])
@@ -385,7 +391,7 @@ def _generate(values: dict[str, Any]) -> int:
         output=values["output"],
         embed_metadata=values["embed_metadata"],
         connection=None if values["target"] is None else _connection(values),
-        flags={name: values[name] for name in ("model", "engine", "dtype") if name in values},
+        flags={name: values[name] for name in ("model", "engine", "dtype", "lora") if name in values},
         timeout=values["timeout"],
         is_json=values["json"],
     )
@@ -416,7 +422,7 @@ def _batch(values: dict[str, Any]) -> int:
 
 def _own_server(values: dict[str, Any]) -> dict[str, Any]:
     """The flags for a server that the command starts for itself."""
-    return {name: values[name] for name in ("model", "replicas", "engine", "dtype") if name in values}
+    return {name: values[name] for name in ("model", "replicas", "engine", "dtype", "lora") if name in values}
 
 
 def _evaluate(values: dict[str, Any]) -> int:

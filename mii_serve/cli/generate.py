@@ -86,8 +86,10 @@ def _generate_here(
     config = DeployConfig.load(flags)
     if not is_json:
         say(f"mii_serve {__version__}: loading {config.model}")
+    from mii_serve.models.deferred import import_for_drawing
     from mii_serve.replica.local import open_local
 
+    import_for_drawing("mii_serve.engine.factory")
     builder = ResultBuilder(uuid.uuid4().hex)
     with open_local(config) as local, closing(_within(timeout, local.stream(request))) as events:
         _show(map(builder.add, events), is_quiet=is_quiet)
@@ -169,7 +171,7 @@ def _report(result: GenerationResult, paths: list[Path], *, is_json: bool) -> No
             "seeds": result.seeds,
             "nsfw_content_detected": result.nsfw_content_detected,
             "moderation_blocked": result.moderation_blocked,
-            "parameters": asdict(done),
+            "parameters": done.as_record(),
             "timings": {"queued_s": result.queued_s, "total_s": result.total_s},
         }
         print(json.dumps(answer))

@@ -14,7 +14,7 @@ from mii_serve.errors import DeadlineExceededError, MiiServeError, UnavailableEr
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mii_serve.types import Activity, ServerInfo
+    from mii_serve.types import Activity, LoraInfo, ServerInfo
 
 SERVING = "SERVING"
 UNREACHABLE = "UNREACHABLE"
@@ -95,6 +95,10 @@ def _ranks(info: ServerInfo) -> str:
     return f", {info.num_ranks} ranks per replica, {info.parallelism}" if info.num_ranks > 1 else ""
 
 
+def _lora(lora: LoraInfo) -> str:
+    return f"{lora.name}, rank {lora.rank}" + (f"; {lora.note}" if lora.note else "")
+
+
 def _rows(info: ServerInfo) -> list[tuple[str, str]]:
     defaults, limits, activity = info.defaults, info.limits, info.activity
     return [
@@ -104,6 +108,8 @@ def _rows(info: ServerInfo) -> list[tuple[str, str]]:
         ("engine", f"{info.engine} {info.dtype} on {info.device}{_ranks(info)}"),
         *([("", info.engine_note)] if info.engine_note else []),
         *([("kernels", info.engine_kernels)] if info.engine_kernels else []),
+        *([("takes", "images with a mask: it is an inpainting model")] if info.needs_mask else []),
+        *([("LoRAs", "\n".join(map(_lora, info.loras)))] if info.loras else []),
         ("safety checker", "on" if info.has_safety_checker else "none: images are not checked"),
         (
             "defaults",

@@ -33,6 +33,9 @@ def run(
     config = DeployConfig.load(flags, file)
     configure_logs(log_level, "text")
     say(f"mii_serve {__version__}: verifying {config.model}; the reference runs first, then the engine")
+    from mii_serve.models.deferred import import_for_drawing
+
+    import_for_drawing("mii_serve.engine.factory")
     from mii_serve.verify.runs import verify_once
 
     report = verify_once(config)

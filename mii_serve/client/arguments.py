@@ -19,6 +19,7 @@ from mii_serve.types import (
     EMBEDS,
     FP16,
     FP32,
+    LORAS_HELP,
     OWN_STEPS,
     PARAMETER_NAMES,
     PARAMETERS,
@@ -73,6 +74,7 @@ _HELPS = {
     "prompt_embeds": "embeddings in the place of the prompt: an array of numpy or a tensor of torch, tokens × text width",
     "negative_prompt_embeds": "the same for the negative prompt",
     **{parameter.name: parameter.help for parameter in (STRENGTH, *OWN_STEPS)},
+    "loras": LORAS_HELP,
 }
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -124,7 +126,7 @@ def build_request(prompt: str | None, options: Mapping[str, Any]) -> GenerationR
     if not isinstance(prompt, str):
         raise InvalidRequestError("prompt", "must be text", type(prompt).__name__)
     given = {**_DEFAULTS, **options}
-    others = {name: given[name] for name in (*PARAMETER_NAMES, "strength") if name != "prompt"}
+    others = {name: given[name] for name in (*PARAMETER_NAMES, "strength", "loras") if name != "prompt"}
     others |= {name: _embeds_of(name, given[name]) for name in EMBEDS}
     others |= {one.name: _numbers(given[one.name]) for one in OWN_STEPS}
     image, mask_image = (_file_of(name, given[name]) for name in ("image", "mask_image"))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mii_serve.types import (
     Capabilities,
     EngineCapacity,
     EngineDescription,
     GenerationParams,
+    LoraInfo,
     SampleProgress,
     SchedulerDescription,
     StepPlan,
 )
+
+if TYPE_CHECKING:
+    from mii_serve.models.loras import LoraAdapter
 
 
 class Engine(Protocol):
@@ -75,3 +80,38 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the device. The engine cannot be used afterwards."""
         ...
+
+
+class Loras(Protocol):
+    """How LoRAs come and go on an engine. `load` is for any thread, the others for the engine's own."""
+
+    def load(self, name: str, path: Path) -> LoraAdapter:
+        """
+        Raises:
+            ModelError: it cannot be read, is something else, or is for another model.
+        """
+        ...
+
+    def add(self, adapter: LoraAdapter) -> LoraInfo:
+        """Let requests name it; one of the same name before it is removed.
+
+        Raises:
+            ModelError: there is no memory for it.
+        """
+        ...
+
+    def remove(self, name: str) -> None:
+        """No new request can name it; unknown names are ignored."""
+        ...
+
+    def forget_unused(self, in_use: set[str]) -> None:
+        """Forget what was removed, but for these revisions."""
+        ...
+
+
+@runtime_checkable
+class LoraEngine(Protocol):
+    """What an `Engine` offers in addition whose LoRAs can change while it runs; None where it computes none."""
+
+    @property
+    def loras(self) -> Loras | None: ...

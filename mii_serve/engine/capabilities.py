@@ -11,6 +11,7 @@ import torch
 
 from mii_serve.errors import InvalidRequestError, ModelError
 from mii_serve.models import LoadedModel
+from mii_serve.models.architecture import INPAINTING_CHANNELS
 from mii_serve.models.loading import TORCH_DTYPES
 from mii_serve.samplers.build import ModelSchedulers, first_line
 from mii_serve.samplers.run import SamplerRun
@@ -21,6 +22,11 @@ FEW_STEPS = 4
 """The scheduler of a distilled model may have fewer than diffusers' default of 50."""
 
 logger = logging.getLogger(__name__)
+
+
+def takes_mask_in(unet: Any) -> bool:
+    """Whether the UNet is an inpainting model's, which takes a mask and the rest of an image beside the latents."""
+    return bool(unet.config.in_channels == INPAINTING_CHANNELS)
 
 
 def takes_guidance_in(unet: Any) -> bool:
@@ -61,7 +67,9 @@ def _device_name(device: torch.device) -> str:
     return f"{properties.name} GPU-{properties.uuid}"
 
 
-def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Callable[[SamplerRun], object]) -> Capabilities:
+def capabilities_of(
+    model: LoadedModel, schedulers: ModelSchedulers, check: Callable[[SamplerRun], object], *, needs_mask: bool = False
+) -> Capabilities:
     """The model's limits and defaults with the names of its schedulers. `check` tries a run of one.
 
     Raises:
@@ -69,7 +77,11 @@ def capabilities_of(model: LoadedModel, schedulers: ModelSchedulers, check: Call
     """
     declared, num_steps = model.defaults.scheduler, model.defaults.num_inference_steps
     capabilities = Capabilities(
-        limits=model.limits, defaults=model.defaults, schedulers=schedulers.accepted_names, parts=parts_of(model.pipeline)
+        limits=model.limits,
+        defaults=model.defaults,
+        schedulers=schedulers.accepted_names,
+        needs_mask=needs_mask,
+        parts=parts_of(model.pipeline),
     )
     try:
         name = capabilities.scheduler_named(declared)

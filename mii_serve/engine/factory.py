@@ -77,6 +77,8 @@ def _build(config: DeployConfig, group: RankGroup | None) -> Engine:
         model = _load(config, device, _dtype(config, device), TensorShard(rank=group.rank, world_size=group.size))
         return sharded_engine(model, group, max_slots=config.max_slots)
     if config.engine == "deepspeed":
+        if config.lora:
+            raise ConfigError("lora", "DeepSpeed's kernels compute no LoRAs; use the engine 'native'")
         return deepspeed_engine(_deepspeed_model(config, device), max_slots=config.max_slots, group=group)
     taken = _Native()
     if config.engine == "auto":
@@ -117,6 +119,8 @@ def _faster(config: DeployConfig, device: str, group: RankGroup | None) -> Batch
     Raises:
         UnusableEngineError: deepspeed cannot.
     """
+    if config.lora:
+        raise UnusableEngineError("its kernels compute no LoRAs")
     _require_deepspeed(config, device)
     if group is not None:  # each rank would measure something else
         why = f"{COMPUTED_TO_BE_FASTER} by computed bounds, as ranks do not measure which engine is the faster"
@@ -254,7 +258,7 @@ def _load(config: DeployConfig, device: str, dtype: Precision, shard: TensorShar
 
 
 def added_parts(config: DeployConfig) -> AddedParts:
-    return AddedParts(tokenizer=config.tokenizer, vae=config.vae, embeddings=config.embedding)
+    return AddedParts(tokenizer=config.tokenizer, vae=config.vae, embeddings=config.embedding, loras=config.lora)
 
 
 def _reference_dtype(config: DeployConfig) -> Precision:

@@ -1,9 +1,13 @@
 """The images that requests start from, as the VAE's latents: what diffusers' `StableDiffusionImg2ImgPipeline` makes of them,
-and of those with a mask `StableDiffusionInpaintPipeline`."""
+and of those with a mask `StableDiffusionInpaintPipeline`.
+
+Most models repaint by blending: the image is put back around the mask after each call. The UNet of an inpainting model takes in
+the mask and the rest of the image beside the latents, and nothing is put back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +17,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from mii_serve.engine.upload import upload
 from mii_serve.types import GenerationParams, InputImage, Sample, SampleId
+
+LIGHT = 128
+"""Where a mask is at least so light, the image is repainted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,27 @@ class EncodedImage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedInput:
+    """A sample's image, and what its mask leaves of it, as far as they are needed."""
+
+    image: EncodedImage | None = None
+    masked_image: EncodedImage | None = None
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> EncodedInput:
+        """The same on another device."""
+        return EncodedInput(image=_moved(self.image, move), masked_image=_moved(self.masked_image, move))
+
+
+NOTHING = EncodedInput()
+
+
+def _moved(image: EncodedImage | None, move: Callable[[torch.Tensor], torch.Tensor]) -> EncodedImage | None:
+    if image is None:
+        return None
+    return EncodedImage(move(image.mean), None if image.std is None else move(image.std), image.scaling_factor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KeptImage:
     """What a sample with a mask keeps of its image: `mask` is 1 × height × width, 1 where the image is repainted, else 0."""
 
@@ -48,7 +76,7 @@ def mask_of(image: InputImage, params: GenerationParams) -> torch.Tensor | None:
     if image.mask is None:
         return None
     levels = np.frombuffer(image.mask, np.uint8).reshape(1, 1, params.height, params.width)
-    binary = torch.from_numpy((levels >= 128).astype(np.float32))
+    binary = torch.from_numpy((levels >= LIGHT).astype(np.float32))
     return torch.nn.functional.interpolate(binary, size=params.latent_shape)
 
 
@@ -72,21 +100,47 @@ def pixels_of(image: InputImage, params: GenerationParams) -> torch.Tensor:
     return 2.0 * torch.from_numpy((levels.astype(np.float32) / 255.0).transpose(0, 3, 1, 2)) - 1.0
 
 
-def encode_images(vae: Any, samples: Sequence[Sample], max_images: int) -> dict[SampleId, EncodedImage]:
-    """The latents of the samples that have an image, each image encoded once, at most `max_images` of a size in one call."""
-    pixels: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
+def masked_pixels_of(image: InputImage, params: GenerationParams) -> torch.Tensor:
+    """The same without what is repainted."""
+    assert image.mask is not None
+    levels = torch.from_numpy(np.frombuffer(image.mask, np.uint8).reshape(1, 1, params.height, params.width).copy())
+    return pixels_of(image, params) * (levels < LIGHT)
+
+
+def encode_images(vae: Any, samples: Sequence[Sample], max_images: int, *, takes_mask: bool) -> dict[SampleId, EncodedInput]:
+    """The latents of the samples that have an image, each image encoded once, at most `max_images` of a size in one call.
+
+    `takes_mask`: for the UNet of an inpainting model.
+    """
+    pixels: dict[tuple[int, int], dict[tuple[int, bool], torch.Tensor]] = {}
+    wanted: dict[SampleId, list[tuple[int, bool]]] = {}
     for sample in samples:
         if (image := sample.input_image) is not None:
-            of_size = pixels.setdefault(sample.params.latent_shape, {})
-            if id(image) not in of_size:
-                of_size[id(image)] = pixels_of(image, sample.params)
-    encoded: dict[int, EncodedImage] = {}
+            of_size, params = pixels.setdefault(sample.params.latent_shape, {}), sample.params
+            wanted[sample.id] = [(id(image), is_masked) for is_masked in _parts(params, takes_mask)]
+            for key in wanted[sample.id]:
+                if key not in of_size:
+                    of_size[key] = masked_pixels_of(image, params) if key[1] else pixels_of(image, params)
+    encoded: dict[tuple[int, bool], EncodedImage] = {}
     for of_size in pixels.values():
         keys = list(of_size)
         for start in range(0, len(keys), max_images):
             batch = keys[start : start + max_images]
             encoded.update(zip(batch, _encode(vae, torch.cat([of_size[key] for key in batch])), strict=True))
-    return {sample.id: encoded[id(sample.input_image)] for sample in samples if sample.input_image is not None}
+    return {
+        sample_id: EncodedInput(
+            image=next((encoded[key] for key in keys if not key[1]), None),
+            masked_image=next((encoded[key] for key in keys if key[1]), None),
+        )
+        for sample_id, keys in wanted.items()
+    }
+
+
+def _parts(params: GenerationParams, takes_mask: bool) -> tuple[bool, ...]:
+    """What is encoded: the image (False), what its mask leaves of it (True), or both."""
+    if not takes_mask:
+        return (False,)
+    return (True,) if params.strength == 1.0 else (False, True)
 
 
 def _encode(vae: Any, pixels: torch.Tensor) -> list[EncodedImage]:

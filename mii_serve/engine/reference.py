@@ -2,7 +2,8 @@
 
 Computes what `StableDiffusionPipeline.__call__` computes, and for a request with an image `StableDiffusionImg2ImgPipeline`
 or, with a mask, `StableDiffusionInpaintPipeline`, operation by operation, so that on the same machine its pictures are
-the same bits; only the loop is turned inside out, one UNet call per turn. Slow on purpose and never optimised.
+the same bits; only the loop is turned inside out, one UNet call per turn. A LoRA is added to the outputs of the layers that it
+changes, as PEFT does. Slow on purpose and never optimised.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
 
-from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in
+from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in, takes_mask_in
 from mii_serve.engine.decode import decode, is_finite
-from mii_serve.engine.input_images import KeptImage, mask_of, pixels_of, skip_masked_image
+from mii_serve.engine.input_images import KeptImage, mask_of, masked_pixels_of, pixels_of, skip_masked_image
+from mii_serve.engine.loras import NOTHING, Combination, LoraStore, applied
 from mii_serve.engine.probe import UNetCall, without_checker
 from mii_serve.engine.prompt_chunks import Chunk, Chunker, tensor_of, weighted
 from mii_serve.engine.sample_errors import is_of_one_sample, not_finite, sample_error
@@ -38,6 +40,7 @@ from mii_serve.types import (
     EMBEDS,
     LATENT_SCALE,
     PLAIN,
+    Capabilities,
     EngineCapacity,
     GenerationParams,
     Picture,
@@ -63,12 +66,23 @@ class ReferenceSample:
     generator: torch.Generator
     prompt_embeds: torch.Tensor
     latents: torch.Tensor
+    loras: Combination = NOTHING
     kept_image: KeptImage | None = None
+    condition: torch.Tensor | None = None
     step: int = 0
 
     @property
     def progress(self) -> SampleProgress:
         return SampleProgress(id=self.sample.id, step=self.step, num_steps=len(self.timesteps))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class First:
+    """What a sample starts from, what it keeps of its image, and what an inpainting model's UNet takes in of it."""
+
+    latents: torch.Tensor
+    kept_image: KeptImage | None = None
+    condition: torch.Tensor | None = None
 
 
 class ReferenceEngine:
@@ -82,21 +96,26 @@ class ReferenceEngine:
         self._pipeline = model.pipeline
         self._device = torch.device(model.pipeline.device)
         self._schedulers = ModelSchedulers(model.pipeline.scheduler)
+        self._takes_mask = takes_mask_in(model.pipeline.unet)
         self._chunker = Chunker(model.pipeline)
         self._timer = StageTimer()
         self._samples: dict[SampleId, ReferenceSample] = {}
         self._num_calls: dict[SamplerRun, int] = {}
-        self.capabilities = capabilities_of(model, self._schedulers, self._count_calls)
+        self.loras = LoraStore(model.pipeline, model.loras)
+        self._capabilities = capabilities_of(model, self._schedulers, self._count_calls, needs_mask=self._takes_mask)
         self.description = description_of(model, "reference", note)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.loras.told(self._capabilities)
 
     def stage_seconds(self) -> dict[str, float]:
         return self._timer.take()
 
     def check(self, params: GenerationParams) -> int:
-        run = SamplerRun.of(params)
-        num_calls = self._count_calls(run)
-        if params.strength is not None:
-            refuse_without_noise(self._schedulers, run)
+        num_calls = self._count_calls(SamplerRun.of(params))
+        refuse_without_noise(self._schedulers, params, has_blending=not self._takes_mask)
+        self.loras.check(params.lora_choice)
         return num_calls
 
     def _count_calls(self, run: SamplerRun) -> int:
@@ -141,12 +160,13 @@ class ReferenceEngine:
         run = SamplerRun.of(params)
         scheduler = self._schedulers.make(run, self._device)
         timesteps = scheduler.timesteps[first_call(scheduler, run.num_skipped_steps) :]
-        with self._timer.time("encode"):
+        loras = self.loras.combination(params.lora_choice)
+        with self._timer.time("encode"), applied(pipeline.text_encoder, loras.text_encoder):
             prompt_embeds = self._encode(params)
         generator = torch.Generator("cpu").manual_seed(sample.seed)
-        channels = pipeline.unet.config.in_channels
+        channels = pipeline.unet.config.out_channels
         shape = (1, channels, params.height // LATENT_SCALE, params.width // LATENT_SCALE)
-        latents, kept_image = self._first_latents(sample, scheduler, timesteps[:1], generator, shape)
+        first = self._first_latents(sample, scheduler, timesteps[:1], generator, shape)
         return ReferenceSample(
             sample=sample,
             scheduler=scheduler,
@@ -154,8 +174,10 @@ class ReferenceEngine:
             step_kwargs=step_kwargs(scheduler, generator, run.eta),
             generator=generator,
             prompt_embeds=prompt_embeds,
-            latents=latents,
-            kept_image=kept_image,
+            latents=first.latents,
+            loras=loras,
+            kept_image=first.kept_image,
+            condition=first.condition,
         )
 
     def _encode(self, params: GenerationParams) -> torch.Tensor:
@@ -188,25 +210,38 @@ class ReferenceEngine:
 
     def _first_latents(
         self, sample: Sample, scheduler: Any, timestep: torch.Tensor, generator: torch.Generator, shape: tuple[int, ...]
-    ) -> tuple[torch.Tensor, KeptImage | None]:
-        """What the sample starts from, and what it keeps of its image."""
-        image, vae = sample.input_image, self._pipeline.vae
+    ) -> First:
+        image, vae, params = sample.input_image, self._pipeline.vae, sample.params
         if image is None:
             noise = randn_tensor(shape, generator=generator, device=self._device, dtype=self._pipeline.unet.dtype)
-            return noise * scheduler.init_noise_sigma, None
-        with self._timer.time("encode"):
-            encoded = vae.encode(pixels_of(image, sample.params).to(self._device))
-        image_latents = vae.config.scaling_factor * retrieve_latents(encoded, generator=generator)
-        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=image_latents.dtype)
-        if (mask := mask_of(image, sample.params)) is None:
-            return scheduler.add_noise(image_latents, noise, timestep), None
-        image_latents = image_latents.contiguous()  # as the pipeline's are here: convolutions sum in the order of the memory
-        kept_image = KeptImage(mask=mask.to(self._device), image_latents=image_latents, noise=noise)
-        if hasattr(encoded, "latent_dist"):
-            skip_masked_image(noise, generator)
-        if sample.params.strength == 1.0:
-            return noise * scheduler.init_noise_sigma, kept_image
-        return scheduler.add_noise(image_latents, noise, timestep), kept_image
+            return First(latents=noise * scheduler.init_noise_sigma)
+
+        def encoded(pixels: torch.Tensor) -> tuple[torch.Tensor, bool]:
+            """The latents, and whether they are drawn from a distribution."""
+            with self._timer.time("encode"):
+                output = vae.encode(pixels.to(self._device))
+            return vae.config.scaling_factor * retrieve_latents(output, generator=generator), hasattr(output, "latent_dist")
+
+        mask, takes_mask, is_noise = mask_of(image, params), self._takes_mask, params.has_mask and params.strength == 1.0
+        image_latents, is_drawn, dtype = None, False, self._pipeline.unet.dtype
+        if not (takes_mask and is_noise):
+            image_latents, is_drawn = encoded(pixels_of(image, params))
+            dtype = image_latents.dtype
+            if mask is not None:  # as the pipeline's: convolutions sum in the order of the memory
+                image_latents = image_latents.contiguous()
+        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
+        kept_image = condition = None
+        if mask is not None and takes_mask:
+            condition = torch.cat([mask.to(self._device), encoded(masked_pixels_of(image, params))[0]], dim=1)
+        elif mask is not None and image_latents is not None:
+            kept_image = KeptImage(mask=mask.to(self._device), image_latents=image_latents, noise=noise)
+            if is_drawn:
+                skip_masked_image(noise, generator)
+        if is_noise or image_latents is None:
+            latents = noise * scheduler.init_noise_sigma
+        else:
+            latents = scheduler.add_noise(image_latents, noise, timestep)
+        return First(latents=latents, kept_image=kept_image, condition=condition)
 
     def _or_failed(self, do: Callable[..., SampleProgress], running: ReferenceSample, *arguments: bool) -> SampleProgress:
         try:
@@ -226,14 +261,17 @@ class ReferenceEngine:
         model_input = torch.cat([latents] * 2) if is_guided else latents
         model_input = scheduler.scale_model_input(model_input, timestep)
         with self._timer.time("denoise"):
-            embeds = running.prompt_embeds
-            noise_pred = self._pipeline.unet(
-                model_input,
-                timestep,
-                encoder_hidden_states=embeds,
-                timestep_cond=self._embedded_guidance(guidance_scale, latents.dtype),
-                return_dict=False,
-            )[0]
+            unet_input = model_input
+            if running.condition is not None:
+                unet_input = torch.cat([model_input, torch.cat([running.condition] * len(model_input))], dim=1)
+            with applied(self._pipeline.unet, running.loras.unet):
+                noise_pred = self._pipeline.unet(
+                    unet_input,
+                    timestep,
+                    encoder_hidden_states=running.prompt_embeds,
+                    timestep_cond=self._embedded_guidance(guidance_scale, latents.dtype),
+                    return_dict=False,
+                )[0]
             if is_guided:
                 noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
                 noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)

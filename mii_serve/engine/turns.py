@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from mii_serve.engine import Engine
-from mii_serve.types import SampleProgress, StepPlan
+from mii_serve.types import GenerationParams, InputImage, SampleProgress, StepPlan
 
 MAX_IN_FLIGHT = 2
 """One turn that runs, and one that is prepared."""
@@ -81,6 +81,24 @@ class LaunchingEngine(Protocol):
 
         Raises:
             EngineError: as `Engine.run`.
+        """
+        ...
+
+
+@runtime_checkable
+class EncodingEngine(Protocol):
+    """What an `Engine` offers in addition that encodes images before their samples join."""
+
+    @property
+    def encodes_beside(self) -> bool:
+        """Whether `encode_image` may be called in another thread than the engine's, while turns run."""
+        ...
+
+    def encode_image(self, params: GenerationParams, image: InputImage) -> object:
+        """What `Sample.encoded_image` of every sample of the request is to be.
+
+        Raises:
+            EngineError: it could not be encoded.
         """
         ...
 

@@ -1,7 +1,7 @@
 """HTTP of a deployment: `/metrics`, the probes `/livez` and `/readyz`, `/` as Azure ML's containers answer it, and the calls.
 
-The calls are Azure ML's `/score`, OpenAI's images API and Hugging Face's text-to-image task. `/swagger.json` describes it all.
-For a person there is the page, at `/` too.
+The calls are Azure ML's `/score`, OpenAI's images API, Hugging Face's tasks, the Open Inference Protocol, MII's RESTful gateway
+and, where it is on, AUTOMATIC1111's API. `/swagger.json` describes it all. For a person there is the page, at `/` too.
 """
 
 from __future__ import annotations
@@ -22,19 +22,26 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Match, Route
 
 from mii_serve.config import DeployConfig, HttpConfig
-from mii_serve.errors import MiiServeError
+from mii_serve.errors import MiiServeError, NotFoundError
 from mii_serve.gateway import image_links
+from mii_serve.gateway.admin import LoraCalls
+from mii_serve.gateway.cors import Cors, Origins
 from mii_serve.gateway.dialects.azure_score import AzureDialect, Score
-from mii_serve.gateway.dialects.huggingface import HuggingFaceDialect, TextToImage
+from mii_serve.gateway.dialects.huggingface import HuggingFaceDialect, Tasks, read_task
+from mii_serve.gateway.dialects.mii import PATH as MII_PATH
+from mii_serve.gateway.dialects.mii import MiiDialect, MiiPictures
+from mii_serve.gateway.dialects.open_inference import OpenInferenceRoutes
 from mii_serve.gateway.dialects.openai import Images, Models, OpenAiDialect
 from mii_serve.gateway.dialects.openai_batches import Batches, routes_without_jobs
-from mii_serve.gateway.dialects.openai_edits import Edits, read_edit
-from mii_serve.gateway.errors import MethodNotAllowedError, NotFoundError, openai_problem, problem_response
-from mii_serve.gateway.hosts import AllowedHosts, HostCheck
+from mii_serve.gateway.dialects.openai_edits import Edits, Variations, read_edit
+from mii_serve.gateway.dialects.sdapi.dialect import SdapiDialect
+from mii_serve.gateway.dialects.sdapi.routes import ROOT as SDAPI_ROOT
+from mii_serve.gateway.dialects.sdapi.routes import sdapi_routes
+from mii_serve.gateway.errors import MethodNotAllowedError, openai_problem, problem_response
+from mii_serve.gateway.hosts import NO_REQUEST_ID, AllowedHosts, HostCheck
 from mii_serve.gateway.image_links import ImageStore
 from mii_serve.gateway.listener import BoundedListener, ConcurrencyLimit, ConnectionPool
 from mii_serve.gateway.middleware import Endpoints
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.gateway.openapi import Description
 from mii_serve.gateway.page.calls import page_routes
 from mii_serve.gateway.page.files import PageFiles, wants_page
@@ -46,6 +53,7 @@ from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.front import bind_tcp, bracketed
 from mii_serve.server.jobs import Jobs
 from mii_serve.server.keys import KeyRing
+from mii_serve.server.model_names import ModelNames
 from mii_serve.server.open_files import MAX_CONNECTIONS
 from mii_serve.server.tls import Tls
 
@@ -62,10 +70,12 @@ def build_app(
     hosts: AllowedHosts | None = None,
     connections: ConnectionPool | None = None,
     jobs: Jobs | None = None,
+    embeddings: Sequence[str] = (),
 ) -> Starlette:
     """The application that answers HTTP, for requests that name one of the `hosts`, over these connections.
 
-    `served_names` are the operator's names for the model. Without `jobs`, files and batches are off.
+    `served_names` are the operator's names for the model, `embeddings` the words of prompts that stand for embeddings. Without
+    `jobs`, files and batches are off.
     """
     settings, files = settings or HttpConfig(), PageFiles()
 
@@ -89,8 +99,13 @@ def build_app(
     openai = OpenAiDialect()
     batches = routes_without_jobs(endpoints, openai) if jobs is None else Batches(jobs).routes(endpoints, openai)
     calls = [*_calls(dispatcher, endpoints, settings, names), *batches, *page_routes(dispatcher, endpoints, files, jobs)]
+    calls += LoraCalls(dispatcher, keys).routes(settings, openai)
+    if settings.enable_sdapi:
+        calls += sdapi_routes(dispatcher, endpoints, settings, names, embeddings)
     pool = connections or ConnectionPool(MAX_CONNECTIONS)
-    checks = [Middleware(HostCheck, hosts or AllowedHosts()), Middleware(ConcurrencyLimit, pool)]
+    origins = Origins(settings.cors_origins)
+    cors = [Middleware(Cors, origins)] if origins.is_on else []
+    checks = [Middleware(HostCheck, hosts or AllowedHosts()), *cors, Middleware(ConcurrencyLimit, pool)]
     app = Starlette(
         routes=[*routes, *calls],
         exception_handlers={HTTPException: _no_such_route},
@@ -104,8 +119,12 @@ def _calls(dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, n
     """The routes of the dialects, and of what describes the server."""
     store = ImageStore()
     azure, openai, hugging_face = AzureDialect(settings), OpenAiDialect(), HuggingFaceDialect()
-    images, models, task = Images(dispatcher, settings, names, store), Models(names), TextToImage(dispatcher, settings, names)
-    description = Description(names)
+    images, models, tasks = Images(dispatcher, settings, names, store), Models(names), Tasks(dispatcher, settings, names)
+
+    async def read(request: Request) -> Any:
+        return await read_task(request, settings.max_body_bytes)
+
+    description = Description(names, has_sdapi=settings.enable_sdapi)
     return [
         endpoints.route("/score", Score(dispatcher, settings), azure),
         *(
@@ -113,13 +132,16 @@ def _calls(dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, n
             for prefix in ("/v1", "", "/openai/deployments/{deployment}")
         ),
         *(
-            endpoints.route(f"{prefix}/images/edits", Edits(images), openai, read=read_edit)
+            endpoints.route(f"{prefix}/images/{name}", answer, openai, read=read_edit)
+            for name, answer in (("edits", Edits(images)), ("variations", Variations(images)))
             for prefix in ("/v1", "", "/openai/deployments/{deployment}")
         ),
         endpoints.route("/v1/models", models.all, openai, method="GET", is_work=False),
         endpoints.route("/v1/models/{model:path}", models.one, openai, method="GET", is_work=False),
-        endpoints.route("/", task, hugging_face),
-        endpoints.route("/models/{model:path}", task, hugging_face),
+        endpoints.route(MII_PATH + "/{deployment}", MiiPictures(dispatcher, settings, names), MiiDialect()),
+        endpoints.route("/", tasks, hugging_face, read=read),
+        endpoints.route("/models/{model:path}", tasks, hugging_face, read=read),
+        *OpenInferenceRoutes(dispatcher, settings, names).routes(endpoints),
         Route(image_links.PATH + "/{name}", store.answer),
         Route("/info", description.info),
         Route("/swagger.json", description.swagger),
@@ -129,11 +151,19 @@ def _calls(dispatcher: Dispatcher, endpoints: Endpoints, settings: HttpConfig, n
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    refusal: MiiServeError = NotFoundError(f"there is nothing at {request.url.path[:100]!r}")
+    is_sdapi = request.url.path.startswith(SDAPI_ROOT)
+    has_sdapi = any(route.path.startswith(SDAPI_ROOT) for route in request.app.routes if isinstance(route, Route))
+    hint = "; --enable-sdapi turns AUTOMATIC1111's API on" if is_sdapi and not has_sdapi else ""
+    refusal: MiiServeError = NotFoundError(f"there is nothing at {request.url.path[:100]!r}{hint}")
+    headers = dict(error.headers or {})
     if error.status_code == MethodNotAllowedError.http_status:
         refusal = MethodNotAllowedError(f"{request.method} is not answered here")
-        return problem_response(openai_problem(refusal), {"allow": ", ".join(_methods_at(request))})
-    return problem_response(openai_problem(refusal), error.headers)
+        headers = {"allow": ", ".join(_methods_at(request))}
+    if not is_sdapi:
+        return problem_response(openai_problem(refusal), headers)
+    response = SdapiDialect().refusal(refusal, NO_REQUEST_ID)
+    response.headers.update(headers)
+    return response
 
 
 def _methods_at(request: Request) -> list[str]:
@@ -174,7 +204,16 @@ async def serve_http(
     listener = BoundedListener.of(bind_tcp("http_port", config.host, config.http_port), connections)
     hosts = AllowedHosts.of(config)
     jobs = None if config.jobs_folder is None else Jobs(config.jobs_folder, dispatcher, config.served_model_name, keys)
-    app = build_app(dispatcher, keys, config.http, config.served_model_name, hosts=hosts, connections=connections, jobs=jobs)
+    app = build_app(
+        dispatcher,
+        keys,
+        config.http,
+        config.served_model_name,
+        hosts=hosts,
+        connections=connections,
+        jobs=jobs,
+        embeddings=tuple(config.embedding),
+    )
     listener.listen()  # callers who connect before the server has started wait for it
     settings = uvicorn.Config(
         app,

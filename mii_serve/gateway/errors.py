@@ -20,6 +20,7 @@ from mii_serve.errors import (
     InvalidRequestError,
     MiiServeError,
     ModerationStage,
+    NotFoundError,
     QueueFullError,
     RateLimitedError,
     RequestCancelledError,
@@ -29,17 +30,6 @@ from mii_serve.errors import (
 
 SHORTEST_RETRY_S = 1
 """`Retry-After` counts in whole seconds."""
-
-
-class NotFoundError(MiiServeError):
-    """There is no such route, model or deployment here."""
-
-    grpc_code = "NOT_FOUND"
-    http_status = 404
-
-    def __init__(self, text: str, code: str = "not_found") -> None:
-        super().__init__(text)
-        self.code = code
 
 
 class MethodNotAllowedError(MiiServeError):

@@ -75,9 +75,7 @@ async def generate_all(
 def relocate(error: InvalidRequestError, names: Mapping[str, str]) -> None:
     """Let the error name the member that the caller of this protocol knows, where `names` has one for its field."""
     if (name := names.get(error.field)) is not None:
-        text = str(error)
-        error.args = (f"{name}: {text.removeprefix(f'{error.field}: ')}",)
-        error.field = name
+        error.rename(name)
 
 
 def to_base64(image: bytes) -> str:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mii_serve.config import DeployConfig
 from mii_serve.errors import MiiServeError
+from mii_serve.gateway.cors import Origins
 from mii_serve.gateway.errors import OtherHostError, OtherOriginError, openai_problem, problem_response
 from mii_serve.gateway.middleware import Endpoint
 from mii_serve.server.front import is_loopback
@@ -32,22 +33,29 @@ NO_REQUEST_ID = "-"
 
 
 class AllowedHosts:
-    """The hosts that may be named. `allows` is about what stands in a header, port and all."""
+    """The hosts that may be named. `allows` is about what stands in a header, port and all.
 
-    def __init__(self, names: Iterable[str] = (ALL,), *, allow_loopback_addresses: bool = False) -> None:
+    `origins` are those of other sites whose pages may use the server.
+    """
+
+    def __init__(
+        self, names: Iterable[str] = (ALL,), *, allow_loopback_addresses: bool = False, origins: Origins | None = None
+    ) -> None:
         self._names = frozenset(_plain(name) for name in names)
         self._allow_loopback_addresses = allow_loopback_addresses
+        self._origins = origins or Origins()
 
     @classmethod
     def of(cls, config: DeployConfig) -> AllowedHosts:
         """What the setting says. Without it, a server on a loopback address answers to this machine's own names only, and any
         other to every name: probes and load balancers come by addresses and names that it does not know.
         """
+        origins = Origins(config.http.cors_origins)
         if config.http.allowed_hosts is not None:
-            return cls((*LOOPBACK_NAMES, *config.http.allowed_hosts), allow_loopback_addresses=True)
+            return cls((*LOOPBACK_NAMES, *config.http.allowed_hosts), allow_loopback_addresses=True, origins=origins)
         if not is_loopback(config.host):
             return cls()
-        return cls((*LOOPBACK_NAMES, config.host), allow_loopback_addresses=True)
+        return cls((*LOOPBACK_NAMES, config.host), allow_loopback_addresses=True, origins=origins)
 
     @property
     def allow_all(self) -> bool:
@@ -67,7 +75,11 @@ class AllowedHosts:
     def allows_origin(self, header: str) -> bool:
         """`header` is a page's origin, `https://name:port`, or `null` for one without a name."""
         try:
-            return self.allow_all or (len(header) <= 2 * MAX_HOST_CHARS and self.allows(urlsplit(header).netloc))
+            return (
+                self.allow_all
+                or self._origins.allows(header)
+                or (len(header) <= 2 * MAX_HOST_CHARS and self.allows(urlsplit(header).netloc))
+            )
         except ValueError:  # brackets that hold no address
             return False
 
@@ -92,7 +104,7 @@ class HostCheck:
             rule = "must name this server; http.allowed_hosts says which names it has"
             return OtherHostError("host", rule, repr(host[:SHOWN_CHARS]))
         if origin is not None and scope["method"] not in _SAFE_METHODS and not self._hosts.allows_origin(origin):
-            rule = "must be a page of a host in http.allowed_hosts"
+            rule = "must be a page of a host in http.allowed_hosts, or in http.cors_origins"
             return OtherOriginError("origin", rule, repr(origin[:SHOWN_CHARS]))
         return None
 

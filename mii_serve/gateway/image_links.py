@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mii_serve.gateway.errors import NotFoundError, openai_problem, problem_response
+from mii_serve.errors import NotFoundError
+from mii_serve.gateway.errors import openai_problem, problem_response
 
 STORED_S = 600.0
 MAX_STORED_BYTES = 64 * 1024 * 1024

@@ -19,16 +19,20 @@ from starlette.requests import Request
 
 from mii_serve.errors import InvalidRequestError, RequestCancelledError
 from mii_serve.gateway.errors import BodyTooLargeError, MediaTypeError
-from mii_serve.gateway.suggestions import unknown_member_rule
+from mii_serve.server.suggestions import unknown_member_rule
 from mii_serve.types import MAX_SEED
 
 BODY = "body"
 """What an error calls a body as a whole."""
 BODY_TIMEOUT_S = 30.0
 """A body that trickles in must not hold a connection for ever."""
+FILE_TIMEOUT_S = 120.0
+"""Of one that may have files in it."""
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024
 """Of a body that is too large so much is read on and dropped: a caller whose connection is closed while it sends does not see
 the answer."""
+MAX_FILE_SIGNS = 1000
+"""Commas and brackets of a body that is large because it has files in it; base64 has none."""
 SHOWN_CHARS = 60
 UTF8 = frozenset({"utf8", "ascii", "usascii"})
 """Charsets that are UTF-8 or a part of it, without the signs in their names."""
@@ -37,17 +41,26 @@ UTF8 = frozenset({"utf8", "ascii", "usascii"})
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-async def read_json(request: Request, max_bytes: int) -> Any:
-    """The body as a JSON value.
+async def read_json(request: Request, max_bytes: int, max_file_bytes: int = 0) -> Any:
+    """The body as a JSON value. One of up to `max_file_bytes` may be larger, if few members take all of it, as files do.
 
     Raises:
         BodyTooLargeError, MediaTypeError, InvalidRequestError: naming the rule.
         RequestCancelledError: the caller left before the body was complete.
     """
     _check_media_type(request.headers.get("content-type", ""))
-    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
-        raise MediaTypeError("content-encoding", "must be left out: bodies are not unpacked here", shown(coding))
-    raw = await _read(request, max_bytes)
+    raw = await read_raw(request, max(max_bytes, max_file_bytes), FILE_TIMEOUT_S if max_file_bytes else None)
+    if len(raw) > max_bytes and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_FILE_SIGNS:  # slow to read
+        raise too_large(max_bytes)
+    return json_value(raw)
+
+
+def json_value(raw: bytes) -> Any:
+    """A body that has been read, as a JSON value.
+
+    Raises:
+        InvalidRequestError: naming the rule.
+    """
     if not raw.strip():
         raise InvalidRequestError(BODY, "must be a JSON object", "nothing")
     try:
@@ -72,10 +85,18 @@ def _check_media_type(value: str) -> None:
         raise MediaTypeError("content-type", "must have the charset utf-8", repr(value[:SHOWN_CHARS]))
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    body, num_bytes = bytearray(), 0
+async def read_raw(request: Request, max_bytes: int, timeout_s: float | None = None) -> bytes:
+    """The bytes of a body, which has `BODY_TIMEOUT_S` to arrive, or this.
+
+    Raises:
+        BodyTooLargeError, MediaTypeError, InvalidRequestError: naming the rule.
+        RequestCancelledError: the caller left before the body was complete.
+    """
+    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        raise MediaTypeError("content-encoding", "must be left out: bodies are not unpacked here", shown(coding))
+    body, num_bytes, timeout_s = bytearray(), 0, timeout_s or BODY_TIMEOUT_S
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             while True:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
@@ -87,10 +108,14 @@ async def _read(request: Request, max_bytes: int) -> bytes:
                 if num_bytes > MAX_DISCARDED_BYTES or not message.get("more_body", False):
                     break
     except TimeoutError:
-        raise InvalidRequestError(BODY, f"must arrive within {BODY_TIMEOUT_S:g} seconds") from None
+        raise InvalidRequestError(BODY, f"must arrive within {timeout_s:g} seconds") from None
     if num_bytes > max_bytes:
-        raise BodyTooLargeError(BODY, f"must be at most {max_bytes} bytes")
+        raise too_large(max_bytes)
     return bytes(body)
+
+
+def too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(BODY, f"must be at most {max_bytes} bytes")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

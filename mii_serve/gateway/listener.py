@@ -30,7 +30,7 @@ NUM_IDLE = 16
 NUM_CLOSING = 16
 """Closed ones that may not be gone yet."""
 LOG_EVERY_S = 60.0
-PROBES = frozenset({"/livez", "/readyz", "/healthz", "/health", "/metrics", "/"})
+PROBES = frozenset({"/livez", "/readyz", "/healthz", "/health", "/metrics", "/", "/v2/health/live", "/v2/health/ready"})
 """Answered however many requests run."""
 
 

@@ -76,6 +76,8 @@ class Dialect(Protocol):
 
 
 ReadBody = Callable[[Request], Awaitable[Any]]
+ReadKey = Callable[[Mapping[str, str]], str | None]
+"""The API key in headers, as `authorization` has it; None where there is none."""
 Handler = Callable[[HttpCall], Awaitable[Response | EventStream]]
 
 
@@ -95,9 +97,12 @@ class Endpoints:
         method: str = "POST",
         is_work: bool = True,
         read: ReadBody | None = None,
+        read_key: ReadKey | None = None,
     ) -> Route:
         """`method` POST reads a JSON body, or what `read` does. Only work counts against a key's limits."""
-        endpoint = Endpoint(self, f"{method} {path}", handler, dialect, is_work, read or self._read_json)
+        endpoint = Endpoint(
+            self, f"{method} {path}", handler, dialect, is_work, read or self._read_json, read_key or authorization_of
+        )
         return Route(path, endpoint, methods=[method], name=path)
 
     async def _read_json(self, request: Request) -> Any:
@@ -108,7 +113,14 @@ class Endpoint:
     """One route: an ASGI application, because how a call ends is known only after its last byte."""
 
     def __init__(
-        self, endpoints: Endpoints, method: str, handler: Handler, dialect: Dialect, is_work: bool, read: ReadBody
+        self,
+        endpoints: Endpoints,
+        method: str,
+        handler: Handler,
+        dialect: Dialect,
+        is_work: bool,
+        read: ReadBody,
+        read_key: ReadKey,
     ) -> None:
         self._endpoints = endpoints
         self._method = method
@@ -116,6 +128,7 @@ class Endpoint:
         self.dialect = dialect
         self._is_work = is_work
         self._read = read
+        self._read_key = read_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -143,7 +156,7 @@ class Endpoint:
                 timeout_s = min(timeout_s, check_timeout_s(given))
         except InvalidRequestError as error:
             problem = problem or error
-        if (authorization := authorization_of(headers)) is not None:
+        if (authorization := self._read_key(headers)) is not None:
             headers[AUTHORIZATION_KEY] = authorization
         return IncomingCall(
             method=self._method,

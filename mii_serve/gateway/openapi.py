@@ -10,20 +10,36 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mii_serve import __version__
-from mii_serve.errors import InvalidRequestError, MiiServeError
+from mii_serve.errors import InvalidRequestError, MiiServeError, NotFoundError
 from mii_serve.gateway.dialects.azure_score import SCORE_PARAMETERS
 from mii_serve.gateway.dialects.huggingface import TASK_PARAMETERS
 from mii_serve.gateway.dialects.openai import IMAGES_PARAMETERS
-from mii_serve.gateway.errors import NotFoundError, azure_problem, problem_response
-from mii_serve.gateway.model_names import ModelNames
-from mii_serve.types import OWN_STEPS, PARAMETERS, RANDOM_SEED, STRENGTH, Limits, Parameter
+from mii_serve.gateway.errors import azure_problem, problem_response
+from mii_serve.server.model_names import ModelNames
+from mii_serve.types import (
+    LORAS_HELP,
+    MAX_LORA_SCALE,
+    MAX_LORAS,
+    OWN_STEPS,
+    PARAMETER_NAMES,
+    PARAMETERS,
+    RANDOM_SEED,
+    STRENGTH,
+    Limits,
+    Parameter,
+)
 
 JSON_TYPES: dict[type, str] = {str: "string", int: "integer", float: "number"}
 
 
-def document() -> dict[str, Any]:
+def document(*, has_sdapi: bool = False) -> dict[str, Any]:
     """The OpenAPI document: what is written in `openapi.yaml`, and the parameters from their declarations."""
     written: dict[str, Any] = yaml.safe_load((files(__package__) / "openapi.yaml").read_text(encoding="utf-8"))
+    if has_sdapi:
+        added = yaml.safe_load((files(__package__) / "dialects" / "sdapi" / "openapi.yaml").read_text(encoding="utf-8"))
+        written["paths"] |= added["paths"]
+        for kind, components in added["components"].items():
+            written["components"][kind] |= components
     written["info"]["version"] = __version__
     schemas = written["components"]["schemas"]
     task = schemas["TextToImageRequest"]["properties"]["parameters"]
@@ -32,12 +48,28 @@ def document() -> dict[str, Any]:
         (schemas["ImagesRequest"], IMAGES_PARAMETERS),
         (task, TASK_PARAMETERS),
     ):
-        schema["properties"] |= {name: {"$ref": f"#/components/schemas/{name}"} for name in names}
+        schema["properties"] |= {name: {"$ref": f"#/components/schemas/{name}"} for name in (*names, "loras")}
     of_images = schemas["ImagesRequest"]["properties"]
     schemas["EditsRequest"]["properties"] |= {
         name: schema for name, schema in of_images.items() if name not in ("stream", "partial_images")
     }
+    schemas["VariationsRequest"]["properties"] |= {
+        name: schema
+        for name, schema in schemas["EditsRequest"]["properties"].items()
+        if name not in ("prompt", "mask", "image")
+    }
+    infer = schemas["InferenceRequest"]["properties"]["parameters"]["properties"]
+    infer |= {name: {"$ref": f"#/components/schemas/{name}"} for name in PARAMETER_NAMES}
+    schemas["InferenceInput"]["properties"]["name"]["enum"] = list(PARAMETER_NAMES)
     schemas |= {parameter.name: _schema(parameter) for parameter in (*PARAMETERS, STRENGTH, *OWN_STEPS)}
+    scale = {"type": "number", "minimum": -MAX_LORA_SCALE, "maximum": MAX_LORA_SCALE}
+    schemas["loras"] = {
+        "type": "object",
+        "description": LORAS_HELP,
+        "additionalProperties": scale,
+        "maxProperties": MAX_LORAS,
+        "nullable": True,
+    }
     return written
 
 
@@ -64,9 +96,9 @@ def _schema(parameter: Parameter) -> dict[str, Any]:
 class Description:
     """Answers that cost nothing and need no key."""
 
-    def __init__(self, names: ModelNames) -> None:
+    def __init__(self, names: ModelNames, *, has_sdapi: bool = False) -> None:
         self._names = names
-        self._document = document()
+        self._document = document(has_sdapi=has_sdapi)
 
     async def swagger(self, request: Request) -> Response:
         """Azure's inference server takes the version of the format as `?version=2|3`; here there is 3."""

@@ -20,9 +20,12 @@ class Parameters(JsonObject):
 
     unsupported: ClassVar = dict.fromkeys(EMBEDS, "is not taken in JSON: gRPC and the Python SDK have it")
 
+    loras: dict[str, float] | None = None
+
     def given(self) -> dict[str, Any]:
         """The parameters that the caller named, in the order of their declaration."""
-        values = {name: getattr(self, name) for name in (*PARAMETER_NAMES, *_LISTS) if name in self.model_fields_set}
+        names = (*PARAMETER_NAMES, *_LISTS, "loras")
+        values = {name: getattr(self, name) for name in names if name in self.model_fields_set}
         return {name: value for name, value in values.items() if value is not None}
 
 

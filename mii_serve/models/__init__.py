@@ -25,7 +25,7 @@ Importing this package costs nothing; torch, diffusers and transformers are impo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
     from mii_serve.config import LimitsConfig
+    from mii_serve.models.loras import LoraAdapter
     from mii_serve.models.tensor_parallel import TensorShard
 
 __all__ = ["DEMO", "RANDOM_SD_V1_4", "AddedParts", "LoadedModel", "Precision", "load_model"]
@@ -49,12 +50,14 @@ RANDOM_SD_V1_4 = "random-sd-v1-4"
 class AddedParts:
     """What the operator gives beside the model.
 
-    The folder of the tokenizer for a model in a single file; a VAE in the place of the model's own; embeddings by their tokens.
+    The folder of the tokenizer for a model in a single file; a VAE in the place of the model's own; embeddings by their tokens;
+    LoRAs by their names, which change nothing but the images of requests that name them.
     """
 
     tokenizer: Path | None = None
     vae: Path | None = None
     embeddings: Mapping[str, Path] = field(default_factory=dict)
+    loras: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,7 @@ class LoadedModel:
     revision: str
     defaults: GenerationDefaults
     limits: Limits
+    loras: Mapping[str, LoraAdapter] = field(default_factory=dict, repr=False)
 
 
 def load_model(
@@ -94,8 +98,9 @@ def load_model(
 
     with quiet_libraries():
         from mii_serve.models import assembly
+        from mii_serve.models.loras import load_loras
 
-        return assembly.load(
+        loaded = assembly.load(
             model,
             revision=revision,
             dtype=dtype,
@@ -106,3 +111,4 @@ def load_model(
             added=added,
             shard=shard,
         )
+        return replace(loaded, loras=load_loras(added.loras, loaded.pipeline)) if added.loras else loaded

@@ -12,6 +12,8 @@ from mii_serve.errors import ModelError
 from mii_serve.types import LATENT_SCALE
 
 LATENT_CHANNELS = 4
+INPAINTING_CHANNELS = LATENT_CHANNELS + 1 + LATENT_CHANNELS
+"""Latents, a mask, and the latents of what it leaves of an image: the input of an inpainting model's UNet."""
 
 _UNSUPPORTED_INPUTS = {
     "class_embed_type": "class labels",
@@ -44,9 +46,8 @@ def check_vae(vae: Mapping[str, Any], where: str) -> None:
 
 def _unet_problem(unet: Mapping[str, Any]) -> str | None:
     in_channels = unet.get("in_channels", 4)
-    if in_channels != LATENT_CHANNELS:
-        kind = " (an inpainting model)" if in_channels == 9 else ""
-        return f"unet in_channels is {in_channels}{kind}, expected {LATENT_CHANNELS}"
+    if in_channels not in (LATENT_CHANNELS, INPAINTING_CHANNELS):
+        return f"unet in_channels is {in_channels}, expected {LATENT_CHANNELS}, or {INPAINTING_CHANNELS} of an inpainting model"
     if unet.get("out_channels", 4) != LATENT_CHANNELS:
         return f"unet out_channels is {unet['out_channels']}, expected {LATENT_CHANNELS}"
     for key, meaning in _UNSUPPORTED_INPUTS.items():

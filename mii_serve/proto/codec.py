@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -10,10 +10,12 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from mii_serve.errors import InvalidRequestError, MiiServeError
+from mii_serve.proto.conditioning import conditioning_of, own_steps_of, put_conditioning
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.types import (
     EMBEDS,
     MAX_IMAGE_BYTES,
+    NO_LORAS,
     OWN_STEPS,
     PARAMETER_NAMES,
     Activity,
@@ -28,12 +30,12 @@ from mii_serve.types import (
     ImageReady,
     InputImage,
     Limits,
+    LoraChoice,
+    LoraInfo,
     ModelParts,
     OutputOptions,
-    Parameter,
     Preview,
     Priority,
-    PromptEmbeds,
     Queued,
     ReplicaInfo,
     RequestedParams,
@@ -125,14 +127,11 @@ def encode_request(request: GenerationRequest | ResolvedRequest) -> pb.GenerateR
         message.priority = _PRIORITIES[request.priority]
     for name in (*PARAMETER_NAMES, "strength"):
         _put(message, name, getattr(request.params, name))
-    for one in OWN_STEPS:
-        _put_list(message, one, getattr(request.params, one.name))
-    for name in EMBEDS:
-        if (embeds := getattr(request.params, name)) is not None:
-            _put_embeds(getattr(message, name), name, embeds)
+    put_conditioning(message, request.params)
     if isinstance(request.params, RequestedParams):
         _put(message, "image", request.params.image)
         _put(message, "mask_image", request.params.mask_image)
+    _put_loras(message, request.params.loras or {})
     for name in ("quality", "embed_metadata", "preview_every"):
         _put(message.output, name, getattr(output, name))
     return message
@@ -150,28 +149,11 @@ def _put(message: pb.GenerateRequest | pb.OutputOptions, name: str, value: objec
         raise InvalidRequestError(name, rule, _shown(value)) from None
 
 
-def _put_list(message: pb.GenerateRequest, parameter: Parameter, values: Sequence[object] | None) -> None:
-    if values is None:
-        return
+def _put_loras(message: pb.GenerateRequest, loras: Mapping[str, float]) -> None:
     try:
-        if not values or not isinstance(values, list | tuple) or any(isinstance(value, bool) for value in values):
-            raise TypeError
-        getattr(message, parameter.name).extend(values)
-    except (TypeError, ValueError):
-        kind = "32-bit whole numbers" if parameter.kind is int else "numbers"
-        raise InvalidRequestError(parameter.name, f"must be a list of {kind}, one or more", _shown(values)) from None
-
-
-def _put_embeds(message: pb.PromptEmbeds, name: str, embeds: PromptEmbeds) -> None:
-    try:
-        for one in fields(PromptEmbeds):
-            setattr(message, one.name, getattr(embeds, one.name))
-    except (AttributeError, TypeError, ValueError):
-        raise InvalidRequestError(name, "must be PromptEmbeds that fit the message's fields", type(embeds).__name__) from None
-
-
-def _embeds_of(message: pb.GenerateRequest) -> dict[str, Any]:
-    return {name: _all_fields(getattr(message, name), PromptEmbeds) for name in EMBEDS if message.HasField(name)}
+        message.loras.update(loras)
+    except (TypeError, ValueError, AttributeError, UnicodeError):
+        raise InvalidRequestError("loras", "must be names of LoRAs with their scales", type(loras).__name__) from None
 
 
 def _kind(message: pb.GenerateRequest | pb.OutputOptions, name: str) -> int:
@@ -205,33 +187,37 @@ def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
         )
     names = (*PARAMETER_NAMES, "image", "mask_image", "strength")
     asked = {name: _optional(message, name) for name in names if name != "prompt"}
-    asked |= _own_steps(message) | _embeds_of(message)
+    asked |= conditioning_of(message)
     return GenerationRequest(
-        params=RequestedParams(prompt=message.prompt, **asked),
+        params=RequestedParams(prompt=message.prompt, loras=dict(message.loras) or None, **asked),
         output=_decode_output(message.output),
         priority=_decode_priority(message.priority),
     )
 
 
 def decode_resolved(
-    message: pb.GenerateRequest, input_image: InputImage | None = None, *, embeds_guidance: bool = False
+    message: pb.GenerateRequest,
+    input_image: InputImage | None = None,
+    lora_choice: LoraChoice = NO_LORAS,
+    *,
+    embeds_guidance: bool = False,
 ) -> ResolvedRequest:
     """Read a resolved request that this package wrote. Nothing is checked again. `embeds_guidance` is the model's."""
     values = {name: getattr(message, name) for name in PARAMETER_NAMES}
     values |= {name: _optional(message, name) for name in ("strength", "clip_skip")}
-    values |= _own_steps(message) | _embeds_of(message)
-    has_mask = input_image is not None and input_image.mask is not None
+    values |= conditioning_of(message)
     return ResolvedRequest(
-        params=GenerationParams(**values, has_mask=has_mask, embeds_guidance=embeds_guidance),
+        params=GenerationParams(
+            **values,
+            has_mask=input_image is not None and input_image.mask is not None,
+            loras=_sorted(message.loras),
+            lora_choice=lora_choice,
+            embeds_guidance=embeds_guidance,
+        ),
         output=_decode_output(message.output),
         priority=_decode_priority(message.priority),
         input_image=input_image,
     )
-
-
-def _own_steps(message: pb.GenerateRequest | pb.EffectiveParameters) -> dict[str, Any]:
-    """A list that is empty is absent."""
-    return {one.name: tuple(getattr(message, one.name)) or None for one in OWN_STEPS}
 
 
 def _decode_output(message: pb.OutputOptions) -> OutputOptions:
@@ -391,25 +377,30 @@ def _fill_parameters(message: pb.EffectiveParameters, parameters: EffectiveParam
     for one in OWN_STEPS:
         getattr(message, one.name).extend(getattr(parameters, one.name) or ())
     message.scheduler_options.update(parameters.scheduler_options)
+    message.loras.update(parameters.loras)
 
 
 _OPTIONAL_PARAMETERS = ("strength", "clip_skip")
-_PLAIN_PARAMETERS = tuple(
-    one.name
-    for one in fields(EffectiveParameters)
-    if one.name
-    not in ("scheduler_options", "embeds_guidance", *EMBEDS, *_OPTIONAL_PARAMETERS, *(one.name for one in OWN_STEPS))
-)
+_OTHER_PARAMETERS = {"scheduler_options", "loras", *_OPTIONAL_PARAMETERS, *(one.name for one in OWN_STEPS)}
+_UNTOLD = {"lora_choice", "embeds_guidance", *EMBEDS}
+_PLAIN_PARAMETERS = tuple(one.name for one in fields(EffectiveParameters) if one.name not in _OTHER_PARAMETERS | _UNTOLD)
 
 
 def _decode_done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:
     values = {name: getattr(parameters, name) for name in _PLAIN_PARAMETERS}
-    values |= {name: _optional(parameters, name) for name in _OPTIONAL_PARAMETERS} | _own_steps(parameters)
+    values |= {name: _optional(parameters, name) for name in _OPTIONAL_PARAMETERS} | own_steps_of(parameters)
     return Done(
-        parameters=EffectiveParameters(**values, scheduler_options=dict(parameters.scheduler_options)),
+        parameters=EffectiveParameters(
+            **values, scheduler_options=dict(parameters.scheduler_options), loras=_sorted(parameters.loras)
+        ),
         queued_s=timings.queued_s,
         total_s=timings.total_s,
     )
+
+
+def _sorted(loras: Mapping[str, float]) -> dict[str, float]:
+    """The map's order on the wire means nothing."""
+    return {name: loras[name] for name in sorted(loras)}
 
 
 # ---- the server's description ------------------------------------------------------------------------------------
@@ -418,7 +409,8 @@ def _decode_done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Don
 _PLAIN_INFO = tuple(
     one.name
     for one in fields(ServerInfo)
-    if one.name not in ("defaults", "limits", "parts", "schedulers", "activity", "replicas", "default_scheduler_options")
+    if one.name
+    not in ("defaults", "limits", "parts", "schedulers", "activity", "replicas", "default_scheduler_options", "loras")
 )
 
 
@@ -440,6 +432,7 @@ def encode_server_info(info: ServerInfo) -> pb.GetServerInfoResponse:
         limits=message.Limits(**{one.name: getattr(info.limits, one.name) for one in fields(Limits)}),
         parts=message.Parts(**{one.name: getattr(info.parts, one.name) for one in fields(ModelParts)}),
         schedulers=info.schedulers,
+        loras=[encode_lora(lora) for lora in info.loras],
         default_scheduler_options=info.default_scheduler_options,
         activity=_encode_activity(info.activity),
         replicas=replicas,
@@ -463,10 +456,19 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         limits=_all_fields(message.limits, Limits),
         parts=_all_fields(message.parts, ModelParts) if message.HasField("parts") else ModelParts(),
         schedulers=dict(message.schedulers),
+        loras=tuple(decode_lora(lora) for lora in message.loras),
         default_scheduler_options=dict(message.default_scheduler_options),
         activity=_decode_activity(message.activity),
         replicas=tuple(replicas),
     )
+
+
+def encode_lora(lora: LoraInfo) -> pb.GetServerInfoResponse.Lora:
+    return pb.GetServerInfoResponse.Lora(**{one.name: getattr(lora, one.name) for one in fields(LoraInfo)})
+
+
+def decode_lora(message: pb.GetServerInfoResponse.Lora) -> LoraInfo:
+    return _all_fields(message, LoraInfo)
 
 
 def _encode_activity(activity: Activity) -> pb.GetServerInfoResponse.Activity:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -23,6 +22,7 @@ from mii_serve.types import (
     RequestedParams,
     ResolvedRequest,
 )
+from mii_serve.types.tensors import shortest_decimal
 
 MAX_PICTURES_PER_CALL = 64
 """Prompts × images of each. MII itself knows no bound."""
@@ -137,22 +137,6 @@ def decode_mii_request(
             _refuse_too_much(len(request.prompts), one.params)
         resolved.append(replace(one, params=replace(one.params, seed=one.params.seed_of(i * one.params.num_images_per_prompt))))
     return resolved
-
-
-def shortest_decimal(value: float) -> float:
-    """The decimal number with the fewest digits that has this value in 32 bits: what the caller wrote.
-
-    MII's floats are 32 bits wide, and 7.3 arrives as 7.300000190734863.
-    """
-    try:
-        wire = struct.pack("<f", value)
-        for digits in range(1, 10):
-            candidate = float(f"{value:.{digits}g}")
-            if struct.pack("<f", candidate) == wire:
-                return candidate
-    except OverflowError:  # beside the largest 32-bit number, or not a 32-bit number at all
-        pass
-    return value
 
 
 def encode_mii_request(

@@ -17,6 +17,7 @@ SECRETS = ("content_safety.key",)
 """Ray shows an application's arguments to everyone who sees its dashboard."""
 NOT_HERE = {
     "enable_spare_process": "Ray starts the replicas",
+    "admin_key_file": "LoRAs are loaded and removed on one front; give them with lora",
     "jobs_folder": "files and batches belong to one front on one machine; use mii_serve deploy",
     "enable_mii_terminate": "Ray ends the application: serve shutdown",
 }

@@ -62,10 +62,18 @@ class FrontHost:
             tls=self._tls,
             max_connections=self._limits.grpc,
             max_connection_age_s=config.max_connection_age_s,
+            served_names=config.served_model_name,
         )
         self.calls = ProxiedCalls(self._dispatcher, self._keys, self._front.health, config.host)
         hosts = AllowedHosts.of(config)
-        app = build_app(self._dispatcher, self._keys, config.http, config.served_model_name, hosts=hosts)
+        app = build_app(
+            self._dispatcher,
+            self._keys,
+            config.http,
+            config.served_model_name,
+            hosts=hosts,
+            embeddings=tuple(config.embedding),
+        )
         self.http: ASGIApp = LocalCallers(app) if is_loopback(config.host) else app
         await self._front.set_serving(False)
         self._opening = asyncio.create_task(self._open_ports())

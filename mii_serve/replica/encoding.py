@@ -41,9 +41,11 @@ def _texts(parameters: EffectiveParameters, seed: int) -> dict[str, str]:
 
     They say what was asked for and what was done. Files are passed on, so nothing of the host goes into them.
     """
-    params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams)}
+    untold = ("lora_choice", "embeds_guidance", *EMBEDS)
+    params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams) if one.name not in untold}
     unused = [name for name in _OF_SOME if params[name] in (None, 0.0, PLAIN)]
-    unused += ["embeds_guidance", *EMBEDS]
+    if not parameters.loras:
+        unused.append("loras")
     if parameters.has_prompt_embeds:
         params["has_prompt_embeds"] = True
     if parameters.strength is None:
@@ -68,6 +70,8 @@ def _texts(parameters: EffectiveParameters, seed: int) -> dict[str, str]:
         settings += f", Clip skip: {parameters.clip_skip + 1}"  # those tools count the layers from the last one, which is 1
     if parameters.eta:
         settings += f", Eta: {parameters.eta:g}"
+    if parameters.loras:
+        settings += ", LoRAs: " + " ".join(f"{name}:{scale:g}" for name, scale in parameters.loras.items())
     return {
         "mii_serve": json.dumps(known, ensure_ascii=False),
         "parameters": f"{parameters.prompt}{negative}\n{settings}",

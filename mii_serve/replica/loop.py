@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from mii_serve.engine import Engine
@@ -32,6 +33,8 @@ from mii_serve.errors import (
 from mii_serve.metrics import ReplicaMetrics
 from mii_serve.provenance import Provenance
 from mii_serve.replica.encoding import encode_picture
+from mii_serve.replica.images import ImageEncoding
+from mii_serve.replica.loras import ReplicaLoras
 from mii_serve.replica.mailbox import Mailbox
 from mii_serve.replica.trace import RequestTrace
 from mii_serve.scheduler import Position, Scheduler
@@ -43,6 +46,7 @@ from mii_serve.types import (
     Event,
     ImageReady,
     LatentShape,
+    LoraInfo,
     OutputOptions,
     Picture,
     Preview,
@@ -104,6 +108,7 @@ class ReplicaLoop:
     ) -> None:
         """`engine_thread` is the one thread that has built and warmed the engine; it stays its caller's to shut down."""
         self._engine, self._provenance = engine, provenance or Provenance()
+        self._loras = ReplicaLoras(engine, engine_thread, self._used_loras)
         self._scheduler = Scheduler(
             engine.capacity,
             max_waiting_samples=max_waiting_samples,
@@ -126,6 +131,7 @@ class ReplicaLoop:
         self._encoders = ThreadPoolExecutor(NUM_ENCODING_THREADS, thread_name_prefix="encode")
         self._checkers = ThreadPoolExecutor(NUM_CHECKING_THREADS, thread_name_prefix="check")
         self._encoding: set[asyncio.Task[None]] = set()
+        self._images = ImageEncoding(engine, engine_thread, self.metrics)
         self._born = time.monotonic()
         self._sent_positions_at = self._born
         self._num_graph_misses = engine.num_graph_misses
@@ -189,6 +195,7 @@ class ReplicaLoop:
         Raises:
             InvalidRequestError: the id is in use, or the schedulers cannot do what is asked.
             QueueFullError: no room.
+            EngineError: the request's image could not be encoded.
             DeadlineExceededError: it cannot be done in `timeout_s`.
             UnavailableError: the loop has stopped.
         """
@@ -196,6 +203,7 @@ class ReplicaLoop:
         self._refuse_if_stopped()
         params, output = resolved.params, resolved.output
         num_calls = await asyncio.get_running_loop().run_in_executor(self._checkers, self._engine.check, params)
+        encoded_image = await self._images.encoded(params, resolved.input_image, deadline)
         self._refuse_if_stopped()
         if request_id in self._generations:
             raise InvalidRequestError("x-request-id", "must not be in use by a running request", repr(request_id))
@@ -209,6 +217,7 @@ class ReplicaLoop:
             deadline=deadline,
             preview_every=output.preview_every,
             input_image=resolved.input_image,
+            encoded_image=encoded_image,
         )
         position = self._scheduler.add(request, now)
         generation = self._generations[request_id] = _Generation(
@@ -218,14 +227,34 @@ class ReplicaLoop:
         self._wake.set()
         generation.outlet.put(_queued(position))
 
+    async def load_lora(self, name: str, path: Path) -> LoraInfo:
+        """Let requests name a LoRA from now on. Its files are read beside the turns.
+
+        Raises:
+            InvalidRequestError: the files cannot be used.
+            UnsupportedError: this engine computes no LoRAs, or not those that come at run time.
+        """
+        self._refuse_if_stopped()
+        return await self._loras.load(name, path)
+
+    async def remove_lora(self, name: str) -> None:
+        """Let no new request name it; nothing happens where there is none."""
+        await self._loras.remove(name)
+
     def drop(self, request_id: str) -> None:
         """Forget a request; nothing happens if it has ended."""
         if (generation := self._generations.get(request_id)) is not None:
             self._end(generation)
             self._num_cancelled += self._failure is None
 
+    def _used_loras(self) -> set[str]:
+        """The revisions that requests in flight need."""
+        used = [generation.request.params.lora_choice for generation in self._generations.values()]
+        return {revision for choice in used for revision, _ in choice.parts}
+
     def _end(self, generation: _Generation) -> None:
         del self._generations[generation.request.id]
+        self._loras.forget_unused()
         self._scheduler.drop(generation.request.id)
         self._idle.clear()
         self._wake.set()
@@ -267,6 +296,7 @@ class ReplicaLoop:
             self._fail_all(UnavailableError("the replica is stopping"))
             self._encoders.shutdown(wait=True)
             self._checkers.shutdown(wait=True)
+            self._images.close()
 
     async def until_idle(self) -> None:
         """Wait until there is nothing to do: the engine has forgotten the samples of every request that has ended."""

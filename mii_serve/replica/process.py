@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from mii_serve.config import DeployConfig
 from mii_serve.errors import MiiServeError
 from mii_serve.logs import configure_logs
-from mii_serve.models.quiet import quiet_libraries
+from mii_serve.models.deferred import import_for_drawing
 from mii_serve.parent import end_with_parent
 from mii_serve.provenance import Provenance
 from mii_serve.replica.local import build_loop, build_warm_engine
@@ -48,7 +47,7 @@ def main() -> int:
     end_with_parent()
     wait_briefly()
     _name_process("mii_spare" if sys.argv[2:] else "mii_replica")
-    _import_all()
+    import_for_drawing(*HEAVY_MODULES)  # most of a start is this; a spare has it behind it
     if not (line := sys.stdin.readline()):
         return 1  # the parent is gone already
     _name_process("mii_replica")
@@ -67,13 +66,6 @@ def main() -> int:
         _report(status_fd, state="failed", error=type(error).__name__, message=str(error))
         return 1
     return 0
-
-
-def _import_all() -> None:
-    """Most of a start is this; a spare has it behind it."""
-    with quiet_libraries():
-        for module in HEAVY_MODULES:
-            importlib.import_module(module)
 
 
 def _name_process(name: str) -> None:

@@ -17,7 +17,7 @@ import grpc
 
 import mii_serve
 from mii_serve.errors import MiiServeError
-from mii_serve.proto.codec import CHANNEL_OPTIONS, decode_resolved, encode_server_info, fill_event
+from mii_serve.proto.codec import CHANNEL_OPTIONS, decode_resolved, encode_lora, encode_server_info, fill_event
 from mii_serve.proto.metadata import AUTHORIZATION_KEY
 from mii_serve.proto.replica import replica_pb2 as pb
 from mii_serve.proto.replica.replica_pb2_grpc import ReplicaServicer, add_ReplicaServicer_to_server
@@ -25,10 +25,12 @@ from mii_serve.proto.status import status_of
 from mii_serve.proto.v1.image_generation_pb2 import GetServerInfoResponse
 from mii_serve.replica.loop import ReplicaLoop
 from mii_serve.types import (
+    NO_LORAS,
     Done,
     Event,
     ImageReady,
     InputImage,
+    LoraChoice,
     Preview,
     Queued,
     ReplicaInfo,
@@ -91,7 +93,8 @@ class ReplicaService(ReplicaServicer):
         self._loop = loop
         self._deployment_name = deployment_name
         engine = loop.engine
-        usual = engine.capabilities.resolve(RequestedParams(prompt="the default scheduler"), fallback_seed=0)
+        asked = engine.capabilities.with_mask_if_needed(RequestedParams(prompt="the default scheduler"))
+        usual = engine.capabilities.resolve(asked, fallback_seed=0)
         self._default_scheduler = engine.describe_scheduler(usual)
 
     async def Work(  # type: ignore[override]  # noqa: N802
@@ -129,16 +132,33 @@ class ReplicaService(ReplicaServicer):
                 limits=capabilities.limits,
                 schedulers=capabilities.schedulers,
                 parts=capabilities.parts,
+                loras=tuple(capabilities.loras.values()),
                 default_scheduler_class=scheduler.class_name,
                 default_scheduler_options=scheduler.options,
                 is_default_scheduler_compiled=scheduler.is_compiled,
                 num_ranks=described.num_ranks,
                 parallelism=described.parallelism,
                 engine_kernels=described.kernels,
+                needs_mask=capabilities.needs_mask,
                 activity=activity,
                 replicas=(own,),
             )
         )
+
+    async def LoadLora(self, request: pb.LoadLoraRequest, context: Context) -> pb.LoraAnswer:  # noqa: N802
+        try:
+            return pb.LoraAnswer(lora=encode_lora(await self._loop.load_lora(request.name, Path(request.path))))
+        except MiiServeError as error:
+            return pb.LoraAnswer(error=status_of(error).SerializeToString())
+        except Exception:
+            logger.exception("unexpected error, LoRA %s", request.name)
+            return pb.LoraAnswer(error=status_of(MiiServeError("internal error in the replica")).SerializeToString())
+
+    async def RemoveLora(  # noqa: N802
+        self, request: pb.RemoveLoraRequest, context: Context
+    ) -> pb.RemoveLoraAnswer:
+        await self._loop.remove_lora(request.name)
+        return pb.RemoveLoraAnswer()
 
     async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.Metrics:  # noqa: N802
         return pb.Metrics(text=self._loop.metrics.text())
@@ -189,14 +209,17 @@ class _Front:
 
     async def _accept(self, order: pb.Generate) -> None:
         front_id = order.id
-        request_id, parts = f"{order.request_id} {next(_NUMBERS)}", self._loop.engine.capabilities.parts
+        request_id = f"{order.request_id} {next(_NUMBERS)}"
         self._running[front_id] = request_id
         if order.has_steps:
             self._wanting_steps.add(front_id)
         try:
+            parts = self._loop.engine.capabilities.parts
             await self._loop.submit(
                 request_id,
-                decode_resolved(order.request, _input_image(order), embeds_guidance=parts.embeds_guidance),
+                decode_resolved(
+                    order.request, _input_image(order), _lora_choice(order.lora_choice), embeds_guidance=parts.embeds_guidance
+                ),
                 _Outlet(self, front_id),
                 client=order.client,
                 timeout_s=order.timeout_s if order.HasField("timeout_s") else None,
@@ -270,6 +293,11 @@ class _Front:
         if not self._after:
             self._changed.clear()
         return report
+
+
+def _lora_choice(message: pb.LoraChoice) -> LoraChoice:
+    parts = tuple(zip(message.revisions, message.scales, strict=True))
+    return LoraChoice(parts=parts, shares_calls=message.shares_calls) if parts else NO_LORAS
 
 
 def _input_image(order: pb.Generate) -> InputImage | None:

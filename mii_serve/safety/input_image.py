@@ -28,6 +28,7 @@ MAX_PIXELS = 4096 * 4096
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _EXIF_ORIENTATION = 0x0112
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_BIT_DEPTH = 24
@@ -111,8 +112,26 @@ def rgb_of(file: Image.Image, field: str) -> Image.Image:
     return file.convert("RGB")
 
 
+def as_seen(content: bytes, field: str) -> Image.Image:
+    """The pixels of a file as viewers show them, in L, RGB or RGBA: turned as EXIF says, and transparent where they are.
+
+    Raises:
+        InvalidRequestError: as `opened`; or it is truncated or broken, or not in RGB or grey.
+    """
+    with opened(content, field) as file:
+        if file.mode not in _MODES:
+            raise InvalidRequestError(field, "must be in RGB or grey", file.mode)
+        try:
+            turned = ImageOps.exif_transpose(file)
+        except Exception as error:
+            raise _unreadable(field) from error
+        if "A" in turned.mode or "transparency" in turned.info:
+            return turned.convert("RGBA")
+        return turned.convert("L" if turned.mode in ("1", "L") else "RGB")
+
+
 def _loaded(file: Image.Image, field: str) -> Image.Image:
-    if file.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+    if file.mode not in _MODES:
         raise InvalidRequestError(field, "must be in RGB or grey", file.mode)
     try:
         file.load()

@@ -25,7 +25,7 @@ from diffusers import StableDiffusionPipeline
 from mii_serve.errors import InvalidRequestError
 from mii_serve.samplers.names import CLASS_NAMES, OTHER_NAMES, SAMPLERS, SamplerSpec
 from mii_serve.samplers.run import SamplerRun
-from mii_serve.types import DEFAULT_SCHEDULER, SchedulerDescription, shown_list
+from mii_serve.types import DEFAULT_SCHEDULER, GenerationParams, SchedulerDescription, shown_list
 
 for _name in ("diffusers.schedulers", "diffusers.configuration_utils"):
     # They warn at every object that is made: a log line per request that no one can act on.
@@ -196,10 +196,14 @@ def noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
     return of_latents, of_noise
 
 
-def refuse_without_noise(schedulers: ModelSchedulers, run: SamplerRun) -> None:
+def refuse_without_noise(schedulers: ModelSchedulers, params: GenerationParams, *, has_blending: bool = True) -> None:
     """Raises:
-    InvalidRequestError: the request's scheduler cannot add noise to an image.
+    InvalidRequestError: the request's scheduler has to add noise to an image, and cannot. Without blending, one that repaints
+        an image with strength 1 has not to.
     """
+    if params.strength is None or (params.has_mask and params.strength == 1.0 and not has_blending):
+        return
+    run = SamplerRun.of(params)
     scheduler = schedulers.make(run, torch.device("cpu"))
     try:
         noise_level(scheduler, scheduler.timesteps[first_call(scheduler, run.num_skipped_steps)])

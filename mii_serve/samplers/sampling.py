@@ -38,8 +38,10 @@ Key = tuple[SamplerRun, bool]
 class Samplings:
     """Finds out how to step each run of a sampler, once. Safe to use from several threads."""
 
-    def __init__(self, schedulers: ModelSchedulers) -> None:
+    def __init__(self, schedulers: ModelSchedulers, *, has_blending: bool = True) -> None:
+        """Without blending, the latents of samples with a mask are left alone between the calls."""
         self._schedulers = schedulers
+        self._has_blending = has_blending
         self._cache: OrderedDict[Key, SamplerTable | Uncompiled] = OrderedDict()
         self._cache_of_many: OrderedDict[Key, SamplerTable | Uncompiled] = OrderedDict()
         self._lock = threading.Lock()
@@ -72,7 +74,7 @@ class Samplings:
         Raises:
             InvalidRequestError: it cannot be done with this model.
         """
-        return self.of(SamplerRun.of(params), is_blended=params.has_mask)
+        return self.of(SamplerRun.of(params), is_blended=self._is_blended(params))
 
     def table_of(self, params: GenerationParams) -> SamplerTable | None:
         """The table of a request that was found possible; None where an object has to step it.
@@ -80,9 +82,12 @@ class Samplings:
         Of a run that is one of many, only a table that is still known: it is compiled while the request is checked, and never
         in the thread that steps.
         """
-        run = SamplerRun.of(params)
-        found = self._known(run, params.has_mask) if run.is_one_of_many else self.of(run, is_blended=params.has_mask)
+        run, is_blended = SamplerRun.of(params), self._is_blended(params)
+        found = self._known(run, is_blended) if run.is_one_of_many else self.of(run, is_blended=is_blended)
         return found if isinstance(found, SamplerTable) else None
+
+    def _is_blended(self, params: GenerationParams) -> bool:
+        return params.has_mask and self._has_blending
 
     def is_compiled(self, params: GenerationParams) -> bool:
         """Whether there is a table for a request; False as well where it cannot be done at all."""

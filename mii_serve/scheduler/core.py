@@ -213,9 +213,9 @@ class Scheduler:
 
     def _may_join(self, queue: SampleQueue, joins: list[Sample]) -> bool:
         """Not with more images to encode than are decoded in one go: the others wait for them in this turn."""
-        if (first := queue.first_request) is None or first.input_image is None:
+        if (first := queue.first_request) is None or not _has_image_to_encode(first):
             return True
-        return sum(sample.input_image is not None for sample in joins) < self._capacity.max_decodes
+        return sum(map(_has_image_to_encode, joins)) < self._capacity.max_decodes
 
     def _join(self, queue: SampleQueue, *, is_paid: bool = False) -> Sample:
         sample, request = queue.pop()
@@ -322,3 +322,7 @@ class Scheduler:
         interval_s = self._step_time.fastest_s(key) if is_idle else self._step_time.interval_s({*self._groups.keys, key})
         if (needed_s := wait_s + request.num_calls * (interval_s or 0.0)) > left_s:
             raise DeadlineExceededError(f"this takes about {needed_s:.3g} s here, and {max(0.0, left_s):.3g} s are left")
+
+
+def _has_image_to_encode(one: Request | Sample) -> bool:
+    return one.input_image is not None and one.encoded_image is None

@@ -76,7 +76,12 @@ class SampleQueue:
                 start + (i + 1) * share,
                 depth + i,
                 self._num_arrived + i,
-                Sample(id=SampleId(request.id, i), params=request.params, input_image=request.input_image),
+                Sample(
+                    id=SampleId(request.id, i),
+                    params=request.params,
+                    input_image=request.input_image,
+                    encoded_image=request.encoded_image,
+                ),
                 request,
                 start + i * share,
             )

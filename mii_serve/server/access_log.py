@@ -15,7 +15,7 @@ _PROMPTS = ("prompt", "negative_prompt")
 _OF_SOME = ("strength", "clip_skip", "eta", "prompt_syntax")
 """Logged only where a request has them."""
 _LOGGED = tuple(parameter.name for parameter in PARAMETERS if parameter.name not in (*_PROMPTS, *_OF_SOME))
-_WORK = frozenset({"Generate", "GenerateStream", "Txt2ImgReply"})
+_WORK = frozenset({"Generate", "GenerateStream", "ModelInfer", "Txt2ImgReply"})
 
 
 def is_work(method: str) -> bool:
@@ -45,6 +45,8 @@ class CallLog(dict[str, object]):
             self["has_own_steps"] = True
         if params.prompt_embeds is not None:
             self["has_prompt_embeds"] = True
+        if params.loras:
+            self["loras"] = ",".join(f"{name}:{scale:g}" for name, scale in params.loras.items())
 
     def add_event(self, event: Event) -> None:
         match event:

@@ -92,6 +92,10 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
     router = Router(config.replicas, patience_s=config.replica_wait_s)
     dispatcher = Dispatcher(router, moderator=moderator, provenance=provenance)
     tls, keys = Tls.of(config), KeyRing(config.api_key_file)
+    rings = [keys]
+    if config.admin_key_file is not None:
+        dispatcher.admin_keys = KeyRing(config.admin_key_file, setting="admin_key_file")
+        rings.append(dispatcher.admin_keys)
     on_terminate = stop.drain.set if config.enable_mii_terminate else None
     front = GrpcFront(
         dispatcher,
@@ -100,6 +104,7 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
         on_terminate=on_terminate,
         max_connections=most.grpc,
         max_connection_age_s=config.max_connection_age_s,
+        served_names=config.served_model_name,
     )
     if not is_loopback(config.host):
         _warn_of_what_is_open(config)
@@ -117,8 +122,9 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
             ReplicaSupervisor(config, index=index, environment=environment, spares=spares)
             for index, environment in enumerate(environments)
         ]
-        if config.api_key_file is not None or tls is not None or provenance.is_signing:
-            _reload_on_sighup(keys, tls, provenance, supervisors)
+        key_files = config.api_key_file, config.admin_key_file
+        if any(key_files) or tls is not None or provenance.is_signing:
+            _reload_on_sighup(rings, tls, provenance, supervisors)
         running = [asyncio.create_task(supervisor.run(changed)) for supervisor in supervisors]
         following = asyncio.create_task(_follow(supervisors, changed, dispatcher, front, on_first_ready))
         draining = asyncio.create_task(stop.drain.wait())
@@ -141,11 +147,14 @@ async def _serve(config: DeployConfig, listener: Listener, moderator: Moderator 
     return 0
 
 
-def _reload_on_sighup(keys: KeyRing, tls: Tls | None, provenance: Provenance, supervisors: Sequence[ReplicaSupervisor]) -> None:
+def _reload_on_sighup(
+    rings: Sequence[KeyRing], tls: Tls | None, provenance: Provenance, supervisors: Sequence[ReplicaSupervisor]
+) -> None:
     loop = asyncio.get_running_loop()
 
     def reload() -> None:
-        keys.reload()
+        for keys in rings:
+            keys.reload()
         if tls is not None:
             tls.reload()
         if provenance.is_signing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from mii_serve.safety.moderation import Moderator
 from mii_serve.server.call import CallContext
 from mii_serve.server.idempotency import IdempotencyCache
 from mii_serve.server.input_images import InputImages, files_of, pixels_of
+from mii_serve.server.keys import KeyRing
+from mii_serve.server.loras import Loras
 from mii_serve.server.moderation import ModerationFilter
 from mii_serve.server.replica_client import Loss, ReplicaAddress, ReplicaClient
 from mii_serve.server.router import Router, Work
@@ -31,6 +33,7 @@ from mii_serve.types import (
     GenerationAnswer,
     GenerationRequest,
     ImageReady,
+    LoraInfo,
     Priority,
     ReplicaInfo,
     ResolvedRequest,
@@ -71,6 +74,9 @@ class Dispatcher:
         for replica in self._router.replicas:
             self.metrics.replica_restarts.labels(str(replica.index))
         self._capabilities: Capabilities | None = None
+        self.loras = Loras(self._router, self._set_loras)
+        self.admin_keys: KeyRing | None = None
+        """Of those who may change what is served; None where nobody may."""
         self._idempotency = IdempotencyCache()
         self._input_images = InputImages()
         self._is_draining = False
@@ -87,6 +93,11 @@ class Dispatcher:
         return self._router.is_up and not self._is_draining
 
     @property
+    def has_content_safety(self) -> bool:
+        """Whether images are sent only if content safety has found them harmless."""
+        return self._moderation is not None
+
+    @property
     def capabilities(self) -> Capabilities:
         """What the model accepts and assumes.
 
@@ -100,7 +111,7 @@ class Dispatcher:
     async def attach(self, address: ReplicaAddress, index: int = 0, *, num_restarts: int = 0) -> ServerInfo:
         """Give work to the replica at this address from now on; returns its description of itself."""
         replica = self._replica(index)
-        info = await replica.attach(address)
+        info = await replica.attach(address, self.loras.prepare)
         self._capabilities = info.capabilities
         if self._moderation is not None:
             self._moderation.origin = Origin(model=info.model, model_revision=info.model_revision)
@@ -135,6 +146,10 @@ class Dispatcher:
     async def remove(self, replica: ReplicaClient, loss: Loss) -> None:
         """Detach an added replica for good. What it has not finished is made again elsewhere."""
         await self._router.remove(replica, loss)
+
+    def _set_loras(self, loras: Mapping[str, LoraInfo]) -> None:
+        if self._capabilities is not None:
+            self._capabilities = replace(self._capabilities, loras=loras)
 
     def _replica(self, index: int) -> ReplicaClient:
         return next(replica for replica in self._router.replicas if replica.index == index)

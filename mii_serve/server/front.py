@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -17,6 +17,8 @@ from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.interceptor import CallInterceptor
 from mii_serve.server.keys import KeyRing
 from mii_serve.server.mii import MII_SERVICES, MiiService
+from mii_serve.server.model_names import ModelNames
+from mii_serve.server.oip import OIP_SERVICE, OipService
 from mii_serve.server.open_files import MAX_CONNECTIONS
 from mii_serve.server.service import SERVICE_NAME, FrontService
 from mii_serve.server.tls import Tls
@@ -55,11 +57,13 @@ class GrpcFront:
         on_terminate: Callable[[], None] | None = None,
         max_connections: int = MAX_CONNECTIONS,
         max_connection_age_s: float | None = None,
+        served_names: Sequence[str] = (),
     ) -> None:
         """Health and reflection are open to all; the keys are for what costs something. Without `tls` it is plain text.
 
         `on_terminate` is what DeepSpeed-MII's `Terminate` does; without it, the call is refused. A connection as old as
-        `max_connection_age_s` takes no new calls, and closes when its last one has ended.
+        `max_connection_age_s` takes no new calls, and closes when its last one has ended. `served_names` are the operator's
+        names for the model.
         """
         self._tls = tls
         options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections)]
@@ -67,7 +71,7 @@ class GrpcFront:
             options.append(("grpc.max_connection_age_ms", round(max_connection_age_s * 1000)))
         self._server = grpc.aio.server(interceptors=(CallInterceptor(Admission(dispatcher.metrics, keys)),), options=options)
         self.health = health.aio.HealthServicer()
-        add_services(self._server, dispatcher, self.health, on_terminate)
+        add_services(self._server, dispatcher, self.health, on_terminate, served_names)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def listen(self, host: str, port: int) -> int:
@@ -90,7 +94,7 @@ class GrpcFront:
 
     async def set_serving(self, is_serving: bool) -> None:
         state = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE_NAME, *MII_SERVICES):
+        for name in ("", SERVICE_NAME, OIP_SERVICE, *MII_SERVICES):
             await self.health.set(name, state)
 
     async def stop(self, grace_s: float) -> None:
@@ -102,10 +106,12 @@ def add_services(
     dispatcher: Dispatcher,
     health_service: health.aio.HealthServicer,
     on_terminate: Callable[[], None] | None = None,
+    served_names: Sequence[str] = (),
 ) -> None:
-    """Register what the front answers: the v1 service, MII's and health."""
+    """Register what the front answers: the v1 service, MII's, the Open Inference Protocol's and health."""
     FrontService(dispatcher).add_to(server)
     server.add_generic_rpc_handlers(MiiService(dispatcher, on_terminate).handlers())
+    server.add_generic_rpc_handlers((OipService(dispatcher, ModelNames(dispatcher, served_names)).handler(),))
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
 
 

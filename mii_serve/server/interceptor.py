@@ -15,8 +15,9 @@ from mii_serve.proto.mii_codec import MII_PACKAGES
 from mii_serve.proto.status import encode_error
 from mii_serve.server.bounded_write import CallerTakesNothingError, Context, address_of, end_unread, write
 from mii_serve.server.call import Admission, CallContext, IncomingCall
+from mii_serve.server.oip import OIP_PROBES, OIP_SERVICE
 
-_OWN = ("/mii_serve.", *(f"/{package}.ModelResponse/" for package in MII_PACKAGES))
+_OWN = ("/mii_serve.", *(f"/{package}.ModelResponse/" for package in MII_PACKAGES), f"/{OIP_SERVICE}/")
 
 if TYPE_CHECKING:  # grpc's classes are generic in their type stubs only
     Handler = grpc.RpcMethodHandler[Any, Any] | None
@@ -25,7 +26,7 @@ else:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Admits the calls of our own services and of MII's; health and reflection answer for themselves."""
+    """Admits the calls of our services, MII's and the Open Inference Protocol's; probes answer for themselves."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -34,7 +35,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
     ) -> Handler:
         handler = await continuation(details)
-        if handler is None or not details.method.startswith(_OWN):
+        if handler is None or not details.method.startswith(_OWN) or details.method in OIP_PROBES:
             return handler
         headers = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
         parse = well_formed(handler.request_deserializer or bytes)

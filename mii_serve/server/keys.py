@@ -62,15 +62,18 @@ class _Usage:
 class KeyRing:
     """The keys of a deployment. Without a file, everybody may call."""
 
-    def __init__(self, file: Path | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Read the file.
+    def __init__(
+        self, file: Path | None = None, *, clock: Callable[[], float] = time.monotonic, setting: str = SETTING
+    ) -> None:
+        """Read the file, which is the value of the `setting`.
 
         Raises:
             ConfigError: it cannot be read, or a line breaks a rule; the line is named, never its key.
         """
         self._file = file
         self._clock = clock
-        self._keys = _read(file) if file is not None else None
+        self._setting = setting
+        self._keys = _read(file, setting) if file is not None else None
         self._usage: dict[str, _Usage] = {}
 
     def reload(self) -> None:
@@ -78,7 +81,7 @@ class KeyRing:
         if self._file is None:
             return
         try:
-            self._keys = _read(self._file)
+            self._keys = _read(self._file, self._setting)
         except ConfigError as error:
             logger.error("the API keys stay as they were: %s", error)
         else:
@@ -138,36 +141,37 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _read(file: Path) -> list[ApiKey]:
+def _read(file: Path, setting: str) -> list[ApiKey]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         is_open_to_all = file.stat().st_mode & 0o004
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(SETTING, f"cannot read {file}: {error}") from None
+        raise ConfigError(setting, f"cannot read {file}: {error}") from None
     if is_open_to_all:
         logger.warning("every user of this machine can read %s; chmod 600 is better", file)
-    keys = [_parsed(number, words) for number, line in enumerate(lines, 1) if (words := line.partition("#")[0].split())]
+    words_of = {number: line.partition("#")[0].split() for number, line in enumerate(lines, 1)}
+    keys = [_parsed(setting, number, words) for number, words in words_of.items() if words]
     if not keys:
-        raise ConfigError(SETTING, f"{file} has no key, so no caller could be admitted")
+        raise ConfigError(setting, f"{file} has no key, so no caller could be admitted")
     for what, values in (("key", [key.digest for key in keys]), ("name", [key.name for key in keys])):
         if len(set(values)) < len(values):
-            raise ConfigError(SETTING, f"{file} has the same {what} twice")
+            raise ConfigError(setting, f"{file} has the same {what} twice")
     return keys
 
 
-def _parsed(number: int, words: list[str]) -> ApiKey:
+def _parsed(setting: str, number: int, words: list[str]) -> ApiKey:
     key, *rest = words
     if not key.isascii() or not key.isprintable():
-        raise ConfigError(SETTING, f"line {number}: a key is printable ASCII text")
+        raise ConfigError(setting, f"line {number}: a key is printable ASCII text")
     if len(key) < SHORT_KEY:
-        logger.warning("%s: the key in line %d is short enough to be guessed", SETTING, number)
+        logger.warning("%s: the key in line %d is short enough to be guessed", setting, number)
     fields = dict(word.partition("=")[::2] for word in rest)
     known = [name for name in ApiKey.model_fields if name != "digest"]
     if not fields.keys() <= set(known):  # not repeated here: it may be a second key
-        raise ConfigError(SETTING, f"line {number}: after the key come only {', '.join(known)}, as NAME=VALUE")
+        raise ConfigError(setting, f"line {number}: after the key come only {', '.join(known)}, as NAME=VALUE")
     try:
         return ApiKey.model_validate({"name": f"key-{number}", **fields, "digest": _digest(key)})
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])
-        raise ConfigError(SETTING, f"line {number}: {field}: {problem['msg']}") from None
+        raise ConfigError(setting, f"line {number}: {field}: {problem['msg']}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -16,12 +16,13 @@ from google.protobuf import empty_pb2
 
 from mii_serve.errors import InvalidRequestError, PermissionDeniedError, UnsupportedError
 from mii_serve.proto.metadata import IDEMPOTENCY_KEY
-from mii_serve.proto.mii_codec import MII_PACKAGES, MiiRequest, decode_mii_request, encode_mii_reply, parse_mii_request
+from mii_serve.proto.mii_codec import MII_PACKAGES, decode_mii_request, encode_mii_reply, parse_mii_request
+from mii_serve.proto.mii_codec import MiiRequest as MiiRequest
 from mii_serve.server.bounded_write import Context
-from mii_serve.server.call import current_call
+from mii_serve.server.call import CallContext, current_call
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.dropped_text import dropped_headers
-from mii_serve.types import draw_seed
+from mii_serve.types import GenerationAnswer, ResolvedRequest, draw_seed
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,33 @@ NOT_SERVED = (
     "ZeroShotImgClassificationReply",
 )
 """MII's other tasks. Its own server runs the picture pipeline for some of them and sends back the text of a Python object."""
+
+
+async def draw_pictures(
+    dispatcher: Dispatcher,
+    request: MiiRequest,
+    call: CallContext,
+    check: Callable[[Sequence[ResolvedRequest]], None] = lambda requests: None,
+) -> list[GenerationAnswer]:
+    """The raw pictures of each prompt, in order; `check` may refuse what is asked for.
+
+    Raises:
+        MiiServeError: of the first prompt that failed.
+    """
+    if call.idempotency_key is not None:
+        raise InvalidRequestError(IDEMPOTENCY_KEY, "is not for MII's calls; Generate takes it")
+    requests = decode_mii_request(request, dispatcher.resolve, fallback_seed=draw_seed())
+    check(requests)
+    calls = [call] if len(requests) == 1 else [call.for_part(i, "-") for i in range(len(requests))]
+    call.log["num_prompts"] = len(requests)
+    try:
+        async with asyncio.TaskGroup() as group:
+            parts = [group.create_task(dispatcher.generate(one, part)) for one, part in zip(requests, calls, strict=True)]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    finally:
+        call.log.add_params(requests[0].params)  # each part has logged its own
+    return [part.result() for part in parts]
 
 
 class MiiService:
@@ -61,21 +89,7 @@ class MiiService:
 
     async def _make(self, request: MiiRequest, context: Context) -> bytes:
         call = current_call.get()
-        if call.idempotency_key is not None:
-            raise InvalidRequestError(IDEMPOTENCY_KEY, "is not for MII's calls; Generate takes it")
-        requests = decode_mii_request(request, self._dispatcher.resolve, fallback_seed=draw_seed())
-        calls = [call] if len(requests) == 1 else [call.for_part(i, "-") for i in range(len(requests))]
-        call.log["num_prompts"] = len(requests)
-        try:
-            async with asyncio.TaskGroup() as group:
-                parts = [
-                    group.create_task(self._dispatcher.generate(one, part)) for one, part in zip(requests, calls, strict=True)
-                ]
-        except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
-        finally:
-            call.log.add_params(requests[0].params)  # each part has logged its own
-        answers = [part.result() for part in parts]
+        answers = await draw_pictures(self._dispatcher, request, call)
         provenance = self._dispatcher.provenance_headers(answers[0].images[0])
         context.set_trailing_metadata((*dropped_headers([one.parameters for one in answers]).items(), *provenance.items()))
         return encode_mii_reply([image for answer in answers for image in answer.images], call.seconds)

@@ -18,13 +18,13 @@ import grpc
 from google.rpc import status_pb2
 
 from mii_serve.errors import DeadlineExceededError, EngineLostError, UnavailableError
-from mii_serve.proto.codec import CHANNEL_OPTIONS, decode_event, decode_server_info, encode_request
+from mii_serve.proto.codec import CHANNEL_OPTIONS, decode_event, decode_lora, decode_server_info, encode_request
 from mii_serve.proto.metadata import AUTHORIZATION_KEY
 from mii_serve.proto.replica import replica_pb2 as pb
 from mii_serve.proto.replica.replica_pb2_grpc import ReplicaStub
 from mii_serve.proto.status import error_of
 from mii_serve.replica.mailbox import Mailbox
-from mii_serve.types import Done, Event, ResolvedRequest, ServerInfo, Step
+from mii_serve.types import Done, Event, LoraInfo, ResolvedRequest, ServerInfo, Step
 
 if TYPE_CHECKING:
     from mii_serve.proto.replica.replica_pb2_grpc import ReplicaAsyncStub
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 
 HELLO_TIMEOUT_S = 30.0
+LOAD_TIMEOUT_S = 120.0
+"""For a LoRA's files to be read, between two turns."""
 PROBE_TIMEOUT_S = 5.0
 PROBE_EVERY_S = 10.0
 """How often a replica whose stream broke is asked whether it is still there, until the supervisor says how it ended."""
@@ -267,6 +269,23 @@ class ReplicaConnection:
         answer = await _answered(self._stub.GetMetrics(pb.GetMetricsRequest(), timeout=timeout_s, metadata=self._metadata))
         return None if answer is None else answer.text
 
+    async def load_lora(self, name: str, path: Path) -> LoraInfo | None:
+        """Let its requests name this LoRA; None when it does not answer.
+
+        Raises:
+            MiiServeError: why it cannot.
+        """
+        request = pb.LoadLoraRequest(name=name, path=str(path))
+        answer = await _answered(self._stub.LoadLora(request, timeout=LOAD_TIMEOUT_S, metadata=self._metadata))
+        if answer is not None and answer.HasField("error"):
+            raise error_of(status_pb2.Status.FromString(answer.error))
+        return None if answer is None else decode_lora(answer.lora)
+
+    async def remove_lora(self, name: str) -> None:
+        """Let its new requests not name it; nothing happens where it does not answer, or has none of this name."""
+        request = pb.RemoveLoraRequest(name=name)
+        await _answered(self._stub.RemoveLora(request, timeout=LOAD_TIMEOUT_S, metadata=self._metadata))
+
     async def close(self) -> None:
         self._is_closed = True
         await self.channel.close()
@@ -278,7 +297,8 @@ class ReplicaConnection:
 
 
 def _encoded(number: int, order: Order) -> pb.Generate:
-    image = order.request.input_image
+    image, choice = order.request.input_image, order.request.params.lora_choice
+    revisions, scales = zip(*choice.parts, strict=True) if choice.parts else ((), ())
     return pb.Generate(
         id=number,
         request=encode_request(order.request),
@@ -288,6 +308,7 @@ def _encoded(number: int, order: Order) -> pb.Generate:
         traceparent=order.traceparent or "",
         has_steps=order.has_steps,
         input_image=None if image is None else pb.InputImage(rgb=image.rgb, mask=image.mask),
+        lora_choice=pb.LoraChoice(revisions=revisions, scales=scales, shares_calls=choice.shares_calls),
     )
 
 
@@ -307,6 +328,10 @@ async def _answered(call: Awaitable[_Answer]) -> _Answer | None:
         if task is None or task.cancelling():
             raise
         return None
+
+
+Prepare = Callable[[ReplicaConnection, ServerInfo], Awaitable[ServerInfo]]
+"""Brings a replica up to date and gives its description afterwards."""
 
 
 class ReplicaClient:
@@ -343,8 +368,8 @@ class ReplicaClient:
     def num_running(self) -> int:
         return 0 if self._connection is None else self._connection.num_running
 
-    async def attach(self, address: ReplicaAddress) -> ServerInfo:
-        """Use the replica at this address from now on; returns its description of itself.
+    async def attach(self, address: ReplicaAddress, prepare: Prepare | None = None) -> ServerInfo:
+        """Use the replica at this address from now on, once `prepare` is done with it; returns its description of itself.
 
         Raises:
             grpc.aio.AioRpcError: nothing answers there.
@@ -353,6 +378,8 @@ class ReplicaClient:
         connection = ReplicaConnection(address, self._on_recovery)
         try:
             info = await connection.hello()
+            if prepare is not None:
+                info = await prepare(connection, info)
         except BaseException:
             await connection.close()
             raise

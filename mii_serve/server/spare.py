@@ -1,7 +1,7 @@
 """Replica processes: started when they are needed, or before, so that the place of a lost one is taken in a moment.
 
 Most of a replica's start is imports. A spare has made them and waits for its order: it has read no model, holds no memory of a
-GPU, and costs some 330 MiB of the machine's. There is one for each environment that replicas have, because CUDA reads from a
+GPU, and costs some 270 MiB of the machine's. There is one for each environment that replicas have, because CUDA reads from a
 process's environment, once, which devices are its own. Like a replica it ends with its parent, whose pipe it reads.
 """
 

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types.declarations import OWN_STEPS, PARAMETERS, STRENGTH
 from mii_serve.types.embeddings import EMBEDS
 from mii_serve.types.limits import IMAGE_STRENGTH, MASK_STRENGTH, MAX_SCHEDULER_CHARS, GenerationDefaults, Limits, ModelParts
+from mii_serve.types.loras import LoraInfo, checked_loras, chosen_loras
 from mii_serve.types.params import GenerationParams, RequestedParams, num_steps_left
 from mii_serve.types.prompt_syntax import A1111, PLAIN, parse_a1111
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a deployed model accepts and assumes. `schedulers` maps every accepted name to the name we answer with."""
+    """What a deployed model accepts and assumes. `schedulers` maps every accepted name to the name we answer with.
+
+    `needs_mask`: it is an inpainting model, which can only repaint a part of an image. Requests can name the `loras`.
+    """
 
     limits: Limits
     defaults: GenerationDefaults
     schedulers: Mapping[str, str]
     parts: ModelParts = field(default_factory=ModelParts)
+    needs_mask: bool = False
+    loras: Mapping[str, LoraInfo] = field(default_factory=dict)
 
     def resolve(self, asked: RequestedParams, *, fallback_seed: int) -> GenerationParams:
         """Fill in the defaults and check every rule.
@@ -44,16 +50,30 @@ class Capabilities:
                 value = fallback_seed if parameter.name == "seed" else parameter.default_in(self.defaults)
             if parameter.name == "num_inference_steps" and own_number is not None:
                 value = own_number
+            if parameter.name == "prompt" and value == "" and asked.image is not None:  # the image says enough
+                values["prompt"] = ""
+                continue
             if value is not None or not parameter.is_optional:
                 values[parameter.name] = parameter.checked(value, self)
         if values["prompt_syntax"] == A1111:
             for name in ("prompt", "negative_prompt"):
                 parse_a1111(name, values[name])
-        strength = self._strength_of(asked, values["num_inference_steps"])
-        has_mask, embeds_guidance = asked.mask_image is not None, self.parts.embeds_guidance
-        params = GenerationParams(**values, **embeds, strength=strength, has_mask=has_mask, embeds_guidance=embeds_guidance)
+        loras = checked_loras(asked.loras or {})
+        params = GenerationParams(
+            **values,
+            **embeds,
+            strength=self._strength_of(asked, values["num_inference_steps"]),
+            has_mask=asked.mask_image is not None,
+            embeds_guidance=self.parts.embeds_guidance,
+            loras=loras,
+            lora_choice=chosen_loras(loras, self.loras),
+        )
         self._check_lengths(params)
         return params
+
+    def with_mask_if_needed(self, asked: RequestedParams) -> RequestedParams:
+        """A request of the server's own, to resolve only, with the images that this model cannot do without."""
+        return replace(asked, image=b"image", mask_image=b"mask") if self.needs_mask else asked
 
     def _embeds(self, asked: RequestedParams) -> dict[str, Any]:
         """The request's embeddings, by the rules of diffusers' `check_inputs`."""
@@ -94,6 +114,9 @@ class Capabilities:
         return given
 
     def _strength_of(self, asked: RequestedParams, num_inference_steps: int) -> float | None:
+        for name in ("image", "mask_image") if self.needs_mask else ():
+            if getattr(asked, name) is None:
+                raise InvalidRequestError(name, "is missing: this model repaints the part of an image that a mask covers")
         if asked.image is None:
             if asked.mask_image is not None:
                 raise InvalidRequestError("mask_image", "is for requests with an image only")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mii_serve.types.embeddings import EMBEDS
 from mii_serve.types.params import GenerationParams
@@ -69,6 +69,11 @@ class EffectiveParameters(GenerationParams):
     is_scheduler_compiled: bool
     has_prompt_embeds: bool = False
     """The prompt was embeddings, which are not told again."""
+
+    def as_record(self) -> dict[str, Any]:
+        """By name, as plain values."""
+        known = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "lora_choice"}
+        return known | {"scheduler_options": dict(self.scheduler_options), "loras": dict(self.loras)}
 
     @classmethod
     def of(

@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
 from mii_serve.types.embeddings import PromptEmbeds
 from mii_serve.types.limits import LATENT_SCALE, MAX_SEED
+from mii_serve.types.loras import NO_LORAS, LoraChoice
 from mii_serve.types.prompt_syntax import PLAIN
 
 LatentShape = tuple[int, int]
 """Height and width of latents, in latent pixels."""
 
-BatchKey = tuple[int, ...]
+BatchKey = tuple[object, ...]
 """See `GenerationParams.batch_key`."""
 
 
@@ -27,7 +28,8 @@ class GenerationParams:
 
     `strength` is None where there is no such image. `has_mask`: only a part of the image is repainted. With `timesteps` or
     `sigmas` the steps are the request's own, and `num_inference_steps` is their number. `embeds_guidance` is that of
-    `ModelParts`. Embeddings are in the place of a text, which is empty then.
+    `ModelParts`. Embeddings are in the place of a text, which is empty then. `loras` are names with scales, as asked for;
+    `lora_choice` is what they come to on the server.
     """
 
     prompt: str = field(repr=False)
@@ -50,6 +52,8 @@ class GenerationParams:
     embeds_guidance: bool = False
     prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
     negative_prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
+    loras: Mapping[str, float] = field(default_factory=dict, hash=False)
+    lora_choice: LoraChoice = NO_LORAS
 
     def seed_of(self, image_index: int) -> int:
         """Image i of a request is image 0 of the same request with seed + i (modulo 2**64)."""
@@ -87,7 +91,7 @@ class GenerationParams:
     @property
     def batch_key(self) -> BatchKey:
         """Only samples whose keys are equal can share a UNet call."""
-        return self.latent_shape
+        return self.latent_shape if self.lora_choice.shares_calls else (*self.latent_shape, self.lora_choice.parts)
 
     @property
     def work_per_call(self) -> int:
@@ -114,6 +118,7 @@ class GenerationKwargs(TypedDict, total=False):
     prompt_syntax: str | None
     timesteps: Sequence[int] | None
     sigmas: Sequence[float] | None
+    loras: Mapping[str, float] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +145,7 @@ class RequestedParams:
     sigmas: tuple[float, ...] | None = None
     prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
     negative_prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
+    loras: Mapping[str, float] | None = None
 
 
 def num_steps_left(num_inference_steps: int, strength: float) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from mii_serve.types.capabilities import Capabilities
 from mii_serve.types.limits import GenerationDefaults, Limits, ModelParts
+from mii_serve.types.loras import LoraInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,8 @@ class ServerInfo:
     `schedulers` maps every accepted name to the name the server answers with. `activity` is that of all replicas together.
     `engine_note` says why this engine runs and not the preferred one, where that could not. `default_scheduler_class` and its
     options are what a request that names no scheduler gets, as in `EffectiveParameters`. `num_ranks` and `parallelism` are as
-    in `EngineDescription`, and `engine_kernels` is its `kernels`.
+    in `EngineDescription`, and `engine_kernels` is its `kernels`. `needs_mask` is as in `Capabilities`. `loras` are those that
+    requests can name.
     """
 
     version: str
@@ -83,11 +85,20 @@ class ServerInfo:
     num_ranks: int = 1
     parallelism: str = ""
     engine_kernels: str = ""
+    needs_mask: bool = False
+    loras: tuple[LoraInfo, ...] = ()
     parts: ModelParts = field(default_factory=ModelParts)
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(limits=self.limits, defaults=self.defaults, schedulers=self.schedulers, parts=self.parts)
+        return Capabilities(
+            limits=self.limits,
+            defaults=self.defaults,
+            schedulers=self.schedulers,
+            needs_mask=self.needs_mask,
+            parts=self.parts,
+            loras={lora.name: lora for lora in self.loras},
+        )
 
     def with_replicas(self, replicas: Iterable[ReplicaInfo]) -> ServerInfo:
         """The same server as the sum of these replicas, of which one at least is ready."""

@@ -28,6 +28,8 @@ class Sample:
     id: SampleId
     params: GenerationParams
     input_image: InputImage | None = None
+    encoded_image: object | None = field(default=None, repr=False, compare=False)
+    """What the engine has made of the image already; None where it is to do so when the sample joins."""
 
     @property
     def seed(self) -> int:
@@ -51,6 +53,8 @@ class Request:
     deadline: float | None = None
     preview_every: int | None = None
     input_image: InputImage | None = None
+    encoded_image: object | None = field(default=None, repr=False, compare=False)
+    """As in `Sample`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,6 +113,8 @@ def picture_cases(capabilities: Capabilities) -> list[PictureCase]:
             scheduler=scheduler,
             seed=1000 + 10 * index,
             embeds_guidance=capabilities.parts.embeds_guidance,
+            strength=1.0 if capabilities.needs_mask else None,
+            has_mask=capabilities.needs_mask,
         )
         against = ", negative prompt" if negative and params.is_guided else ""
         name = f"{scheduler}, {steps} steps, guidance {guidance:g}{against}, {width}x{height}"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from mii_serve.engine import Engine
+from mii_serve.engine.warmup import input_image_of
 from mii_serve.scheduler import Scheduler
 from mii_serve.types import Picture, Request
 from mii_serve.verify.cases import PictureCase
@@ -27,7 +28,13 @@ def draw(engine: Engine, cases: Sequence[PictureCase]) -> dict[str, Picture]:
     while to_come or scheduler.num_running or scheduler.num_waiting:
         if to_come and turn % TURNS_BETWEEN_ARRIVALS == 0:
             case = to_come.pop()
-            scheduler.add(Request(id=case.name, params=case.params, num_calls=engine.check(case.params)), now=turn * TURN_S)
+            request = Request(
+                id=case.name,
+                params=case.params,
+                num_calls=engine.check(case.params),
+                input_image=input_image_of(case.params),
+            )
+            scheduler.add(request, now=turn * TURN_S)
         turn += 1
         if (plan := scheduler.plan()) is None:
             continue

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from PIL import Image
 
 from mii_serve.config import DeployConfig, LimitsConfig
 from mii_serve.engine import Engine
 from mii_serve.engine.probe import ProbedEngine
+from mii_serve.engine.warmup import input_image_of
 from mii_serve.errors import InvalidRequestError
 from mii_serve.models import RANDOM_SD_V1_4
 from mii_serve.models.check import CheckedFolder, check_folder
@@ -59,6 +61,7 @@ def draw_with_reference(engine: Engine, config: DeployConfig) -> tuple[dict[str,
     """The pictures by name, those that the reference refuses, and the default request."""
     assert isinstance(engine, ProbedEngine)
     asked = RequestedParams(prompt=PROMPT, num_inference_steps=NUM_STEPS, seed=SEED, scheduler=DEFAULT_SCHEDULER)
+    asked = engine.capabilities.with_mask_if_needed(asked)
     pictures: dict[str, Picture] = {}
     refused: dict[str, str] = {}
     wanted = {DEFAULT: asked, NAMED: replace(asked, scheduler="ddim"), CHECKED: asked}
@@ -124,6 +127,12 @@ def _draw(config: DeployConfig, names: list[str], params: GenerationParams, devi
     arguments: dict[str, Any] = {"num_inference_steps": NUM_STEPS}
     if declared != DeclaredDefaults() or config.limits != LimitsConfig():
         arguments |= {"guidance_scale": params.guidance_scale, "height": params.height, "width": params.width}
+    if (image := input_image_of(params)) is not None:
+        size = params.width, params.height
+        arguments |= {"image": Image.frombytes("RGB", size, image.rgb), "height": params.height, "width": params.width}
+        arguments["mask_image"] = Image.frombytes("L", size, image.mask or b"")
+        pipeline = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
     checker, scheduler = pipeline.safety_checker, pipeline.scheduler
     pictures = {}
     for name in names:

@@ -14,6 +14,7 @@ from mii_serve.engine import Engine
 from mii_serve.engine.factory import build_engine
 from mii_serve.engine.probe import ProbedEngine, UNetCall
 from mii_serve.errors import EngineError, InvalidRequestError
+from mii_serve.models.architecture import LATENT_CHANNELS
 from mii_serve.types import EngineDescription, Picture
 from mii_serve.verify.cases import PROMPTS, PictureCase, picture_cases, unet_cases, vae_cases
 from mii_serve.verify.drawing import draw
@@ -72,7 +73,7 @@ def run_reference(engine: Engine) -> Truth:
         for case in unet_cases(capabilities, probe.num_channels):
             calls[case.name] = case.call(embeds)
         predictions = {name: probe.predict([call])[0] for name, call in calls.items()}
-        latents = vae_cases(capabilities, probe.num_channels)
+        latents = vae_cases(capabilities, LATENT_CHANNELS)
         images = {name: probe.decode(one[None])[0] for name, one in latents.items()}
         cases, skipped = [], {}
         for drawing in picture_cases(capabilities):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
@@ -10,6 +13,7 @@ from chromium import chromium_path
 from fake_engine import FakeEngine
 from playwright.async_api import async_playwright
 from sites import NO_CHROMIUM, site_of
+from web import web
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 FOREIGN = "evil.example"
@@ -66,3 +70,44 @@ async def test_another_sites_page_cannot_ask_by_address_either(misled, tmp_path)
             for kind in ("application/json", "text/plain", None):
                 assert (await page.evaluate(ASK, [site.url + path, body, kind]))[0] == 0, "the browser shows it nothing"
         assert site.server.loop.activity().num_requests == 0, "and nothing was done"
+
+
+ASK_ACROSS = """async ([url, body]) => {
+    const options = {method: "POST", body, headers: {"content-type": "application/json", "api-key": "any"}};
+    try {
+        const answer = await fetch(url, options);
+        const [seed, id] = ["x-mii-seed", "x-request-id"].map((name) => answer.headers.get(name));
+        return [answer.status, seed, id, (await answer.blob()).type];
+    } catch (error) { return [0, String(error)]; }
+}"""
+
+
+@contextlib.asynccontextmanager
+async def other_site() -> AsyncIterator[int]:
+    """The port of another server on this machine, whose pages are empty."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def test_a_page_of_an_origin_that_the_operator_names_can_ask_and_read(misled, tmp_path):
+    async with other_site() as port, web(tmp_path, cors_origins=[f"http://{FOREIGN}:{port}"]) as served:
+        page = await misled.new_page()
+        await page.goto(f"http://{FOREIGN}:{port}/")
+        body = '{"inputs": "a", "parameters": {"seed": 7}}'
+        status, seed, request_id, kind = await page.evaluate(ASK_ACROSS, [f"http://{served.address}/", body])
+        assert (status, seed, kind) == (200, "7", "image/png") and request_id
+        assert (await page.evaluate(ASK_ACROSS, [f"http://{served.address}/", "{}"]))[0] == 400, "refusals are read, too"
+        rebound = f"http://{FOREIGN}:{served.address.rpartition(':')[2]}/"
+        assert (await page.evaluate(ASK_ACROSS, [rebound, body]))[0] == 0, "its own name is no name of this server"
+        await page.goto(f"http://localhost:{port}/")
+        assert (await page.evaluate(ASK_ACROSS, [f"http://{served.address}/", body]))[0] == 0, "another origin"
+        await page.close()
+        assert served.server.loop.activity().num_requests == 1

@@ -62,6 +62,8 @@ def edited(**more):
 whole = edited(n=2, extra_body={"seed": 5, "strength": 0.5})
 masked = edited(mask=("mask.png", png(0), "image/png"), size="64x64")
 seen["edits"] = [[item.seed for item in whole.data], [base64.b64decode(item.b64_json)[:4].hex() for item in masked.data]]
+varied = client.images.create_variation(image=("room.png", png(255), "image/png"), n=2, size="64x64", model="fake")
+seen["variations"] = [base64.b64decode(item.b64_json)[:4].hex() for item in varied.data]
 seen["errors"] = {
     "mask": failed(lambda: edited(mask=("mask.png", b"no image", "image/png"))),
     "size": failed(lambda: client.images.generate(prompt="a", size="99x99")),

@@ -15,6 +15,8 @@ from mii_serve.engine import Engine
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types import ENGINES, InputImage, Picture, SampleId, StepPlan
 
+ON_RANKS = [pytest.param(f"native, {how} on 2 ranks", marks=pytest.mark.slow) for how in ("rows", "tensor")]
+
 
 @contextlib.contextmanager
 def deepspeed_on_cpu() -> Iterator[Engine]:
@@ -34,7 +36,7 @@ def deepspeed_on_cpu() -> Iterator[Engine]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture(scope="module", params=["fake", *ENGINES, "native, rows on 2 ranks", "native, tensor on 2 ranks"])
+@pytest.fixture(scope="module", params=["fake", *ENGINES, *ON_RANKS])
 def engine(request: pytest.FixtureRequest):
     with contextlib.ExitStack() as stack:
         if request.param == "fake":

@@ -11,6 +11,8 @@ from mii_serve.engine.batched.buckets import declare_buckets
 from mii_serve.engine.factory import native_engine
 from mii_serve.models import load_model
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1
 """Levels of 255, in any pixel, in FP32."""
 

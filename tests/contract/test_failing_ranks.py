@@ -10,6 +10,7 @@ from mii_serve.errors import EngineError
 from mii_serve.types import SampleId, StepPlan
 
 
+@pytest.mark.slow
 def test_what_fails_on_every_rank_is_the_error_of_the_order_and_ends_the_group():
     engine = ranked_engine(2)
     processes = [psutil.Process(pid) for pid in engine.follower_pids]

@@ -67,3 +67,46 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} - before))
     # grpc imports its companion packages wherever they are installed, and is written in Cython.
     others = [name for name in ran.stdout.split() if not name.startswith(("grpc", "cython", "_cython"))]
     assert set(others) <= {"mii_serve", "google", "PIL", "typing_extensions"}
+
+
+DEFERRED = """
+import sys
+from mii_serve.config import DeployConfig
+from mii_serve.models.deferred import import_for_drawing
+from mii_serve.replica.process import HEAVY_MODULES
+from mii_serve.replica.local import open_local
+from mii_serve.types import GenerationRequest, RequestedParams
+
+import_for_drawing(*HEAVY_MODULES)
+with open_local(DeployConfig.load({"device": "cpu", "max_slots": 1})) as local:
+    local.generate(GenerationRequest(params=RequestedParams(prompt="a red circle", num_inference_steps=1)))
+packages = ("torch._dynamo", "torch._inductor", "triton", "scipy.stats", "scipy.optimize", "scipy.integrate")
+print({".".join(name.split(".")[:2]) for name in sys.modules if name.startswith(tuple(f"{each}." for each in packages))})
+print(len([name for name in sys.modules if name.startswith("transformers.models.")]))
+
+import torch
+from diffusers import EulerDiscreteScheduler, LMSDiscreteScheduler
+
+EulerDiscreteScheduler(use_beta_sigmas=True).set_timesteps(4)
+lms = LMSDiscreteScheduler()
+lms.set_timesteps(4)
+lms.step(torch.zeros(1), lms.timesteps[0], torch.zeros(1))
+import torch._dynamo.config
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from scipy.optimize import linear_sum_assignment
+from transformers.models import bert
+
+with TransformGetItemToIndex():
+    print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
+print(linear_sum_assignment([[0, 1], [1, 0]])[1].tolist(), bert.BertConfig().model_type)
+"""
+
+
+@pytest.mark.slow
+def test_what_drawing_does_not_use_a_replica_imports_only_when_something_asks_for_it() -> None:
+    ran = subprocess.run([sys.executable, "-c", DEFERRED], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert ran.returncode == 0, ran.stderr
+    extra, num_models, *others = ran.stdout.splitlines()
+    assert extra == "{'torch._dynamo'}"  # ._trace_wrapped_higher_order_op, which is deferred as well
+    assert int(num_models) < 60
+    assert others == ["2.0", "[0, 1] bert"]

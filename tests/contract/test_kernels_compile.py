@@ -17,6 +17,8 @@ from kernel_resources import MAX_SHARED_BYTES, Compilation
 from mii_serve.engine.kernels.fused import tiles
 from mii_serve.engine.kernels.fused.triton_operations import TritonOperations
 
+pytestmark = pytest.mark.slow
+
 EVERY_KERNEL = {
     "attention", "group_apply", "group_norm_whole", "group_scales", "group_sums", "layer_norm", "linear_geglu", "sampler_begin",
     "sampler_end", "upsample",

@@ -23,6 +23,8 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from mii_serve.engine.engine_times import COMPUTED_TO_BE_FASTER
 
+pytestmark = pytest.mark.slow
+
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "roofline.json"
 
 MAX_KERNELS = 420

@@ -18,7 +18,7 @@ from mii_serve.errors import EngineError, NotFiniteError
 from mii_serve.models import Precision, load_model
 from mii_serve.types import SampleProgress, StepPlan
 
-pytestmark = pytest.mark.filterwarnings("error:invalid value encountered in cast")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error:invalid value encountered in cast")]
 
 POISON = "star"
 """Prompts with this word are not finite once `poison_a_word` was there."""

@@ -13,6 +13,8 @@ from mii_serve.engine.ranks.leader import lead
 from mii_serve.errors import ModelError
 from mii_serve.types import LATENT_SCALE, StepPlan
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = [
     {"seed": 1, "num_inference_steps": 8, "guidance_scale": 7.5, "scheduler": "pndm"},
     {"seed": 2, "num_inference_steps": 5, "guidance_scale": 1.0, "scheduler": "ddim", "prompt": "a green square"},

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from mii_serve.types import OWN_STEPS, PARAMETERS, STRENGTH, GenerationDefaults, Limits, Parameter
+from mii_serve.types import (
+    LORAS_HELP,
+    MAX_LORA_SCALE,
+    MAX_LORAS,
+    OWN_STEPS,
+    PARAMETERS,
+    STRENGTH,
+    GenerationDefaults,
+    Limits,
+    Parameter,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "architecture" / "14-parameters.md"
 HEAD = """# 14. Parameters
@@ -21,7 +31,8 @@ page's form are made from them.
 |---|---|---|---|---|
 """
 FOR_IMAGES = f"""
-A request that starts from an image ([page 3](03-wire.md#images-to-start-from)) has the `image`, and in addition:
+A request that starts from an image ([page 3](03-wire.md#images-to-start-from)) has the `image`, may have a
+`mask_image` and an empty prompt ([page 22](22-images.md)), and in addition:
 
 {HEAD[HEAD.index("| parameter") :]}"""
 FOR_STEPS = f"""
@@ -29,6 +40,12 @@ Over gRPC, in JSON bodies and on the command line of `generate`, a request can s
 ([page 23](23-conditioning.md#steps-of-ones-own)), by one of
 
 {HEAD[HEAD.index("| parameter") :]}"""
+BOUNDS = f"at most {MAX_LORAS}, each scale -{MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}"
+FOR_LORAS = f"""
+A request may name LoRAs of the server ([page 21](21-loras.md)):
+
+{HEAD[HEAD.index("| parameter") :]}| `loras` | names with numbers | none | {BOUNDS} | {LORAS_HELP} |
+"""
 KINDS = {str: "text", int: "whole number", float: "number"}
 
 
@@ -46,7 +63,7 @@ def row(parameter: Parameter) -> str:
 
 def test_the_page_is_that_of_the_declarations(request: pytest.FixtureRequest):
     page = HEAD + "\n".join(map(row, PARAMETERS)) + "\n" + FOR_IMAGES + row(STRENGTH) + "\n"
-    page += FOR_STEPS + "\n".join(map(row, OWN_STEPS)) + "\n"
+    page += FOR_STEPS + "\n".join(map(row, OWN_STEPS)) + "\n" + FOR_LORAS
     if request.config.getoption("--update-goldens"):
         PAGE.write_text(page)
     assert PAGE.read_text() == page, "run: make goldens"

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-MODULES = sorted(file for file in TESTS.rglob("*.py") if file.parent.name != "support")
+MODULES = sorted(file for file in TESTS.rglob("*.py") if TESTS / "support" not in file.parents)
 """All but the helpers."""
 
 ARE_SCRIPTS = TESTS / "clients"

@@ -6,7 +6,8 @@ import pytest
 from deployments import Deployment, deployed
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def deployment() -> Iterator[Deployment]:
+    """Of all tests that only draw on it; one that ends, kills or configures a deployment starts its own."""
     with deployed("demo") as running:
         yield running

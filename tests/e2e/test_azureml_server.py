@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from deployments import until
+from deployments import WITHOUT_SPARE, until
 from outside import ROOT
 from patience import PATIENCE_S
 from PIL import Image
@@ -86,7 +86,7 @@ def catalog_folder(folder: Path) -> Path:
 @pytest.fixture
 def server(tmp_path: Path):
     port = free_port()
-    environment = {**os.environ, "MII_SERVE_PYTHON": sys.executable, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, **WITHOUT_SPARE, "MII_SERVE_PYTHON": sys.executable, "TMPDIR": str(tmp_path)}
     command = [str(SERVER), "--entry_script", str(SCRIPT), "--port", str(port), "--worker_count", "2"]
     command += ["--model_dir", str(catalog_folder(tmp_path))]
     with (tmp_path / "log").open("wb") as log:

@@ -13,12 +13,15 @@ import psutil
 import pytest
 from deployments import WITH_SPARE, Deployment, deployed, ready_replicas, until
 from patience import PATIENCE_S
+from PIL import Image
 
 from mii_serve.client import Client, GenerationResult
 
 NUM_REQUESTS = 40
 NUM_KILLS = 4
 NUM_CALLERS = 12
+IMAGE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+MASK = Image.linear_gradient("L").resize((64, 64)).rotate(90)
 TOLERANCE = 1
 """In 1/255: what the rest of a batch may change in FP32."""
 
@@ -33,6 +36,7 @@ def mixed_requests() -> list[dict]:
             "scheduler": chance.choice(["euler", "pndm", "ddim", "dpm++_2m", "euler_a"]),
             "guidance_scale": chance.choice([0.0, 4.0, 7.5]),
             "num_images_per_prompt": chance.choice([1, 1, 1, 3]),
+            **([{}, {"image": IMAGE, "strength": 0.6}, {"image": IMAGE, "mask_image": MASK}][seed % 3]),
         }
         for seed in range(NUM_REQUESTS)
     ]

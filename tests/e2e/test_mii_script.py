@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from deployments import read_line, until
+from deployments import WITHOUT_SPARE, read_line, until, without_models
 from drawing import largest_difference
 from patience import PATIENCE_S
 from PIL import Image
@@ -49,14 +49,16 @@ mii.terminate("sd v1/4")
 """
 
 
-def run(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "MII_SERVE_RUNTIME_DIR": str(folder / "run")}
+def run(script: str, folder: Path, *arguments: str, has_model: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MII_SERVE_RUNTIME_DIR": str(folder / "run"), **WITHOUT_SPARE}
+    if not has_model:
+        environment = without_models(environment)
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
-def ran(script: str, folder: Path, *arguments: str) -> str:
-    result = run(script, folder, *arguments)
+def ran(script: str, folder: Path, *arguments: str, has_model: bool = True) -> str:
+    result = run(script, folder, *arguments, has_model=has_model)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -102,7 +104,7 @@ def test_deploy_query_and_terminate_from_three_scripts(folder, entry):
 
 
 def test_a_deployment_that_was_killed_is_not_mistaken_for_a_living_one(folder, entry):
-    ran(DEPLOY, folder)
+    ran(DEPLOY, folder, has_model=False)
     process, _ = entry.running()
     os.kill(process.pid, signal.SIGKILL)
     until(lambda: not process.is_alive(), "the server is gone")
@@ -129,7 +131,7 @@ def test_deploy_takes_a_file_in_miis_words_and_terminate_drains_it_where_that_is
     described = {"deployment_name": "file", "model_conf": {"model": "demo", "task": "text-to-image", "max_tokens": 99}}
     file.write_text(json.dumps({**described, "port_number": 0}))
     command = [sys.executable, "-m", "mii_serve", "deploy", "--mii-config", str(file)]
-    environment = {**os.environ, "MII_SERVE_ENABLE_MII_TERMINATE": "1"}
+    environment = without_models({**os.environ, "MII_SERVE_ENABLE_MII_TERMINATE": "1", **WITHOUT_SPARE})
     terminate = (
         "import sys, mii_serve.compat.mii as mii; mii.MIIClient('text-to-image', 'localhost', int(sys.argv[1])).terminate()"
     )

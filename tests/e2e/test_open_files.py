@@ -44,7 +44,7 @@ HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
 
 
 def test_idle_connections_silence_no_probe_and_stop_no_replica_from_coming_back():
-    with deployed("demo", max_files=MAX_FILES) as running:
+    with deployed("demo", max_files=MAX_FILES, has_model=False) as running:
         with contextlib.ExitStack() as idle:
             for i in range(NUM_IDLE):
                 connected(running.http, idle, [b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"][i % 3])

@@ -6,23 +6,16 @@ import base64
 import io
 import os
 import socket
-from collections.abc import Iterator
 
 import pytest
 from chromium import chromium_path
-from deployments import Deployment, deployed, until
+from deployments import deployed, until
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from mii_serve.client import Client
 
 PROMPT = "a yellow star on a blue background"
-
-
-@pytest.fixture(scope="module")
-def deployment() -> Iterator[Deployment]:
-    with deployed("demo", env={"OMP_NUM_THREADS": "1", "MII_SERVE_DRAIN_TIMEOUT_S": "1"}) as running:
-        yield running
 
 
 def test_a_person_watches_a_picture_come_out_of_the_noise(deployment):
@@ -77,10 +70,13 @@ def _distance(one: Image.Image, other: Image.Image) -> float:
     return sum(abs(a - b) for a, b in pairs) / (3 * one.width * one.height)
 
 
-def test_the_end_waits_for_no_page_that_takes_in_nothing(deployment):
-    """The last test of its deployment. The caller has asked for much and reads none of it."""
-    host, port = deployment.http.rsplit(":", 1)
-    with socket.create_connection((host, int(port))) as line, Client(deployment.grpc) as client:
+def test_the_end_waits_for_no_page_that_takes_in_nothing():
+    """The caller has asked for much and reads none of it."""
+    with (
+        deployed("demo", env={"MII_SERVE_DRAIN_TIMEOUT_S": "1"}, has_model=False) as running,
+        socket.create_connection(address(running.http)) as line,
+        Client(running.grpc) as client,
+    ):
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         body = b'{"prompt": "a star", "num_images_per_prompt": 16, "num_inference_steps": 999, "scheduler": "euler"}'
         head = (
@@ -93,4 +89,9 @@ def test_the_end_waits_for_no_page_that_takes_in_nothing(deployment):
         )
         line.sendall("\r\n".join(head).encode() + body)
         until(lambda: client.server_info().activity.num_running > 0, "it is at work")
-        assert deployment.stop() == 0
+        assert running.stop() == 0
+
+
+def address(http: str) -> tuple[str, int]:
+    host, _, port = http.rpartition(":")
+    return host, int(port)

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from deployments import deployed, until
+from timed_engine import POISON
 
 from mii_serve.client import Client
 from mii_serve.errors import PoisonedRequestError, UnavailableError
 from mii_serve.server.assignment import MAX_CRASHES_ALONE
 
-POISON = "poison"
-CRASHING_ENGINE = f"""
-import os, signal, sys, time
-
-if any("mii_serve.replica" in argument for argument in sys.orig_argv):
-    from mii_serve.replica import local
-
-    build = local.build_warm_engine
-
-    def build_crashing(*arguments, **named):
-        engine = build(*arguments, **named)
-        launch = engine.launch
-
-        def launch_or_crash(plan):
-            if any(sample.params.prompt == {POISON!r} for sample in plan.joins):
-                os.kill(os.getpid(), signal.SIGSEGV)
-            return launch(plan)
-
-        engine.launch = launch_or_crash
-        return engine
-
-    local.build_warm_engine = build_crashing
-"""
-"""As `sitecustomize`, on the operator's PYTHONPATH, which replicas keep to."""
 TIMEOUT_S = 300.0
 MOST_CRASHES = 2 + MAX_CRASHES_ALONE
 """Twice among other requests, because a crash may be faster than the word that the request has started; then alone."""
@@ -48,10 +23,8 @@ def are_all_ready(client: Client) -> bool:
         return False
 
 
-def test_of_the_requests_on_two_replicas_only_the_one_that_crashes_them_is_refused(tmp_path: Path):
-    (tmp_path / "sitecustomize.py").write_text(CRASHING_ENGINE)
-    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    with deployed("demo", "--replicas", "2", env={"PYTHONPATH": path}) as running, Client(running.grpc) as client:
+def test_of_the_requests_on_two_replicas_only_the_one_that_crashes_them_is_refused():
+    with deployed("demo", "--replicas", "2", has_model=False) as running, Client(running.grpc) as client:
 
         def make(seed: int):
             return client.generate("a red circle", num_inference_steps=40, scheduler="euler", seed=seed, timeout=TIMEOUT_S)

@@ -44,7 +44,7 @@ def secured(folder):
     environment = {"MII_SERVE_LOG_FORMAT": "json"} | {
         f"MII_SERVE_PROVENANCE__{name}": str(file) for name, file in signing.items()
     }
-    with deployed("demo", "--host", "localhost", *map(str, flags), env=environment) as running:
+    with deployed("demo", "--host", "localhost", *map(str, flags), env=environment, has_model=False) as running:
         yield running
 
 

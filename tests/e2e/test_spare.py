@@ -45,14 +45,14 @@ def test_a_spare_takes_a_lost_replicas_place_and_is_replaced():
 
 
 def test_a_killed_front_leaves_no_process_behind():
-    with deployed("demo", env=WITH_SPARE) as running:
+    with deployed("demo", env=WITH_SPARE, has_model=False) as running:
         processes = [spare_of(running), *running.replica_pids()]
         running.process.kill()
         until(lambda: not any(psutil.pid_exists(pid) for pid in processes), "no orphan is left")
 
 
 def test_a_spare_that_answers_no_signal_does_not_outlive_a_second_one():
-    with deployed("demo", env=WITH_SPARE) as running:
+    with deployed("demo", env=WITH_SPARE, has_model=False) as running:
         stopped = [psutil.Process(pid) for pid in (spare_of(running), *running.replica_pids())]
         for process in stopped:
             process.suspend()

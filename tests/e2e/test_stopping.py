@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from deployments import ENDLESS, deployed, read_line, start, until
+from deployments import ENDLESS, WITHOUT_SPARE, deployed, read_line, start, until, without_models
 from patience import PATIENCE_S
 
 from mii_serve.client import Client
@@ -57,10 +57,10 @@ def signal_twice(process: subprocess.Popen, first: int, second: int, log: Path) 
 class Logged:
     """A deployment whose log can be read while it runs."""
 
-    def __init__(self, folder: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, *, has_model: bool) -> None:
         self.log = folder / "log.txt"
         with self.log.open("w") as log:
-            self.process = start(*arguments, env=env, stderr=log)
+            self.process = start("demo", stderr=log, has_model=has_model)
 
     def __enter__(self) -> Logged:
         return self
@@ -81,7 +81,7 @@ class Logged:
 
 @pytest.mark.parametrize(("first", "second"), SECOND_SIGNALS)
 def test_a_second_signal_ends_at_once_and_callers_are_told_why(tmp_path, first, second):
-    with Logged(tmp_path, "demo") as running:
+    with Logged(tmp_path, has_model=False) as running:
         grpc_address, http = running.ready()
         answers: dict[str, tuple[int, dict]] = {}
 
@@ -114,7 +114,7 @@ def test_a_second_signal_ends_at_once_and_callers_are_told_why(tmp_path, first, 
 
 
 def test_a_replica_that_answers_no_signal_does_not_outlive_the_second_one(tmp_path):
-    with Logged(tmp_path, "demo") as running:
+    with Logged(tmp_path, has_model=False) as running:
         running.ready()
         [replica] = [child for child in running.children() if "spare" not in child.cmdline()]
         replica.suspend()
@@ -125,7 +125,7 @@ def test_a_replica_that_answers_no_signal_does_not_outlive_the_second_one(tmp_pa
 
 
 def test_a_caller_who_sends_slowly_is_told_too_when_the_server_has_waited_long_enough(tmp_path):
-    with Logged(tmp_path, "demo") as running:
+    with Logged(tmp_path, has_model=False) as running:
         _, http = running.ready()
         host, _, port = http.rpartition(":")
         with socket.create_connection((host, int(port))) as slow:
@@ -150,7 +150,7 @@ def test_a_caller_who_sends_slowly_is_told_too_when_the_server_has_waited_long_e
     ],
 )
 def test_signals_while_it_starts_end_it_in_good_order(tmp_path, signals, is_spawned):
-    with Logged(tmp_path, "demo") as running:
+    with Logged(tmp_path, has_model=True) as running:
         until(lambda: "deploying demo" in running.log.read_text(), "it has begun")
         if is_spawned:
             until(running.children, "the replica has been started")
@@ -165,7 +165,7 @@ def test_signals_while_it_starts_end_it_in_good_order(tmp_path, signals, is_spaw
 
 
 def test_what_only_asks_is_answered_while_a_replica_that_hangs_is_replaced():
-    with deployed("demo", env={"MII_SERVE_HANG_TIMEOUT_S": "10"}) as running:
+    with deployed("demo", env={"MII_SERVE_HANG_TIMEOUT_S": "5"}, has_model=False) as running:
         [first] = running.replica_pids()
         seen: dict[str, set[int]] = {path: set() for path in INFO_ROUTES}
         is_over = threading.Event()
@@ -202,7 +202,7 @@ def is_ready_at(address: str) -> bool:
 def test_without_standard_streams_it_serves_and_ends_cleanly(redirection):
     port = free_port()
     command = f"exec {sys.executable} -m mii_serve deploy demo --grpc-port 0 --http-port {port} {redirection}"
-    with subprocess.Popen(["sh", "-c", command]) as process:
+    with subprocess.Popen(["sh", "-c", command], env=without_models({**os.environ, **WITHOUT_SPARE})) as process:
         try:
             until(lambda: is_ready_at(f"127.0.0.1:{port}"), "it is ready")
             assert (
@@ -219,7 +219,8 @@ def test_a_reader_that_goes_away_ends_nothing():
     read, write = os.pipe()
     port = free_port()
     command = [sys.executable, "-m", "mii_serve", "deploy", "demo", "--grpc-port", "0", "--http-port", str(port)]
-    with subprocess.Popen(command, stdout=write, stderr=write) as process:
+    environment = without_models({**os.environ, **WITHOUT_SPARE})
+    with subprocess.Popen(command, stdout=write, stderr=write, env=environment) as process:
         os.close(write)
         os.close(read)
         try:
@@ -245,7 +246,7 @@ def socket_folder_of(pid: int) -> Path:
 def test_a_folder_for_sockets_that_is_too_long_or_cleaned_away_does_no_harm(tmp_path):
     long = tmp_path / ("x" * 120)
     long.mkdir()
-    with deployed("demo", env={"TMPDIR": str(long)}) as running, Client(running.grpc) as client:
+    with deployed("demo", env={"TMPDIR": str(long)}, has_model=False) as running, Client(running.grpc) as client:
         [first] = running.replica_pids()
         folder = socket_folder_of(first)
         assert folder.stat().st_mode & 0o777 == 0o700
@@ -283,6 +284,7 @@ def test_nothing_that_lies_in_the_current_folder_is_run(tmp_path):
             subprocess.Popen(
                 [*command, "deploy", "demo", "--grpc-port", "0", "--http-port", "0"],
                 cwd=folder,
+                env={**os.environ, **WITHOUT_SPARE},
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -95,7 +95,7 @@ def test_a_request_is_one_trace_from_the_caller_down_to_each_stage_of_each_image
 
 
 def test_a_collector_that_is_not_there_costs_no_picture_and_no_clean_end():
-    with deployed("demo", env={"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}) as running:
+    with deployed("demo", env={"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}, has_model=False) as running:
         with Client(running.grpc) as client:
             assert client.generate(PROMPT, num_inference_steps=2).images
         assert running.stop(signal.SIGTERM) == 0

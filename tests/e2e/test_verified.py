@@ -9,8 +9,6 @@ from deployments import deployed, finished, start
 
 from mii_serve.client import Client
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
 FAULT = """
 import sys
 if "mii_serve.replica.process" in sys.orig_argv:
@@ -26,7 +24,7 @@ if "mii_serve.replica.process" in sys.orig_argv:
 
 
 def test_a_deployment_that_passes_serves():
-    with deployed("demo", "--verify", "--engine", "native", env=ONE_THREAD) as running, Client(running.grpc) as client:
+    with deployed("demo", "--verify", "--engine", "native") as running, Client(running.grpc) as client:
         made = client.generate("a red circle", num_inference_steps=2, seed=1)
         assert len(made.images) == 1
         assert made.nsfw_content_detected is not None, "the safety checker is on again"
@@ -35,8 +33,7 @@ def test_a_deployment_that_passes_serves():
 def test_a_deployment_that_fails_ends_with_the_name_of_the_stage(tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text(FAULT)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**ONE_THREAD, "PYTHONPATH": path}
-    with start("demo", "--verify", "--engine", "native", env=environment) as process:
+    with start("demo", "--verify", "--engine", "native", env={"PYTHONPATH": path}) as process:
         out, err = finished(process)
     assert process.returncode == 1
     assert out == "", "it was never ready"

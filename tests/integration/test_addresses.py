@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 
-import httpx2
 import pytest
 from fake_engine import FakeEngine
 from prometheus_client.parser import text_string_to_metric_families
-from web import web
+from web import client_from, web
 
 NUM_EACH = 24
 MAX_NEW_SERIES = 400
@@ -23,11 +22,6 @@ MADE_UP = [("x-client-id", "n{}"), ("x-forwarded-for", "10.0.0.{}"), ("forwarded
 async def served(tmp_path):
     async with web(tmp_path, FakeEngine(max_slots=1)) as running:
         yield running
-
-
-def client_from(served, address: str) -> httpx2.AsyncClient:
-    transport = httpx2.AsyncHTTPTransport(local_address=address)
-    return httpx2.AsyncClient(base_url=f"http://{served.address}", transport=transport, timeout=60.0)
 
 
 @pytest.mark.parametrize(("header", "name"), MADE_UP)

@@ -157,6 +157,7 @@ async def test_what_content_safety_blocks_has_its_words_and_no_picture(tmp_path)
         assert {line["moderation_blocked"] for line in lines_of(azure.files()["parameters_input1.csv.jsonl"])} == {True}
 
 
+@pytest.mark.slow
 async def test_no_unchecked_picture_is_on_the_disk_in_any_mode_of_failing(tmp_path):
     async def fails(number: int, stage: str, mode: str) -> None:
         folder = tmp_path / str(number)  # short: a socket's path has a limit

@@ -50,6 +50,7 @@ def kind_of(path: Path) -> str:
     return KINDS[schema.rpartition("/")[2].removesuffix(".schema.json")]
 
 
+@pytest.mark.slow
 def test_azures_client_reads_every_file_and_notices_what_is_wrong(tmp_path):
     (tmp_path / "build" / "azureml").mkdir(parents=True)
     folder = tmp_path / "deployment" / "azureml"

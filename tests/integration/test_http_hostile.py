@@ -55,6 +55,7 @@ async def test_a_head_that_never_ends_or_begins_is_given_up(served, monkeypatch)
     writer.close()
 
 
+@pytest.mark.slow
 async def test_who_takes_in_no_answer_is_cut_off(served, monkeypatch):
     monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.1)
     _, writer = await connected(served, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3000)

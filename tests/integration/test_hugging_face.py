@@ -1,15 +1,18 @@
-"""Hugging Face's text-to-image task, by the real `InferenceClient`."""
+"""Hugging Face's tasks, by the real `InferenceClient`."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 
 import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
-from web import web
+from web import Web, web
+
+IMAGE = Image.effect_noise((96, 64), 60).convert("RGB")
 
 
 @pytest.fixture
@@ -84,3 +87,68 @@ async def test_who_hangs_up_frees_the_slot(served):
     served.server.engine.gate.set()
     await served.until_idle()
     assert served.server.loop.activity().num_images == 0
+
+
+# ---- image-to-image ----------------------------------------------------------------------------------------------
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def text(image: Image.Image) -> str:
+    return base64.b64encode(png(image)).decode()
+
+
+def joined(served: Web) -> list:
+    return [sample for plan in served.server.engine.plans for sample in plan.joins]
+
+
+async def test_the_client_starts_from_an_image(served):
+    client = InferenceClient(model=f"http://{served.address}/models/fake", provider="hf-inference", token="unused")
+    settings = {"num_inference_steps": 6, "guidance_scale": 2.0, "negative_prompt": "x", "strength": 0.5, "seed": 4}
+    size = {"width": 64, "height": 128}
+    made = await asyncio.to_thread(client.image_to_image, png(IMAGE), "a horse", target_size=size, **settings)
+    assert (made.format, made.size) == ("PNG", (64, 128))
+    alone = await asyncio.to_thread(client.image_to_image, png(IMAGE))  # sent as it is
+    assert alone.size == (96, 64)
+    first, second = joined(served)
+    assert (first.params.prompt, first.params.strength, first.params.num_steps, first.params.seed) == ("a horse", 0.5, 3, 4)
+    assert first.input_image.rgb == IMAGE.resize((64, 128), Image.Resampling.LANCZOS).tobytes()
+    assert (second.params.prompt, second.params.strength, second.input_image.rgb) == ("", 0.8, IMAGE.tobytes())
+
+
+async def test_a_mask_and_a_prompt_come_beside_the_image(served):
+    mask = Image.new("L", IMAGE.size, 255)
+    parameters = {"prompt": "a", "mask_image": text(mask)}
+    assert (await served.post("/", {"inputs": text(IMAGE), "parameters": parameters})).status_code == 200
+    assert (await served.post("/", {"inputs": f"data:image/png;base64,{text(IMAGE)}"})).status_code == 200
+    first, second = joined(served)
+    assert (first.input_image.mask, second.input_image.mask) == (mask.tobytes(), None)
+
+
+async def test_refusals_of_an_image_name_the_member(served):
+    for parameters, name in (
+        ({"strength": 2}, "parameters.strength"),
+        ({"prompt": "a", "mask_image": text(IMAGE.resize((64, 64)))}, "parameters.mask_image"),
+        ({"prompt": "a", "mask_image": "!"}, "parameters.mask_image"),
+        ({"prompt": "a" * 4097}, "parameters.prompt"),
+        ({"target_size": {"width": 64}}, "parameters.target_size.height"),
+        ({"target_size": {"width": 64, "height": 64}, "width": 64}, "parameters.target_size"),
+        ({"target_size": {"width": 63, "height": 64}}, "parameters.width"),
+    ):
+        answer = await served.post("/", {"inputs": text(IMAGE), "parameters": parameters})
+        assert answer.status_code == 400 and answer.json()["error"].startswith(f"{name}: "), (parameters, answer.text)
+    answer = await served.post("/", {"inputs": "a horse", "parameters": {"strength": 0.5}})
+    assert answer.json()["error"].startswith("inputs: must be the file of an image in base64")
+
+
+async def test_a_body_may_be_large_only_because_of_its_images(served):
+    noise = Image.effect_noise((1600, 1600), 90).convert("RGB")
+    body = {"inputs": text(noise), "parameters": {"prompt": "a", "width": 64, "height": 64}}
+    assert len(body["inputs"]) > 4 * 1024 * 1024
+    assert (await served.post("/", body)).status_code == 200
+    many = await served.post("/", {"inputs": "a", "parameters": {"prompt": [0] * 3_000_000}})
+    assert many.status_code == 413

@@ -163,6 +163,7 @@ for argv in sys.argv[1:]:
         ran = await python(ONLY_BASE + code, ",".join(base_modules()), *COMMANDS, folder=tmp_path)
         assert (ran.code, ran.err) == (0, "") and ran.out.count("exit codes:") == len(COMMANDS)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("before", ["", NO_POSIX], ids=["here", "without what only POSIX has"])
     async def test_a_server_is_looked_at_asked_and_loaded(self, tmp_path, before):
         async with running_server(tmp_path, FakeEngine()) as server:

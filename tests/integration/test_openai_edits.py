@@ -1,4 +1,4 @@
-"""OpenAI's image edits over a real socket: forms, masks, refusals by name."""
+"""OpenAI's image edits and variations over a real socket: forms, masks, refusals by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import io
 import pytest
 from PIL import Image
 from web import picture, web
+
+from mii_serve.gateway.dialects.openai_edits import VARIATION_STRENGTH
 
 PATH = "/v1/images/edits"
 IMAGE = Image.effect_noise((96, 64), 60).convert("RGB")
@@ -90,3 +92,25 @@ async def test_what_is_refused_is_named_as_the_api_names_it(served):
     answer = await edit(served, {}, image=("x.png", bytes(10 * 1024 * 1024), "image/png"))
     assert answer.status_code == 413
     assert served.server.loop.activity().num_requests == 0
+
+
+async def test_a_variation_has_no_prompt_and_keeps_more_of_the_image(served):
+    path = "/v1/images/variations"
+    answer = await served.client.post(path, data={"n": "2", "user": "u", "size": "64x64"}, files={"image": png(IMAGE)})
+    assert answer.status_code == 200, answer.text
+    assert len({item["seed"] for item in answer.json()["data"]}) == 2
+    for sample in joined(served):
+        assert (sample.params.prompt, sample.params.strength, sample.params.is_guided) == ("", VARIATION_STRENGTH, False)
+        assert sample.input_image.rgb == IMAGE.resize((64, 64), Image.Resampling.LANCZOS).tobytes()
+    more = {"strength": "0.9", "guidance_scale": "3", "negative_prompt": "x"}
+    assert (await served.client.post(path, data=more, files={"image": png(IMAGE)})).status_code == 200
+    assert (joined(served)[-1].params.strength, joined(served)[-1].params.guidance_scale) == (0.9, 3.0)
+    for fields, files, param in (
+        ({"prompt": "a"}, {"image": png(IMAGE)}, "prompt"),
+        ({}, {"image": png(IMAGE), "mask": png(IMAGE)}, "mask"),
+        ({}, {"image": png(with_hole(IMAGE))}, "image"),
+        ({"n": "1"}, {}, "image"),
+    ):
+        answer = await served.client.post(path, data=fields, files=files or {"other": png(IMAGE)})
+        refused = answer.json()["error"]["param"]
+        assert (answer.status_code, refused) == (400, param if files else "other"), answer.text

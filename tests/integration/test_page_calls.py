@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import io
 import json
 import re
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine
 from patience import PATIENCE_S
+from PIL import Image
 from servers import RunningServer, running_server
 
 from mii_serve.config import DeployConfig
@@ -25,7 +27,7 @@ from mii_serve.server.keys import KeyRing
 from mii_serve.types import PARAMETER_NAMES, ServerInfo
 
 KEY = "studio-key-0123456789"
-KNOWN = ", ".join(sorted({"preview_every", *PARAMETER_NAMES}))
+KNOWN = ", ".join(sorted({"preview_every", "strength", *PARAMETER_NAMES}))
 JSON = {"content-type": "application/json"}
 
 
@@ -269,3 +271,33 @@ async def test_pages_do_not_queue_up_to_ask_replicas_that_say_nothing(site, monk
     outcomes = await asyncio.gather(*(calls.state(None) for _ in range(50)), return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {UnavailableError}
     assert len(asked) == 1
+
+
+async def test_a_form_has_the_request_and_its_images(site):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+
+    def form(**parts: bytes) -> bytes:
+        made = b"".join(
+            b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+            % (name.encode(), b'; filename="a.png"' if name.endswith("image") else b"", content)
+            for name, content in parts.items()
+        )
+        return made + b"--x--\r\n"
+
+    kind = {"content-type": "multipart/form-data; boundary=x", "x-mii-page": "1"}
+    request = b'{"prompt": "", "strength": 0.5, "num_inference_steps": 4, "seed": "7"}'
+    answer = await site.ask("POST", "/ui/generate", form(request=request, image=file.getvalue()), kind)
+    assert answer.events[-1][1]["parameters"]["strength"] == 0.5
+    for parts, field in (
+        ({"request": b"{"}, "body"),
+        ({"image": file.getvalue()}, "body"),
+        ({"request": request, "image": b"no image"}, "image"),
+        ({"request": request, "image": file.getvalue(), "mask_image": b"no image"}, "mask_image"),
+        ({"request": b'{"prompt": "a"}', "mask_image": file.getvalue()}, "mask_image"),
+        ({"request": request, "other": b""}, "other"),
+    ):
+        answer = await site.ask("POST", "/ui/generate", form(**parts), kind)
+        assert (answer.status, answer.error["field"]) == (400, field), answer.body
+    elsewhere = await site.ask("POST", "/ui/generate", form(request=request), {"content-type": kind["content-type"]})
+    assert elsewhere.status == 415

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from image_files import file_of, some
 from patience import PATIENCE_S
 from replicas import CRASHED, KILLED, Deployment, color, deployment_of, events_of, expected_color, kinds, request
 
@@ -15,6 +16,7 @@ from mii_serve.errors import PoisonedRequestError, QueueFullError
 from mii_serve.proto.status import decode_error
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.server import replica_client, router
+from mii_serve.types import InputImage
 
 
 @pytest.fixture
@@ -111,6 +113,18 @@ class TestALostReplica:
         [image] = [event.image for event in events if event.HasField("image")]
         assert color(image) == expected_color(5)
         assert kinds(events)[-1] == "done"
+
+    async def test_one_with_an_image_is_made_again_from_the_same_pixels(self, three):
+        image, mask = some(size=(64, 64)), some("L", (64, 64))
+        asked = {"image": file_of(image), "mask_image": file_of(mask), "strength": 0.5}
+        index, call = await self.held_on_one(three, **asked)
+        await three.lose(index, KILLED)
+        three.release()
+        events = await call
+        assert (kinds(events).count("restarted"), kinds(events)[-1]) == (1, "done")
+        plans = [plan for replica in three.replicas.values() for plan in replica.engine.plans]
+        [sample] = [sample for plan in plans for sample in plan.joins]
+        assert sample.input_image == InputImage(rgb=image.tobytes(), mask=mask.tobytes())
 
     async def test_a_unary_caller_only_sees_a_later_answer(self, three):
         three.hold()

@@ -154,7 +154,7 @@ class TestWhatACallerIsTold:
 
 
 @pytest.mark.slow
-async def test_two_thousand_requests_with_random_cancels_leave_nothing_behind():
+async def test_hundreds_of_requests_with_random_cancels_leave_nothing_behind():
     generator = random.Random(0)
     engine, engine_thread = FakeEngine(max_slots=8), ThreadPoolExecutor(1)
     loop = ReplicaLoop(engine, engine_thread, max_waiting_samples=4096)
@@ -192,10 +192,10 @@ async def test_two_thousand_requests_with_random_cancels_leave_nothing_behind():
         return tracemalloc.get_traced_memory()[0]
 
     try:
-        await serve(0, 500)
+        await serve(0, 400)
         tracemalloc.start()
         before = settled()
-        done = await serve(500, 2500)
+        done = await serve(400, 1400)
         async with asyncio.timeout(PATIENCE_S):
             while loop.activity().num_running or loop.activity().num_waiting or engine._running:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
@@ -205,6 +205,6 @@ async def test_two_thousand_requests_with_random_cancels_leave_nothing_behind():
         turns.cancel()
         await asyncio.gather(turns, return_exceptions=True)
         engine_thread.shutdown()
-    assert 1000 < done < 1900
+    assert 500 < done < 950
     assert not loop._generations and not loop._encoding
-    assert grown < 100_000, f"{grown} bytes for 2,000 requests"
+    assert grown < 100_000, f"{grown} bytes for 1,000 requests"

@@ -71,7 +71,8 @@ async def test_of_eight_innocents_beside_a_poison_each_gets_its_picture(tmp_path
         await assert_at_rest(deployment)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
 async def test_however_requests_and_poisons_mix_only_the_poisons_are_refused(tmp_path, seed):
     """Several poisons, some repeated, some in many images; any number of replicas; callers that hang up in between."""
     chance = random.Random(seed)
@@ -135,6 +136,7 @@ async def crowd_after_a_crash(deployment: Deployment, num_calls: int, left_s: fl
     return calls
 
 
+@pytest.mark.slow
 async def test_suspects_are_made_one_at_a_time_on_a_replica_and_all_but_one_replica(tmp_path):
     async with deployment_of(tmp_path, 3) as deployment:
         calls = await crowd_after_a_crash(deployment, 6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from plain_diffusers import LEVELS_OFF, PROMPT, our_engine, our_pictures, plain_picture, plain_pipeline
+from plain_diffusers import LEVELS_OFF, PROMPT, our_engine, our_model, our_pictures, plain_picture, plain_pipeline
 
 import mii_serve.models
 from mii_serve.samplers.guidance import guide
@@ -44,7 +44,7 @@ def test_a_row_that_only_pads_the_batch_stays_finite_without_rescaling():
 def test_rescaled_requests_in_one_batch_are_the_pipelines_pictures(engine):
     pipeline = plain_pipeline(DEMO, safety_checker=None)
     size = {"height": 64, "width": 64}
-    loaded = our_engine(engine, DEMO)
+    loaded = our_engine(engine, our_model(DEMO))
     with loaded.probe().without_checker():
         ours = our_pictures(loaded, {name: {**asked, **size, "scheduler": "default"} for name, asked in REQUESTS.items()})
     plain = {name: plain_picture(pipeline, PROMPT, **asked, **size) for name, asked in REQUESTS.items()}

@@ -135,6 +135,14 @@ def test_in_one_batch_with_all_kinds_of_requests_each_is_the_pipelines(native, e
         assert np.abs(levels(together[one.id][-1].picture) - picture).max() <= 1, one.params
 
 
+def test_an_image_that_was_encoded_before_makes_the_same_picture(native, expected, masked):
+    cases = [(REQUESTS[0], None, expected[0]), (REQUESTS[2], None, expected[2]), (MASKED[3], some_mask(), masked[3])]
+    for request, mask, true in cases:
+        one = sample_of(native, request, (REQUESTS if mask is None else MASKED).index(request), some_image(), mask)
+        ahead = replace(one, encoded_image=native.encode_image(one.params, one.input_image))
+        assert np.abs(levels(finish(native, ahead)[one.id][-1].picture) - true).max() <= 1, request
+
+
 def test_where_the_mask_is_dark_the_image_stays(native):
     """As the VAE shows it: what is decoded is the image's latents there, whatever the prompt."""
     one = sample_of(native, ("euler", 6, 1.0, 7.5), 0, some_image(), Image.new("L", (64, 64), 127))

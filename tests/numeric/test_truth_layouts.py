@@ -15,12 +15,15 @@ from plain_diffusers import (
     LEVELS_OFF,
     faults,
     our_engine,
+    our_model,
     our_pictures,
     plain_picture,
     plain_pipeline,
     told,
     with_named_sampler,
 )
+
+from mii_serve.models import LoadedModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -48,6 +51,18 @@ def built(tmp_path_factory) -> Callable[[str], Built]:
 
 
 @pytest.fixture(scope="module")
+def loaded(built) -> Callable[[str], LoadedModel]:
+    """Once for both engines, the reference first: the native engine may lay the weights out in another way."""
+
+    @functools.lru_cache(1)
+    def load(name: str) -> LoadedModel:
+        folder, layout = built(name)
+        return our_model(folder.parent / layout.ours if layout.ours else folder, allow_pickle=layout.allow_pickle)
+
+    return load
+
+
+@pytest.fixture(scope="module")
 def expected_of(built) -> Callable[[str], dict[str, np.ndarray | None]]:
     @functools.cache
     def draw(name: str) -> dict[str, np.ndarray | None]:
@@ -66,19 +81,18 @@ def test_there_are_as_many_layouts_as_promised():
 
 @pytest.mark.parametrize("engine_name", LEVELS_OFF)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_pictures_of_every_layout_are_those_of_diffusers(built, expected_of, engine_name, name):
-    folder, layout = built(name)
+def test_pictures_of_every_layout_are_those_of_diffusers(built, loaded, expected_of, engine_name, name):
+    _, layout = built(name)
     expected = expected_of(name)
     assert all((picture.max() > 100) == (name != BLACK) for picture in expected.values()), "black pictures prove nothing"
     asked = {**FEW, **layout.asked}
     requests = {"default": asked, NAMED: {**asked, "scheduler": NAMED}}
-    place = folder.parent / layout.ours if layout.ours else folder
-    made = our_pictures(our_engine(engine_name, place, allow_pickle=layout.allow_pickle), requests)
+    made = our_pictures(our_engine(engine_name, loaded(name)), requests)
     wrong = faults(expected, made, LEVELS_OFF[engine_name])
     assert not wrong, told(wrong)
 
 
 def test_defaults_that_a_model_declares_are_those_of_a_request_that_says_nothing(built, expected_of):
     folder, _ = built("declared defaults")
-    made = our_pictures(our_engine("reference", folder), {"default": {}})
+    made = our_pictures(our_engine("reference", our_model(folder)), {"default": {}})
     assert not faults({"default": expected_of("declared defaults")["default"]}, made, 0)

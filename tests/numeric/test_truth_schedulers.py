@@ -19,6 +19,7 @@ from plain_diffusers import (
     Drawn,
     faults,
     our_engine,
+    our_model,
     our_pictures,
     plain_picture,
     plain_pipeline,
@@ -136,12 +137,16 @@ def folder_of(tmp_path_factory) -> Callable[[str], Path]:
     return make
 
 
-def requests_of(name: str) -> dict[str, dict[str, object]]:
-    """The default request; then four named samplers, and two of the others in rotation."""
+def requests_of(name: str, engine_name: str = "native") -> dict[str, dict[str, object]]:
+    """The default request; then four named samplers, and two of the others in rotation.
+
+    The reference, which draws with diffusers' own objects and one image at a time, gets one of the four, in rotation as well.
+    """
     if name not in NAMED_ON:
         return {"default": FEW}
-    at = 2 * NAMED_ON.index(name)
-    named = *ALWAYS_NAMED, *(OTHERS_NAMED[i % len(OTHERS_NAMED)] for i in (at, at + 1))
+    at = NAMED_ON.index(name)
+    always = ALWAYS_NAMED if engine_name == "native" else (ALWAYS_NAMED[at % len(ALWAYS_NAMED)],)
+    named = *always, *(OTHERS_NAMED[i % len(OTHERS_NAMED)] for i in (2 * at, 2 * at + 1))
     return {"default": FEW, **{sampler: {**FEWER, "scheduler": sampler} for sampler in named}}
 
 
@@ -179,9 +184,9 @@ def made_of(folder_of) -> Callable[[str, str], Drawn]:
     @functools.cache
     def draw(engine_name: str, name: str) -> Drawn:
         OWNER.set(engine_name)
-        engine = our_engine(engine_name, folder_of(name))
+        engine = our_engine(engine_name, our_model(folder_of(name)))
         try:
-            return our_pictures(engine, requests_of(name))
+            return our_pictures(engine, requests_of(name, engine_name))
         finally:
             engine.close()
 
@@ -192,7 +197,8 @@ def test_the_matrix_is_as_large_as_promised():
     assert len(SCHEDULER_CONFIGS) >= 100
     assert len(set(NAMED_ON)) == len(NAMED_ON) >= 40
     assert all(len(requests_of(name)) == 1 + 6 for name in NAMED_ON)
-    assert {sampler for name in NAMED_ON for sampler in requests_of(name)} == {"default", *NAMED}
+    for engine_name in LEVELS_OFF:
+        assert {sampler for name in NAMED_ON for sampler in requests_of(name, engine_name)} == {"default", *NAMED}
     assert not set(LINEAR) & set(NOT_LINEAR)
 
 
@@ -209,8 +215,8 @@ def test_a_request_that_names_no_scheduler_is_drawn_as_diffusers_draws_it(expect
 @pytest.mark.parametrize("engine_name", LEVELS_OFF)
 @pytest.mark.parametrize("name", NAMED_ON)
 def test_named_samplers_are_drawn_as_diffusers_draws_them(expected_of, made_of, engine_name, name):
-    expected = {sampler: picture for sampler, picture in expected_of(name).items() if sampler != "default"}
-    wrong = faults(expected, made_of(engine_name, name), LEVELS_OFF[engine_name])
+    made = {sampler: picture for sampler, picture in made_of(engine_name, name).items() if sampler != "default"}
+    wrong = faults({sampler: expected_of(name)[sampler] for sampler in made}, made, LEVELS_OFF[engine_name])
     assert not wrong, told(wrong)
 
 
@@ -219,5 +225,7 @@ def test_named_samplers_are_drawn_as_diffusers_draws_them(expected_of, made_of, 
 def test_a_prompt_and_nothing_else_is_drawn_as_diffusers_draws_it(folder_of, plain_of, engine_name, name):
     expected = {"default": plain_picture(plain_of(name))}
     OWNER.set(engine_name)
-    wrong = faults(expected, our_pictures(our_engine(engine_name, folder_of(name)), {"default": {}}), LEVELS_OFF[engine_name])
+    wrong = faults(
+        expected, our_pictures(our_engine(engine_name, our_model(folder_of(name))), {"default": {}}), LEVELS_OFF[engine_name]
+    )
     assert not wrong, told(wrong)

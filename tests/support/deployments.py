@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 import psutil
@@ -25,6 +26,8 @@ from mii_serve.errors import UnavailableError
 IDLE_S = 120.0
 """A process that for so long neither computes nor writes a line is not going to."""
 WITH_SPARE = {"MII_SERVE_ENABLE_SPARE_PROCESS": "1"}
+WITHOUT_SPARE = {"MII_SERVE_ENABLE_SPARE_PROCESS": "0"}
+MODELLESS = (str(Path(__file__).with_name("modelless")), str(Path(__file__).parent))
 ENDLESS = {"num_inference_steps": 1000, "scheduler": "euler"}
 """Longer than any test waits, on a sampler that can make so many steps."""
 
@@ -75,28 +78,43 @@ def start(
     env: dict[str, str] | None = None,
     stderr: int | IO[str] = subprocess.PIPE,
     max_files: int | None = None,
+    has_model: bool = True,
 ) -> subprocess.Popen[str]:
     """Without a spare process, which would take a core from most tests and serve none, unless `env` asks for one.
 
     The number of slots is given: to look for it takes seconds that the machine has not, and finds another one each time.
+    Without a model, the replicas are processes like any other, and their engine is a `TimedEngine`: for tests of processes,
+    which see nothing of a picture and need not wait until torch is imported.
     """
     ports = ("--grpc-port", "0", "--http-port", "0")
     command = [sys.executable, "-m", "mii_serve", "deploy", *arguments]
     if "--grpc-port" not in arguments:
         command += ports
-    patient = {"MII_SERVE_REPLICA_WAIT_S": str(PATIENCE_S), "MII_SERVE_ENABLE_SPARE_PROCESS": "0"}
+    patient = {"MII_SERVE_REPLICA_WAIT_S": str(PATIENCE_S), **WITHOUT_SPARE}
     if not {"--config", "reference"} & set(arguments):
         patient["MII_SERVE_MAX_SLOTS"] = "8"
     environment = {**os.environ, **patient, **(env or {})}
+    if not has_model:
+        environment = without_models(environment)
     if max_files is not None:
         command = ["sh", "-c", f'ulimit -n {max_files}; exec "$@"', "sh", *command]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
 
 
+def without_models(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a process whose replicas are to load no model, see `start`."""
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, (*MODELLESS, environment.get("PYTHONPATH"))))}
+
+
 @contextlib.contextmanager
-def deployed(*arguments: str, env: dict[str, str] | None = None, max_files: int | None = None) -> Iterator[Deployment]:
+def deployed(
+    *arguments: str, env: dict[str, str] | None = None, max_files: int | None = None, has_model: bool = True
+) -> Iterator[Deployment]:
     """A deployment that is ready. Its log goes to a file: a pipe that nobody empties would be a fault of the test's own."""
-    with tempfile.TemporaryFile("w+") as log, start(*arguments, env=env, stderr=log, max_files=max_files) as process:
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        start(*arguments, env=env, stderr=log, max_files=max_files, has_model=has_model) as process,
+    ):
         try:
             line = read_line(process, log)
             match = re.fullmatch(r"ready grpc=(\S+:\d+) http=(\S+:\d+)\n", line)

@@ -21,7 +21,7 @@ from mii_serve.engine import Engine
 from mii_serve.engine.factory import native_engine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.errors import MiiServeError
-from mii_serve.models import load_model
+from mii_serve.models import LoadedModel, load_model
 from mii_serve.models.quiet import quiet_libraries
 from mii_serve.types import Picture, RequestedParams, Sample, SampleId, StepPlan
 
@@ -67,10 +67,12 @@ def with_named_sampler(pipeline: Any, name: str) -> Any:
     return other
 
 
-def our_engine(name: str, folder: Path, *, allow_pickle: bool = False) -> Engine:
-    model = load_model(
-        str(folder), revision=None, dtype="fp32", device="cpu", allow_pickle=allow_pickle, limits=LimitsConfig(min_size_px=32)
-    )
+def our_model(folder: Path, *, allow_pickle: bool = False) -> LoadedModel:
+    limits = LimitsConfig(min_size_px=32)
+    return load_model(str(folder), revision=None, dtype="fp32", device="cpu", allow_pickle=allow_pickle, limits=limits)
+
+
+def our_engine(name: str, model: LoadedModel) -> Engine:
     return {"reference": ReferenceEngine, "native": native_engine}[name](model)
 
 

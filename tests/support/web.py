@@ -53,6 +53,12 @@ class Web:
         await self.server.until(lambda: await_free(self.server))
 
 
+def client_from(served: Web, address: str) -> httpx2.AsyncClient:
+    """A client that calls from this address of the machine."""
+    transport = httpx2.AsyncHTTPTransport(local_address=address)
+    return httpx2.AsyncClient(base_url=f"http://{served.address}", transport=transport, timeout=PATIENCE_S)
+
+
 def await_free(server: RunningServer) -> bool:
     activity = server.loop.activity()
     return not activity.num_running and not activity.num_waiting and not server.dispatcher._active

@@ -13,6 +13,7 @@ from mii_serve.errors import (
     ContentBlockedError,
     InvalidRequestError,
     MiiServeError,
+    NotFoundError,
     QueueFullError,
     RateLimitedError,
     UnusableEngineError,
@@ -21,6 +22,7 @@ from mii_serve.errors import (
 BUILDERS: dict[type[MiiServeError], Callable[[], MiiServeError]] = {
     InvalidRequestError: lambda: InvalidRequestError("height", "must be a multiple of 8", "7"),
     ContentBlockedError: lambda: ContentBlockedError("prompt", {"Hate": 4, "Violence": 6}, stage="output", on_blocklist=True),
+    NotFoundError: lambda: NotFoundError("no such model", "model_not_found"),
     QueueFullError: lambda: QueueFullError("full", 2.5),
     RateLimitedError: lambda: RateLimitedError("too many", 0.5),
     ConfigError: lambda: ConfigError("dtype", "must be fp32"),

@@ -60,6 +60,36 @@ def ranks_computed() -> str:
     return markdown(["guided samples", *of_rows, "each rank sums, `tensor`"], cells)
 
 
+def loras() -> str:
+    """The cost of different LoRAs in one batch, computed and measured."""
+    if not (RESULTS / "lora.json").is_file():
+        return NOT_YET
+    result = read("lora.json")
+    traced, timed = result["computed"], result["measured"]
+    cells = [
+        [f"{device}, bound on a turn, ms", *traced["bound_ms"][device], f"{100 * cost:.0f} %"]
+        for device, cost in traced["cost"].items()
+    ]
+    for name, what in (("kernels", "kernels"), ("gflop", "Gflop"), ("gb", "GB read and written")):
+        before, after = traced[name]
+        cells.append([what, before, after, f"{100 * (after / before - 1):.0f} %"])
+    median, least, most = (100 * one for one in timed["cost"])
+    side = 8 * timed["latents"][0]
+    cells.append(
+        [
+            f"measured on a CPU, `{timed['model']}` {side}x{side}, s a UNet call",
+            timed["call_s"]["none"],
+            timed["call_s"]["loras"],
+            f"{median:.0f} % ({least:.0f} to {most:.0f})",
+        ]
+    )
+    num, rank = result["num_samples"], result["rank"]
+    about = (
+        f"{num} guided samples, {num} different LoRAs of rank {rank}; commit {str(result['commit'])[:12]}, {result['device']}"
+    )
+    return f"{about}:\n\n{markdown(['', 'none', 'LoRAs', 'more'], cells)}"
+
+
 def roofline() -> str:
     result = read("roofline.json")
     tables = []

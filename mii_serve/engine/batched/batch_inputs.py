@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from mii_serve.engine.batched.buckets import BatchShape
+from mii_serve.engine.batched.loras import LoraEntry
 from mii_serve.engine.upload import upload
 from mii_serve.samplers.table import INPUT_PLANES, STATE_PLANES
 from mii_serve.types import LatentShape
@@ -23,9 +24,10 @@ class SampleInputs:
 
     `slot` is an index into `SlotPool.state`, `timestep_row` into `TimestepCache.embeds`, `prompt_row` and `negative_prompt_row`
     into `PromptCache.projected`; an unguided sample has no negative prompt. Prompts of several chunks are in no row: they are
-    `prompt_chunks`, the prompt and the negative one, (chunks × tokens) × `KernelSet.prompt_width`. `matrix` is 5 × 7, a row of
-    `SamplerTable.matrices`. `noise` is channels × height × width in float32 on the CPU, None where the sampler draws none in
-    this step. Not frozen: one is made for each sample and turn, and a frozen one takes three times as long.
+    `prompt_chunks`, the prompt and the negative one, (chunks × tokens) × `KernelSet.prompt_width`. `loras` is its entry of
+    `BatchedLoras`. `matrix` is 5 × 7, a row of `SamplerTable.matrices`. `noise` is channels × height × width in float32 on the
+    CPU, None where the sampler draws none in this step. Not frozen: one is made for each sample and turn, and a frozen one
+    takes three times as long.
     """
 
     slot: int
@@ -38,6 +40,7 @@ class SampleInputs:
     input_scale: float
     matrix: npt.NDArray[np.float32]
     noise: torch.Tensor | None
+    loras: LoraEntry | None = None
 
     @property
     def num_text_tokens(self) -> int:

@@ -76,7 +76,7 @@ class Decoding:
         """Yields where the next part runs."""
         with self._timer.time("decode"):
             decoded = decode(self._pipeline.vae, self.tensors[0])
-            rgb = _on_host(to_rgb(decoded.good_images))
+            rgb = on_host(to_rgb(decoded.good_images))
         flags: list[bool] | None = None
         if decoded.good and self._pipeline.safety_checker is not None:
             yield "host"
@@ -115,7 +115,7 @@ def _picture(wanted: Undecoded, rgb: torch.Tensor, flag: bool | None) -> Picture
     )
 
 
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
     """Through pinned memory, waiting for this stream alone."""
     if not tensor.is_cuda:
         return tensor

@@ -1,7 +1,7 @@
 """One step of a batch: from each sample's state, timestep and prompts to its next state, with one UNet call for all.
 
-On CUDA the declared buckets are captured as graphs, and a batch that fits one is a single replay; other batches run kernel by
-kernel and are counted. What a graph replays, `_run`, is the same code that runs without one.
+On CUDA the declared buckets are captured as graphs, and a batch that fits one is a single replay; other batches, and those with
+LoRAs, run kernel by kernel and are counted. What a graph replays, `_run`, is the same code that runs without one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import torch
 
 from mii_serve.engine.batched.batch_inputs import BatchInputs, SampleInputs, batch_shape
 from mii_serve.engine.batched.buckets import BatchShape, choose_bucket
+from mii_serve.engine.batched.loras import BatchedLoras
 from mii_serve.engine.batched.prompt_cache import PromptCache
 from mii_serve.engine.batched.slot_pool import SlotPool
 from mii_serve.engine.batched.timestep_cache import TimestepCache
 from mii_serve.engine.kernels import KernelSet
+from mii_serve.engine.kernels.loras import CallLoras
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.errors import EngineError
 from mii_serve.types import LatentShape
@@ -49,10 +51,13 @@ class Denoiser:
         *,
         max_slots: int,
         num_channels: int,
+        num_condition_channels: int = 0,
         buckets: Sequence[BatchShape] = (),
         group: RankGroup | None = None,
+        loras: BatchedLoras | None = None,
     ) -> None:
-        """`prompts` and `timesteps` are the caches that the rows of `SampleInputs` point into.
+        """`prompts` and `timesteps` are the caches that the rows of `SampleInputs` point into. The channels are those of the
+        latents, and those that the UNet takes in beside them.
 
         The ranks of a `group` make the same calls, and divide each by its shape alone, so that the rows of a bucket are fixed.
         They agree beforehand which buckets fit into the memory of each; a later call that does not fit is not made smaller, as
@@ -61,11 +66,13 @@ class Denoiser:
         self._kernels = kernels
         self._max_slots = max_slots
         self._num_channels = num_channels
+        self._num_condition_channels = num_condition_channels
         self._prompts = prompts.projected
         self._timestep_embeds = timesteps.embeds
         self._device = self._prompts.device
         self._buckets = buckets
         self._group = group
+        self._loras = loras
         self._pools: dict[LatentShape, SlotPool] = {}
         self._prepared: dict[BatchShape, Callable[[Sequence[SampleInputs]], StepOutputs]] = {}
         self._chosen: dict[BatchShape, BatchShape | None] = {}
@@ -83,7 +90,13 @@ class Denoiser:
     def pool(self, latent_shape: LatentShape) -> SlotPool:
         """The slots of the samples of a latent shape."""
         if (pool := self._pools.get(latent_shape)) is None:
-            pool = self._pools[latent_shape] = SlotPool(self._max_slots, (self._num_channels, *latent_shape), self._device)
+            pool = self._pools[latent_shape] = SlotPool(
+                self._max_slots,
+                (self._num_channels, *latent_shape),
+                self._device,
+                num_condition_channels=self._num_condition_channels,
+                dtype=self._prompts.dtype,
+            )
         return pool
 
     def states(self) -> list[torch.Tensor]:
@@ -182,14 +195,16 @@ class Denoiser:
         self, samples: Sequence[SampleInputs], latent_shape: LatentShape, *, has_outputs: bool = True
     ) -> StepOutputs | None:
         shape = batch_shape(samples, latent_shape)
-        if not samples[0].num_text_tokens and (bucket := self._bucket_of(shape)) is not None:
+        loras = None if self._loras is None else self._loras.of_call([sample.loras for sample in samples])
+        is_usual = loras is None and not samples[0].num_text_tokens
+        if is_usual and (bucket := self._bucket_of(shape)) is not None:
             model_input, prediction = self._prepared[bucket](samples)
             # Copies: the next replay of any bucket overwrites what this one has made.
             return (model_input[: len(samples)].clone(), prediction[: len(samples)].clone()) if has_outputs else None
         self.num_graph_misses += bool(self._buckets)
         inputs = self._inputs_of(shape)
         inputs.fill(samples, self.pool(latent_shape).padding_slot)
-        outputs = self._run(inputs, _long_prompts(samples))
+        outputs = self._run(inputs, loras, _long_prompts(samples))
         return outputs if has_outputs else None
 
     def _bucket_of(self, shape: BatchShape) -> BatchShape | None:
@@ -208,17 +223,24 @@ class Denoiser:
             kept = self._kept_inputs[shape] = BatchInputs(shape, self._num_channels, self._device, has_fixed_rows=True)
         return kept
 
-    def _run(self, inputs: BatchInputs, long_prompts: torch.Tensor | None = None) -> StepOutputs:
+    def _run(
+        self, inputs: BatchInputs, loras: CallLoras | None = None, long_prompts: torch.Tensor | None = None
+    ) -> StepOutputs:
         """The step itself: reads and writes tensors on the device, nothing else."""
         shape = inputs.shape
-        state = self._pools[shape.height, shape.width].state
+        pool = self._pools[shape.height, shape.width]
+        state = pool.state
         sampler = self._kernels.sampler
         model_input, latents = sampler.begin(state, inputs.slots, inputs.input_scale, self._prompts.dtype)
+        if pool.condition is not None:
+            latents = torch.cat((latents, pool.condition[inputs.slots]), dim=1)
+            latents = latents.contiguous(memory_format=torch.channels_last)
         noise_pred = self._kernels.predict_noise(
             latents,
             self._timestep_embeds[inputs.timestep_rows],
             self._prompts[inputs.prompt_rows] if long_prompts is None else long_prompts,
             inputs.sample_of_row if inputs.may_be_guided else None,
+            loras,
         )
         prediction = sampler.end(
             state,

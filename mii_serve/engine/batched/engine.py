@@ -13,21 +13,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from mii_serve.engine.batched.batch_inputs import SampleInputs
 from mii_serve.engine.batched.buckets import BatchShape, declare_buckets
-from mii_serve.engine.batched.decoding import Decoding, Undecoded
+from mii_serve.engine.batched.decoding import Decoding, Undecoded, on_host
 from mii_serve.engine.batched.denoiser import Denoiser
+from mii_serve.engine.batched.first_latents import first_latents
 from mii_serve.engine.batched.launched import LaunchedTurn
+from mii_serve.engine.batched.loras import BatchedLoras, LoraEntry
 from mii_serve.engine.batched.probe import BatchedProbe
 from mii_serve.engine.batched.prompt_cache import Prompt, PromptCache
 from mii_serve.engine.batched.slot_search import NUM_SAMPLES, find_slots
 from mii_serve.engine.batched.stepping import ObjectStepping, Stepping, TableStepping
 from mii_serve.engine.batched.tail import Tail
 from mii_serve.engine.batched.timestep_cache import TimestepCache
-from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in
-from mii_serve.engine.input_images import EncodedImage, KeptImage, encode_images, keep_unmasked, mask_of, skip_masked_image
+from mii_serve.engine.capabilities import capabilities_of, description_of, takes_guidance_in, takes_mask_in
+from mii_serve.engine.input_images import NOTHING, EncodedInput, KeptImage, encode_images, keep_unmasked
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.engine.sample_errors import is_of_one_sample, sample_error
@@ -35,7 +36,7 @@ from mii_serve.engine.stage_timer import StageTimer
 from mii_serve.engine.turns import TurnResult
 from mii_serve.engine.upload import upload
 from mii_serve.engine.warmup import make_pictures, warm_up_request
-from mii_serve.errors import EngineError
+from mii_serve.errors import EngineError, ModelError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import keep_thresholds_on_host
 from mii_serve.samplers.build import ModelSchedulers, refuse_without_noise
@@ -44,8 +45,10 @@ from mii_serve.samplers.sampling import Samplings
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
     LATENT_SCALE,
+    Capabilities,
     EngineCapacity,
     GenerationParams,
+    InputImage,
     LatentShape,
     Sample,
     SampleId,
@@ -78,6 +81,7 @@ class BatchedSample:
     prompt: Prompt
     negative_prompt: Prompt | None
     slot: int
+    loras: LoraEntry | None = None
     kept_image: KeptImage | None = None
     step: int = 0
 
@@ -121,13 +125,18 @@ class BatchedEngine:
         self._kernels = kernels
         self._group = group
         self._device = torch.device(pipeline.device)
-        self._num_channels = pipeline.unet.config.in_channels
+        num_channels = pipeline.unet.config.out_channels
         self._embeds_guidance = takes_guidance_in(pipeline.unet)
         self._schedulers = ModelSchedulers(pipeline.scheduler)
-        self._samplings = Samplings(self._schedulers)
+        takes_mask = takes_mask_in(pipeline.unet)
+        self._samplings = Samplings(self._schedulers, has_blending=not takes_mask)
         self._looks_for_slots = max_slots is None and group is None
         self._max_slots = max_slots or (MAX_SLOTS if self._looks_for_slots or self._device.type == "cuda" else CPU_SLOTS)
-        self.capabilities = capabilities_of(model, self._schedulers, self._samplings.of)
+        layout = kernels.lora_layout
+        if layout is None and model.loras:
+            raise ModelError(f"lora: the {kernels.name} engine computes no LoRAs here; use the engine 'native'")
+        self.loras = None if layout is None else BatchedLoras(pipeline, layout, model.loras, max_in_use=self._max_slots)
+        self._capabilities = capabilities_of(model, self._schedulers, self._samplings.of, needs_mask=takes_mask)
         if buckets is None:
             latent_shape = model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE
             has_pairs = not self._embeds_guidance
@@ -138,22 +147,28 @@ class BatchedEngine:
         if self._device.type == "cpu":  # on CUDA the fused decoder sets its own
             pipeline.vae.to(memory_format=torch.channels_last)
         keep_thresholds_on_host(pipeline)
-        self._prompts = PromptCache(pipeline, kernels, max_in_use=2 * self._max_slots)
-        self._timesteps = TimestepCache(kernels, dtype=pipeline.unet.dtype, device=self._device)
+        self._prompts = PromptCache(pipeline, kernels, max_in_use=2 * self._max_slots, loras=self.loras)
+        self._timesteps = TimestepCache(kernels, dtype=pipeline.unet.dtype, device=self._device, loras=self.loras)
         self._denoiser = Denoiser(
             kernels,
             self._prompts,
             self._timesteps,
             max_slots=self._max_slots,
-            num_channels=self._num_channels,
+            num_channels=num_channels,
+            num_condition_channels=pipeline.unet.config.in_channels - num_channels,
             buckets=self._buckets,
             group=group,
+            loras=self.loras,
         )
         self._stage_seconds: dict[str, float] = {}
         self._samples: dict[SampleId, BatchedSample] = {}
         self._failed: set[SampleId] = set()  # turns with them may have been planned already
         self._tail = Tail(self._device)
         self.description = description_of(model, kernels.name, note)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities if self.loras is None else self.loras.told(self._capabilities)
 
     @property
     def capacity(self) -> EngineCapacity:
@@ -175,8 +190,9 @@ class BatchedEngine:
 
     def check(self, params: GenerationParams) -> int:
         sampling = self._samplings.of_request(params)
-        if params.strength is not None:
-            refuse_without_noise(self._schedulers, SamplerRun.of(params))
+        refuse_without_noise(self._schedulers, params, has_blending=not self._capabilities.needs_mask)
+        if params.lora_choice and self.loras is not None:
+            self.loras.store.check(params.lora_choice)
         return sampling.num_calls
 
     def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
@@ -236,6 +252,22 @@ class BatchedEngine:
         with self._engine_errors(), torch.inference_mode():
             return self._taken(self._tail.take())
 
+    @property
+    def encodes_beside(self) -> bool:
+        """See `turns.EncodingEngine`."""
+        return self._tail.has_stream
+
+    def encode_image(self, params: GenerationParams, image: InputImage) -> EncodedInput:
+        """See `turns.EncodingEngine`; on the host, as it may wait there for long."""
+        sample = Sample(id=SampleId("", 0), params=params, input_image=image)
+
+        def encode() -> EncodedInput:
+            [encoded] = encode_images(self._pipeline.vae, [sample], 1, takes_mask=self.capabilities.needs_mask).values()
+            return encoded.moved(on_host)
+
+        with self._engine_errors(), torch.inference_mode():
+            return self._tail.compute(encode)
+
     def probe(self) -> BatchedProbe:
         return BatchedProbe(self._pipeline, self._prompts, self._timesteps, self._denoiser, self.capacity)
 
@@ -258,6 +290,8 @@ class BatchedEngine:
     def _forget(self, sample_id: SampleId) -> None:
         if (one := self._samples.pop(sample_id, None)) is not None:
             self._prompts.release(one.prompts)
+            if self.loras is not None:
+                self.loras.release(one.loras)
             self._denoiser.pool(one.latent_shape).release(one.slot)
             self._denoiser.free_unused(one.latent_shape)
 
@@ -267,42 +301,30 @@ class BatchedEngine:
         own_keys = [self._prompts.keys_of(sample.params) for sample in joins]
         keys = [key for key, _ in own_keys] + [negative for _, negative in own_keys if negative is not None]
         with timer.time("encode"):
+            loras = [None if self.loras is None else self.loras.acquire(sample.params.lora_choice) for sample in joins]
             prompts = self._prompts.acquire(keys)
-            encoded = encode_images(self._pipeline.vae, joins, self.capacity.max_decodes)
+            max_images = self.capacity.max_decodes
+            unencoded = [sample for sample in joins if sample.encoded_image is None]
+            encoded = encode_images(self._pipeline.vae, unencoded, max_images, takes_mask=self._capabilities.needs_mask)
         negative_prompts = iter(prompts[len(joins) :])
-        for sample, prompt in zip(joins, prompts, strict=False):  # the negative ones follow
+        for sample, prompt, entry in zip(joins, prompts, loras, strict=False):  # the negative prompts follow
             params = sample.params
             self._failed.discard(sample.id)
             generator = torch.Generator("cpu").manual_seed(sample.seed)
             stepping = self._stepping(params, generator)
-            latents, kept_image = self._first_latents(sample, stepping, generator, encoded.get(sample.id))
+            image = encoded.get(sample.id, NOTHING)
+            if isinstance(sample.encoded_image, EncodedInput):
+                image = sample.encoded_image.moved(lambda tensor: upload(tensor, self._device))
+            first = first_latents(self._pipeline.unet, self._device, sample, stepping, generator, image)
             self._samples[sample.id] = BatchedSample(
                 sample=sample,
                 stepping=stepping,
                 prompt=prompt,
                 negative_prompt=next(negative_prompts) if params.is_guided else None,
-                slot=self._denoiser.pool(params.latent_shape).acquire(latents),
-                kept_image=kept_image,
+                slot=self._denoiser.pool(params.latent_shape).acquire(first.latents, first.condition),
+                loras=entry,
+                kept_image=first.kept_image,
             )
-
-    def _first_latents(
-        self, sample: Sample, stepping: Stepping, generator: torch.Generator, encoded: EncodedImage | None
-    ) -> tuple[torch.Tensor, KeptImage | None]:
-        """Drawn in diffusers' order, in float32 whatever the UNet's dtype, so that every engine starts from the same noise."""
-        params, image, kept_image = sample.params, sample.input_image, None
-        image_latents = None if encoded is None else encoded.drawn(generator)
-        size = (1, self._num_channels, *params.latent_shape)
-        noise = upload(randn_tensor(size, generator=generator, dtype=torch.float32)[0], self._device)
-        if image_latents is None or image is None:
-            return noise * stepping.init_noise_sigma, None
-        if (mask := mask_of(image, params)) is not None:
-            kept_image = KeptImage(mask=upload(mask[0], self._device), image_latents=image_latents, noise=noise)
-            if encoded is not None and encoded.std is not None:
-                skip_masked_image(noise, generator)
-            if params.strength == 1.0:
-                return noise * stepping.init_noise_sigma, kept_image
-        of_image, of_noise = stepping.noise_level(0)
-        return of_image * image_latents + of_noise * noise, kept_image
 
     def _stepping(self, params: GenerationParams, generator: torch.Generator) -> Stepping:
         table = None if self._must_step_by_objects(params) else self._samplings.table_of(params)
@@ -355,7 +377,8 @@ class BatchedEngine:
         """The samples that can make their next step, and the inputs of it; the others are added to `failed`."""
         pool, able, inputs = self._denoiser.pool(due[0].latent_shape), [], []
         scales = [one.sample.params.guidance_scale for one in due] if self._embeds_guidance else None
-        timestep_rows = self._timesteps.rows([one.stepping.timestep(one.step) for one in due], scales)
+        timesteps = [one.stepping.timestep(one.step) for one in due]
+        timestep_rows = self._timesteps.rows(timesteps, scales, [one.loras.time_parts if one.loras else () for one in due])
         for one, timestep_row in zip(due, timestep_rows, strict=True):
             try:
                 input_scale, matrix, noise = one.stepping.before(one.step, pool.state, one.slot)
@@ -376,6 +399,7 @@ class BatchedEngine:
                     input_scale=input_scale,
                     matrix=matrix,
                     noise=noise,
+                    loras=one.loras,
                 )
             )
             able.append(one)

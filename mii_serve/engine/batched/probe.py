@@ -58,7 +58,9 @@ class BatchedProbe:
         pool = self.denoiser.pool(latent_shape)
         embeds = [call.prompt_embeds for call in calls]
         embeds += [call.negative_prompt_embeds for call in calls if call.negative_prompt_embeds is not None]
-        slots = [pool.acquire(call.latents.to(self.pipeline.device)) for call in calls]
+        num_channels = pool.state.shape[2]  # the rest is what an inpainting model takes in beside the latents
+        inputs_of = [call.latents.to(self.pipeline.device) for call in calls]
+        slots = [pool.acquire(one[:num_channels], one[num_channels:]) for one in inputs_of]
         try:
             with self.prompts.temporary_rows(torch.stack(embeds)) as prompt_rows:
                 negative_rows = iter(prompt_rows[len(calls) :])

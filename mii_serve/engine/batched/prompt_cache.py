@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 
+from mii_serve.engine.batched.loras import BatchedLoras
 from mii_serve.engine.kernels import KernelSet
 from mii_serve.engine.prompt_chunks import Chunk, Chunker, tensor_of, weighted
 from mii_serve.engine.text_encoding import encoded
 from mii_serve.engine.truncation import dropped_text
 from mii_serve.engine.upload import upload
-from mii_serve.types import PLAIN, GenerationParams, PromptEmbeds
+from mii_serve.types import PLAIN, GenerationParams, LoraParts, PromptEmbeds
 
 CPU_TEXTS, CUDA_TEXTS = 1, 4
 """Texts in a batch; smaller batches are padded to it. A guided sample brings one or two new texts, and on a CPU
@@ -36,13 +37,15 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class PromptKey:
-    """All that a prompt's embeddings depend on. `clip_skip` is that of diffusers' `encode_prompt`.
+    """All that a prompt's embeddings depend on. `clip_skip` is as in diffusers' `encode_prompt`; `loras` are those of the text
+    encoder and of the layers behind it.
 
     A prompt in A1111's syntax has `num_chunks` chunks of the text encoder's length: its own, and empty ones after them.
     """
 
     text: str = field(repr=False)
     clip_skip: int | None = None
+    loras: LoraParts = ()
     syntax: str = PLAIN
     num_chunks: int = 1
     embeds: PromptEmbeds | None = None
@@ -76,11 +79,22 @@ class PromptCache:
     A new prompt replaces the least recently used one that is not in use. The empty prompt is never replaced.
     """
 
-    def __init__(self, pipeline: Any, kernels: KernelSet, *, max_in_use: int, num_spare_rows: int = NUM_SPARE_ROWS) -> None:
-        """`max_in_use` is the largest number of different prompts of one chunk that are in use at once."""
+    def __init__(
+        self,
+        pipeline: Any,
+        kernels: KernelSet,
+        *,
+        max_in_use: int,
+        num_spare_rows: int = NUM_SPARE_ROWS,
+        loras: BatchedLoras | None = None,
+    ) -> None:
+        """`max_in_use` is the largest number of different prompts of one chunk that are in use at once. Only with `loras`, keys
+        have any.
+        """
         num_rows = max_in_use + num_spare_rows
         self._pipeline = pipeline
         self._kernels = kernels
+        self._loras = loras
         self._known: OrderedDict[PromptKey, Prompt] = OrderedDict()
         self._free = list(reversed(range(num_rows)))
         self._batch_size = CUDA_TEXTS if torch.device(pipeline.device).type == "cuda" else CPU_TEXTS
@@ -95,14 +109,16 @@ class PromptCache:
         if params.is_guided:
             texts.append(params.negative_prompt)
         num_chunks = 1 if syntax == PLAIN else max(len(self._chunker.read(text).chunks) for text in texts)
-        key = self._key(params.prompt_embeds) or PromptKey(params.prompt, params.clip_skip, syntax, num_chunks)
+        of_text = PromptKey("", None, params.lora_choice.parts, syntax, num_chunks)
+        key = self._of_embeds(of_text, params.prompt_embeds) or replace(of_text, text=params.prompt, clip_skip=params.clip_skip)
         if not params.is_guided:
             return key, None
-        return key, self._key(params.negative_prompt_embeds) or PromptKey(params.negative_prompt, None, syntax, num_chunks)
+        return key, self._of_embeds(of_text, params.negative_prompt_embeds) or replace(of_text, text=params.negative_prompt)
 
-    def _key(self, embeds: PromptEmbeds | None) -> PromptKey | None:
-        num_chunks = 0 if embeds is None else embeds.num_tokens // self.projected.shape[1]
-        return None if embeds is None else PromptKey("", num_chunks=num_chunks, embeds=embeds)
+    def _of_embeds(self, key: PromptKey, embeds: PromptEmbeds | None) -> PromptKey | None:
+        if embeds is None:
+            return None
+        return replace(key, num_chunks=embeds.num_tokens // self.projected.shape[1], embeds=embeds)
 
     def acquire(self, keys: Sequence[PromptKey]) -> list[Prompt]:
         """The prompt of each key, in use until it has been released as often as acquired."""
@@ -110,11 +126,14 @@ class PromptCache:
         for key in keys:
             if (known := self._known.get(key)) is not None:
                 known.num_users += 1  # before `_encode` looks for rows that are not in use
-        for batch in self._batches([key for key in missing if key.is_plain_text]):
-            self._encode(batch)
-        for key in missing:
-            if not key.is_plain_text:
-                self._encode_chunks(key)
+        for loras in dict.fromkeys(key.loras for key in missing):
+            of_loras = [key for key in missing if key.loras == loras]
+            with contextlib.nullcontext() if self._loras is None else self._loras.encoding(loras):
+                for batch in self._batches([key for key in of_loras if key.is_plain_text]):
+                    self._encode(batch)
+                for key in of_loras:
+                    if not key.is_plain_text:
+                        self._encode_chunks(key)
         is_new = set(missing)
         for key in keys:
             self._known[key].num_users += key in is_new

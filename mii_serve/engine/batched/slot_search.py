@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from mii_serve.engine.turns import Turn
+from mii_serve.engine.warmup import input_image_of
 from mii_serve.types import GenerationParams, Sample, SampleId, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def measure(engine: Launching, params: GenerationParams) -> dict[int, float]:
             expected_s = shortest_s.get(count, shortest_s.get(before, 0.0) * count / max(1, before))
             if spent_s + expected_s > MAX_SEARCH_S:
                 return _rates(shortest_s)
-            elapsed_s = _turn_s(engine, [Sample(id=SampleId(f"slots-{round_number}", i), params=params) for i in range(count)])
+            ids = [SampleId(f"slots-{round_number}", i) for i in range(count)]
+            image = input_image_of(params)
+            elapsed_s = _turn_s(engine, [Sample(id=each, params=params, input_image=image) for each in ids])
             shortest_s[count] = min(shortest_s.get(count, elapsed_s), elapsed_s)
             spent_s, before = spent_s + elapsed_s, count
     return _rates(shortest_s)

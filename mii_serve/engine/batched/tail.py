@@ -1,4 +1,4 @@
-"""Decodes pictures beside the turns, so that no sample's next step waits for more than one batch of them.
+"""Decodes pictures and encodes images beside the turns, so that no sample's next step waits for more than one batch of them.
 
 On CUDA a thread with a stream of its own decodes, while the turns go on on theirs. On a CPU the same cores compute both, and a
 second thread that computes would halve the speed of either (see `Engine`): there the parts that compute run in the engine's
@@ -11,10 +11,13 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
 
 from mii_serve.engine.batched.decoding import Decoding
+
+Computed = TypeVar("Computed")
 
 
 class Tail:
@@ -39,6 +42,24 @@ class Tail:
         for tensor in decoding.tensors:
             tensor.record_stream(self._stream)
         self._submit(decoding, self._run_on_stream, decoding, computed)
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether it computes beside the turns."""
+        return self._stream is not None
+
+    def compute(self, what: Callable[[], Computed]) -> Computed:
+        """What this returns, computed among the batches where there is a stream, and at once where not. From any thread if
+        there is a stream; what is on the device has to be waited for inside.
+        """
+        if self._stream is None:
+            return what()
+
+        def on_stream() -> Computed:
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                return what()
+
+        return self._worker.submit(on_stream).result()
 
     @property
     def num_pending(self) -> int:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from mii_serve.engine.kernels.loras import CallLoras, LoraLayout
 from mii_serve.engine.kernels.sampler import SamplerKernels
 from mii_serve.types import EngineName
 
@@ -46,6 +47,11 @@ class KernelSet(Protocol):
         ...
 
     @property
+    def lora_layout(self) -> LoraLayout | None:
+        """The layers that each sample of a call can have its own LoRA of; None where the kernels compute no LoRAs."""
+        ...
+
+    @property
     def sampler(self) -> SamplerKernels:
         """What is done around `predict_noise`."""
         ...
@@ -67,13 +73,15 @@ class KernelSet(Protocol):
         timestep_embeds: torch.Tensor,
         prompts: torch.Tensor,
         sample_of_row: torch.Tensor | None = None,
+        loras: CallLoras | None = None,
     ) -> torch.Tensor:
         """The UNet's output for R rows of N samples, R × C × H × W.
 
         `model_input` is N × C × H × W in channels-last memory format, `timestep_embeds` N × `timestep_width`, `prompts` R ×
         tokens × `prompt_width`. `sample_of_row` holds R indices into the samples, int64; None where each sample has one row, so
         that R = N. Guided samples come first, and their second rows come after the rows of all samples. On several ranks row
-        N + i is the second of sample i; on one, a captured call may be padded with samples that have no row.
+        N + i is the second of sample i; on one, a captured call may be padded with samples that have no row. `loras` has an
+        entry for each sample; what LoRAs change of prompts and timesteps is in `prompts` and `timestep_embeds` already.
 
         Raises:
             torch.OutOfMemoryError: the call is too large for the device; a smaller one may fit.

@@ -14,6 +14,7 @@ None of it changes what is computed, only how often.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch.nn.functional import linear, pad, scaled_dot_product_attention, silu
 
+from mii_serve.engine.kernels.loras import CallLoras, LoraLayout
 from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
 from mii_serve.types import EngineName
 
@@ -125,14 +127,15 @@ class ForwardPass:
         residual = resnet.conv2(silu(resnet.norm2(residual)))
         if resnet.conv_shortcut is None:
             return residual + hidden
-        return residual + _pointwise(resnet.conv_shortcut, _channels_last(hidden)).permute(0, 3, 1, 2)
+        shortcut = self._pointwise(resnet.conv_shortcut, _channels_last(hidden).flatten(1, 2))
+        return residual + shortcut.unflatten(1, hidden.shape[-2:]).permute(0, 3, 1, 2)
 
     def _transformer(self, transformer: Transformer2DModel, hidden: torch.Tensor) -> torch.Tensor:
         """Tokens are B × (H·W) × channels inside."""
-        tokens = _pointwise(transformer.proj_in, _channels_last(transformer.norm(hidden)).flatten(1, 2))
+        tokens = self._pointwise(transformer.proj_in, _channels_last(transformer.norm(hidden)).flatten(1, 2))
         for block in transformer.transformer_blocks:
             tokens, hidden = self._block(block, tokens, hidden)
-        tokens = _pointwise(transformer.proj_out, tokens)
+        tokens = self._pointwise(transformer.proj_out, tokens)
         return tokens.unflatten(1, hidden.shape[-2:]).permute(0, 3, 1, 2) + hidden
 
     def _block(
@@ -148,12 +151,42 @@ class ForwardPass:
         tokens = tokens + _attend(cross, query, keys, values)
         return tokens + block.ff(block.norm3(tokens)), hidden
 
+    def _pointwise(self, layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+        """A linear layer, or a convolution of one pixel as one, which is faster; `inputs` have their channels last."""
+        return linear(inputs, layer.weight.flatten(1), layer.bias)
+
     def _expand_to_rows(self, *activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The activations with one entry per row instead of one per sample; so is all that comes after."""
         rows, self.sample_of_row = self.sample_of_row, None
         self.timestep_embeds = self.timestep_embeds[rows]
         self.skips = [_take(skip, rows) for skip in self.skips]
         return tuple(_take(activation, rows) for activation in activations)
+
+
+@dataclass(slots=True, eq=False)
+class LoraPass(ForwardPass):
+    """A pass through the UNet with what `loras` add, which have one entry per sample at first."""
+
+    loras: CallLoras = field(kw_only=True)
+
+    def run(self, unet: Any, hidden: torch.Tensor, halvings: int) -> torch.Tensor:
+        handles = [layer.register_forward_hook(self._add) for layer in self.loras.layers]
+        try:
+            return ForwardPass.run(self, unet, hidden, halvings)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, layer: Any, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> torch.Tensor:
+        return self.loras.added(layer, inputs[0], outputs)
+
+    def _pointwise(self, layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+        return self.loras.added(layer, inputs, ForwardPass._pointwise(self, layer, inputs))
+
+    def _expand_to_rows(self, *activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert self.sample_of_row is not None
+        self.loras = self.loras.taken(self.sample_of_row)
+        return ForwardPass._expand_to_rows(self, *activations)
 
 
 class NativeKernels:
@@ -181,6 +214,11 @@ class NativeKernels:
         self._text_of, half_width = _slices(self._cross, [attention.to_k.out_features for attention in self._cross])
         self.prompt_width = 2 * half_width
 
+    @functools.cached_property
+    def lora_layout(self) -> LoraLayout | None:
+        """See `KernelSet`."""
+        return LoraLayout(self._unet)
+
     def project_prompts(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """See `KernelSet`: the keys, then the values, of all cross-attentions."""
         keys = [attention.to_k(prompt_embeds) for attention in self._cross]
@@ -201,9 +239,13 @@ class NativeKernels:
         timestep_embeds: torch.Tensor,
         prompts: torch.Tensor,
         sample_of_row: torch.Tensor | None = None,
+        loras: CallLoras | None = None,
     ) -> torch.Tensor:
         """See `KernelSet`."""
-        forward_pass = self.forward_pass(self, timestep_embeds, prompts, sample_of_row)
+        if loras is None:
+            forward_pass = self.forward_pass(self, timestep_embeds, prompts, sample_of_row)
+        else:
+            forward_pass = LoraPass(self, timestep_embeds, prompts, sample_of_row, loras=loras)
         return forward_pass.run(self._unet, model_input, self._halvings)
 
     def close(self) -> None:
@@ -227,11 +269,6 @@ def _embed_guidance(guidance: torch.Tensor, width: int) -> torch.Tensor:
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -exponents).to(guidance.device)
     angles = (guidance * 1000.0)[:, None] * frequencies[None, :]
     return pad(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), (0, width % 2))
-
-
-def _pointwise(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """A linear layer, or a convolution of one pixel as one, which is faster; `inputs` have their channels last."""
-    return linear(inputs, layer.weight.flatten(1), layer.bias)
 
 
 def _channels_last(image: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,9 @@ from typing import Protocol
 import torch
 
 from mii_serve.engine.kernels import KernelSet
+from mii_serve.engine.kernels.loras import CallLoras
 from mii_serve.engine.kernels.shares import Share, shares
+from mii_serve.models.architecture import INPAINTING_CHANNELS, LATENT_CHANNELS
 from mii_serve.types import EngineName
 
 
@@ -63,6 +65,7 @@ class RowParallelKernels:
         self.sampler = kernels.sampler
         self.prompt_width = kernels.prompt_width
         self.timestep_width = kernels.timestep_width
+        self.lora_layout = kernels.lora_layout
         self.max_latent_pixels_per_call = kernels.max_latent_pixels_per_call
 
     def project_prompts(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
@@ -77,16 +80,21 @@ class RowParallelKernels:
         timestep_embeds: torch.Tensor,
         prompts: torch.Tensor,
         sample_of_row: torch.Tensor | None = None,
+        loras: CallLoras | None = None,
     ) -> torch.Tensor:
         """See `KernelSet`; one all-gather. `sample_of_row` is what `shares` says, and is not read."""
         call = self._call(len(model_input), len(prompts), model_input.device)
-        sent = model_input.new_zeros(call.num_sent, *model_input.shape[1:])
+        _, num_channels, *size = model_input.shape
+        if num_channels == INPAINTING_CHANNELS:  # of which the UNet predicts the latents' part
+            num_channels = LATENT_CHANNELS
+        sent = model_input.new_zeros(call.num_sent, num_channels, *size)
         if call.num_own:
             sent[: call.num_own] = self._kernels.predict_noise(
                 model_input[call.samples].contiguous(memory_format=torch.channels_last),
                 timestep_embeds[call.samples],
                 prompts[call.rows],
                 call.sample_of_row,
+                None if loras is None else loras.taken(call.samples),
             )
         return self._group.all_gather(sent)[call.place_of_row]
 

@@ -68,6 +68,10 @@ class ShardedKernels(NativeKernels):
                 case ResnetBlock2D():
                     module.conv2 = _SummedLayer(module.conv2, group)
 
+    @property
+    def lora_layout(self) -> None:
+        """A rank has only some of the inputs or outputs of the layers that LoRAs change."""
+
 
 class _SummedLayer(nn.Module):
     """A linear layer or convolution of which each rank holds some of the inputs. The first rank adds the bias."""

@@ -8,7 +8,6 @@ with rank 0, and rank 0 ends with it.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import pickle
@@ -24,7 +23,7 @@ from mii_serve.engine.ranks.order import Order, execute
 from mii_serve.engine.turns import MAX_IN_FLIGHT, Turn
 from mii_serve.errors import EngineError, MiiServeError
 from mii_serve.logs import configure_logs
-from mii_serve.models.quiet import quiet_libraries
+from mii_serve.models.deferred import import_for_drawing
 from mii_serve.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -40,9 +39,7 @@ def main() -> int:
     end_with_parent()
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text("mii_rank")
-    with quiet_libraries():
-        importlib.import_module("mii_serve.engine.factory")
-        importlib.import_module("mii_serve.models.loading")
+    import_for_drawing("mii_serve.engine.factory", "mii_serve.models.loading")
     first: dict[str, Any] = pickle.load(sys.stdin.buffer)
     configure_logs(first["log_level"], first["log_format"])
     status_fd = int(sys.argv[1])

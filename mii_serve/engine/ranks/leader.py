@@ -23,7 +23,7 @@ from mii_serve.engine.probe import Probe, UNetCall
 from mii_serve.engine.ranks.group import RankGroup
 from mii_serve.engine.ranks.order import Order, OrderName, RankEngine, execute
 from mii_serve.engine.turns import Turn, TurnResult
-from mii_serve.engine.warmup import warm_up_request
+from mii_serve.engine.warmup import input_image_of, warm_up_request
 from mii_serve.errors import ConfigError, EngineError
 from mii_serve.logs import current_format, finish_logs
 from mii_serve.safe_path import safe_environment
@@ -114,7 +114,7 @@ class RankedEngine:
         """
         self.order("warmup")
         params = self.capabilities.resolve(warm_up_request(self), fallback_seed=0)
-        sample = Sample(id=SampleId("warm-up", 0), params=params)
+        sample = Sample(id=SampleId("warm-up", 0), params=params, input_image=input_image_of(params))
         self.run(StepPlan(joins=(sample,), steps=(sample.id,)))
         digests = self.digests()
         self.run(StepPlan(leaves=(sample.id,)))

@@ -24,10 +24,10 @@ from mii_serve.gateway.generation import check_budget, relocate, to_base64, to_j
 from mii_serve.gateway.image_links import ImageStore, base_url
 from mii_serve.gateway.json_body import WholeNumber, broken_rule, one_of, shown, validated
 from mii_serve.gateway.middleware import EventStream, HttpCall
-from mii_serve.gateway.model_names import ModelNames
 from mii_serve.gateway.parameters import Parameters, names_without, requested, with_parameters
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.dropped_text import DROPPED
+from mii_serve.server.model_names import ModelNames
 from mii_serve.types import (
     Capabilities,
     Done,
@@ -50,7 +50,7 @@ QUALITIES = {"auto": 1.0, "standard": 1.0, "low": 0.5, "medium": 1.0, "high": 1.
 """Times the model's own number of steps, where the request names none."""
 EFFECTIVE = (
     *names_without("prompt", "negative_prompt", "height", "width", "num_images_per_prompt"),
-    *("scheduler_class", "engine", "dtype", "model", "model_revision"),
+    *("loras", "scheduler_class", "engine", "dtype", "model", "model_revision"),
     *DROPPED,
 )
 """Members of an answer's `parameters`."""
@@ -105,7 +105,9 @@ class _ImagesBody(Parameters):
 ImagesBody = with_parameters(_ImagesBody, IMAGES_PARAMETERS)
 
 
-class _EditsBody(_ImagesBody):
+class ImageBody(_ImagesBody):
+    """Of requests that start from an image."""
+
     unsupported: ClassVar = Parameters.unsupported | {
         "input_fidelity": "is not supported: strength says how far the result may leave the image",
     }
@@ -113,8 +115,14 @@ class _EditsBody(_ImagesBody):
     strength: float | None = None
 
 
-EditsBody = with_parameters(_EditsBody, IMAGES_PARAMETERS)
+class _VariationsBody(ImageBody):
+    prompt: str = ""
+
+
+EditsBody = with_parameters(ImageBody, IMAGES_PARAMETERS)
 """The fields of a form with an image, once numbers are numbers."""
+VariationsBody = with_parameters(_VariationsBody, IMAGES_PARAMETERS)
+"""The same without a prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from mii_serve.batch.rows import OPENAI_URL
-from mii_serve.errors import InvalidRequestError
-from mii_serve.gateway.errors import NotFoundError
+from mii_serve.errors import InvalidRequestError, NotFoundError
 from mii_serve.gateway.json_body import JsonObject, one_of, validated
 from mii_serve.gateway.middleware import Dialect, Endpoints, HttpCall
 from mii_serve.gateway.multipart import Upload, read_nothing, read_upload

@@ -11,22 +11,33 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mii_serve.errors import InvalidRequestError, MiiServeError, QueueFullError, UnavailableError
+from mii_serve.gateway.errors import MediaTypeError
+from mii_serve.gateway.json_body import json_value, read_json
 from mii_serve.gateway.middleware import Endpoints, EventStream, HttpCall
+from mii_serve.gateway.multipart import read_form
 from mii_serve.gateway.page.files import PATH, PageFiles
 from mii_serve.gateway.page.jobs import PageJobs
 from mii_serve.gateway.page.messages import event_to_json, info_to_json, parse, state_to_json
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.jobs import Jobs
-from mii_serve.types import Event, ServerInfo
+from mii_serve.types import MAX_IMAGE_BYTES, Event, ServerInfo
 
 FRESH_S = 0.5
 """Any number of open pages asks the replicas how busy they are no more often than this."""
+
+VALUE, FILES = "request", ("image", "mask_image")
+"""The parts of a form."""
+PAGE_HEADER = "x-mii-page"
+MAX_FORM_BYTES = MAX_IMAGE_BYTES + 1024 * 1024
 
 _NO_STORE = {"cache-control": "no-store"}
 
@@ -34,14 +45,44 @@ _NO_STORE = {"cache-control": "no-store"}
 def page_routes(dispatcher: Dispatcher, endpoints: Endpoints, files: PageFiles, jobs: Jobs | None = None) -> list[Route]:
     """Everything of the page but `/` itself, which it shares with probes. Without `jobs` the page has none."""
     calls, dialect = PageCalls(dispatcher, has_jobs=jobs is not None), PageDialect()
+
+    async def read(request: Request) -> Asked:
+        return await read_asked(request, endpoints.settings.max_body_bytes)
+
     listed = () if jobs is None else (endpoints.route("/ui/jobs", PageJobs(jobs).list, dialect, method="GET", is_work=False),)
     return [
         *listed,
         Route(PATH + "/{version}/{name}", files.asset),
         endpoints.route("/ui/info", calls.info, dialect, method="GET", is_work=False),
         endpoints.route("/ui/state", calls.state, dialect, method="GET", is_work=False),
-        endpoints.route("/ui/generate", calls.generate, dialect),
+        endpoints.route("/ui/generate", calls.generate, dialect, read=read),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the page sends: a JSON value, and the images of a request that starts from one."""
+
+    value: Any
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+
+async def read_asked(request: Request, max_bytes: int) -> Asked:
+    """A JSON body, or a form with the JSON value as its field `request` and the images as files.
+
+    Raises:
+        BodyTooLargeError, MediaTypeError, InvalidRequestError: naming the rule.
+        RequestCancelledError: the caller left before the body was complete.
+    """
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        return Asked(await read_json(request, max_bytes))
+    if PAGE_HEADER not in request.headers:  # a form alone may come from any site's page
+        raise MediaTypeError("content-type", f"must be application/json without the header {PAGE_HEADER}")
+    form = await read_form(request, MAX_FORM_BYTES, FILES)
+    for name in form.fields:
+        if name != VALUE:
+            raise InvalidRequestError(name[:80], f"is not known here; {VALUE}, {' and '.join(FILES)} are")
+    return Asked(json_value(form.fields.get(VALUE, "").encode()), form.files)
 
 
 class PageDialect:
@@ -88,7 +129,8 @@ class PageCalls:
         site = call.request.headers.get("sec-fetch-site", "same-origin")
         if site not in ("same-origin", "none"):  # another site's page must not use the server through its visitors' browsers
             raise InvalidRequestError("sec-fetch-site", "must be this server's own page", repr(site[:20]))
-        events = self._dispatcher.events(parse(call.body), call.context)
+        asked: Asked = call.body
+        events = self._dispatcher.events(parse(asked.value, asked.files), call.context)
         try:
             first = await anext(events)
         except BaseException:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -18,6 +19,7 @@ from mii_serve.types import (
     PARAMETER_NAMES,
     PARAMETERS,
     RANDOM_SEED,
+    STRENGTH,
     Done,
     Event,
     GenerationRequest,
@@ -47,7 +49,7 @@ _EVENT_NAMES: dict[type, str] = {
 _DONE = (
     *PARAMETER_NAMES,
     *_ENGINE,
-    *("dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options"),
+    *("loras", "dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "strength", "has_mask"),
 )
 """Members of the parameters that were really used."""
 
@@ -65,20 +67,23 @@ def _seed(value: Any) -> Any:
 class _PageBody(Parameters):
     seed: Annotated[WholeNumber | None, BeforeValidator(_seed)] = None
     preview_every: WholeNumber | None = None
+    strength: float | None = None
 
 
 PageBody = with_parameters(_PageBody, names_without("seed"))
 
 
-def parse(body: object) -> GenerationRequest:
-    """The JSON value as a request for PNG files that hold their own parameters.
+def parse(body: object, files: Mapping[str, bytes] = MappingProxyType({})) -> GenerationRequest:
+    """The JSON value as a request for PNG files that hold their own parameters; `files` are its images by their names.
 
     Raises:
         InvalidRequestError: naming the field and the rule.
     """
     page = validated(PageBody, body)
     output = OutputOptions.checked(format=ImageFormat.PNG, quality=None, embed_metadata=True, preview_every=page.preview_every)
-    return GenerationRequest(params=requested(page.given()), output=output)
+    image, mask_image = files.get("image"), files.get("mask_image")
+    params = replace(requested(page.given()), strength=page.strength, image=image, mask_image=mask_image)
+    return GenerationRequest(params=params, output=output)
 
 
 def event_to_json(event: Event, request_id: str) -> tuple[str, dict[str, Any]]:
@@ -102,13 +107,14 @@ def _with_text_seed(members: dict[str, Any]) -> dict[str, Any]:
 
 def info_to_json(info: ServerInfo, grpc_port: int | None) -> dict[str, Any]:
     """What the form and the code to copy are made from."""
-    names = ("version", "deployment_name", *_ENGINE, "has_safety_checker")
+    names = ("version", "deployment_name", *_ENGINE, "has_safety_checker", "needs_mask")
     return {
         **{name: getattr(info, name) for name in names},
         "defaults": asdict(info.defaults),
         "limits": asdict(info.limits),
         "schedulers": _schedulers(info.schedulers),
         "parameters": [_parameter_to_json(parameter, info) for parameter in PARAMETERS],
+        "strength": _parameter_to_json(STRENGTH, info),
         "grpc_port": grpc_port,
     }
 

@@ -2,7 +2,8 @@
 
 What no tensor shows is read from where people keep it: a YAML file of the checkpoint's name beside it, as the original code and
 AUTOMATIC1111's web UI have them, or the metadata of the safetensors file (`modelspec.*`). Without either, a v2 checkpoint is
-taken for one of 768 pixels with v-prediction, as diffusers takes it.
+taken for one of 768 pixels with v-prediction, as diffusers takes it, but an inpainting one for what is published: one of 512
+pixels without it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import yaml
 
 from mii_serve.errors import ModelError
 from mii_serve.models.families import SD_V1_4, SD_V2_1
-from mii_serve.models.single_file.contents import CLIP, OPEN_CLIP, UNET, VAE, Family, Shapes
+from mii_serve.models.single_file.contents import CLIP, CONV_IN, INPAINTING_CHANNELS, OPEN_CLIP, UNET, VAE, Family, Shapes
 
 Prediction = Literal["epsilon", "v_prediction"]
 
@@ -55,6 +56,8 @@ def configs_of(shapes: Shapes, family: Family, where: str, *, prediction: Predic
         ModelError: tensors that a checkpoint of the family has are missing, or its parts do not make up a UNet.
     """
     known = _FAMILIES[family]
+    if prediction is None and shapes[CONV_IN][1] == INPAINTING_CHANNELS:
+        prediction = "epsilon"
     predicts = prediction or known.scheduler.get("prediction_type", "epsilon")
     is_base = family == "v1" or predicts == "epsilon"
     sample_size = _BASE_SIZE if is_base else known.unet["sample_size"]

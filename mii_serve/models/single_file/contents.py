@@ -14,7 +14,7 @@ Family = Literal["v1", "v2"]
 UNET, VAE, TEXT_ENCODER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 CONV_IN = f"{UNET}input_blocks.0.0.weight"
-LATENT_CHANNELS = 4
+LATENT_CHANNELS, INPAINTING_CHANNELS = 4, 9
 _PREFIXES = {"UNet": UNET, "VAE": VAE, "text encoder": TEXT_ENCODER}
 
 _LORA = re.compile(r"lora_(up|down|A|B)\.|[._]lora\.(up|down)\.|\.lora_(A|B)$|\.(hada_w1_a|lokr_w1)")
@@ -35,9 +35,8 @@ _INPUTS = {
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an image-editing model (InstructPix2Pix)",
-    9: "an inpainting model",
 }
-_ONLY = "Only text-to-image checkpoints of Stable Diffusion v1 and v2 are served"
+_ONLY = "Only text-to-image and inpainting checkpoints of Stable Diffusion v1 and v2 are served"
 
 
 def family_of(shapes: Shapes, where: str) -> Family:
@@ -53,7 +52,7 @@ def family_of(shapes: Shapes, where: str) -> Family:
         names = ", ".join(sorted(shapes)[:3]) or "none"
         raise ModelError(f"{where} is not a Stable Diffusion checkpoint: its tensors are {names}, … {_ONLY}")
     channels = shapes[CONV_IN][1] if CONV_IN in shapes else None
-    if channels != LATENT_CHANNELS:
+    if channels not in (LATENT_CHANNELS, INPAINTING_CHANNELS):
         kind = _INPUTS.get(channels or 0, "another kind of model")
         raise ModelError(f"{where} is {kind}: its UNet takes {channels} channels, expected {LATENT_CHANNELS}. {_ONLY}")
     if missing := [part for part, is_there in has.items() if not is_there]:
@@ -65,8 +64,8 @@ def what_else(shapes: Shapes) -> str | None:
     """What the file is if it is no checkpoint of the layout of Stable Diffusion v1 and v2, and what to do; None otherwise."""
     if any(_LORA.search(name) for name in shapes):
         return (
-            "a LoRA: a small change to a model, not a model. Merge it into its model first:"
-            " pipeline.load_lora_weights(FILE); pipeline.fuse_lora(); pipeline.save_pretrained(FOLDER)"
+            "a LoRA: a small change to a model, not a model. Give the model it is for, and --lora NAME=FILE; requests then name"
+            " it with a scale"
         )
     if is_embedding(shapes):
         return "an embedding of textual inversion, not a model. Give the model it is for, and --embedding TOKEN=FILE"

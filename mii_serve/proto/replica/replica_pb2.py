@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from mii_serve.proto.v1 import image_generation_pb2 as mii__serve_dot_proto_dot_v1_dot_image__generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mii_serve/proto/replica/replica.proto\x12\x14mii_serve.replica.v1\x1a)mii_serve/proto/v1/image_generation.proto\"t\n\x05Order\x12\x32\n\x08generate\x18\x01 \x01(\x0b\x32\x1e.mii_serve.replica.v1.GenerateH\x00\x12.\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1c.mii_serve.replica.v1.CancelH\x00\x42\x07\n\x05order\"\xef\x01\n\x08Generate\x12\n\n\x02id\x18\x01 \x01(\x04\x12.\n\x07request\x18\x02 \x01(\x0b\x32\x1d.mii_serve.v1.GenerateRequest\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12\x35\n\x0binput_image\x18\x08 \x01(\x0b\x32 .mii_serve.replica.v1.InputImage\x12\x11\n\thas_steps\x18\x07 \x01(\x08\x42\x0c\n\n_timeout_s\"5\n\nInputImage\x12\x0b\n\x03rgb\x18\x01 \x01(\x0c\x12\x11\n\x04mask\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\x07\n\x05_mask\"\x14\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x04\"\x97\x01\n\x06Report\x12\x30\n\x0c\x62\x65\x66ore_steps\x18\x01 \x03(\x0b\x32\x1a.mii_serve.replica.v1.News\x12*\n\x05steps\x18\x02 \x01(\x0b\x32\x1b.mii_serve.replica.v1.Steps\x12/\n\x0b\x61\x66ter_steps\x18\x03 \x03(\x0b\x32\x1a.mii_serve.replica.v1.News\"c\n\x05Steps\x12\n\n\x02id\x18\x01 \x03(\x04\x12\x13\n\x0bimage_index\x18\x02 \x03(\r\x12\x0c\n\x04step\x18\x03 \x03(\r\x12\x11\n\tnum_steps\x18\x04 \x03(\r\x12\x18\n\x10\x65stimated_left_s\x18\x05 \x03(\x01\"Y\n\x04News\x12\n\n\x02id\x18\x01 \x01(\x04\x12,\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1b.mii_serve.v1.GenerateEventH\x00\x12\x0f\n\x05\x65rror\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04news\"\x10\n\x0eGetInfoRequest\"\x13\n\x11GetMetricsRequest\"\x17\n\x07Metrics\x12\x0c\n\x04text\x18\x01 \x01(\x0c\x32\xfc\x01\n\x07Replica\x12\x45\n\x04Work\x12\x1b.mii_serve.replica.v1.Order\x1a\x1c.mii_serve.replica.v1.Report(\x01\x30\x01\x12T\n\x07GetInfo\x12$.mii_serve.replica.v1.GetInfoRequest\x1a#.mii_serve.v1.GetServerInfoResponse\x12T\n\nGetMetrics\x12\'.mii_serve.replica.v1.GetMetricsRequest\x1a\x1d.mii_serve.replica.v1.Metricsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mii_serve/proto/replica/replica.proto\x12\x14mii_serve.replica.v1\x1a)mii_serve/proto/v1/image_generation.proto\"t\n\x05Order\x12\x32\n\x08generate\x18\x01 \x01(\x0b\x32\x1e.mii_serve.replica.v1.GenerateH\x00\x12.\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1c.mii_serve.replica.v1.CancelH\x00\x42\x07\n\x05order\"\xa6\x02\n\x08Generate\x12\n\n\x02id\x18\x01 \x01(\x04\x12.\n\x07request\x18\x02 \x01(\x0b\x32\x1d.mii_serve.v1.GenerateRequest\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12\x35\n\x0binput_image\x18\x08 \x01(\x0b\x32 .mii_serve.replica.v1.InputImage\x12\x35\n\x0blora_choice\x18\t \x01(\x0b\x32 .mii_serve.replica.v1.LoraChoice\x12\x11\n\thas_steps\x18\x07 \x01(\x08\x42\x0c\n\n_timeout_s\"5\n\nInputImage\x12\x0b\n\x03rgb\x18\x01 \x01(\x0c\x12\x11\n\x04mask\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\x07\n\x05_mask\"E\n\nLoraChoice\x12\x11\n\trevisions\x18\x01 \x03(\t\x12\x0e\n\x06scales\x18\x02 \x03(\x01\x12\x14\n\x0cshares_calls\x18\x03 \x01(\x08\"\x14\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x04\"\x97\x01\n\x06Report\x12\x30\n\x0c\x62\x65\x66ore_steps\x18\x01 \x03(\x0b\x32\x1a.mii_serve.replica.v1.News\x12*\n\x05steps\x18\x02 \x01(\x0b\x32\x1b.mii_serve.replica.v1.Steps\x12/\n\x0b\x61\x66ter_steps\x18\x03 \x03(\x0b\x32\x1a.mii_serve.replica.v1.News\"c\n\x05Steps\x12\n\n\x02id\x18\x01 \x03(\x04\x12\x13\n\x0bimage_index\x18\x02 \x03(\r\x12\x0c\n\x04step\x18\x03 \x03(\r\x12\x11\n\tnum_steps\x18\x04 \x03(\r\x12\x18\n\x10\x65stimated_left_s\x18\x05 \x03(\x01\"Y\n\x04News\x12\n\n\x02id\x18\x01 \x01(\x04\x12,\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1b.mii_serve.v1.GenerateEventH\x00\x12\x0f\n\x05\x65rror\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04news\"-\n\x0fLoadLoraRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"a\n\nLoraAnswer\x12\x38\n\x04lora\x18\x01 \x01(\x0b\x32(.mii_serve.v1.GetServerInfoResponse.LoraH\x00\x12\x0f\n\x05\x65rror\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06\x61nswer\"!\n\x11RemoveLoraRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x12\n\x10RemoveLoraAnswer\"\x10\n\x0eGetInfoRequest\"\x13\n\x11GetMetricsRequest\"\x17\n\x07Metrics\x12\x0c\n\x04text\x18\x01 \x01(\x0c\x32\xb0\x03\n\x07Replica\x12\x45\n\x04Work\x12\x1b.mii_serve.replica.v1.Order\x1a\x1c.mii_serve.replica.v1.Report(\x01\x30\x01\x12T\n\x07GetInfo\x12$.mii_serve.replica.v1.GetInfoRequest\x1a#.mii_serve.v1.GetServerInfoResponse\x12T\n\nGetMetrics\x12\'.mii_serve.replica.v1.GetMetricsRequest\x1a\x1d.mii_serve.replica.v1.Metrics\x12S\n\x08LoadLora\x12%.mii_serve.replica.v1.LoadLoraRequest\x1a .mii_serve.replica.v1.LoraAnswer\x12]\n\nRemoveLora\x12\'.mii_serve.replica.v1.RemoveLoraRequest\x1a&.mii_serve.replica.v1.RemoveLoraAnswerb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,23 +35,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ORDER']._serialized_start=106
   _globals['_ORDER']._serialized_end=222
   _globals['_GENERATE']._serialized_start=225
-  _globals['_GENERATE']._serialized_end=464
-  _globals['_INPUTIMAGE']._serialized_start=466
-  _globals['_INPUTIMAGE']._serialized_end=519
-  _globals['_CANCEL']._serialized_start=521
-  _globals['_CANCEL']._serialized_end=541
-  _globals['_REPORT']._serialized_start=544
-  _globals['_REPORT']._serialized_end=695
-  _globals['_STEPS']._serialized_start=697
-  _globals['_STEPS']._serialized_end=796
-  _globals['_NEWS']._serialized_start=798
-  _globals['_NEWS']._serialized_end=887
-  _globals['_GETINFOREQUEST']._serialized_start=889
-  _globals['_GETINFOREQUEST']._serialized_end=905
-  _globals['_GETMETRICSREQUEST']._serialized_start=907
-  _globals['_GETMETRICSREQUEST']._serialized_end=926
-  _globals['_METRICS']._serialized_start=928
-  _globals['_METRICS']._serialized_end=951
-  _globals['_REPLICA']._serialized_start=954
-  _globals['_REPLICA']._serialized_end=1206
+  _globals['_GENERATE']._serialized_end=519
+  _globals['_INPUTIMAGE']._serialized_start=521
+  _globals['_INPUTIMAGE']._serialized_end=574
+  _globals['_LORACHOICE']._serialized_start=576
+  _globals['_LORACHOICE']._serialized_end=645
+  _globals['_CANCEL']._serialized_start=647
+  _globals['_CANCEL']._serialized_end=667
+  _globals['_REPORT']._serialized_start=670
+  _globals['_REPORT']._serialized_end=821
+  _globals['_STEPS']._serialized_start=823
+  _globals['_STEPS']._serialized_end=922
+  _globals['_NEWS']._serialized_start=924
+  _globals['_NEWS']._serialized_end=1013
+  _globals['_LOADLORAREQUEST']._serialized_start=1015
+  _globals['_LOADLORAREQUEST']._serialized_end=1060
+  _globals['_LORAANSWER']._serialized_start=1062
+  _globals['_LORAANSWER']._serialized_end=1159
+  _globals['_REMOVELORAREQUEST']._serialized_start=1161
+  _globals['_REMOVELORAREQUEST']._serialized_end=1194
+  _globals['_REMOVELORAANSWER']._serialized_start=1196
+  _globals['_REMOVELORAANSWER']._serialized_end=1214
+  _globals['_GETINFOREQUEST']._serialized_start=1216
+  _globals['_GETINFOREQUEST']._serialized_end=1232
+  _globals['_GETMETRICSREQUEST']._serialized_start=1234
+  _globals['_GETMETRICSREQUEST']._serialized_end=1253
+  _globals['_METRICS']._serialized_start=1255
+  _globals['_METRICS']._serialized_end=1278
+  _globals['_REPLICA']._serialized_start=1281
+  _globals['_REPLICA']._serialized_end=1713
 # @@protoc_insertion_point(module_scope)

@@ -16,7 +16,7 @@ class Order(_message.Message):
     def __init__(self, generate: _Optional[_Union[Generate, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Generate(_message.Message):
-    __slots__ = ("id", "request", "request_id", "client", "timeout_s", "traceparent", "input_image", "has_steps")
+    __slots__ = ("id", "request", "request_id", "client", "timeout_s", "traceparent", "input_image", "lora_choice", "has_steps")
     ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class Generate(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     INPUT_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    LORA_CHOICE_FIELD_NUMBER: _ClassVar[int]
     HAS_STEPS_FIELD_NUMBER: _ClassVar[int]
     id: int
     request: _image_generation_pb2.GenerateRequest
@@ -32,8 +33,9 @@ class Generate(_message.Message):
     timeout_s: float
     traceparent: str
     input_image: InputImage
+    lora_choice: LoraChoice
     has_steps: bool
-    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[_image_generation_pb2.GenerateRequest, _Mapping]] = ..., request_id: _Optional[str] = ..., client: _Optional[str] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., input_image: _Optional[_Union[InputImage, _Mapping]] = ..., has_steps: _Optional[bool] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[_image_generation_pb2.GenerateRequest, _Mapping]] = ..., request_id: _Optional[str] = ..., client: _Optional[str] = ..., timeout_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., input_image: _Optional[_Union[InputImage, _Mapping]] = ..., lora_choice: _Optional[_Union[LoraChoice, _Mapping]] = ..., has_steps: _Optional[bool] = ...) -> None: ...
 
 class InputImage(_message.Message):
     __slots__ = ("rgb", "mask")
@@ -42,6 +44,16 @@ class InputImage(_message.Message):
     rgb: bytes
     mask: bytes
     def __init__(self, rgb: _Optional[bytes] = ..., mask: _Optional[bytes] = ...) -> None: ...
+
+class LoraChoice(_message.Message):
+    __slots__ = ("revisions", "scales", "shares_calls")
+    REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
+    SHARES_CALLS_FIELD_NUMBER: _ClassVar[int]
+    revisions: _containers.RepeatedScalarFieldContainer[str]
+    scales: _containers.RepeatedScalarFieldContainer[float]
+    shares_calls: bool
+    def __init__(self, revisions: _Optional[_Iterable[str]] = ..., scales: _Optional[_Iterable[float]] = ..., shares_calls: _Optional[bool] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("id",)
@@ -82,6 +94,32 @@ class News(_message.Message):
     event: _image_generation_pb2.GenerateEvent
     error: bytes
     def __init__(self, id: _Optional[int] = ..., event: _Optional[_Union[_image_generation_pb2.GenerateEvent, _Mapping]] = ..., error: _Optional[bytes] = ...) -> None: ...
+
+class LoadLoraRequest(_message.Message):
+    __slots__ = ("name", "path")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    path: str
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
+
+class LoraAnswer(_message.Message):
+    __slots__ = ("lora", "error")
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    lora: _image_generation_pb2.GetServerInfoResponse.Lora
+    error: bytes
+    def __init__(self, lora: _Optional[_Union[_image_generation_pb2.GetServerInfoResponse.Lora, _Mapping]] = ..., error: _Optional[bytes] = ...) -> None: ...
+
+class RemoveLoraRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class RemoveLoraAnswer(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class GetInfoRequest(_message.Message):
     __slots__ = ()

@@ -50,6 +50,16 @@ class ReplicaStub:
                 request_serializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.GetMetricsRequest.SerializeToString,
                 response_deserializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.Metrics.FromString,
                 _registered_method=True)
+        self.LoadLora = channel.unary_unary(
+                '/mii_serve.replica.v1.Replica/LoadLora',
+                request_serializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.LoadLoraRequest.SerializeToString,
+                response_deserializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.LoraAnswer.FromString,
+                _registered_method=True)
+        self.RemoveLora = channel.unary_unary(
+                '/mii_serve.replica.v1.Replica/RemoveLora',
+                request_serializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.RemoveLoraRequest.SerializeToString,
+                response_deserializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.RemoveLoraAnswer.FromString,
+                _registered_method=True)
 
 
 class ReplicaServicer:
@@ -74,6 +84,18 @@ class ReplicaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadLora(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveLora(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReplicaServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +113,16 @@ def add_ReplicaServicer_to_server(servicer, server):
                     servicer.GetMetrics,
                     request_deserializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.GetMetricsRequest.FromString,
                     response_serializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.Metrics.SerializeToString,
+            ),
+            'LoadLora': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadLora,
+                    request_deserializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.LoadLoraRequest.FromString,
+                    response_serializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.LoraAnswer.SerializeToString,
+            ),
+            'RemoveLora': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveLora,
+                    request_deserializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.RemoveLoraRequest.FromString,
+                    response_serializer=mii__serve_dot_proto_dot_replica_dot_replica__pb2.RemoveLoraAnswer.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -174,6 +206,60 @@ class Replica:
             '/mii_serve.replica.v1.Replica/GetMetrics',
             mii__serve_dot_proto_dot_replica_dot_replica__pb2.GetMetricsRequest.SerializeToString,
             mii__serve_dot_proto_dot_replica_dot_replica__pb2.Metrics.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadLora(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mii_serve.replica.v1.Replica/LoadLora',
+            mii__serve_dot_proto_dot_replica_dot_replica__pb2.LoadLoraRequest.SerializeToString,
+            mii__serve_dot_proto_dot_replica_dot_replica__pb2.LoraAnswer.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveLora(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mii_serve.replica.v1.Replica/RemoveLora',
+            mii__serve_dot_proto_dot_replica_dot_replica__pb2.RemoveLoraRequest.SerializeToString,
+            mii__serve_dot_proto_dot_replica_dot_replica__pb2.RemoveLoraAnswer.FromString,
             options,
             channel_credentials,
             insecure,

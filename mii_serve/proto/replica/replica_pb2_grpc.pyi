@@ -36,6 +36,8 @@ class ReplicaStub:
     """Orders of the front and reports of the replica. The end of the stream cancels everything that it ordered."""
     GetInfo: _grpc.UnaryUnaryMultiCallable[_replica_pb2.GetInfoRequest, _image_generation_pb2.GetServerInfoResponse]
     GetMetrics: _grpc.UnaryUnaryMultiCallable[_replica_pb2.GetMetricsRequest, _replica_pb2.Metrics]
+    LoadLora: _grpc.UnaryUnaryMultiCallable[_replica_pb2.LoadLoraRequest, _replica_pb2.LoraAnswer]
+    RemoveLora: _grpc.UnaryUnaryMultiCallable[_replica_pb2.RemoveLoraRequest, _replica_pb2.RemoveLoraAnswer]
 
 @_typing.type_check_only
 class ReplicaAsyncStub(ReplicaStub):
@@ -44,6 +46,8 @@ class ReplicaAsyncStub(ReplicaStub):
     """Orders of the front and reports of the replica. The end of the stream cancels everything that it ordered."""
     GetInfo: _aio.UnaryUnaryMultiCallable[_replica_pb2.GetInfoRequest, _image_generation_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     GetMetrics: _aio.UnaryUnaryMultiCallable[_replica_pb2.GetMetricsRequest, _replica_pb2.Metrics]  # type: ignore[assignment]
+    LoadLora: _aio.UnaryUnaryMultiCallable[_replica_pb2.LoadLoraRequest, _replica_pb2.LoraAnswer]  # type: ignore[assignment]
+    RemoveLora: _aio.UnaryUnaryMultiCallable[_replica_pb2.RemoveLoraRequest, _replica_pb2.RemoveLoraAnswer]  # type: ignore[assignment]
 
 class ReplicaServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -67,5 +71,19 @@ class ReplicaServicer(metaclass=_abc_1.ABCMeta):
         request: _replica_pb2.GetMetricsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replica_pb2.Metrics, _abc.Awaitable[_replica_pb2.Metrics]]: ...
+
+    @_abc_1.abstractmethod
+    def LoadLora(
+        self,
+        request: _replica_pb2.LoadLoraRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replica_pb2.LoraAnswer, _abc.Awaitable[_replica_pb2.LoraAnswer]]: ...
+
+    @_abc_1.abstractmethod
+    def RemoveLora(
+        self,
+        request: _replica_pb2.RemoveLoraRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replica_pb2.RemoveLoraAnswer, _abc.Awaitable[_replica_pb2.RemoveLoraAnswer]]: ...
 
 def add_ReplicaServicer_to_server(servicer: ReplicaServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

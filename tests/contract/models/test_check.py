@@ -261,7 +261,7 @@ def test_the_half_precision_variant_serves_every_precision_where_there_is_no_oth
 @pytest.mark.parametrize(
     ("file", "change", "named"),
     [
-        ("unet", {"in_channels": 9}, "in_channels is 9 (an inpainting model)"),
+        ("unet", {"in_channels": 8}, "in_channels is 8"),
         ("unet", {"out_channels": 8}, "out_channels is 8"),
         ("unet", {"cross_attention_dim": 768}, "cross_attention_dim is 768 but text_encoder hidden_size is 16"),
         ("unet", {"cross_attention_dim": [16, 8]}, "cross_attention_dim is [16, 8]"),

@@ -25,7 +25,7 @@ from mii_serve.models.quiet import quiet_libraries
 from mii_serve.models.random_init import build_random_pipeline
 from mii_serve.models.single_file.check import check_file
 from mii_serve.models.single_file.configs import configs_of, write_configs
-from mii_serve.models.single_file.contents import family_of
+from mii_serve.models.single_file.contents import CONV_IN, family_of
 
 Load = Callable[..., LoadedModel]
 FEW = {"num_inference_steps": 2, "height": 64, "width": 64}
@@ -206,6 +206,22 @@ def test_a_file_that_is_not_whole_is_refused(v1: Checkpoint, load: Load, tmp_pat
     save_file({**tensors, last: torch.zeros(3, 3)}, tmp_path / "b.safetensors")
     with pytest.raises(ModelError, match="has the shape"):
         load(tmp_path / "b.safetensors", added=v1.tokenizer)
+
+
+def test_an_inpainting_checkpoint_keeps_its_nine_channels(v1: Checkpoint, load: Load, tmp_path: Path) -> None:
+    tensors = load_file(v1.file)
+    own = tensors[CONV_IN]
+    tensors[CONV_IN] = torch.cat([own, torch.ones(own.shape[0], 5, *own.shape[2:])], dim=1)
+    save_file(tensors, tmp_path / "inpainting.safetensors")
+    unet = load(str(tmp_path / "inpainting.safetensors"), added=v1.tokenizer).pipeline.unet
+    assert unet.config.in_channels == 9 and torch.equal(unet.conv_in.weight, tensors[CONV_IN])
+
+
+def test_a_v2_inpainting_checkpoint_predicts_noise(checkpoints: dict[str, Checkpoint]) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(checkpoints["v2"].file).items()}
+    shapes[CONV_IN] = (shapes[CONV_IN][0], 9, *shapes[CONV_IN][2:])
+    configs = configs_of(shapes, family_of(shapes, "a file"), "a file")
+    assert (configs.scheduler["prediction_type"], configs.unet["in_channels"]) == ("epsilon", 9)
 
 
 def test_a_folder_has_a_tokenizer_of_its_own(pristine: Path, load: Load) -> None:

@@ -51,6 +51,7 @@ def grader() -> str:
     return "mine.py:grade"
 
 
+@pytest.mark.slow
 def test_each_prompt_is_made_at_each_scale_with_one_seed_and_measured(
     run: Run, server: RunningServer, reference: Path, grader: str
 ):

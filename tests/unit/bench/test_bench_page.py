@@ -15,6 +15,8 @@ pytest.importorskip("matplotlib", reason="the page needs the extra bench")
 from mii_serve.bench import html
 from mii_serve.bench.plots import MAX_DOTS, draw, to_svg
 
+pytestmark = pytest.mark.slow
+
 
 class _Fetched(HTMLParser):
     """Whatever a browser would go and get, or run."""

@@ -27,6 +27,7 @@ CALL_OPTIONS = {
     "output_format",
     "quality",
     "embed_metadata",
+    "loras",
     "priority",
     "idempotency_key",
     "timeout",

@@ -16,7 +16,7 @@ from mii_serve.engine.engine_times import EngineTimes
 from mii_serve.engine.kernels.comparison import Comparison
 from mii_serve.engine.kernels.fused.install import Installed
 from mii_serve.engine.machine import Machine
-from mii_serve.errors import ModelError, UnusableEngineError
+from mii_serve.errors import ConfigError, ModelError, UnusableEngineError
 from mii_serve.models import LoadedModel
 
 
@@ -131,6 +131,18 @@ def test_kernels_that_prove_wrong_make_auto_load_the_model_again_for_native(mach
 def test_the_engine_native_has_no_note_about_deepspeed(machine):
     machine(COMPLETE)
     assert build(engine="native").note == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"engine": "reference", "max_slots": 4}, "max_slots: the reference engine makes one picture at a time"),
+        ({"engine": "native", "dtype": "fp16", "device": "cpu"}, "dtype: fp16 needs a GPU"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(settings, named):
+    with pytest.raises(ConfigError, match=named):
+        factory.build_engine(DeployConfig.load(settings))
 
 
 def test_fp32_is_computed_in_fp32(monkeypatch):

@@ -23,12 +23,13 @@ def with_new(monkeypatch):
 
 
 def test_every_dialect_has_every_parameter_under_its_own_or_the_apis_name():
-    names = {*PARAMETER_NAMES, *(one.name for one in OWN_STEPS)}
+    names = {*PARAMETER_NAMES, *(one.name for one in OWN_STEPS), "loras"}
     assert names == {*azure_score.ScoreParameters.model_fields} | {"prompt"}
-    assert names == {*huggingface.TaskParameters.model_fields} | {"prompt", "num_images_per_prompt"}
+    task = {*huggingface.TaskParameters.model_fields} - {"strength", "target_size", "mask_image"}
+    assert names == task | {"num_images_per_prompt"}
     renamed = {"height", "width", "num_images_per_prompt"}
     assert names - renamed <= set(openai.ImagesBody.model_fields)
-    assert names == {*messages.PageBody.model_fields} - {"preview_every"}
+    assert names == {*messages.PageBody.model_fields} - {"preview_every", "strength"}
 
 
 def test_a_declaration_is_all_that_a_body_needs(with_new):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import MappingProxyType
 
 import grpc
@@ -217,6 +217,7 @@ def test_a_servers_description_survives_the_wire():
         schedulers=CAPABILITIES.schedulers,
         activity=one,
         default_scheduler_options={"a": "1"},
+        needs_mask=True,
     ).with_replicas(
         [
             ReplicaInfo(index=0, is_ready=True, num_restarts=0, activity=one, devices=("cpu, 1 thread", "cpu, 2 threads")),
@@ -226,7 +227,7 @@ def test_a_servers_description_survives_the_wire():
     )
     assert decode_server_info(pb.GetServerInfoResponse.FromString(encode_server_info(info).SerializeToString())) == info
     assert (info.activity.num_images, info.activity.uptime_s, info.activity.max_cells_per_call) == (8, 7, 1)
-    assert info.capabilities == CAPABILITIES
+    assert info.capabilities == replace(CAPABILITIES, needs_mask=True)
 
 
 @pytest.mark.parametrize("error", [InvalidRequestError("seed", "must be small", "9"), QueueFullError("x"), EngineError("y")])

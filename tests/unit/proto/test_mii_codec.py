@@ -11,8 +11,9 @@ import pytest
 
 from mii_serve.errors import InvalidRequestError
 from mii_serve.proto.mii import pictures_pb2 as mii
-from mii_serve.proto.mii_codec import encode_mii_reply, encode_mii_request, parse_mii_request, shortest_decimal
+from mii_serve.proto.mii_codec import encode_mii_reply, encode_mii_request, parse_mii_request
 from mii_serve.types import ImageFormat, ImageReady
+from mii_serve.types.tensors import shortest_decimal
 
 
 def as_float32(value: float) -> float:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
-
 import pytest
+from image_files import GOOD, REFUSED, TRANSPARENT, file_of, some
 from PIL import Image
 
 from mii_serve.errors import InvalidRequestError
-from mii_serve.safety.input_image import MAX_PIXELS, resolve_with_image
+from mii_serve.safety.input_image import resolve_with_image
 from mii_serve.types import MAX_IMAGE_BYTES, Capabilities, GenerationDefaults, Limits, RequestedParams
 
 CAPABILITIES = Capabilities(
@@ -18,29 +15,8 @@ CAPABILITIES = Capabilities(
 )
 
 
-def file_of(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def some(mode: str = "RGB", size: tuple[int, int] = (96, 80)) -> Image.Image:
-    return Image.effect_noise(size, 60).convert(mode)
-
-
 def resolved(file: bytes, **asked):
     return resolve_with_image(CAPABILITIES, RequestedParams(prompt="a", image=file, **asked), fallback_seed=1)
-
-
-def png(width: int, height: int, *, depth: int = 8, data: bytes = b"") -> bytes:
-    """A PNG file in RGB with this header, whatever its data are."""
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(data)),
-        (b"IEND", b""),
-    ]
-    body = [struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P"])
@@ -69,33 +45,6 @@ def test_a_size_that_is_left_out_is_the_images_rounded_down_as_diffusers_does():
 def test_a_size_that_is_named_resizes_an_image_of_any_size():
     params, found = resolved(file_of(some(size=(2000, 1500))), height=64, width=128)
     assert (params.width, params.height, len(found.rgb)) == (128, 64, 128 * 64 * 3)
-
-
-TRANSPARENT = some().convert("RGBA")
-TRANSPARENT.putpixel((3, 3), (0, 0, 0, 254))
-ROTATED = Image.Exif()
-ROTATED[0x0112] = 6
-GOOD = file_of(some(), "JPEG")
-REFUSED = {
-    "no image": (b"hello", "whole, readable PNG, JPEG or WebP"),
-    "nothing": (b"", "whole, readable"),
-    "another format": (file_of(some(), "BMP"), "whole, readable"),
-    "truncated": (GOOD[: len(GOOD) // 2], "whole, readable"),
-    "truncated PNG": (file_of(some())[:200], "whole, readable"),
-    "too large a file": (b"\x89PNG\r\n\x1a\n" + bytes(MAX_IMAGE_BYTES), f"at most {MAX_IMAGE_BYTES} bytes, got"),
-    "a bomb": (png(60_000, 60_000), f"at most {MAX_PIXELS} pixels"),
-    "a smaller bomb": (png(4097, 4096), f"at most {MAX_PIXELS} pixels, got 4097 × 4096"),
-    "16 bits": (png(96, 80, depth=16, data=bytes(80 * (1 + 96 * 6))), "8 bits a channel"),
-    "16 bits of grey": (file_of(Image.new("I;16", (96, 80))), "8 bits a channel"),
-    "transparent": (file_of(TRANSPARENT), "transparent"),
-    "a transparent colour": (file_of(Image.new("P", (96, 80)), transparency=0), "transparent"),
-    "rotated": (file_of(some(), "JPEG", exif=ROTATED), r"EXIF orientation; rotate .*, got 6"),
-    "CMYK": (file_of(some("CMYK"), "JPEG"), "RGB or grey, got CMYK"),
-    "moving": (file_of(some(), "WEBP", save_all=True, append_images=[some().rotate(90)]), "still image"),
-    "moving PNG": (file_of(some(), save_all=True, append_images=[some().rotate(90)]), "still image"),
-    "too small": (file_of(some(size=(63, 96))), r"within|in \[64, 1024\] pixels, unless .*, got 63 × 96"),
-    "too wide": (file_of(some(size=(1032, 96))), r"in \[64, 1024\] pixels, unless .*, got 1032 × 96"),
-}
 
 
 @pytest.mark.parametrize("name", REFUSED)

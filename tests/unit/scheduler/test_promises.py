@@ -12,7 +12,7 @@ from player import Player, request, scheduler_of
 
 from mii_serve.errors import DeadlineExceededError, EngineError, QueueFullError
 from mii_serve.scheduler import Scheduler
-from mii_serve.types import Priority, Request, SampleId, SampleProgress, StepPlan
+from mii_serve.types import InputImage, Priority, Request, SampleId, SampleProgress, StepPlan
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -400,3 +400,13 @@ def test_no_more_pictures_are_in_the_decoder_than_there_are_slots():
     plans = [scheduler.plan() for _ in range(3)]
     assert [len(plan.decodes) for plan in plans[:2]] == [2, 0], "its pictures have not come yet"
     assert plans[2] is None
+
+
+def test_images_to_encode_join_as_many_at_once_as_are_decoded_and_encoded_ones_all_at_once():
+    image = InputImage(rgb=b"")
+    for encoded, num_joins in ((None, 1), (object(), 3)):
+        scheduler = scheduler_of(4, max_decodes=1)
+        for i in range(3):
+            scheduler.add(replace(request(f"r{i}", 1, 2), input_image=image, encoded_image=encoded), 0.0)
+        plan = scheduler.plan()
+        assert plan is not None and len(plan.joins) == num_joins

@@ -70,6 +70,10 @@ class DeepSpeedKernels(NativeKernels):
         self.prompt_width = unet.config.cross_attention_dim
         self._workspace = workspace
 
+    @property
+    def lora_layout(self) -> None:
+        """What DeepSpeed computes inside its blocks cannot be changed for one sample."""
+
     def project_prompts(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         return prompt_embeds
 
@@ -96,6 +100,10 @@ class FusedDeepSpeedKernels(FusedKernels):
         super().__init__(unet, operations, sampler=sampler, max_latent_pixels_per_call=max_latent_pixels_per_call)
         self.prompt_width = unet.config.cross_attention_dim
         self._workspace = workspace
+
+    @property
+    def lora_layout(self) -> None:
+        """What DeepSpeed computes inside its blocks cannot be changed for one sample."""
 
     def project_prompts(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         return prompt_embeds

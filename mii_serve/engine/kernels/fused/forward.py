@@ -25,7 +25,8 @@ from torch import nn
 from torch.nn.functional import conv2d, interpolate, linear, pad
 
 from mii_serve.engine.kernels.fused.operations import Operations, Upsampling, image_of, in_channels_last, summed, tokens_of
-from mii_serve.engine.kernels.native import NativeKernels
+from mii_serve.engine.kernels.loras import CallLoras, LoraRows
+from mii_serve.engine.kernels.native import LoraPass, NativeKernels
 from mii_serve.engine.kernels.sampler import SamplerKernels, TorchSampler
 
 
@@ -54,10 +55,11 @@ class MergedBlock:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedTransformer:
-    """`after` is what is left to add to a transformer's output, C numbers."""
+    """`after` is what is left to add to a transformer's output, C numbers; `left` what is left to add to its last tokens."""
 
     blocks: tuple[MergedBlock, ...]
     after: torch.Tensor
+    left: torch.Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -218,9 +220,19 @@ class FusedKernels(NativeKernels):
         timestep_embeds: torch.Tensor,
         prompts: torch.Tensor,
         sample_of_row: torch.Tensor | None = None,
+        loras: CallLoras | None = None,
     ) -> torch.Tensor:
         """See `KernelSet`."""
-        return self.fused_pass(self, timestep_embeds, prompts, sample_of_row).run(self._unet, model_input, self._halvings)
+        forward_pass: FusedPass | LoraPass
+        if loras is None:
+            forward_pass = self.fused_pass(self, timestep_embeds, prompts, sample_of_row)
+        elif isinstance(loras, LoraRows):
+            from mii_serve.engine.kernels.fused.loras import FusedLoraPass  # it extends what is defined here
+
+            forward_pass = FusedLoraPass(self, timestep_embeds, prompts, sample_of_row, loras=loras)
+        else:  # not fused: its convolutions change, and add their own biases
+            forward_pass = LoraPass(self, timestep_embeds - self._first_biases, prompts, sample_of_row, loras=loras)
+        return forward_pass.run(self._unet, model_input, self._halvings)
 
     def _merge(self, transformer: Transformer2DModel) -> MergedTransformer:
         blocks: list[MergedBlock] = []
@@ -237,7 +249,7 @@ class FusedKernels(NativeKernels):
             blocks.append(MergedBlock(weights, (first, second, third)))
         out = transformer.proj_out
         assert bias is not None
-        return MergedTransformer(tuple(blocks), out.weight.flatten(1).float() @ bias + out.bias.float())
+        return MergedTransformer(tuple(blocks), out.weight.flatten(1).float() @ bias + out.bias.float(), bias)
 
     def merged(self, transformer: Transformer2DModel) -> MergedTransformer:
         return self._transformers[transformer]

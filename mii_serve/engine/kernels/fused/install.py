@@ -239,7 +239,7 @@ class PassInputs:
         def random(*size: int) -> torch.Tensor:
             return torch.randn(size, generator=generator).to(self.unet.device)
 
-        size = self.unet.config.in_channels, *self.latent_shape
+        size = self.unet.config.out_channels, *self.latent_shape
         state, noise = random(num_samples + 1, STATE_PLANES, *size), random(num_samples, *size)
         noise_pred = random(2 * num_samples, *size).to(self.unet.dtype, memory_format=torch.channels_last)
         matrices, scale = random(num_samples, STATE_PLANES, INPUT_PLANES), random(num_samples).abs()

@@ -19,40 +19,71 @@ function object(pairs) {
 // In single quotes a shell reads everything as it stands, but for the single quote.
 const shellQuoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
+// Files of the same names as the page's links to them; a picture that starts from no image has no strength.
+const startsFromImage = (params) => params.strength != null;
+
 function python(params, place) {
   const options = [];
   if (place.isTls) options.push("credentials=grpc.ssl_channel_credentials()");
   if (place.wantsKey) options.push('api_key=os.environ["MII_SERVE_API_KEY"]');
   const imports = [place.wantsKey ? "import os\n" : "", place.isTls ? "import grpc\n" : ""].join("");
-  return `${imports && `${imports}\n`}from mii_serve.client import Client
+  const more = named(params, optionNames(place));
+  if (startsFromImage(params)) {
+    more.push(["image", 'Image.open("image.png")']);
+    if (params.has_mask) more.push(["mask_image", 'Image.open("mask.png")']);
+    more.push(["strength", literal("strength", params.strength)]);
+  }
+  return `${imports && `${imports}\n`}${startsFromImage(params) ? "from PIL import Image\n\n" : ""}from mii_serve.client import Client
 
 with Client(${[JSON.stringify(place.grpc), ...options].join(", ")}) as client:
     result = client.generate(
         ${literal("prompt", params.prompt)},
-${named(params, optionNames(place)).map(([name, value]) => `        ${name}=${value},`).join("\n")}
+${more.map(([name, value]) => `        ${name}=${value},`).join("\n")}
     )
 result.images[0].save("picture.png")
 `;
 }
 
 function curl(params, place) {
-  const body = `{"inputs": ${literal("prompt", params.prompt)}, "parameters": ${object(named(params, optionNames(place)))}}`;
   const key = place.wantsKey ? ' \\\n  -H "Authorization: Bearer $MII_SERVE_API_KEY"' : "";
-  return `curl --fail-with-body ${shellQuoted(`${place.http}/`)} -o picture.png${key} \\
+  const call = `curl --fail-with-body ${shellQuoted(`${place.http}/`)} -o picture.png${key} \\
   -H 'Content-Type: application/json' \\
-  -d ${shellQuoted(body)}
+  -d`;
+  const options = named(params, optionNames(place));
+  if (!startsFromImage(params)) {
+    return `${call} ${shellQuoted(`{"inputs": ${literal("prompt", params.prompt)}, "parameters": ${object(options)}}`)}\n`;
+  }
+  const more = [["prompt", literal("prompt", params.prompt)], ...options, ["strength", literal("strength", params.strength)]];
+  const encoded = (file) => `base64 < ${file} | tr -d '\\n'`;
+  const parameters = object(more).slice(0, -1) + (params.has_mask ? ', "mask_image": "' : "}}");
+  const end = params.has_mask ? `\n  ${encoded("mask.png")}; printf '"}}'` : "";
+  return `{
+  printf '{"inputs": "'; ${encoded("image.png")}
+  printf %s ${shellQuoted(`", "parameters": ${parameters}`)}${end}
+} | ${call} @-
 `;
 }
 
+const OPENAI_MASK = `
+# In this API's mask, what is transparent is repainted.
+mask = Image.open("mask.png").convert("L")
+transparent = mask.convert("RGBA")
+transparent.putalpha(ImageOps.invert(mask))
+transparent.save("transparent.png")
+`;
+
 function openai(params, place) {
   const more = named(params, optionNames(place).filter((name) => name !== "height" && name !== "width"));
+  const isEdit = startsFromImage(params);
+  if (isEdit) more.push(["strength", literal("strength", params.strength)]);
+  const files = isEdit ? ['    image=open("image.png", "rb"),\n', params.has_mask ? '    mask=open("transparent.png", "rb"),\n' : ""] : [];
   return `import base64
 ${place.wantsKey ? "import os\n" : ""}
 from openai import OpenAI
-
+${isEdit && params.has_mask ? `from PIL import Image, ImageOps\n${OPENAI_MASK}` : ""}
 client = OpenAI(base_url=${JSON.stringify(`${place.http}/v1`)}, api_key=${place.wantsKey ? 'os.environ["MII_SERVE_API_KEY"]' : '"none"'})
-result = client.images.generate(
-    model=${JSON.stringify(params.model ?? place.model)},
+result = client.images.${isEdit ? "edit" : "generate"}(
+${files.join("")}    model=${JSON.stringify(params.model ?? place.model)},
     prompt=${literal("prompt", params.prompt)},
     size="${params.width}x${params.height}",
     response_format="b64_json",

@@ -1,5 +1,6 @@
 // The form: filled from the parameters' declarations, read as it stands. Only the server checks the rules; its errors go to their fields.
 
+import * as image from "./image.js";
 import { byId, element } from "./words.js";
 
 let parameters = []; // as the server declares them
@@ -13,6 +14,7 @@ const EXAMPLES = {
 export function fill(info) {
   const { defaults, limits } = info;
   parameters = info.parameters;
+  image.fill(info);
   for (const parameter of parameters) {
     if (byId(parameter.name) === null) addControl(parameter);
     const input = byId(parameter.name);
@@ -68,7 +70,7 @@ function follow(name) {
   byId(SLIDES[name]).value = byId(name).value;
 }
 
-export function pairSliders() {
+export function listen(say) {
   for (const [name, slide] of Object.entries(SLIDES)) {
     byId(slide).addEventListener("input", () => {
       byId(name).value = byId(slide).value;
@@ -77,13 +79,18 @@ export function pairSliders() {
     byId(name).addEventListener("input", () => follow(name));
   }
   byId("form").addEventListener("input", (event) => event.target.name && clearError(event.target.name));
+  image.listen(say, (width, height) => {
+    [byId("width").value, byId("height").value] = [width, height];
+    for (const name of ["width", "height"]) clearError(name);
+  });
 }
 
 // What was typed, as it was typed: a field that is not a number goes out as text, and the server says so.
 export function read() {
   const request = {};
-  for (const { name, type } of parameters) {
-    const input = byId(name);
+  const declared = parameters.map(({ name, type }) => [byId(name), name, type]);
+  const strength = image.strength();
+  for (const [input, name, type] of strength === null ? declared : [...declared, [strength, "strength", "number"]]) {
     if (input.validity.badInput) {
       request[name] = "not a number";
       continue;
@@ -98,6 +105,7 @@ export function read() {
 }
 
 export function apply(params) {
+  image.apply(params);
   for (const { name } of parameters) {
     byId(name).value = name === "num_images_per_prompt" ? 1 : params[name] ?? "";
     clearError(name);
@@ -113,12 +121,17 @@ function clearError(name) {
 
 export function clearErrors() {
   for (const { name } of parameters) clearError(name);
+  image.clearErrors();
   byId("form-error").textContent = "";
 }
 
 const labelOf = (name) => byId(name).labels[0].firstChild.textContent.trim();
 
 export function showError(error) {
+  if (image.FIELDS.includes(error.field)) {
+    image.showError(error);
+    return;
+  }
   if (parameters.some(({ name }) => name === error.field)) {
     byId(`${error.field}-error`).textContent = `${labelOf(error.field)} ${error.rule}`;
     const input = byId(error.field);

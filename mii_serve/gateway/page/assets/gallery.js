@@ -25,7 +25,7 @@ export function hang(picture, onChosen) {
   while (hanging.length > MAX_PICTURES) {
     const oldest = hanging.pop();
     oldest.place.remove();
-    URL.revokeObjectURL(oldest.picture.url);
+    for (const url of [oldest.picture.url, ...oldest.picture.files.map(([, url]) => url)]) URL.revokeObjectURL(url);
   }
   byId("gallery-empty").hidden = true;
   byId("gallery-count").textContent = String(hanging.length);

@@ -23,6 +23,8 @@ function facts(picture, place) {
     ["Steps", params.num_inference_steps],
     ["Guidance", params.guidance_scale],
     ["Scheduler", params.scheduler],
+    ["Strength", params.strength],
+    ["Mask", params.strength != null && params.has_mask && "painted parts only"],
     ["Size", `${params.width} × ${params.height}`],
     ["Seed", params.seed],
     ["Safety checker", isBlocked && checked === "passed" ? "" : checked], // the last word is not "passed" on a black picture
@@ -31,7 +33,7 @@ function facts(picture, place) {
     ...place.names.filter((name) => !SHOWN.includes(name)).map((name) => [name, params[name]]),
     ["Made by", params.engine && `${params.engine} ${params.dtype} on ${params.device}`],
     ["Took, and queued", picture.total_s == null ? "" : `${took(picture.total_s)}, ${took(picture.queued_s)}`],
-  ].filter(([, value]) => value !== "" && value != null);
+  ].filter(([, value]) => value !== "" && value != null && value !== false);
 }
 
 function note(id, text) {
@@ -52,6 +54,9 @@ export function show(picture, place) {
       return row;
     }),
   );
+  byId("files").hidden = picture.files.length === 0;
+  byId("file-mask-part").hidden = picture.files.length < 2;
+  for (const [name, url] of picture.files) byId(`file-${name}`).href = url;
   byId("download").href = picture.url;
   byId("download").download = fileName(params.prompt, params.seed);
   code = Object.fromEntries(Object.entries(LANGUAGES).map(([name, write]) => [name, write(params, place)]));

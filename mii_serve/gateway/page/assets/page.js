@@ -2,6 +2,7 @@
 
 import * as form from "./form.js";
 import * as gallery from "./gallery.js";
+import * as start from "./image.js";
 import * as inspector from "./inspector.js";
 import * as jobs from "./jobs.js";
 import * as server from "./server.js";
@@ -142,7 +143,8 @@ const onEvent = {
   image({ image_index: index, png, ...image }) {
     const { preview_every: _, num_images_per_prompt: __, ...asked } = running.request;
     const params = { ...asked, seed: image.seed, width: image.width, height: image.height };
-    const picture = { ...image, url: server.pngUrl(png), params, shots: null, numSteps: 0 };
+    const files = Object.entries(running.files ?? {}).map(([name, file]) => [name, URL.createObjectURL(file)]);
+    const picture = { ...image, url: server.pngUrl(png), params, files, shots: null, numSteps: 0 };
     running.pictures[index] = picture;
     stage.finished(index, picture, choose);
     gallery.hang(picture, choose);
@@ -175,6 +177,7 @@ function choose(picture) {
   gallery.mark(picture);
   inspector.show(picture, place());
   byId("seed-reuse").disabled = false;
+  byId("use-image").disabled = heldBack(picture) !== "";
   sides("inspector");
 }
 
@@ -190,6 +193,7 @@ function begin(request) {
   running = {
     request,
     stop: new AbortController(),
+    files: null,
     parts: Array.from({ length: count }, () => ({ step: 0, numSteps: 0, left: null })),
     pictures: [],
     isStarted: false,
@@ -221,7 +225,8 @@ async function run() {
   const { stop, pictures } = running;
   let failure = null;
   try {
-    await server.generate(running.request, stop.signal, (name, value) => {
+    running.files = await start.files();
+    await server.generate(running.request, running.files, stop.signal, (name, value) => {
       if (!running.isShown) showRunning();
       onEvent[name]?.(value);
     });
@@ -273,7 +278,13 @@ byId("reuse-all").addEventListener("click", () => {
   byId("prompt").focus();
 });
 
-form.pairSliders();
+byId("use-image").addEventListener("click", async () => {
+  await start.take(shown.url, `${shown.params.prompt}, seed ${shown.params.seed}`);
+  byId("start").scrollIntoView({ block: "nearest" });
+  byId("mask-paint").focus();
+});
+
+form.listen(say);
 inspector.listen();
 stage.idle(512, 512);
 learn();

@@ -47,14 +47,19 @@ export async function post(path) {
   return answer.json();
 }
 
+// JSON alone, or a form with it and the files of a request that starts from an image.
+function bodyOf(request, files) {
+  const json = JSON.stringify(request);
+  if (files === null) return { headers: headers({ "content-type": "application/json" }), body: json };
+  const body = new FormData();
+  body.append("request", json);
+  for (const [name, file] of Object.entries(files)) body.append(name, file, `${name}.png`);
+  return { headers: headers({ "x-mii-page": "1" }), body };
+}
+
 // Calls `tell(name, value)` for every event. Aborting the signal closes the connection, and that cancels the work.
-export async function generate(request, signal, tell) {
-  const answer = await fetch("/ui/generate", {
-    method: "POST",
-    headers: headers({ "content-type": "application/json" }),
-    body: JSON.stringify(request),
-    signal,
-  });
+export async function generate(request, files, signal, tell) {
+  const answer = await fetch("/ui/generate", { method: "POST", ...bodyOf(request, files), signal });
   if (!answer.ok) throw await refused(answer);
   let isDone = false;
   for await (const [name, value] of events(answer.body)) {

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mii_serve.engine.kernels.rows import RowParallelKernels
 from mii_serve.engine.kernels.shares import Share, shares
 
 
@@ -61,3 +65,14 @@ def test_a_rank_too_many_has_nothing():
 
 def test_unguided_samples_fill_up_what_pairs_leave():
     assert [share.rows for share in shares(3, 5, 2)] == [(0, 2, 3), (1, 4)]
+
+
+def test_an_inpainting_model_predicts_for_the_latents_alone():
+    def predict(model_input, timestep_embeds, prompts, sample_of_row):
+        return torch.ones(len(prompts), 4, *model_input.shape[2:])
+
+    widths = {"prompt_width": 1, "timestep_width": 1, "max_latent_pixels_per_call": None}
+    kernels = SimpleNamespace(name="native", sampler=None, predict_noise=predict, **widths)
+    group = SimpleNamespace(rank=0, size=1, all_gather=lambda sent: sent)
+    made = RowParallelKernels(kernels, group).predict_noise(torch.zeros(2, 9, 8, 8), torch.zeros(2, 1), torch.zeros(3, 77, 1))
+    assert made.shape == (3, 4, 8, 8)

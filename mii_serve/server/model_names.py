@@ -1,11 +1,11 @@
-"""The names of the deployment's one model, for dialects whose requests name a model."""
+"""The names of the deployment's one model, for protocols whose requests name a model."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 
-from mii_serve.gateway.errors import NotFoundError
+from mii_serve.errors import NotFoundError
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.types import ServerInfo
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mii_serve.gateway.dialects import azure_score, huggingface, openai
-from mii_serve.gateway.suggestions import meant
+from mii_serve.server.suggestions import meant
 
 OPENAI = tuple(openai.ImagesBody.model_fields)
 
