@@ -15,7 +15,6 @@ from mii_serve.samplers.build import ModelSchedulers
 from mii_serve.samplers.sampling import Samplings
 from mii_serve.types import GenerationDefaults, Limits
 
-
 PIPELINE = SimpleNamespace(
     text_encoder=SimpleNamespace(config=SimpleNamespace(num_hidden_layers=12, hidden_size=768)),
     tokenizer=SimpleNamespace(model_max_length=77),
