@@ -37,7 +37,7 @@ def test_a_scheduler_object_that_fails_takes_no_other_sample_along(demo, where):
     well, ill = (Sample(id=SampleId(name, 0), params=params) for name in ("well", "ill"))
     engine.run(StepPlan(joins=(well, ill), steps=(well.id, ill.id)))
     scheduler = engine._schedulers.make(SamplerRun("euler", 3), torch.device("cpu"))
-    failing = engine._samples[ill.id].stepping = Failing(scheduler, torch.Generator())
+    failing = engine._samples[ill.id].stepping = Failing(scheduler, torch.Generator(), SamplerRun("euler", 3))
     failing.where = where
     first, second = engine.run(StepPlan(steps=(ill.id, well.id), previews=(ill.id, well.id)))
     assert (first.id, second.id) == (ill.id, well.id)
