@@ -37,6 +37,7 @@ from mii_serve.server.call import CallContext
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.job_store import JobStore, StoredBatch, StoredFile
 from mii_serve.server.keys import KeyRing
+from mii_serve.server.threads import in_thread
 from mii_serve.types import (
     GenerationRequest,
     ImageFormat,
@@ -214,7 +215,7 @@ class Jobs:
         with ExitStack() as opened:
             opening = open_job(path, output, JobSettings(), info, check_row=check)
             try:
-                job = await asyncio.to_thread(opened.enter_context, opening)
+                job = await in_thread(opened.enter_context, opening)
             except InputRefusedError as error:
                 self._fail(batch, sorted(_errors_of(error.findings), key=lambda problem: problem["line"]))
                 return
@@ -270,7 +271,7 @@ class Jobs:
         if last != "cancelled":
             batch = self._put(batch, "finalizing")
         renderer = self._renderer(replace(batch, status=last), job.journal)
-        output_bytes, error_bytes = await asyncio.to_thread(renderer.sizes)
+        output_bytes, error_bytes = await in_thread(renderer.sizes)
         return replace(batch, output_bytes=output_bytes or None, error_bytes=error_bytes or None), last
 
     def _renderer(self, batch: StoredBatch, journal: Journal) -> Renderer:
