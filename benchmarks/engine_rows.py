@@ -26,6 +26,7 @@ from mii_serve.engine.stage_timer import StageTimer
 from mii_serve.errors import MiiServeError
 from mii_serve.models import load_model
 from mii_serve.samplers.build import ModelSchedulers
+from mii_serve.samplers.run import SamplerRun
 from mii_serve.types import GenerationParams, RequestedParams, Sample, SampleId, StepPlan
 
 
@@ -124,7 +125,7 @@ class PipelineRow:
     def burst(self, asked: RequestedParams, count: int) -> list[Image.Image]:
         defaults = self._defaults
         steps = asked.num_inference_steps or defaults.num_inference_steps
-        scheduler = self._schedulers.make(asked.scheduler or defaults.scheduler, steps, torch.device(self._device))
+        scheduler = self._schedulers.make(SamplerRun(asked.scheduler or defaults.scheduler, steps), torch.device(self._device))
         self._pipeline.scheduler = scheduler
         with torch.inference_mode():
             made = self._pipeline(

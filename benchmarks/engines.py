@@ -177,8 +177,9 @@ def unet_flops_per_row(unet: Any, height: int, width: int) -> int:
 
 def num_unet_calls(sampler: str, num_steps: int, model_scheduler: Any) -> int:
     from mii_serve.samplers.build import ModelSchedulers, try_scheduler
+    from mii_serve.samplers.run import SamplerRun
 
-    return try_scheduler(ModelSchedulers(model_scheduler), sampler, num_steps)
+    return try_scheduler(ModelSchedulers(model_scheduler), SamplerRun(sampler, num_steps))
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------

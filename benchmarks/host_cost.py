@@ -36,6 +36,7 @@ from mii_serve.engine.batched.buckets import BatchShape
 from mii_serve.engine.kernels.native import NativeKernels
 from mii_serve.models import LoadedModel, load_model
 from mii_serve.replica.loop import ReplicaLoop
+from mii_serve.samplers.run import SamplerRun
 from mii_serve.samplers.table import SamplerTable
 from mii_serve.types import Event, OutputOptions, RequestedParams, ResolvedRequest
 
@@ -74,7 +75,7 @@ def engine_of(model: LoadedModel, num_samples: int) -> BatchedEngine:
     denoiser._record = record  # type: ignore[method-assign]
     with torch.inference_mode():
         denoiser.prepare()
-        sampling = engine._samplings.of(SCHEDULER, NUM_STEPS)
+        sampling = engine._samplings.of(SamplerRun(SCHEDULER, NUM_STEPS))
         assert isinstance(sampling, SamplerTable)
         engine._timesteps.rows([float(timestep) for timestep in sampling.timesteps])
     return engine

@@ -14,7 +14,7 @@ from mii_serve.batch.readers import Problem, Record
 from mii_serve.batch.rows import Row
 from mii_serve.batch.settings import JobSettings
 from mii_serve.errors import InvalidRequestError
-from mii_serve.types import PARAMETERS, Capabilities, RequestedParams
+from mii_serve.types import A1111, PARAMETERS, Capabilities, RequestedParams
 
 MAX_SHOWN = 20
 """Problems that are named one by one; the others are counted."""
@@ -61,7 +61,8 @@ class _Rules:
             InvalidRequestError: naming the parameter and the rule.
         """
         key = *_NUMBERS(asked), None if asked.loras is None else tuple(sorted(asked.loras.items()))
-        if (work := self._known.get(key)) is None:
+        has_weights = A1111 in (asked.prompt_syntax, self._defaults.get("prompt_syntax"))  # which every text must have right
+        if (work := self._known.get(key)) is None or has_weights:
             given = {name: value for name, value in self._defaults.items() if getattr(asked, name) is None}
             params = self._capabilities.resolve(replace(asked, **given), fallback_seed=0)
             work = params.num_inference_steps * params.work_per_call * params.num_images_per_prompt

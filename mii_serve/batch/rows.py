@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mii_serve.errors import InvalidRequestError
-from mii_serve.types import PARAMETER_NAMES, PARAMETERS, RequestedParams, checked_loras, parsed_loras
+from mii_serve.types import EMBEDS, OWN_STEPS, PARAMETER_NAMES, PARAMETERS, RequestedParams, checked_loras, parsed_loras
 
 ID = "id"
 LORAS = "loras"
@@ -29,6 +29,7 @@ WITHOUT_EFFECT = frozenset(
 """Members of OpenAI's body that do not change the picture here."""
 OF_IMAGES = ("image", "mask_image", "strength")
 """Parameters of requests that start from an image, which jobs do not have."""
+OF_LISTS = (*(one.name for one in OWN_STEPS), *EMBEDS)
 _SIZE = re.compile(r"(\d{1,9})[xX](\d{1,9})", re.ASCII)
 _KINDS = {parameter.name: parameter for parameter in PARAMETERS}
 
@@ -98,6 +99,8 @@ def _row(row_id: Any, members: Mapping[str, Any]) -> Row:
         elif name not in _KINDS:
             if name in OF_IMAGES:
                 raise RowError(name, "a row cannot start from an image; rename the member if it is something else")
+            if name in OF_LISTS:
+                raise RowError(name, "is not for rows; rename the member if it is something else")
             if (meant := near_parameter(name)) is not None:
                 raise RowError(name, f"no such parameter; did you mean {meant}? Rename it if it is something else")
             extra[name] = value

@@ -13,10 +13,11 @@ from PIL import Image
 from mii_serve.types import RequestedParams
 
 PARAMETER_TYPES: dict[str, type[str] | type[int] | type[float]] = {
-    name: next((kind for kind in get_args(hint) if kind is not type(None)), hint)
+    name: kind
     for name, hint in get_type_hints(RequestedParams).items()
+    if (kind := next((kind for kind in get_args(hint) if kind is not type(None)), hint)) in (str, int, float)
 }
-"""The type of every parameter of a request."""
+"""The type of every parameter of a request that is a text or a number."""
 
 OK = "OK"
 DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"

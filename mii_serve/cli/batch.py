@@ -29,7 +29,7 @@ from mii_serve.cli.exits import ExitCode, say
 from mii_serve.cli.own_server import own_server
 from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.extras import require
-from mii_serve.types import Capabilities, GenerationDefaults, Limits, LoraInfo, ServerInfo
+from mii_serve.types import Capabilities, GenerationDefaults, Limits, LoraInfo, ModelParts, ServerInfo
 
 if TYPE_CHECKING:
     from mii_serve.batch.check import Findings
@@ -244,7 +244,13 @@ def _only_check(flags: BatchFlags, settings: JobSettings, connection: Connection
         capabilities = server_info(connection, flags.max_stall_s).capabilities
     else:
         defaults = GenerationDefaults(scheduler="default")
-        capabilities = Capabilities(limits=Limits(), defaults=defaults, schedulers=_AnyScheduler(), loras=_AnyLora())
+        capabilities = Capabilities(
+            limits=Limits(),
+            defaults=defaults,
+            schedulers=_AnyScheduler(),
+            loras=_AnyLora(),
+            parts=ModelParts(num_text_layers=1000),  # as many as any model has
+        )
     with tempfile.TemporaryDirectory(prefix="mii_serve-check-") as folder:
         journal = Journal(Path(folder) / JOURNAL)
         try:

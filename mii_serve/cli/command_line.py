@@ -18,7 +18,7 @@ from mii_serve.cli.exits import EPILOG, ExitCode, exit_codes, open_standard_stre
 from mii_serve.extras import require
 from mii_serve.safe_path import SAFE_PATH
 from mii_serve.threads import wait_briefly
-from mii_serve.types import ENGINE_CHOICES, PARAMETER_NAMES, PARAMETERS, STRENGTH, ImageFormat, RequestedParams
+from mii_serve.types import ENGINE_CHOICES, OWN_STEPS, PARAMETER_NAMES, PARAMETERS, STRENGTH, ImageFormat, RequestedParams
 
 if TYPE_CHECKING:
     from mii_serve.cli.connection import Connection
@@ -214,6 +214,9 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     help = "an image of the same size: where it is light, the image is repainted, where it is dark, it stays"
     request.add_argument("--mask-image", type=Path, metavar="FILE", help=help)
     request.add_argument("--strength", type=float, metavar=_METAVARS[float], help=STRENGTH.help)
+    for parameter in OWN_STEPS:
+        name, metavar = f"--{parameter.name}", _METAVARS[parameter.kind]
+        request.add_argument(name, type=parameter.kind, nargs="+", metavar=metavar, help=parameter.help)
     lora_flags.add_use_lora(request.add_argument)
     add = parser.add_argument_group("without --target").add_argument
     # No default: a flag that was not given leaves the choice to the environment.
@@ -380,6 +383,7 @@ def _generate(values: dict[str, Any]) -> int:
     from mii_serve.cli.generate import run
 
     given = {name: values[name] for name in (*PARAMETER_NAMES, STRENGTH.name, "loras")}
+    given |= {one.name: None if values[one.name] is None else tuple(values[one.name]) for one in OWN_STEPS}
     for name, flag in (("image", "--image"), ("mask_image", "--mask-image")):
         given[name] = None if values[name] is None else read_image(flag, values[name])
     return run(

@@ -16,7 +16,11 @@ from PIL import Image
 
 from mii_serve.errors import InvalidRequestError
 from mii_serve.types import (
+    EMBEDS,
+    FP16,
+    FP32,
     LORAS_HELP,
+    OWN_STEPS,
     PARAMETER_NAMES,
     PARAMETERS,
     STRENGTH,
@@ -25,6 +29,7 @@ from mii_serve.types import (
     ImageFormat,
     OutputOptions,
     Priority,
+    PromptEmbeds,
     RequestedParams,
 )
 
@@ -39,6 +44,8 @@ class GenerateOptions(GenerationKwargs, total=False):
 
     image: Image.Image | bytes | None
     mask_image: Image.Image | bytes | None
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
     output_format: OutputFormat
     quality: int | None
     embed_metadata: bool
@@ -64,7 +71,9 @@ _HELPS = {
     "image": "start from this image: of Pillow, or the content of a PNG, JPEG or WebP file; without height and width, the"
     " result has its size, rounded down to multiples of 8",
     "mask_image": "an image of the same size: where it is light, the image is repainted, where it is dark, it stays",
-    STRENGTH.name: STRENGTH.help,
+    "prompt_embeds": "embeddings in the place of the prompt: an array of numpy or a tensor of torch, tokens × text width",
+    "negative_prompt_embeds": "the same for the negative prompt",
+    **{parameter.name: parameter.help for parameter in (STRENGTH, *OWN_STEPS)},
     "loras": LORAS_HELP,
 }
 
@@ -91,8 +100,8 @@ def lists_options(options: type[GenerateOptions]) -> Callable[[Method], Method]:
     return decorate
 
 
-def check_names(method: str, given: Mapping[str, object], options: type[GenerateOptions]) -> None:
-    """Refuse what the method does not know, as Python does.
+def check_names(method: str, prompt: str | None, given: Mapping[str, object], options: type[GenerateOptions]) -> None:
+    """Refuse what the method does not know, and a call without a prompt or embeddings, as Python does.
 
     Raises:
         TypeError: naming the argument.
@@ -100,9 +109,11 @@ def check_names(method: str, given: Mapping[str, object], options: type[Generate
     for name in given:
         if name not in options.__annotations__:
             raise TypeError(f"{method}() got an unexpected keyword argument {name!r}")
+    if prompt is None and given.get("prompt_embeds") is None:
+        raise TypeError(f"{method}() missing 1 required positional argument: 'prompt'")
 
 
-def build_request(prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
+def build_request(prompt: str | None, options: Mapping[str, Any]) -> GenerationRequest:
     """The request that a prompt and these `StreamOptions` ask for.
 
     Raises:
@@ -110,10 +121,14 @@ def build_request(prompt: str, options: Mapping[str, Any]) -> GenerationRequest:
     """
     if isinstance(prompt, list | tuple):
         raise InvalidRequestError("prompt", "must be one text; make one call for each prompt", type(prompt).__name__)
+    if prompt is None and options.get("prompt_embeds") is not None:
+        prompt = ""
     if not isinstance(prompt, str):
         raise InvalidRequestError("prompt", "must be text", type(prompt).__name__)
     given = {**_DEFAULTS, **options}
     others = {name: given[name] for name in (*PARAMETER_NAMES, "strength", "loras") if name != "prompt"}
+    others |= {name: _embeds_of(name, given[name]) for name in EMBEDS}
+    others |= {one.name: _numbers(given[one.name]) for one in OWN_STEPS}
     image, mask_image = (_file_of(name, given[name]) for name in ("image", "mask_image"))
     return GenerationRequest(
         params=RequestedParams(prompt=prompt, image=image, mask_image=mask_image, **others),
@@ -139,6 +154,31 @@ def _file_of(name: str, image: Image.Image | bytes | None) -> bytes | None:
     except (OSError, ValueError, SyntaxError) as error:
         raise InvalidRequestError(name, f"cannot be written as PNG ({error})", image.mode) from None
     return file.getvalue()
+
+
+def _embeds_of(name: str, given: Any) -> PromptEmbeds | None:
+    """Anything with a shape and a dtype that becomes an array of numpy; neither numpy nor torch is imported for it."""
+    if given is None or isinstance(given, PromptEmbeds):
+        return given
+    try:
+        if hasattr(given, "detach"):
+            given = given.detach().cpu()
+            given = (given.float() if "bfloat16" in str(given.dtype) else given).numpy()
+        shape = tuple(given.shape)
+        num_tokens, width = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+        dtype = FP16 if str(given.dtype) == "float16" else FP32
+        data = given.astype("<f2" if dtype == FP16 else "<f4").tobytes()
+    except (AttributeError, TypeError, ValueError):
+        rule = "must be an array of numpy or a tensor of torch, tokens × text width"
+        raise InvalidRequestError(name, rule, str(getattr(given, "shape", type(given).__name__))[:80]) from None
+    return PromptEmbeds(num_tokens=num_tokens, width=width, dtype=dtype, data=data)
+
+
+def _numbers(values: Any) -> Any:
+    """Numbers in a tuple, those of numpy and torch as Python's; anything else as it is, for the codec to refuse."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    return tuple(values) if isinstance(values, list | range) else values
 
 
 def _member(members: type[Member], name: str, value: object) -> Member:

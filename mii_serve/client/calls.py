@@ -84,7 +84,7 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
         return f"{type(self).__name__}({self.target!r})"
 
     @lists_options(GenerateOptions)
-    def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> AnswerT:
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AnswerT:
         """Make the images of one prompt. `timeout` is in seconds; without one, the call waits for as long as it takes.
 
         The call is retried, at most `max_retries` times and within `timeout`, where the server was not reached, was lost, or
@@ -98,17 +98,17 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
             QueueFullError: the server has no room now.
             UnavailableError: the server is unreachable or not ready.
         """
-        check_names("generate", options, GenerateOptions)
+        check_names("generate", prompt, options, GenerateOptions)
         return self._generate(*self._arguments(prompt, options))
 
     @lists_options(StreamOptions)
-    def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> StreamT:
+    def stream(self, prompt: str | None = None, **options: Unpack[StreamOptions]) -> StreamT:
         """Make the images of one prompt, and yield what happens to them as events. The arguments are those of `generate`.
 
         With `preview_every`, an unfinished image is shown after every so many UNet calls, less often on a busy server. The
         iteration raises the errors; a stream is not retried.
         """
-        check_names("stream", options, StreamOptions)
+        check_names("stream", prompt, options, StreamOptions)
         return self._stream(*self._arguments(prompt, options))
 
     @abstractmethod
@@ -117,7 +117,7 @@ class GenerationCalls(ABC, Generic[AnswerT, StreamT]):
     @abstractmethod
     def _stream(self, request: pb.GenerateRequest, timeout: float | None, metadata: Pairs) -> StreamT: ...
 
-    def _arguments(self, prompt: str, options: Mapping[str, Any]) -> tuple[pb.GenerateRequest, float | None, Pairs]:
+    def _arguments(self, prompt: str | None, options: Mapping[str, Any]) -> tuple[pb.GenerateRequest, float | None, Pairs]:
         """What a call sends: the message, the seconds it may take, and the metadata."""
         metadata = self._metadata
         if (key := options.get("idempotency_key")) is not None:

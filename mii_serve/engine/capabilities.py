@@ -14,8 +14,9 @@ from mii_serve.models import LoadedModel
 from mii_serve.models.architecture import INPAINTING_CHANNELS
 from mii_serve.models.loading import TORCH_DTYPES
 from mii_serve.samplers.build import ModelSchedulers, first_line
+from mii_serve.samplers.run import SamplerRun
 from mii_serve.samplers.sampling import Uncompiled
-from mii_serve.types import DEFAULT_SCHEDULER, Capabilities, EngineDescription, EngineName
+from mii_serve.types import DEFAULT_SCHEDULER, Capabilities, EngineDescription, EngineName, ModelParts
 
 FEW_STEPS = 4
 """The scheduler of a distilled model may have fewer than diffusers' default of 50."""
@@ -31,6 +32,16 @@ def takes_mask_in(unet: Any) -> bool:
 def takes_guidance_in(unet: Any) -> bool:
     """Whether the UNet is a latent consistency model's, which makes no second row of a guided sample."""
     return getattr(unet.config, "time_cond_proj_dim", None) is not None
+
+
+def parts_of(pipeline: Any) -> ModelParts:
+    return ModelParts(
+        num_text_layers=pipeline.text_encoder.config.num_hidden_layers,
+        num_text_tokens=pipeline.tokenizer.model_max_length,
+        text_width=pipeline.text_encoder.config.hidden_size,
+        num_train_timesteps=int(pipeline.scheduler.config.get("num_train_timesteps", 1000)),
+        embeds_guidance=takes_guidance_in(pipeline.unet),
+    )
 
 
 def description_of(model: LoadedModel, engine: EngineName, note: str) -> EngineDescription:
@@ -57,9 +68,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def capabilities_of(
-    model: LoadedModel, schedulers: ModelSchedulers, check: Callable[[str, int], object], *, needs_mask: bool = False
+    model: LoadedModel, schedulers: ModelSchedulers, check: Callable[[SamplerRun], object], *, needs_mask: bool = False
 ) -> Capabilities:
-    """The model's limits and defaults with the names of its schedulers. `check` tries a name with a number of steps.
+    """The model's limits and defaults with the names of its schedulers. `check` tries a run of one.
 
     Raises:
         ModelError: the default scheduler cannot draw; the text is for the operator.
@@ -70,13 +81,14 @@ def capabilities_of(
         defaults=model.defaults,
         schedulers=schedulers.accepted_names,
         needs_mask=needs_mask,
+        parts=parts_of(model.pipeline),
     )
     try:
         name = capabilities.scheduler_named(declared)
         try:
-            sampling = check(name, num_steps)
+            sampling = check(SamplerRun(name, num_steps))
         except InvalidRequestError as error:
-            sampling = check(name, FEW_STEPS)
+            sampling = check(SamplerRun(name, FEW_STEPS))
             logger.warning("a request that names no num_inference_steps will be refused: the default does not work: %s", error)
     except InvalidRequestError as error:
         is_own = schedulers.accepted_names.get(declared) == DEFAULT_SCHEDULER

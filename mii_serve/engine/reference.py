@@ -23,8 +23,10 @@ from mii_serve.engine.decode import decode, is_finite
 from mii_serve.engine.input_images import KeptImage, mask_of, masked_pixels_of, pixels_of, skip_masked_image
 from mii_serve.engine.loras import NOTHING, Combination, LoraStore, applied
 from mii_serve.engine.probe import UNetCall, without_checker
+from mii_serve.engine.prompt_chunks import Chunk, Chunker, tensor_of, weighted
 from mii_serve.engine.sample_errors import is_of_one_sample, not_finite, sample_error
 from mii_serve.engine.stage_timer import StageTimer
+from mii_serve.engine.text_encoding import encoded, has_text_model
 from mii_serve.engine.truncation import dropped_text
 from mii_serve.engine.warmup import make_pictures, warm_up_request
 from mii_serve.errors import EngineError, NotFiniteError
@@ -32,9 +34,12 @@ from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import checked_pictures
 from mii_serve.samplers.build import ModelSchedulers, first_call, refuse_without_noise, step_kwargs, try_scheduler
 from mii_serve.samplers.preview import x0_coefficients
+from mii_serve.samplers.run import SamplerRun
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
+    EMBEDS,
     LATENT_SCALE,
+    PLAIN,
     Capabilities,
     EngineCapacity,
     GenerationParams,
@@ -46,7 +51,7 @@ from mii_serve.types import (
     StepPlan,
 )
 
-MAX_COUNTED = 10_000
+MAX_COUNTED = 1000
 """Samplers and numbers of steps whose UNet calls are kept counted."""
 
 
@@ -92,9 +97,10 @@ class ReferenceEngine:
         self._device = torch.device(model.pipeline.device)
         self._schedulers = ModelSchedulers(model.pipeline.scheduler)
         self._takes_mask = takes_mask_in(model.pipeline.unet)
+        self._chunker = Chunker(model.pipeline)
         self._timer = StageTimer()
         self._samples: dict[SampleId, ReferenceSample] = {}
-        self._num_calls: dict[tuple[str, int, int], int] = {}
+        self._num_calls: dict[SamplerRun, int] = {}
         self.loras = LoraStore(model.pipeline, model.loras)
         self._capabilities = capabilities_of(model, self._schedulers, self._count_calls, needs_mask=self._takes_mask)
         self.description = description_of(model, "reference", note)
@@ -107,18 +113,17 @@ class ReferenceEngine:
         return self._timer.take()
 
     def check(self, params: GenerationParams) -> int:
-        num_calls = self._count_calls(params.scheduler, params.num_inference_steps, params.num_skipped_steps)
+        num_calls = self._count_calls(SamplerRun.of(params))
         refuse_without_noise(self._schedulers, params, has_blending=not self._takes_mask)
         self.loras.check(params.lora_choice)
         return num_calls
 
-    def _count_calls(self, scheduler: str, num_inference_steps: int, num_skipped_steps: int = 0) -> int:
-        asked = scheduler, num_inference_steps, num_skipped_steps
-        if asked not in self._num_calls:
+    def _count_calls(self, run: SamplerRun) -> int:
+        if run not in self._num_calls:
             if len(self._num_calls) >= MAX_COUNTED:
                 self._num_calls.clear()
-            self._num_calls[asked] = try_scheduler(self._schedulers, *asked)
-        return self._num_calls[asked]
+            self._num_calls[run] = try_scheduler(self._schedulers, run)
+        return self._num_calls[run]
 
     def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
         return self._schedulers.describe(params.scheduler, is_compiled=False)
@@ -152,16 +157,12 @@ class ReferenceEngine:
 
     def _start(self, sample: Sample) -> ReferenceSample:
         params, pipeline = sample.params, self._pipeline
-        scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device, params.num_skipped_steps)
-        timesteps = scheduler.timesteps[first_call(scheduler, params.num_skipped_steps) :]
-        is_guided = self._is_guided(params)
+        run = SamplerRun.of(params)
+        scheduler = self._schedulers.make(run, self._device)
+        timesteps = scheduler.timesteps[first_call(scheduler, run.num_skipped_steps) :]
         loras = self.loras.combination(params.lora_choice)
         with self._timer.time("encode"), applied(pipeline.text_encoder, loras.text_encoder):
-            prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
-                params.prompt, self._device, 1, is_guided, params.negative_prompt
-            )
-        if is_guided:
-            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+            prompt_embeds = self._encode(params)
         generator = torch.Generator("cpu").manual_seed(sample.seed)
         channels = pipeline.unet.config.out_channels
         shape = (1, channels, params.height // LATENT_SCALE, params.width // LATENT_SCALE)
@@ -170,7 +171,7 @@ class ReferenceEngine:
             sample=sample,
             scheduler=scheduler,
             timesteps=timesteps,
-            step_kwargs=step_kwargs(scheduler, generator),
+            step_kwargs=step_kwargs(scheduler, generator, run.eta),
             generator=generator,
             prompt_embeds=prompt_embeds,
             latents=first.latents,
@@ -178,6 +179,34 @@ class ReferenceEngine:
             kept_image=first.kept_image,
             condition=first.condition,
         )
+
+    def _encode(self, params: GenerationParams) -> torch.Tensor:
+        """The embeddings of the prompt; with guidance, those of the negative prompt before them."""
+        if params.prompt_syntax == PLAIN:
+            given = {name: tensor_of(embeds)[None] for name in EMBEDS if (embeds := getattr(params, name)) is not None}
+            text = None if "prompt_embeds" in given else params.prompt
+            texts = text, self._device, 1, params.is_guided, params.negative_prompt
+            with has_text_model(self._pipeline.text_encoder):
+                prompt_embeds, negative = self._pipeline.encode_prompt(*texts, **given, clip_skip=params.clip_skip)
+            return torch.cat([negative, prompt_embeds]) if params.is_guided else prompt_embeds
+        read = [self._chunker.read(params.prompt).chunks]
+        if params.is_guided:
+            read.append(self._chunker.read(params.negative_prompt).chunks)
+        num_chunks = max(map(len, read))
+        clip_skips = params.clip_skip, None
+        embeds = [self._embed_chunks(*one, num_chunks) for one in zip(read, clip_skips, strict=False)]
+        return torch.cat(embeds[::-1])
+
+    def _embed_chunks(self, chunks: Sequence[Chunk], clip_skip: int | None, num_chunks: int) -> torch.Tensor:
+        encoder, parts = self._pipeline.text_encoder, []
+        for chunk in [*chunks, *[Chunk()] * (num_chunks - len(chunks))]:
+            ids, mask = (tensor.to(self._device) for tensor in self._chunker.tokens([chunk]))
+            uses_mask = getattr(encoder.config, "use_attention_mask", None)
+            parts.append(weighted(encoded(encoder, ids, mask if uses_mask else None, [clip_skip])[0], chunk))
+        return torch.cat(parts)[None]
+
+    def _dropped(self, params: GenerationParams, text: str) -> str:
+        return dropped_text(self._pipeline, text) if params.prompt_syntax == PLAIN else self._chunker.read(text).dropped
 
     def _first_latents(
         self, sample: Sample, scheduler: Any, timestep: torch.Tensor, generator: torch.Generator, shape: tuple[int, ...]
@@ -228,7 +257,7 @@ class ReferenceEngine:
         scheduler, latents = running.scheduler, running.latents
         timestep = running.timesteps[running.step]
         guidance_scale, guidance_rescale = running.sample.params.guidance_scale, running.sample.params.guidance_rescale
-        is_guided = self._is_guided(running.sample.params)
+        is_guided = running.sample.params.is_guided
         model_input = torch.cat([latents] * 2) if is_guided else latents
         model_input = scheduler.scale_model_input(model_input, timestep)
         with self._timer.time("denoise"):
@@ -261,9 +290,6 @@ class ReferenceEngine:
             x0 = torch.from_numpy(x0_coefficients(scheduler, first=first)[running.step - 1 : running.step]).to(self._device)
             preview = self._preview(running, estimate_x0(model_input[:1], noise_pred, x0))
         return replace(running.progress, preview=preview)
-
-    def _is_guided(self, params: GenerationParams) -> bool:
-        return params.is_guided and not takes_guidance_in(self._pipeline.unet)
 
     def _embedded_guidance(self, guidance_scale: float, dtype: torch.dtype) -> torch.Tensor | None:
         """What a latent consistency model takes in, None for any other."""
@@ -302,8 +328,8 @@ class ReferenceEngine:
             height=picture.height,
             rgb=picture.tobytes(),
             nsfw_content_detected=None if flags is None else flags[0],
-            dropped_prompt=dropped_text(self._pipeline, params.prompt),
-            dropped_negative_prompt=dropped_text(self._pipeline, params.negative_prompt) if self._is_guided(params) else "",
+            dropped_prompt=self._dropped(params, params.prompt),
+            dropped_negative_prompt=self._dropped(params, params.negative_prompt) if params.is_guided else "",
         )
 
 

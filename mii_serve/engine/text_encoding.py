@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,3 +26,16 @@ def encoded(
         if clip_skip:
             embeds[row] = inner.final_layer_norm(outputs.hidden_states[-(clip_skip + 1)][row])
     return embeds
+
+
+@contextlib.contextmanager
+def has_text_model(encoder: Any) -> Iterator[None]:
+    """While the block runs, there is a `text_model`: diffusers looks in it for the last layer norm, transformers 5 has none."""
+    if hasattr(encoder, "text_model"):
+        yield
+        return
+    object.__setattr__(encoder, "text_model", encoder)  # not as a module of its own
+    try:
+        yield
+    finally:
+        object.__delattr__(encoder, "text_model")

@@ -20,6 +20,7 @@ from mii_serve.types import (
     LORAS_HELP,
     MAX_LORA_SCALE,
     MAX_LORAS,
+    OWN_STEPS,
     PARAMETER_NAMES,
     PARAMETERS,
     RANDOM_SEED,
@@ -60,7 +61,7 @@ def document(*, has_sdapi: bool = False) -> dict[str, Any]:
     infer = schemas["InferenceRequest"]["properties"]["parameters"]["properties"]
     infer |= {name: {"$ref": f"#/components/schemas/{name}"} for name in PARAMETER_NAMES}
     schemas["InferenceInput"]["properties"]["name"]["enum"] = list(PARAMETER_NAMES)
-    schemas |= {parameter.name: _schema(parameter) for parameter in (*PARAMETERS, STRENGTH)}
+    schemas |= {parameter.name: _schema(parameter) for parameter in (*PARAMETERS, STRENGTH, *OWN_STEPS)}
     scale = {"type": "number", "minimum": -MAX_LORA_SCALE, "maximum": MAX_LORA_SCALE}
     schemas["loras"] = {
         "type": "object",
@@ -81,6 +82,10 @@ def _schema(parameter: Parameter) -> dict[str, Any]:
         schema |= zip(names, (least, most), strict=True)
     if parameter.multiple_of is not None:
         schema["multipleOf"] = parameter.multiple_of
+    if parameter.lengths is not None:
+        fewest, most_numbers = parameter.lengths(Limits())
+        description = schema.pop("description")
+        schema = {"type": "array", "description": description, "items": schema, "minItems": fewest, "maxItems": most_numbers}
     if parameter.name == "prompt":
         return schema | {"minLength": 1}
     if parameter.name == "seed":

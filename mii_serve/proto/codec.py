@@ -10,10 +10,13 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from mii_serve.errors import InvalidRequestError, MiiServeError
+from mii_serve.proto.conditioning import conditioning_of, own_steps_of, put_conditioning
 from mii_serve.proto.v1 import image_generation_pb2 as pb
 from mii_serve.types import (
+    EMBEDS,
     MAX_IMAGE_BYTES,
     NO_LORAS,
+    OWN_STEPS,
     PARAMETER_NAMES,
     Activity,
     Done,
@@ -29,6 +32,7 @@ from mii_serve.types import (
     Limits,
     LoraChoice,
     LoraInfo,
+    ModelParts,
     OutputOptions,
     Preview,
     Priority,
@@ -123,6 +127,7 @@ def encode_request(request: GenerationRequest | ResolvedRequest) -> pb.GenerateR
         message.priority = _PRIORITIES[request.priority]
     for name in (*PARAMETER_NAMES, "strength"):
         _put(message, name, getattr(request.params, name))
+    put_conditioning(message, request.params)
     if isinstance(request.params, RequestedParams):
         _put(message, "image", request.params.image)
         _put(message, "mask_image", request.params.mask_image)
@@ -176,12 +181,13 @@ def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
     Raises:
         InvalidRequestError: a field that this version does not have, or output options that break a rule.
     """
-    if unknown := unknown_field_numbers(message, message.output):
+    if unknown := unknown_field_numbers(message, message.output, message.prompt_embeds, message.negative_prompt_embeds):
         raise InvalidRequestError(
             "request", "has fields this server does not know", f"field numbers {unknown[:MAX_NAMED_FIELDS]}"
         )
     names = (*PARAMETER_NAMES, "image", "mask_image", "strength")
     asked = {name: _optional(message, name) for name in names if name != "prompt"}
+    asked |= conditioning_of(message)
     return GenerationRequest(
         params=RequestedParams(prompt=message.prompt, loras=dict(message.loras) or None, **asked),
         output=_decode_output(message.output),
@@ -190,17 +196,23 @@ def decode_request(message: pb.GenerateRequest) -> GenerationRequest:
 
 
 def decode_resolved(
-    message: pb.GenerateRequest, input_image: InputImage | None = None, lora_choice: LoraChoice = NO_LORAS
+    message: pb.GenerateRequest,
+    input_image: InputImage | None = None,
+    lora_choice: LoraChoice = NO_LORAS,
+    *,
+    embeds_guidance: bool = False,
 ) -> ResolvedRequest:
-    """Read a resolved request that this package wrote. Nothing is checked again."""
+    """Read a resolved request that this package wrote. Nothing is checked again. `embeds_guidance` is the model's."""
     values = {name: getattr(message, name) for name in PARAMETER_NAMES}
+    values |= {name: _optional(message, name) for name in ("strength", "clip_skip")}
+    values |= conditioning_of(message)
     return ResolvedRequest(
         params=GenerationParams(
             **values,
-            strength=_optional(message, "strength"),
             has_mask=input_image is not None and input_image.mask is not None,
             loras=_sorted(message.loras),
             lora_choice=lora_choice,
+            embeds_guidance=embeds_guidance,
         ),
         output=_decode_output(message.output),
         priority=_decode_priority(message.priority),
@@ -359,24 +371,27 @@ def _decode_format(number: pb.ImageFormat, index: int) -> ImageFormat:
 def _fill_parameters(message: pb.EffectiveParameters, parameters: EffectiveParameters) -> None:
     for name in _PLAIN_PARAMETERS:
         setattr(message, name, getattr(parameters, name))
-    if parameters.strength is not None:
-        message.strength = parameters.strength
+    for name in _OPTIONAL_PARAMETERS:
+        if (value := getattr(parameters, name)) is not None:
+            setattr(message, name, value)
+    for one in OWN_STEPS:
+        getattr(message, one.name).extend(getattr(parameters, one.name) or ())
     message.scheduler_options.update(parameters.scheduler_options)
     message.loras.update(parameters.loras)
 
 
-_OTHER_PARAMETERS = ("scheduler_options", "strength", "loras", "lora_choice")
-_PLAIN_PARAMETERS = tuple(one.name for one in fields(EffectiveParameters) if one.name not in _OTHER_PARAMETERS)
+_OPTIONAL_PARAMETERS = ("strength", "clip_skip")
+_OTHER_PARAMETERS = {"scheduler_options", "loras", *_OPTIONAL_PARAMETERS, *(one.name for one in OWN_STEPS)}
+_UNTOLD = {"lora_choice", "embeds_guidance", *EMBEDS}
+_PLAIN_PARAMETERS = tuple(one.name for one in fields(EffectiveParameters) if one.name not in _OTHER_PARAMETERS | _UNTOLD)
 
 
 def _decode_done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:
     values = {name: getattr(parameters, name) for name in _PLAIN_PARAMETERS}
+    values |= {name: _optional(parameters, name) for name in _OPTIONAL_PARAMETERS} | own_steps_of(parameters)
     return Done(
         parameters=EffectiveParameters(
-            **values,
-            scheduler_options=dict(parameters.scheduler_options),
-            strength=_optional(parameters, "strength"),
-            loras=_sorted(parameters.loras),
+            **values, scheduler_options=dict(parameters.scheduler_options), loras=_sorted(parameters.loras)
         ),
         queued_s=timings.queued_s,
         total_s=timings.total_s,
@@ -394,7 +409,8 @@ def _sorted(loras: Mapping[str, float]) -> dict[str, float]:
 _PLAIN_INFO = tuple(
     one.name
     for one in fields(ServerInfo)
-    if one.name not in ("defaults", "limits", "schedulers", "activity", "replicas", "default_scheduler_options", "loras")
+    if one.name
+    not in ("defaults", "limits", "parts", "schedulers", "activity", "replicas", "default_scheduler_options", "loras")
 )
 
 
@@ -414,6 +430,7 @@ def encode_server_info(info: ServerInfo) -> pb.GetServerInfoResponse:
         **{name: getattr(info, name) for name in _PLAIN_INFO},
         defaults=message.Defaults(**{one.name: getattr(info.defaults, one.name) for one in fields(GenerationDefaults)}),
         limits=message.Limits(**{one.name: getattr(info.limits, one.name) for one in fields(Limits)}),
+        parts=message.Parts(**{one.name: getattr(info.parts, one.name) for one in fields(ModelParts)}),
         schedulers=info.schedulers,
         loras=[encode_lora(lora) for lora in info.loras],
         default_scheduler_options=info.default_scheduler_options,
@@ -437,6 +454,7 @@ def decode_server_info(message: pb.GetServerInfoResponse) -> ServerInfo:
         **{name: getattr(message, name) for name in _PLAIN_INFO},
         defaults=_all_fields(message.defaults, GenerationDefaults),
         limits=_all_fields(message.limits, Limits),
+        parts=_all_fields(message.parts, ModelParts) if message.HasField("parts") else ModelParts(),
         schedulers=dict(message.schedulers),
         loras=tuple(decode_lora(lora) for lora in message.loras),
         default_scheduler_options=dict(message.default_scheduler_options),

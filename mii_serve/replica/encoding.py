@@ -8,10 +8,13 @@ from dataclasses import fields
 from PIL import Image
 
 from mii_serve.provenance import Origin, Provenance
-from mii_serve.types import EffectiveParameters, GenerationParams, ImageFormat, OutputOptions, Picture
+from mii_serve.types import EMBEDS, PLAIN, EffectiveParameters, GenerationParams, ImageFormat, OutputOptions, Picture
 
 ENGINE_FIELDS = ("engine", "dtype", "model", "model_revision")
 """What a file tells of the parts that made it; the device, and the note on the choice of engine, are the operator's."""
+
+_OF_SOME = ("strength", "clip_skip", "eta", "timesteps", "sigmas", "prompt_syntax")
+"""Parameters that a file tells only where they are used."""
 
 
 def encode_picture(
@@ -38,11 +41,17 @@ def _texts(parameters: EffectiveParameters, seed: int) -> dict[str, str]:
 
     They say what was asked for and what was done. Files are passed on, so nothing of the host goes into them.
     """
-    params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams) if one.name != "lora_choice"}
+    untold = ("lora_choice", "embeds_guidance", *EMBEDS)
+    params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams) if one.name not in untold}
+    unused = [name for name in _OF_SOME if params[name] in (None, 0.0, PLAIN)]
     if not parameters.loras:
-        del params["loras"]
+        unused.append("loras")
+    if parameters.has_prompt_embeds:
+        params["has_prompt_embeds"] = True
     if parameters.strength is None:
-        del params["strength"], params["has_mask"]
+        unused.append("has_mask")
+    for name in unused:
+        del params[name]
     engine = {name: getattr(parameters, name) for name in ENGINE_FIELDS}
     scheduler = {
         "scheduler_class": parameters.scheduler_class,
@@ -57,6 +66,10 @@ def _texts(parameters: EffectiveParameters, seed: int) -> dict[str, str]:
     )
     if parameters.strength is not None:
         settings += f", Denoising strength: {parameters.strength:g}"
+    if parameters.clip_skip is not None:
+        settings += f", Clip skip: {parameters.clip_skip + 1}"  # those tools count the layers from the last one, which is 1
+    if parameters.eta:
+        settings += f", Eta: {parameters.eta:g}"
     if parameters.loras:
         settings += ", LoRAs: " + " ".join(f"{name}:{scale:g}" for name, scale in parameters.loras.items())
     return {

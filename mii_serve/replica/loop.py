@@ -62,6 +62,8 @@ from mii_serve.types import (
 logger = logging.getLogger(__name__)
 
 NUM_ENCODING_THREADS = 2
+NUM_CHECKING_THREADS = 2
+"""Beside those: a check may compile a sampler, and a finished image must not wait for that."""
 
 POSITIONS_EVERY_S = 0.5
 """Between two rounds of `Queued` events, at least."""
@@ -127,6 +129,7 @@ class ReplicaLoop:
         self._failure: MiiServeError | None = None
         self._engine_thread = engine_thread
         self._encoders = ThreadPoolExecutor(NUM_ENCODING_THREADS, thread_name_prefix="encode")
+        self._checkers = ThreadPoolExecutor(NUM_CHECKING_THREADS, thread_name_prefix="check")
         self._encoding: set[asyncio.Task[None]] = set()
         self._images = ImageEncoding(engine, engine_thread, self.metrics)
         self._born = time.monotonic()
@@ -199,7 +202,7 @@ class ReplicaLoop:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._refuse_if_stopped()
         params, output = resolved.params, resolved.output
-        num_calls = await asyncio.get_running_loop().run_in_executor(self._encoders, self._engine.check, params)
+        num_calls = await asyncio.get_running_loop().run_in_executor(self._checkers, self._engine.check, params)
         encoded_image = await self._images.encoded(params, resolved.input_image, deadline)
         self._refuse_if_stopped()
         if request_id in self._generations:
@@ -292,6 +295,7 @@ class ReplicaLoop:
         finally:
             self._fail_all(UnavailableError("the replica is stopping"))
             self._encoders.shutdown(wait=True)
+            self._checkers.shutdown(wait=True)
             self._images.close()
 
     async def until_idle(self) -> None:

@@ -131,6 +131,7 @@ class ReplicaService(ReplicaServicer):
                 defaults=capabilities.defaults,
                 limits=capabilities.limits,
                 schedulers=capabilities.schedulers,
+                parts=capabilities.parts,
                 loras=tuple(capabilities.loras.values()),
                 default_scheduler_class=scheduler.class_name,
                 default_scheduler_options=scheduler.options,
@@ -213,9 +214,12 @@ class _Front:
         if order.has_steps:
             self._wanting_steps.add(front_id)
         try:
+            parts = self._loop.engine.capabilities.parts
             await self._loop.submit(
                 request_id,
-                decode_resolved(order.request, _input_image(order), _lora_choice(order.lora_choice)),
+                decode_resolved(
+                    order.request, _input_image(order), _lora_choice(order.lora_choice), embeds_guidance=parts.embeds_guidance
+                ),
                 _Outlet(self, front_id),
                 client=order.client,
                 timeout_s=order.timeout_s if order.HasField("timeout_s") else None,

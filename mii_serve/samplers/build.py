@@ -24,7 +24,8 @@ from diffusers import StableDiffusionPipeline
 
 from mii_serve.errors import InvalidRequestError
 from mii_serve.samplers.names import CLASS_NAMES, OTHER_NAMES, SAMPLERS, SamplerSpec
-from mii_serve.types import DEFAULT_SCHEDULER, GenerationParams, SchedulerDescription
+from mii_serve.samplers.run import SamplerRun
+from mii_serve.types import DEFAULT_SCHEDULER, GenerationParams, SchedulerDescription, shown_list
 
 for _name in ("diffusers.schedulers", "diffusers.configuration_utils"):
     # They warn at every object that is made: a log line per request that no one can act on.
@@ -61,22 +62,18 @@ class ModelSchedulers:
         """The class of the model's own scheduler."""
         return self._own_class
 
-    def make(self, name: str, num_inference_steps: int, device: torch.device, num_skipped_steps: int = 0) -> Any:
-        """A fresh scheduler with its timesteps set. `name` is a value of `accepted_names`.
-
-        With `num_skipped_steps` it begins after these, and its calls are those from `first_call` on.
+    def make(self, run: SamplerRun, device: torch.device) -> Any:
+        """A fresh scheduler with its timesteps set; its calls are those from `first_call` on.
 
         Raises:
-            InvalidRequestError: this model's config allows no such scheduler, or it cannot make that many steps.
+            InvalidRequestError: this model's config allows no such scheduler, or it cannot make these steps.
         """
-        scheduler = copy.deepcopy(self._template(name))
-        try:
-            scheduler.set_timesteps(num_inference_steps, device=device)
-        except REFUSALS as error:
-            raise steps_refusal(name, num_inference_steps, first_line(error)) from error
+        scheduler = copy.deepcopy(self._template(run.sampler))
+        _refuse_eta(scheduler, run)
+        _set_steps(scheduler, run, device)
         if hasattr(scheduler, "set_begin_index"):
             # With so many steps that timesteps repeat, it would otherwise look its first one up, find the second, and run out.
-            scheduler.set_begin_index(first_call(scheduler, num_skipped_steps))
+            scheduler.set_begin_index(first_call(scheduler, run.num_skipped_steps))
         return scheduler
 
     def describe(self, name: str, *, is_compiled: bool) -> SchedulerDescription:
@@ -150,10 +147,37 @@ def _options(scheduler: Any) -> Mapping[str, str]:
     return MappingProxyType({name: value for name, value in found.items() if len(value) <= 80})
 
 
-def step_kwargs(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
+def _set_steps(scheduler: Any, run: SamplerRun, device: torch.device) -> None:
+    """As diffusers' `retrieve_timesteps` sets them."""
+    try:
+        if not run.has_own_steps:
+            scheduler.set_timesteps(run.num_inference_steps, device=device)
+            return
+        name = "sigmas" if run.timesteps is None else "timesteps"
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise steps_refusal(run, f"{type(scheduler).__name__}.set_timesteps takes no {name}")
+        scheduler.set_timesteps(**{name: list(getattr(run, name))}, device=device)
+    except REFUSALS as error:
+        raise steps_refusal(run, first_line(error)) from error
+    order = int(getattr(scheduler, "order", 1))
+    if order == 1 and len(scheduler.timesteps) != run.num_inference_steps:
+        raise steps_refusal(run, f"it makes {len(scheduler.timesteps)} steps of these, not {run.num_inference_steps}")
+    if order > 1 and run.num_skipped_steps:
+        # Image-to-image in diffusers takes the calls for steps there, and would begin somewhere else, or nowhere.
+        raise steps_refusal(run, "not together with strength, as it makes several calls a step")
+
+
+def _refuse_eta(scheduler: Any, run: SamplerRun) -> None:
+    """diffusers leaves it out without a word."""
+    if run.eta and "eta" not in inspect.signature(scheduler.step).parameters:
+        rule = f"must be 0 with the scheduler {run.sampler}: {type(scheduler).__name__} takes none, ddim and tcd do"
+        raise InvalidRequestError("eta", rule, str(run.eta))
+
+
+def step_kwargs(scheduler: Any, generator: torch.Generator, eta: float = 0.0) -> dict[str, Any]:
     """What `StableDiffusionPipeline` hands to `step` of this scheduler beside the usual."""
     accepted = inspect.signature(scheduler.step).parameters
-    offered = {"eta": 0.0, "generator": generator}
+    offered = {"eta": eta, "generator": generator}
     return {name: value for name, value in offered.items() if name in accepted}
 
 
@@ -179,15 +203,16 @@ def refuse_without_noise(schedulers: ModelSchedulers, params: GenerationParams, 
     """
     if params.strength is None or (params.has_mask and params.strength == 1.0 and not has_blending):
         return
-    scheduler = schedulers.make(params.scheduler, params.num_inference_steps, torch.device("cpu"), params.num_skipped_steps)
+    run = SamplerRun.of(params)
+    scheduler = schedulers.make(run, torch.device("cpu"))
     try:
-        noise_level(scheduler, scheduler.timesteps[first_call(scheduler, params.num_skipped_steps)])
+        noise_level(scheduler, scheduler.timesteps[first_call(scheduler, run.num_skipped_steps)])
     except REFUSALS as error:
         rule = f"must be one that can add noise to an image ({type(error).__name__}: {first_line(error)})"
-        raise InvalidRequestError("scheduler", rule, repr(params.scheduler)) from error
+        raise InvalidRequestError("scheduler", rule, repr(run.sampler)) from error
 
 
-def try_scheduler(schedulers: ModelSchedulers, name: str, num_inference_steps: int, num_skipped_steps: int = 0) -> int:
+def try_scheduler(schedulers: ModelSchedulers, run: SamplerRun) -> int:
     """Count the UNet calls by running through them on tiny latents: some schedulers fail, or divide by zero, only on the way.
 
     PNDM with v1-4's `steps_offset` asks for a timestep beyond the last one when it makes 1000 steps; DPM-Solver++ gets the same
@@ -195,23 +220,21 @@ def try_scheduler(schedulers: ModelSchedulers, name: str, num_inference_steps: i
     another picture each time. Takes about 80 microseconds a step.
 
     Raises:
-        InvalidRequestError: the sampler cannot make that many steps, or not the same ones twice.
+        InvalidRequestError: the sampler cannot make these steps, or not the same ones twice.
     """
-    first, second = (_tried(schedulers, name, num_inference_steps, num_skipped_steps) for _ in range(2))
+    first, second = (_tried(schedulers, run) for _ in range(2))
     if not torch.equal(first[0], second[0]):
         rule = "must draw its noise from the request's generator, or no seed would make a picture again"
-        raise InvalidRequestError("scheduler", rule, repr(name))
+        raise InvalidRequestError("scheduler", rule, repr(run.sampler))
     return first[1]
 
 
-def _tried(
-    schedulers: ModelSchedulers, name: str, num_inference_steps: int, num_skipped_steps: int
-) -> tuple[torch.Tensor, int]:
-    scheduler = schedulers.make(name, num_inference_steps, torch.device("cpu"), num_skipped_steps)
-    timesteps = scheduler.timesteps[first_call(scheduler, num_skipped_steps) :]
+def _tried(schedulers: ModelSchedulers, run: SamplerRun) -> tuple[torch.Tensor, int]:
+    scheduler = schedulers.make(run, torch.device("cpu"))
+    timesteps = scheduler.timesteps[first_call(scheduler, run.num_skipped_steps) :]
     generator = torch.Generator().manual_seed(0)
     try:
-        kwargs = step_kwargs(scheduler, generator)
+        kwargs = step_kwargs(scheduler, generator, run.eta)
         # Neither side is 1, which any other shape fits: some schedulers multiply latents by all noise levels at once.
         sample = torch.randn(1, 4, 2, 3, generator=generator) * scheduler.init_noise_sigma
         for timestep in timesteps:
@@ -219,15 +242,20 @@ def _tried(
             model_output = torch.randn(sample.shape, generator=generator)
             sample = scheduler.step(model_output, timestep, sample, **kwargs, return_dict=False)[0]
     except REFUSALS as error:
-        raise steps_refusal(name, num_inference_steps, f"{type(error).__name__} on the way: {first_line(error)}") from error
+        raise steps_refusal(run, f"{type(error).__name__} on the way: {first_line(error)}") from error
     if not sample.isfinite().all():
-        raise steps_refusal(name, num_inference_steps, "its result would not be finite")
+        raise steps_refusal(run, "its result would not be finite")
     return sample, len(timesteps)
 
 
-def steps_refusal(name: str, num_inference_steps: int, reason: str) -> InvalidRequestError:
-    rule = f"must be a number of steps that the scheduler {name} can make with this model ({reason})"
-    return InvalidRequestError("num_inference_steps", rule, str(num_inference_steps))
+def steps_refusal(run: SamplerRun, reason: str) -> InvalidRequestError:
+    """The scheduler cannot make the steps of this run: an error about the parameter that gives them."""
+    if not run.has_own_steps:
+        rule = f"must be a number of steps that the scheduler {run.sampler} can make with this model ({reason})"
+        return InvalidRequestError("num_inference_steps", rule, str(run.num_inference_steps))
+    name, values = ("timesteps", run.timesteps) if run.sigmas is None else ("sigmas", run.sigmas)
+    rule = f"must be {name} that the scheduler {run.sampler} can make with this model ({reason})"
+    return InvalidRequestError(name, rule, shown_list(values or ()))
 
 
 def first_line(error: BaseException) -> str:

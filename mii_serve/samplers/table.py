@@ -24,6 +24,7 @@ import torch
 
 from mii_serve.samplers.build import REFUSALS, ModelSchedulers, first_call, first_line, noise_level, step_kwargs
 from mii_serve.samplers.preview import clean_latents, x0_coefficients
+from mii_serve.samplers.run import SamplerRun
 
 Array = npt.NDArray[np.float64]
 
@@ -92,42 +93,30 @@ class _Run:
         return self.scheduler.timesteps[self.first :]
 
 
-def compile_table(
-    schedulers: ModelSchedulers,
-    sampler: str,
-    num_inference_steps: int,
-    num_skipped_steps: int = 0,
-    *,
-    is_blended: bool = False,
-) -> SamplerTable:
-    """The table of a sampler of `ModelSchedulers.accepted_names`, without the first of its steps.
-
-    `is_blended`: the latents are changed between the calls.
+def compile_table(schedulers: ModelSchedulers, run: SamplerRun, *, is_blended: bool = False) -> SamplerTable:
+    """The table of a sampler's run. `is_blended`: the latents are changed between the calls.
 
     Raises:
-        InvalidRequestError: the sampler cannot make that many steps, or this model's config has no such sampler.
+        InvalidRequestError: the sampler cannot make these steps, or this model's config has no such sampler.
         NotCompiledError: it is not linear, or fails on the way; then it may still work as an object.
     """
-    run, proof = (
-        _record(
-            schedulers, (sampler, num_inference_steps, num_skipped_steps), seed=seed, amplitude=amplitude, is_blended=is_blended
-        )
+    recorded, proof = (
+        _record(schedulers, run, seed=seed, amplitude=amplitude, is_blended=is_blended)
         for seed, amplitude in ((1, 1.0), (2, 30.0))
     )
     worst = np.inf
-    for history in _histories(run):
-        coefficients = [_solve(run, k, history) for k in range(len(run.out))]
+    for history in _histories(recorded):
+        coefficients = [_solve(recorded, k, history) for k in range(len(recorded.out))]
         residuals = [_residual(_explained(proof, k, history, c), proof.y[k]) for k, c in enumerate(coefficients)]
         if (worst := min(worst, max(residuals))) <= LINEAR_ENOUGH:
-            return _table(run, sampler, num_inference_steps, history, coefficients)
-    guilty = [option for option in ("clip_sample", "thresholding") if run.scheduler.config.get(option)]
+            return _table(recorded, run, history, coefficients)
+    guilty = [option for option in ("clip_sample", "thresholding") if recorded.scheduler.config.get(option)]
     cause = " and ".join(f"{option}=True" for option in guilty) or f"residual {worst:.1e}"
     raise NotCompiledError(f"it is not linear in the model output ({cause})")
 
 
-def _record(schedulers: ModelSchedulers, asked: tuple[str, int, int], *, seed: int, amplitude: float, is_blended: bool) -> _Run:
-    sampler, num_inference_steps, num_skipped_steps = asked
-    scheduler = schedulers.make(sampler, num_inference_steps, torch.device("cpu"), num_skipped_steps)
+def _record(schedulers: ModelSchedulers, asked: SamplerRun, *, seed: int, amplitude: float, is_blended: bool) -> _Run:
+    scheduler = schedulers.make(asked, torch.device("cpu"))
     # Different seeds: noise that repeats a probe could not be distinguished from it.
     probes, generator = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1000)
     shape = (1, 4, 1, NUM_PROBE_VALUES // 4)  # channels as latents have them: some schedulers take them apart
@@ -136,9 +125,9 @@ def _record(schedulers: ModelSchedulers, asked: tuple[str, int, int], *, seed: i
         return amplitude * torch.randn(shape, generator=probes, dtype=torch.float64)
 
     try:
-        kwargs = step_kwargs(scheduler, generator)
+        kwargs = step_kwargs(scheduler, generator, asked.eta)
         sample = probe() * scheduler.init_noise_sigma
-        run = _Run(scheduler, first_call(scheduler, num_skipped_steps))
+        run = _Run(scheduler, first_call(scheduler, asked.num_skipped_steps))
         for timestep in run.timesteps:
             _add_level(run, timestep)
             run.x.append(_row(sample))
@@ -266,7 +255,7 @@ def _solve(run: _Run, k: int, history: Array) -> Array:
     return best
 
 
-def _table(run: _Run, sampler: str, num_inference_steps: int, history: Array, coefficients: list[Array]) -> SamplerTable:
+def _table(run: _Run, asked: SamplerRun, history: Array, coefficients: list[Array]) -> SamplerTable:
     matrices = np.zeros((len(coefficients), STATE_PLANES, INPUT_PLANES))
     for k, (a, a_before, b0, b1, b2, b3, n) in enumerate(coefficients):
         p, q = history[k]
@@ -277,8 +266,8 @@ def _table(run: _Run, sampler: str, num_inference_steps: int, history: Array, co
     timesteps = np.array([float(t) for t in run.timesteps])
     scales = [float(scaled @ x / (x @ x)) for scaled, x in zip(run.scaled, run.x, strict=True)]
     return SamplerTable(
-        sampler=sampler,
-        num_inference_steps=num_inference_steps,
+        sampler=asked.sampler,
+        num_inference_steps=asked.num_inference_steps,
         init_noise_sigma=float(run.scheduler.init_noise_sigma),
         timesteps=timesteps,
         input_scale=np.array(scales, dtype=np.float32),

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 
 from mii_serve.metrics import FrontMetrics
 from mii_serve.tracing import TRACEPARENT_KEY, ServerSpan, current_traceparent, open_server_span
-from mii_serve.types import PARAMETERS, Done, Event, GenerationParams, ImageReady, Restarted, Started
+from mii_serve.types import PARAMETERS, PLAIN, Done, Event, GenerationParams, ImageReady, Restarted, Started
 
 logger = logging.getLogger(__name__)
 
 _PROMPTS = ("prompt", "negative_prompt")
-_LOGGED = tuple(parameter.name for parameter in PARAMETERS if parameter.name not in _PROMPTS)
+_OF_SOME = ("strength", "clip_skip", "eta", "prompt_syntax")
+"""Logged only where a request has them."""
+_LOGGED = tuple(parameter.name for parameter in PARAMETERS if parameter.name not in (*_PROMPTS, *_OF_SOME))
 _WORK = frozenset({"Generate", "GenerateStream", "ModelInfer", "Txt2ImgReply"})
 
 
@@ -38,8 +40,11 @@ class CallLog(dict[str, object]):
 
     def add_params(self, params: GenerationParams) -> None:
         self.update({name: getattr(params, name) for name in _LOGGED})
-        if params.strength is not None:
-            self["strength"] = params.strength
+        self.update({name: value for name in _OF_SOME if (value := getattr(params, name)) not in (None, 0, PLAIN)})
+        if params.timesteps is not None or params.sigmas is not None:
+            self["has_own_steps"] = True
+        if params.prompt_embeds is not None:
+            self["has_prompt_embeds"] = True
         if params.loras:
             self["loras"] = ",".join(f"{name}:{scale:g}" for name, scale in params.loras.items())
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import astuple, replace
+from typing import Any
 
 from mii_serve.errors import InvalidRequestError, UnavailableError
 from mii_serve.metrics import FrontMetrics, together
@@ -26,6 +27,7 @@ from mii_serve.server.moderation import ModerationFilter
 from mii_serve.server.replica_client import Loss, ReplicaAddress, ReplicaClient
 from mii_serve.server.router import Router, Work
 from mii_serve.types import (
+    EMBEDS,
     Capabilities,
     Event,
     GenerationAnswer,
@@ -320,5 +322,11 @@ def _fingerprint(asked: GenerationRequest | ResolvedRequest) -> bytes:
     elif asked.params.image is not None:
         images = asked.params.image, asked.params.mask_image
         asked = replace(asked, params=replace(asked.params, image=None, mask_image=None))
+    params: Any = asked.params
+    for name in EMBEDS:
+        if (embeds := getattr(params, name)) is not None:
+            images = (*images, embeds.data)
+            params = replace(params, **{name: replace(embeds, data=b"")})
     digests = [None if image is None else hashlib.sha256(image).digest() for image in images]
-    return hashlib.sha256(repr((astuple(asked), digests)).encode()).digest()
+    whole = astuple(params), asked.output, asked.priority, digests
+    return hashlib.sha256(repr(whole).encode()).digest()

@@ -16,12 +16,18 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal
 
-from mii_serve.errors import ContentBlockedError, DeadlineExceededError, MiiServeError, ModerationFailedError
+from mii_serve.errors import (
+    ContentBlockedError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    MiiServeError,
+    ModerationFailedError,
+)
 from mii_serve.metrics import FrontMetrics
 from mii_serve.provenance import Origin, Provenance
 from mii_serve.safety.moderation import ModerationVerdict, Moderator
 from mii_serve.server.router import Work
-from mii_serve.types import Done, Event, ImageFormat, ImageReady, InputImage, Preview
+from mii_serve.types import EMBEDS, Done, Event, ImageFormat, ImageReady, InputImage, Preview, text_read
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +55,19 @@ class ModerationFilter:
         """The events that `run` gives for the work, every image in them checked, and that which it starts from.
 
         Raises:
+            InvalidRequestError: the request has embeddings, on which there can be no verdict.
             ContentBlockedError: the texts or the request's image are refused; nothing was made.
             ModerationFailedError: there is no verdict on a text or a finished image.
             ProvenanceError: the black image in a blocked one's place could not be signed.
             DeadlineExceededError: the caller's time ran out meanwhile.
         """
-        start = time.monotonic()
+        start, params = time.monotonic(), work.params
+        for name in EMBEDS:
+            if getattr(params, name) is not None:
+                raise InvalidRequestError(name, "is refused here: the server's content safety reads prompts, not embeddings")
         async with self._counted("input", work):
-            await self._moderator.check_texts(work.params.prompt, work.params.negative_prompt)
+            texts = (text_read(params.prompt_syntax, text) for text in (params.prompt, params.negative_prompt))
+            await self._moderator.check_texts(*texts)
         if (image := work.request.input_image) is not None:
             await self._check_input_image(image, work)
         held: asyncio.Queue[Event | _Check | Exception | None] = asyncio.Queue(MAX_HELD)

@@ -2,7 +2,8 @@
 
 from mii_serve.types.batch_shape import BatchShape, choose_bucket
 from mii_serve.types.capabilities import Capabilities
-from mii_serve.types.declarations import PARAMETER_NAMES, PARAMETERS, STRENGTH, Parameter
+from mii_serve.types.declarations import OWN_STEPS, PARAMETER_NAMES, PARAMETERS, STRENGTH, Parameter, shown_list
+from mii_serve.types.embeddings import EMBEDS, FP16, FP32, PromptEmbeds
 from mii_serve.types.engines import ENGINE_CHOICES, ENGINES, EngineChoice, EngineName
 from mii_serve.types.events import (
     Done,
@@ -28,6 +29,7 @@ from mii_serve.types.limits import (
     RANDOM_SEED,
     GenerationDefaults,
     Limits,
+    ModelParts,
 )
 from mii_serve.types.loras import (
     LORA_NAME,
@@ -50,6 +52,7 @@ from mii_serve.types.params import (
     RequestedParams,
     draw_seed,
 )
+from mii_serve.types.prompt_syntax import A1111, BREAK, MAX_CHUNKS, PLAIN, WeightedText, parse_a1111, text_read
 from mii_serve.types.request import (
     GenerationRequest,
     ImageFormat,
@@ -74,12 +77,18 @@ from mii_serve.types.turn import (
 )
 
 __all__ = [
+    "A1111",
+    "BREAK",
     "DEFAULT_SCHEDULER",
+    "EMBEDS",
     "ENGINES",
     "ENGINE_CHOICES",
+    "FP16",
+    "FP32",
     "LATENT_SCALE",
     "LORAS_HELP",
     "LORA_NAME",
+    "MAX_CHUNKS",
     "MAX_IMAGE_BYTES",
     "MAX_LORAS",
     "MAX_LORA_SCALE",
@@ -87,8 +96,10 @@ __all__ = [
     "MAX_SEED",
     "MAX_SHARED_LORA_RANK",
     "NO_LORAS",
+    "OWN_STEPS",
     "PARAMETERS",
     "PARAMETER_NAMES",
+    "PLAIN",
     "RANDOM_SEED",
     "STRENGTH",
     "Activity",
@@ -115,11 +126,13 @@ __all__ = [
     "LoraChoice",
     "LoraInfo",
     "LoraParts",
+    "ModelParts",
     "OutputOptions",
     "Parameter",
     "Picture",
     "Preview",
     "Priority",
+    "PromptEmbeds",
     "Queued",
     "ReplicaInfo",
     "Request",
@@ -134,9 +147,13 @@ __all__ = [
     "Started",
     "Step",
     "StepPlan",
+    "WeightedText",
     "checked_loras",
     "choose_bucket",
     "draw_seed",
     "gather",
+    "parse_a1111",
     "parsed_loras",
+    "shown_list",
+    "text_read",
 ]

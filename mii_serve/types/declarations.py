@@ -1,17 +1,18 @@
 """The declaration of each parameter of a request: its name, type, rule, default and help.
 
 Validation, command-line flags, the codec, the names in JSON bodies and the benchmark's mixes follow from `PARAMETERS`;
-`STRENGTH` is that of requests that start from an image.
+`STRENGTH` is that of requests that start from an image, and `OWN_STEPS` are lists, which not every protocol has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mii_serve.errors import InvalidRequestError
-from mii_serve.types.limits import IMAGE_STRENGTH, LATENT_SCALE, MAX_SEED, GenerationDefaults, Limits
+from mii_serve.types.limits import IMAGE_STRENGTH, LATENT_SCALE, MAX_SEED, MAX_SIGMA, GenerationDefaults, Limits
+from mii_serve.types.prompt_syntax import PLAIN, PROMPT_SYNTAXES
 
 if TYPE_CHECKING:
     from mii_serve.types.capabilities import Capabilities
@@ -33,6 +34,33 @@ def _prompt(name: str, value: str, capabilities: Capabilities) -> str:
 
 def _scheduler(name: str, value: str, capabilities: Capabilities) -> str:
     return capabilities.scheduler_named(value)
+
+
+def _syntax(name: str, value: str, capabilities: Capabilities) -> str:
+    if value not in PROMPT_SYNTAXES:
+        raise InvalidRequestError(name, f"must be one of {', '.join(PROMPT_SYNTAXES)}", repr(value[:40]))
+    return value
+
+
+def _clip_skip(name: str, value: int, capabilities: Capabilities) -> int:
+    num_layers = capabilities.parts.num_text_layers
+    if not 1 <= value < num_layers:
+        rule = f"must be in [1, {num_layers - 1}]: the model's text encoder has {num_layers} layers"
+        raise InvalidRequestError(name, rule, str(value)[:80])
+    return value
+
+
+def _timestep(name: str, value: int, capabilities: Capabilities) -> int:
+    most = capabilities.parts.num_train_timesteps - 1
+    if not 0 <= value <= most:
+        raise InvalidRequestError(name, f"must each be in [0, {most}]", str(value)[:80])
+    return value
+
+
+def shown_list(values: Sequence[object]) -> str:
+    """A list in the text of an error, which has a bound."""
+    shown = ", ".join(str(value)[:20] for value in values[:8])
+    return f"[{shown}{', ...' if len(values) > 8 else ''}]"
 
 
 def _num_chars(limits: Limits) -> tuple[int, int]:
@@ -66,8 +94,10 @@ class Parameter:
     `kind` is the Python type of its value: str, int or float. `bounds` gives the least and the most that a number may be, or
     the characters that a text may have; a number is also a `multiple_of`, where that is set. `check` is a further rule: it
     takes the name, a value within the bounds and the model's capabilities and returns the value, or raises
-    `InvalidRequestError`. The default is the field of the same name in `GenerationDefaults` where there is one, else `default`.
-    `help` is for command lines, forms and documentation.
+    `InvalidRequestError`. The default is the field of the same name in `GenerationDefaults` where there is one, else `default`;
+    one that `is_optional` may stay left out. `help` is for command lines, forms and documentation.
+
+    With `lengths`, the least and the most, the value is a list, and all else is of each of its numbers.
     """
 
     name: str
@@ -77,6 +107,8 @@ class Parameter:
     multiple_of: int | None = None
     check: Callable[[str, Any, Capabilities], Any] | None = None
     default: Any = None
+    is_optional: bool = False
+    lengths: Callable[[Limits], tuple[int, int]] | None = None
 
     def checked(self, value: Any, capabilities: Capabilities) -> Any:
         """The value, of the parameter's kind and within its rules.
@@ -84,6 +116,16 @@ class Parameter:
         Raises:
             InvalidRequestError: naming the parameter and the rule it breaks.
         """
+        if self.lengths is None:
+            return self._checked_one(value, capabilities)
+        if not isinstance(value, list | tuple):
+            raise InvalidRequestError(self.name, "must be a list of numbers", type(value).__name__)
+        least, most = self.lengths(capabilities.limits)
+        if not least <= len(value) <= most:
+            raise InvalidRequestError(self.name, f"must have {least} to {most} numbers", str(len(value)))
+        return tuple(self._checked_one(one, capabilities) for one in value)
+
+    def _checked_one(self, value: Any, capabilities: Capabilities) -> Any:
         value = self.of_kind(value)
         if self.bounds is not None:
             value = self._within(value, *self.bounds(capabilities.limits))
@@ -166,6 +208,27 @@ PARAMETERS = (
         bounds=lambda limits: (0, MAX_SEED),
         help="image i is made from seed + i; drawn at random by default",
     ),
+    Parameter(
+        name="clip_skip",
+        kind=int,
+        check=_clip_skip,
+        is_optional=True,
+        help="layers of the text encoder to skip at its end, for the prompt; none by default",
+    ),
+    Parameter(
+        name="eta",
+        kind=float,
+        bounds=lambda limits: (0, 1),
+        default=0.0,
+        help="how much noise ddim and tcd add in each step; other schedulers take none",
+    ),
+    Parameter(
+        name="prompt_syntax",
+        kind=str,
+        check=_syntax,
+        default=PLAIN,
+        help="how prompts are read: plain, or a1111, with weights such as (word:1.2), BREAK, and prompts of any length",
+    ),
 )
 PARAMETER_NAMES = tuple(parameter.name for parameter in PARAMETERS)
 
@@ -176,3 +239,23 @@ STRENGTH = Parameter(
     default=IMAGE_STRENGTH,
     help="how far the result may leave the image: the part of the steps that is made; 0.8 by default, with a mask 1",
 )
+
+OWN_STEPS = (
+    Parameter(
+        name="timesteps",
+        kind=int,
+        check=_timestep,
+        is_optional=True,
+        lengths=lambda limits: (1, limits.max_num_inference_steps),
+        help="the timesteps of the steps, instead of num_inference_steps, for schedulers whose set_timesteps takes them",
+    ),
+    Parameter(
+        name="sigmas",
+        kind=float,
+        bounds=lambda limits: (0, MAX_SIGMA),
+        is_optional=True,
+        lengths=lambda limits: (2, limits.max_num_inference_steps + 1),
+        help="the noise levels before each step and after the last one, instead of num_inference_steps, for euler",
+    ),
+)
+"""At most one of them; a request with one has as many steps as it says."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
+from mii_serve.types.embeddings import EMBEDS
 from mii_serve.types.params import GenerationParams
 from mii_serve.types.request import ImageFormat
 
@@ -66,6 +67,8 @@ class EffectiveParameters(GenerationParams):
     scheduler_class: str
     scheduler_options: Mapping[str, str]
     is_scheduler_compiled: bool
+    has_prompt_embeds: bool = False
+    """The prompt was embeddings, which are not told again."""
 
     def as_record(self) -> dict[str, Any]:
         """By name, as plain values."""
@@ -83,7 +86,8 @@ class EffectiveParameters(GenerationParams):
         dropped_negative_prompt: str = "",
     ) -> EffectiveParameters:
         return cls(
-            **{one.name: getattr(params, one.name) for one in fields(GenerationParams)},
+            **{one.name: getattr(params, one.name) for one in fields(GenerationParams) if one.name not in EMBEDS},
+            has_prompt_embeds=params.prompt_embeds is not None,
             engine=engine.engine,
             dtype=engine.dtype,
             device=engine.device,

@@ -16,6 +16,9 @@ IMAGE_STRENGTH, MASK_STRENGTH = 0.8, 1.0
 MAX_SEED = 2**64 - 1
 MAX_SCHEDULER_CHARS = 80
 
+MAX_SIGMA = 10_000.0
+"""Of a noise level that a request names; those of models with zero terminal SNR begin at 4096."""
+
 DEFAULT_SCHEDULER = "default"
 """The sampler that is the model's own scheduler, every option of it."""
 
@@ -33,6 +36,18 @@ class Limits:
     min_size_px: int = 64
     max_size_px: int = 1024
     max_images_per_prompt: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelParts:
+    """What requests need to know of the model's parts; by default Stable Diffusion v1's."""
+
+    num_text_layers: int = 12
+    num_text_tokens: int = 77
+    text_width: int = 768
+    num_train_timesteps: int = 1000
+    embeds_guidance: bool = False
+    """The UNet takes the guidance scale in with the timestep (a latent consistency model): a guided image has one row, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

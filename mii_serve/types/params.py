@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from mii_serve.types.embeddings import PromptEmbeds
 from mii_serve.types.limits import LATENT_SCALE, MAX_SEED
 from mii_serve.types.loras import NO_LORAS, LoraChoice
+from mii_serve.types.prompt_syntax import PLAIN
 
 LatentShape = tuple[int, int]
 """Height and width of latents, in latent pixels."""
@@ -24,8 +26,10 @@ BatchKey = tuple[object, ...]
 class GenerationParams:
     """A request with nothing left open. A picture is a pure function of these, its index and the request's `InputImage`.
 
-    `strength` is None where there is no such image. `has_mask`: only a part of the image is repainted. `loras` are names with
-    scales, as asked for; `lora_choice` is what they come to on the server.
+    `strength` is None where there is no such image. `has_mask`: only a part of the image is repainted. With `timesteps` or
+    `sigmas` the steps are the request's own, and `num_inference_steps` is their number. `embeds_guidance` is that of
+    `ModelParts`. Embeddings are in the place of a text, which is empty then. `loras` are names with scales, as asked for;
+    `lora_choice` is what they come to on the server.
     """
 
     prompt: str = field(repr=False)
@@ -40,6 +44,14 @@ class GenerationParams:
     seed: int
     strength: float | None = None
     has_mask: bool = False
+    clip_skip: int | None = None
+    eta: float = 0.0
+    prompt_syntax: str = PLAIN
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    embeds_guidance: bool = False
+    prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
+    negative_prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
     loras: Mapping[str, float] = field(default_factory=dict, hash=False)
     lora_choice: LoraChoice = NO_LORAS
 
@@ -50,7 +62,7 @@ class GenerationParams:
     @property
     def is_guided(self) -> bool:
         """Classifier-free guidance is on, as `StableDiffusionPipeline` decides it."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 and not self.embeds_guidance
 
     @property
     def num_skipped_steps(self) -> int:
@@ -101,6 +113,11 @@ class GenerationKwargs(TypedDict, total=False):
     scheduler: str | None
     seed: int | None
     strength: float | None
+    clip_skip: int | None
+    eta: float | None
+    prompt_syntax: str | None
+    timesteps: Sequence[int] | None
+    sigmas: Sequence[float] | None
     loras: Mapping[str, float] | None
 
 
@@ -121,6 +138,13 @@ class RequestedParams:
     image: bytes | None = field(default=None, repr=False)
     mask_image: bytes | None = field(default=None, repr=False)
     strength: float | None = None
+    clip_skip: int | None = None
+    eta: float | None = None
+    prompt_syntax: str | None = None
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
+    negative_prompt_embeds: PromptEmbeds | None = field(default=None, repr=False)
     loras: Mapping[str, float] | None = None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from mii_serve.types.capabilities import Capabilities
-from mii_serve.types.limits import GenerationDefaults, Limits
+from mii_serve.types.limits import GenerationDefaults, Limits, ModelParts
 from mii_serve.types.loras import LoraInfo
 
 
@@ -87,6 +87,7 @@ class ServerInfo:
     engine_kernels: str = ""
     needs_mask: bool = False
     loras: tuple[LoraInfo, ...] = ()
+    parts: ModelParts = field(default_factory=ModelParts)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -95,6 +96,7 @@ class ServerInfo:
             defaults=self.defaults,
             schedulers=self.schedulers,
             needs_mask=self.needs_mask,
+            parts=self.parts,
             loras={lora.name: lora for lora in self.loras},
         )
 

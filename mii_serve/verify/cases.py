@@ -112,6 +112,7 @@ def picture_cases(capabilities: Capabilities) -> list[PictureCase]:
             num_images_per_prompt=images,
             scheduler=scheduler,
             seed=1000 + 10 * index,
+            embeds_guidance=capabilities.parts.embeds_guidance,
             strength=1.0 if capabilities.needs_mask else None,
             has_mask=capabilities.needs_mask,
         )

@@ -133,6 +133,17 @@ class TestWhatIsHarmless:
         assert sorted(double.images) == sorted(image.data for image in response.images)
         assert (count(server, "input", "passed"), count(server, "output", "passed")) == (1, 3)
 
+    async def test_the_service_reads_what_the_text_encoder_reads(self, server, double):
+        await server.stub.Generate(request(prompt=r"a (vi)(ol\ent:1.1) \(red\) BREAK circle", prompt_syntax="a1111"))
+        assert "a violent (red)\ncircle" in double.texts
+
+    async def test_embeddings_cannot_be_read_and_are_refused(self, server, double):
+        embeds = pb.PromptEmbeds(num_tokens=77, width=768, dtype="fp16", data=bytes(2 * 77 * 768))
+        for name, fields in (("prompt_embeds", {"prompt": ""}), ("negative_prompt_embeds", {})):
+            error = await error_of(server.stub.Generate(request(**fields, **{name: embeds})))
+            assert str(error).startswith(f"{name}: is refused here") and error.field == name
+        assert not double.texts and not server.engine.plans
+
     async def test_a_severity_at_the_threshold_is_let_through(self, server, double):
         double.words = {"red": ("Violence", 2)}
         double.judge_image = lambda image: {"Hate": 2}

@@ -40,6 +40,16 @@ async def test_the_answer_holds_the_pictures_and_what_was_really_done(server):
     assert response.request_id
 
 
+async def test_how_a_prompt_was_read_and_which_steps_were_made_is_told(server):
+    told = {"clip_skip": 2, "prompt_syntax": "a1111", "sigmas": [14.615, 2.0, 0.0], "eta": 0.5}
+    done = (await server.stub.Generate(request(prompt="a (red:1.2) circle", **told))).parameters
+    assert (done.clip_skip, done.prompt_syntax, list(done.sigmas), done.eta) == (2, "a1111", told["sigmas"], 0.5)
+    assert (done.num_inference_steps, list(done.timesteps), done.has_prompt_embeds) == (2, [], False)
+    embeds = pb.PromptEmbeds(num_tokens=77, width=768, dtype="fp16", data=bytes(2 * 77 * 768))
+    done = (await server.stub.Generate(pb.GenerateRequest(prompt_embeds=embeds))).parameters
+    assert (done.has_prompt_embeds, done.prompt, done.HasField("clip_skip"), done.prompt_syntax) == (True, "", False, "plain")
+
+
 async def test_a_seed_nobody_named_is_drawn_and_told(server):
     seeds = {(await server.stub.Generate(pb.GenerateRequest(prompt="p"))).parameters.seed for _ in range(4)}
     assert len(seeds) == 4

@@ -141,7 +141,7 @@ class TestRefusals:
         ("wire", "text"),
         [
             (request("a", stepps=3, colour="red"), "'colour', 'stepps'"),
-            (request("a", eta=0.0), "'eta'"),
+            (request("a", output_type="latent"), "'output_type'"),
             (request("a", output_type="np", return_dict=False), "'output_type', 'return_dict'"),
             (request("a", num_inference_steps=-5), "num_inference_steps: must be in [1, 1000], got -5"),
             (request("a", num_inference_steps=2.5), "num_inference_steps: must be a whole number"),

@@ -97,7 +97,7 @@ REFUSED = {
     ),
     "a float for a count": ({**asking(["a"]), "params": {"height": 64.5}}, "params.height"),
     "an unknown scheduler": ({**asking(["a"]), "parameters": {"scheduler": "x"}}, "parameters.scheduler"),
-    "eta": (asking(["a"], parameters={"eta": 0.5}), "input_data.parameters.eta"),
+    "steps that are no list": (asking(["a"], parameters={"timesteps": 5}), "input_data.parameters.timesteps"),
     "a contradiction": (
         {**asking(["a"], parameters={"seed": 1}), "params": {"seed": 2}},
         "params.seed",
@@ -124,6 +124,7 @@ LIMITS = {
     "width": 2048,
     "num_images_per_prompt": 17,
     "seed": -2,
+    "eta": 1.5,
 }
 
 

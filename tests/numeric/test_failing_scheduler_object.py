@@ -7,6 +7,7 @@ import torch
 
 from mii_serve.engine.batched.stepping import ObjectStepping
 from mii_serve.engine.factory import native_engine
+from mii_serve.samplers.run import SamplerRun
 from mii_serve.types import RequestedParams, Sample, SampleId, StepPlan
 
 
@@ -35,7 +36,7 @@ def test_a_scheduler_object_that_fails_takes_no_other_sample_along(demo, where):
     params = engine.capabilities.resolve(RequestedParams(prompt="a red circle", num_inference_steps=3, seed=1), fallback_seed=0)
     well, ill = (Sample(id=SampleId(name, 0), params=params) for name in ("well", "ill"))
     engine.run(StepPlan(joins=(well, ill), steps=(well.id, ill.id)))
-    scheduler = engine._schedulers.make("euler", 3, torch.device("cpu"))
+    scheduler = engine._schedulers.make(SamplerRun("euler", 3), torch.device("cpu"))
     failing = engine._samples[ill.id].stepping = Failing(scheduler, torch.Generator())
     failing.where = where
     first, second = engine.run(StepPlan(steps=(ill.id, well.id), previews=(ill.id, well.id)))

@@ -16,6 +16,7 @@ from mii_serve.engine.factory import native_engine
 from mii_serve.engine.reference import ReferenceEngine
 from mii_serve.errors import InvalidRequestError
 from mii_serve.samplers.build import ModelSchedulers
+from mii_serve.samplers.run import SamplerRun
 from mii_serve.samplers.sampling import Samplings, Uncompiled
 from mii_serve.types import InputImage, RequestedParams, Sample, SampleId
 
@@ -151,13 +152,15 @@ def test_where_the_mask_is_dark_the_image_stays(native):
 
 
 def test_a_scheduler_that_tables_do_not_hold_when_blended_has_a_table_without_a_mask(native):
-    of = {has_mask: native._samplings.of("pndm", 10, 4, is_blended=has_mask) for has_mask in (False, True)}
+    of = {has_mask: native._samplings.of(SamplerRun("pndm", 10, 4), is_blended=has_mask) for has_mask in (False, True)}
     assert isinstance(of[True], Uncompiled) and not isinstance(of[False], Uncompiled)
 
 
 def test_a_scheduler_object_begins_where_the_pipelines_does(demo, monkeypatch):
     """As for samplers that are not linear: their samples are stepped by objects, in the same batch."""
-    monkeypatch.setattr(Samplings, "of", lambda self, name, steps, skipped=0, **_: Uncompiled(steps - skipped, "a test"))
+    monkeypatch.setattr(
+        Samplings, "of", lambda self, run, **_: Uncompiled(run.num_inference_steps - run.num_skipped_steps, "a test")
+    )
     engine = native_engine(demo, max_slots=2)
     for i, request in enumerate([one for one in REQUESTS if one[0] in ("euler_a", "unipc")]):  # one call a step
         one = sample_of(engine, request, i, some_image())

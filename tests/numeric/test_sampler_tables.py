@@ -9,6 +9,7 @@ from samplers import ALL, CONFIG, CPU, USUAL, compile_table, kept_schedulers
 
 from mii_serve.errors import InvalidRequestError
 from mii_serve.samplers.build import step_kwargs, try_scheduler
+from mii_serve.samplers.run import SamplerRun
 from mii_serve.samplers.update import step
 
 TOLERANCE = 5e-6
@@ -21,7 +22,7 @@ STEP_COUNTS = (1, 2, 3, 4, 5, 10, 20, 50)
 def num_calls_of(config: dict, sampler: str, num_steps: int) -> int | None:
     """As the trial counts them; None where the sampler cannot make so many steps."""
     try:
-        return try_scheduler(kept_schedulers(config), sampler, num_steps)
+        return try_scheduler(kept_schedulers(config), SamplerRun(sampler, num_steps))
     except InvalidRequestError:
         return None
 
@@ -31,7 +32,7 @@ def outputs(num_calls: int, seed: int) -> torch.Tensor:
 
 
 def diffusers_trajectory(config: dict, sampler: str, num_steps: int, seed: int) -> list[torch.Tensor]:
-    scheduler = kept_schedulers(config).make(sampler, num_steps, CPU)
+    scheduler = kept_schedulers(config).make(SamplerRun(sampler, num_steps), CPU)
     generator = torch.Generator().manual_seed(seed)
     kwargs = step_kwargs(scheduler, generator)
     latents = torch.randn(1, 4, 8, 6, generator=generator) * scheduler.init_noise_sigma
@@ -133,7 +134,7 @@ def test_all_samplers_step_in_one_batch_at_different_steps():
 @pytest.mark.parametrize("sampler", ["euler", "lms", "heun", "ddim", "kdpm2"])
 def test_the_unet_gets_the_scaled_latents_and_the_timestep_of_the_scheduler(sampler):
     compiled = compile_table(CONFIG, sampler, 10)
-    scheduler = kept_schedulers(CONFIG).make(sampler, 10, CPU)
+    scheduler = kept_schedulers(CONFIG).make(SamplerRun(sampler, 10), CPU)
     latents = torch.randn(1, 4, 8, 8) * 5
     for k, timestep in enumerate(scheduler.timesteps):
         assert compiled.timesteps[k] == float(timestep)

@@ -14,6 +14,7 @@ import torch
 import mii_serve.models
 from mii_serve.samplers.build import ModelSchedulers, repaired
 from mii_serve.samplers.names import SAMPLERS
+from mii_serve.samplers.run import SamplerRun
 from mii_serve.samplers.sampling import Samplings
 from mii_serve.samplers.table import SamplerTable
 
@@ -45,7 +46,7 @@ def kept_schedulers(config: Mapping[str, Any]) -> ModelSchedulers:
 
 
 def compile_table(config: Mapping[str, Any], sampler: str, num_steps: int) -> SamplerTable:
-    found = _kept(json.dumps(config, sort_keys=True))[1].of(sampler, num_steps)
+    found = _kept(json.dumps(config, sort_keys=True))[1].of(SamplerRun(sampler, num_steps))
     assert isinstance(found, SamplerTable), found
     return found
 

@@ -23,21 +23,29 @@ class SampleInputs:
     """One sample's next step: indices of its state, timestep and prompts, and the numbers of its sampler's update.
 
     `slot` is an index into `SlotPool.state`, `timestep_row` into `TimestepCache.embeds`, `prompt_row` and `negative_prompt_row`
-    into `PromptCache.projected`; an unguided sample has no negative prompt. `loras` is its entry of `BatchedLoras`. `matrix` is
-    5 × 7, a row of `SamplerTable.matrices`. `noise` is channels × height × width in float32 on the CPU, None where the sampler
-    draws none in this step. Not frozen: one is made for each sample and turn, and a frozen one takes three times as long.
+    into `PromptCache.projected`; an unguided sample has no negative prompt. Prompts of several chunks are in no row: they are
+    `prompt_chunks`, the prompt and the negative one, (chunks × tokens) × `KernelSet.prompt_width`. `loras` is its entry of
+    `BatchedLoras`. `matrix` is 5 × 7, a row of `SamplerTable.matrices`. `noise` is channels × height × width in float32 on the
+    CPU, None where the sampler draws none in this step. Not frozen: one is made for each sample and turn, and a frozen one
+    takes three times as long.
     """
 
     slot: int
     timestep_row: int
     prompt_row: int
     negative_prompt_row: int | None
+    prompt_chunks: Sequence[torch.Tensor] | None = None
     guidance_scale: float
     guidance_rescale: float = 0.0
     input_scale: float
     matrix: npt.NDArray[np.float32]
     noise: torch.Tensor | None
     loras: LoraEntry | None = None
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Of a prompt of several chunks; 0 for any in a row."""
+        return 0 if self.prompt_chunks is None else len(self.prompt_chunks[0])
 
 
 def batch_shape(samples: Sequence[SampleInputs], latent_shape: LatentShape) -> BatchShape:

@@ -152,15 +152,17 @@ class Denoiser:
     def step(
         self, samples: Sequence[SampleInputs], latent_shape: LatentShape, *, has_outputs: bool = True
     ) -> StepOutputs | None:
-        """Step the samples in as few UNet calls as memory allows, halving them until it does. Guided samples come first.
+        """Step the samples in as few UNet calls as memory allows, halving them until it does.
+
+        Samples with prompts of one length come together, and of these the guided ones first; each length has calls of its own.
 
         The outputs are the caller's; without them it returns None and copies nothing.
 
         Raises:
             torch.OutOfMemoryError: not even one sample fits.
         """
-        is_guided = [sample.negative_prompt_row is not None for sample in samples]
-        assert is_guided == sorted(is_guided, reverse=True), "guided samples come first"
+        order = [(sample.num_text_tokens, sample.negative_prompt_row is None) for sample in samples]
+        assert order == sorted(order), "guided samples come first"
         outputs: list[StepOutputs] = []
         num_stepped = 0
         while num_stepped < len(samples):
@@ -184,7 +186,7 @@ class Denoiser:
         return self.max_latent_pixels_per_call is None or shape.num_latent_pixels <= self.max_latent_pixels_per_call
 
     def _first_batch(self, samples: Sequence[SampleInputs], latent_shape: LatentShape) -> Sequence[SampleInputs]:
-        count = len(samples)
+        count = sum(sample.num_text_tokens == samples[0].num_text_tokens for sample in samples)
         while count > 1 and not self._has_room_for(batch_shape(samples[:count], latent_shape)):
             count -= 1
         return samples[:count]
@@ -194,14 +196,15 @@ class Denoiser:
     ) -> StepOutputs | None:
         shape = batch_shape(samples, latent_shape)
         loras = None if self._loras is None else self._loras.of_call([sample.loras for sample in samples])
-        if loras is None and (bucket := self._bucket_of(shape)) is not None:
+        is_usual = loras is None and not samples[0].num_text_tokens
+        if is_usual and (bucket := self._bucket_of(shape)) is not None:
             model_input, prediction = self._prepared[bucket](samples)
             # Copies: the next replay of any bucket overwrites what this one has made.
             return (model_input[: len(samples)].clone(), prediction[: len(samples)].clone()) if has_outputs else None
         self.num_graph_misses += bool(self._buckets)
         inputs = self._inputs_of(shape)
         inputs.fill(samples, self.pool(latent_shape).padding_slot)
-        outputs = self._run(inputs, loras)
+        outputs = self._run(inputs, loras, _long_prompts(samples))
         return outputs if has_outputs else None
 
     def _bucket_of(self, shape: BatchShape) -> BatchShape | None:
@@ -220,7 +223,9 @@ class Denoiser:
             kept = self._kept_inputs[shape] = BatchInputs(shape, self._num_channels, self._device, has_fixed_rows=True)
         return kept
 
-    def _run(self, inputs: BatchInputs, loras: CallLoras | None = None) -> StepOutputs:
+    def _run(
+        self, inputs: BatchInputs, loras: CallLoras | None = None, long_prompts: torch.Tensor | None = None
+    ) -> StepOutputs:
         """The step itself: reads and writes tensors on the device, nothing else."""
         shape = inputs.shape
         pool = self._pools[shape.height, shape.width]
@@ -233,7 +238,7 @@ class Denoiser:
         noise_pred = self._kernels.predict_noise(
             latents,
             self._timestep_embeds[inputs.timestep_rows],
-            self._prompts[inputs.prompt_rows],
+            self._prompts[inputs.prompt_rows] if long_prompts is None else long_prompts,
             inputs.sample_of_row if inputs.may_be_guided else None,
             loras,
         )
@@ -298,3 +303,9 @@ class Denoiser:
         logger.warning("out of memory; UNet calls are now at most %d rows × latent pixels", self.max_latent_pixels_per_call)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _long_prompts(samples: Sequence[SampleInputs]) -> torch.Tensor | None:
+    """The prompts of all rows, where they are in no rows of the prompt cache: those of all samples, then the negative ones."""
+    own = [sample.prompt_chunks for sample in samples if sample.prompt_chunks is not None]
+    return torch.stack([chunks[0] for chunks in own] + [chunks[1] for chunks in own if len(chunks) > 1]) if own else None

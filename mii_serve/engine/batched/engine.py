@@ -22,7 +22,7 @@ from mii_serve.engine.batched.first_latents import first_latents
 from mii_serve.engine.batched.launched import LaunchedTurn
 from mii_serve.engine.batched.loras import BatchedLoras, LoraEntry
 from mii_serve.engine.batched.probe import BatchedProbe
-from mii_serve.engine.batched.prompt_cache import Prompt, PromptCache, PromptKey
+from mii_serve.engine.batched.prompt_cache import Prompt, PromptCache
 from mii_serve.engine.batched.slot_search import NUM_SAMPLES, find_slots
 from mii_serve.engine.batched.stepping import ObjectStepping, Stepping, TableStepping
 from mii_serve.engine.batched.tail import Tail
@@ -40,7 +40,8 @@ from mii_serve.errors import EngineError, ModelError
 from mii_serve.models import LoadedModel
 from mii_serve.safety.checker import keep_thresholds_on_host
 from mii_serve.samplers.build import ModelSchedulers, refuse_without_noise
-from mii_serve.samplers.sampling import Samplings, Uncompiled
+from mii_serve.samplers.run import SamplerRun
+from mii_serve.samplers.sampling import Samplings
 from mii_serve.samplers.update import estimate_x0
 from mii_serve.types import (
     LATENT_SCALE,
@@ -138,7 +139,9 @@ class BatchedEngine:
         self._capabilities = capabilities_of(model, self._schedulers, self._samplings.of, needs_mask=takes_mask)
         if buckets is None:
             latent_shape = model.defaults.height // LATENT_SCALE, model.defaults.width // LATENT_SCALE
-            buckets = declare_buckets(self._max_slots, *latent_shape) if self._device.type == "cuda" else ()
+            has_pairs = not self._embeds_guidance
+            on_cuda = self._device.type == "cuda"
+            buckets = declare_buckets(self._max_slots, *latent_shape, may_be_guided=has_pairs) if on_cuda else ()
         self._buckets = tuple(buckets)
         pipeline.unet.to(memory_format=torch.channels_last)
         if self._device.type == "cpu":  # on CUDA the fused decoder sets its own
@@ -193,7 +196,7 @@ class BatchedEngine:
         return sampling.num_calls
 
     def describe_scheduler(self, params: GenerationParams) -> SchedulerDescription:
-        is_compiled = self._samplings.is_compiled(params)
+        is_compiled = not self._must_step_by_objects(params) and self._samplings.is_compiled(params)
         return self._schedulers.describe(params.scheduler, is_compiled=is_compiled)
 
     def warmup(self) -> None:
@@ -295,9 +298,8 @@ class BatchedEngine:
     def _join(self, joins: Sequence[Sample], timer: StageTimer) -> None:
         if not joins:
             return
-        guided = [sample.params for sample in joins if self._is_guided(sample.params)]
-        keys = [PromptKey(sample.params.prompt, loras=sample.params.lora_choice.parts) for sample in joins]
-        keys += [PromptKey(params.negative_prompt, loras=params.lora_choice.parts) for params in guided]
+        own_keys = [self._prompts.keys_of(sample.params) for sample in joins]
+        keys = [key for key, _ in own_keys] + [negative for _, negative in own_keys if negative is not None]
         with timer.time("encode"):
             loras = [None if self.loras is None else self.loras.acquire(sample.params.lora_choice) for sample in joins]
             prompts = self._prompts.acquire(keys)
@@ -318,23 +320,22 @@ class BatchedEngine:
                 sample=sample,
                 stepping=stepping,
                 prompt=prompt,
-                negative_prompt=next(negative_prompts) if self._is_guided(params) else None,
+                negative_prompt=next(negative_prompts) if params.is_guided else None,
                 slot=self._denoiser.pool(params.latent_shape).acquire(first.latents, first.condition),
                 loras=entry,
                 kept_image=first.kept_image,
             )
 
-    def _is_guided(self, params: GenerationParams) -> bool:
-        """By a second row; a latent consistency model takes the guidance scale in with the timestep."""
-        return params.is_guided and not self._embeds_guidance
-
     def _stepping(self, params: GenerationParams, generator: torch.Generator) -> Stepping:
-        sampling = self._samplings.of_request(params)
-        if not isinstance(sampling, Uncompiled):
-            return TableStepping(sampling, generator)
-        num_skipped_steps = params.num_skipped_steps
-        scheduler = self._schedulers.make(params.scheduler, params.num_inference_steps, self._device, num_skipped_steps)
-        return ObjectStepping(scheduler, generator, num_skipped_steps)
+        table = None if self._must_step_by_objects(params) else self._samplings.table_of(params)
+        if table is not None:
+            return TableStepping(table, generator)
+        run = SamplerRun.of(params)
+        return ObjectStepping(self._schedulers.make(run, self._device), generator, run)
+
+    def _must_step_by_objects(self, params: GenerationParams) -> bool:
+        """In a group all ranks step alike, so what a rank's own cache still has must not decide."""
+        return self._group is not None and SamplerRun.of(params).is_one_of_many
 
     def _step(self, ids: Sequence[SampleId], shown: Sequence[SampleId], timer: StageTimer) -> Results:
         due = [self._samples[sample_id] for sample_id in ids if sample_id not in self._failed]
@@ -344,7 +345,7 @@ class BatchedEngine:
         latent_shape = due[0].latent_shape
         failed: Results = {}
         with timer.time("denoise"):
-            stepped, inputs = self._inputs(sorted(due, key=lambda one: one.negative_prompt is None), failed)
+            stepped, inputs = self._inputs(sorted(due, key=_place_in_batch), failed)
             if not stepped:
                 return failed
             has_outputs = bool(shown) or any(one.stepping.reads_prediction for one in stepped)
@@ -392,6 +393,7 @@ class BatchedEngine:
                     timestep_row=timestep_row,
                     prompt_row=one.prompt.row,
                     negative_prompt_row=None if one.negative_prompt is None else one.negative_prompt.row,
+                    prompt_chunks=[prompt.chunks for prompt in one.prompts if prompt.chunks is not None] or None,
                     guidance_scale=one.sample.params.guidance_scale,
                     guidance_rescale=one.sample.params.guidance_rescale,
                     input_scale=input_scale,
@@ -482,6 +484,10 @@ class BatchedEngine:
         for one in progress:
             if one.error is not None and one.id in self._samples:
                 self._fail(one.id)
+
+
+def _place_in_batch(one: BatchedSample) -> tuple[int, bool]:
+    return one.prompt.key.num_chunks, one.negative_prompt is None
 
 
 def _add_decoded(results: Results, decoded: Iterable[SampleProgress]) -> None:

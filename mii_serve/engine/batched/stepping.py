@@ -14,6 +14,7 @@ import torch
 
 from mii_serve.samplers.build import first_call, noise_level, step_kwargs
 from mii_serve.samplers.preview import x0_coefficients
+from mii_serve.samplers.run import SamplerRun
 from mii_serve.samplers.table import INPUT_PLANES, STATE_PLANES, SamplerTable
 
 Matrix = npt.NDArray[np.float32]
@@ -109,12 +110,13 @@ class ObjectStepping:
 
     reads_prediction = True
 
-    def __init__(self, scheduler: Any, generator: torch.Generator, num_skipped_steps: int = 0) -> None:
-        first = first_call(scheduler, num_skipped_steps)
+    def __init__(self, scheduler: Any, generator: torch.Generator, run: SamplerRun) -> None:
+        """`scheduler` is made for this `run`."""
+        first = first_call(scheduler, run.num_skipped_steps)
         self._scheduler = scheduler
         self._scheduler_timesteps = scheduler.timesteps[first:]
         self._timesteps = self._scheduler_timesteps.tolist()  # read from the device once, not in every step
-        self._kwargs = step_kwargs(scheduler, generator)
+        self._kwargs = step_kwargs(scheduler, generator, run.eta)
         self._x0 = x0_coefficients(scheduler, first=first)
         self._latents: torch.Tensor | None = None
 

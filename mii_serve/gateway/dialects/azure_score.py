@@ -36,12 +36,6 @@ of a seed are those of its type."""
 FAILED_HEADER = "x-ms-run-function-failed"
 
 
-def _no_eta(value: float | None) -> float | None:
-    if value:
-        raise broken_rule("must be 0: the scheduler decides how much noise it adds")
-    return value
-
-
 def _column_names(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise broken_rule("must not name a column twice")
@@ -50,11 +44,7 @@ def _column_names(names: list[str]) -> list[str]:
     return names
 
 
-class _ScoreParameters(Parameters):
-    eta: Annotated[float | None, AfterValidator(_no_eta)] = None
-
-
-ScoreParameters = with_parameters(_ScoreParameters, SCORE_PARAMETERS)
+ScoreParameters = with_parameters(Parameters, SCORE_PARAMETERS)
 
 
 class SplitData(JsonObject):

@@ -75,7 +75,9 @@ def _size(value: Any) -> tuple[int, int] | None:
 
 
 class _ImagesBody(Parameters):
-    unsupported: ClassVar = {"image_prompt": "is not supported: this server makes pictures from text only"}
+    unsupported: ClassVar = Parameters.unsupported | {
+        "image_prompt": "is not supported: this server makes pictures from text only"
+    }
 
     prompt: str
     model: str | None = None
@@ -106,7 +108,7 @@ ImagesBody = with_parameters(_ImagesBody, IMAGES_PARAMETERS)
 class ImageBody(_ImagesBody):
     """Of requests that start from an image."""
 
-    unsupported: ClassVar = {
+    unsupported: ClassVar = Parameters.unsupported | {
         "input_fidelity": "is not supported: strength says how far the result may leave the image",
     }
 

@@ -34,7 +34,7 @@ PRIORITY_LOW: Priority
 PRIORITY_BATCH: Priority
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "output", "priority", "guidance_rescale", "image", "strength", "mask_image", "loras")
+    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "output", "priority", "guidance_rescale", "image", "strength", "mask_image", "loras", "clip_skip", "eta", "timesteps", "sigmas", "prompt_embeds", "negative_prompt_embeds", "prompt_syntax")
     class LorasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,13 @@ class GenerateRequest(_message.Message):
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     MASK_IMAGE_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_SKIP_FIELD_NUMBER: _ClassVar[int]
+    ETA_FIELD_NUMBER: _ClassVar[int]
+    TIMESTEPS_FIELD_NUMBER: _ClassVar[int]
+    SIGMAS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_EMBEDS_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_PROMPT_EMBEDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SYNTAX_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     height: int
@@ -74,7 +81,14 @@ class GenerateRequest(_message.Message):
     strength: float
     mask_image: bytes
     loras: _containers.ScalarMap[str, float]
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., guidance_rescale: _Optional[float] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ..., loras: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    clip_skip: int
+    eta: float
+    timesteps: _containers.RepeatedScalarFieldContainer[int]
+    sigmas: _containers.RepeatedScalarFieldContainer[float]
+    prompt_embeds: PromptEmbeds
+    negative_prompt_embeds: PromptEmbeds
+    prompt_syntax: str
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., guidance_rescale: _Optional[float] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ..., loras: _Optional[_Mapping[str, float]] = ..., clip_skip: _Optional[int] = ..., eta: _Optional[float] = ..., timesteps: _Optional[_Iterable[int]] = ..., sigmas: _Optional[_Iterable[float]] = ..., prompt_embeds: _Optional[_Union[PromptEmbeds, _Mapping]] = ..., negative_prompt_embeds: _Optional[_Union[PromptEmbeds, _Mapping]] = ..., prompt_syntax: _Optional[str] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
     __slots__ = ("format", "quality", "embed_metadata", "preview_every")
@@ -108,8 +122,20 @@ class GeneratedImage(_message.Message):
     moderation_blocked: bool
     def __init__(self, index: _Optional[int] = ..., data: _Optional[bytes] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., seed: _Optional[int] = ..., nsfw_content_detected: _Optional[bool] = ..., moderation_blocked: _Optional[bool] = ...) -> None: ...
 
+class PromptEmbeds(_message.Message):
+    __slots__ = ("num_tokens", "width", "dtype", "data")
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    width: int
+    dtype: str
+    data: bytes
+    def __init__(self, num_tokens: _Optional[int] = ..., width: _Optional[int] = ..., dtype: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class EffectiveParameters(_message.Message):
-    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "engine", "dtype", "device", "model", "model_revision", "dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "is_scheduler_compiled", "guidance_rescale", "strength", "has_mask", "loras")
+    __slots__ = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt", "scheduler", "seed", "engine", "dtype", "device", "model", "model_revision", "dropped_prompt", "dropped_negative_prompt", "scheduler_class", "scheduler_options", "is_scheduler_compiled", "guidance_rescale", "strength", "has_mask", "loras", "clip_skip", "eta", "timesteps", "sigmas", "prompt_syntax", "has_prompt_embeds")
     class SchedulerOptionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +173,12 @@ class EffectiveParameters(_message.Message):
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     HAS_MASK_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_SKIP_FIELD_NUMBER: _ClassVar[int]
+    ETA_FIELD_NUMBER: _ClassVar[int]
+    TIMESTEPS_FIELD_NUMBER: _ClassVar[int]
+    SIGMAS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SYNTAX_FIELD_NUMBER: _ClassVar[int]
+    HAS_PROMPT_EMBEDS_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     negative_prompt: str
     height: int
@@ -170,7 +202,13 @@ class EffectiveParameters(_message.Message):
     strength: float
     has_mask: bool
     loras: _containers.ScalarMap[str, float]
-    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dropped_prompt: _Optional[str] = ..., dropped_negative_prompt: _Optional[str] = ..., scheduler_class: _Optional[str] = ..., scheduler_options: _Optional[_Mapping[str, str]] = ..., is_scheduler_compiled: _Optional[bool] = ..., guidance_rescale: _Optional[float] = ..., strength: _Optional[float] = ..., has_mask: _Optional[bool] = ..., loras: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    clip_skip: int
+    eta: float
+    timesteps: _containers.RepeatedScalarFieldContainer[int]
+    sigmas: _containers.RepeatedScalarFieldContainer[float]
+    prompt_syntax: str
+    has_prompt_embeds: bool
+    def __init__(self, prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., num_images_per_prompt: _Optional[int] = ..., scheduler: _Optional[str] = ..., seed: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dropped_prompt: _Optional[str] = ..., dropped_negative_prompt: _Optional[str] = ..., scheduler_class: _Optional[str] = ..., scheduler_options: _Optional[_Mapping[str, str]] = ..., is_scheduler_compiled: _Optional[bool] = ..., guidance_rescale: _Optional[float] = ..., strength: _Optional[float] = ..., has_mask: _Optional[bool] = ..., loras: _Optional[_Mapping[str, float]] = ..., clip_skip: _Optional[int] = ..., eta: _Optional[float] = ..., timesteps: _Optional[_Iterable[int]] = ..., sigmas: _Optional[_Iterable[float]] = ..., prompt_syntax: _Optional[str] = ..., has_prompt_embeds: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "images", "parameters", "timings")
@@ -269,7 +307,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity", "replicas", "engine_note", "default_scheduler_class", "default_scheduler_options", "is_default_scheduler_compiled", "num_ranks", "parallelism", "needs_mask", "engine_kernels", "loras")
+    __slots__ = ("version", "deployment_name", "model", "model_revision", "engine", "dtype", "device", "has_safety_checker", "defaults", "limits", "schedulers", "activity", "replicas", "engine_note", "default_scheduler_class", "default_scheduler_options", "is_default_scheduler_compiled", "num_ranks", "parallelism", "needs_mask", "engine_kernels", "loras", "parts")
     class SchedulersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -297,6 +335,19 @@ class GetServerInfoResponse(_message.Message):
         height: int
         width: int
         def __init__(self, scheduler: _Optional[str] = ..., num_inference_steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+    class Parts(_message.Message):
+        __slots__ = ("num_text_layers", "num_train_timesteps", "num_text_tokens", "text_width", "embeds_guidance")
+        NUM_TEXT_LAYERS_FIELD_NUMBER: _ClassVar[int]
+        NUM_TRAIN_TIMESTEPS_FIELD_NUMBER: _ClassVar[int]
+        NUM_TEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+        TEXT_WIDTH_FIELD_NUMBER: _ClassVar[int]
+        EMBEDS_GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+        num_text_layers: int
+        num_train_timesteps: int
+        num_text_tokens: int
+        text_width: int
+        embeds_guidance: bool
+        def __init__(self, num_text_layers: _Optional[int] = ..., num_train_timesteps: _Optional[int] = ..., num_text_tokens: _Optional[int] = ..., text_width: _Optional[int] = ..., embeds_guidance: _Optional[bool] = ...) -> None: ...
     class Lora(_message.Message):
         __slots__ = ("name", "revision", "rank", "shares_calls", "note")
         NAME_FIELD_NUMBER: _ClassVar[int]
@@ -385,6 +436,7 @@ class GetServerInfoResponse(_message.Message):
     NEEDS_MASK_FIELD_NUMBER: _ClassVar[int]
     ENGINE_KERNELS_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     deployment_name: str
     model: str
@@ -407,4 +459,5 @@ class GetServerInfoResponse(_message.Message):
     needs_mask: bool
     engine_kernels: str
     loras: _containers.RepeatedCompositeFieldContainer[GetServerInfoResponse.Lora]
-    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[GetServerInfoResponse.Replica, _Mapping]]] = ..., engine_note: _Optional[str] = ..., default_scheduler_class: _Optional[str] = ..., default_scheduler_options: _Optional[_Mapping[str, str]] = ..., is_default_scheduler_compiled: _Optional[bool] = ..., num_ranks: _Optional[int] = ..., parallelism: _Optional[str] = ..., needs_mask: _Optional[bool] = ..., engine_kernels: _Optional[str] = ..., loras: _Optional[_Iterable[_Union[GetServerInfoResponse.Lora, _Mapping]]] = ...) -> None: ...
+    parts: GetServerInfoResponse.Parts
+    def __init__(self, version: _Optional[str] = ..., deployment_name: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., has_safety_checker: _Optional[bool] = ..., defaults: _Optional[_Union[GetServerInfoResponse.Defaults, _Mapping]] = ..., limits: _Optional[_Union[GetServerInfoResponse.Limits, _Mapping]] = ..., schedulers: _Optional[_Mapping[str, str]] = ..., activity: _Optional[_Union[GetServerInfoResponse.Activity, _Mapping]] = ..., replicas: _Optional[_Iterable[_Union[GetServerInfoResponse.Replica, _Mapping]]] = ..., engine_note: _Optional[str] = ..., default_scheduler_class: _Optional[str] = ..., default_scheduler_options: _Optional[_Mapping[str, str]] = ..., is_default_scheduler_compiled: _Optional[bool] = ..., num_ranks: _Optional[int] = ..., parallelism: _Optional[str] = ..., needs_mask: _Optional[bool] = ..., engine_kernels: _Optional[str] = ..., loras: _Optional[_Iterable[_Union[GetServerInfoResponse.Lora, _Mapping]]] = ..., parts: _Optional[_Union[GetServerInfoResponse.Parts, _Mapping]] = ...) -> None: ...

@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mii_serve.client import AsyncClient, Client
@@ -19,6 +20,10 @@ CALL_OPTIONS = {
     "image",
     "mask_image",
     "strength",
+    "timesteps",
+    "sigmas",
+    "prompt_embeds",
+    "negative_prompt_embeds",
     "output_format",
     "quality",
     "embed_metadata",
@@ -130,3 +135,17 @@ def test_a_timeout_may_be_left_out_or_be_longer_than_grpc_can_count() -> None:
     assert check_timeout(1e300) == 365 * 86400
     with pytest.raises(InvalidRequestError):
         check_bound(None)  # type: ignore[arg-type]
+
+
+def test_embeddings_of_numpy_travel_in_their_precision() -> None:
+    numbers = np.arange(6, dtype=">f8").reshape(1, 3, 2)
+    message = encode(None, prompt_embeds=numbers, negative_prompt_embeds=numbers[0].astype("f2"), timesteps=np.array([9, 5]))
+    assert not message.prompt and list(message.timesteps) == [9, 5]
+    one, other = message.prompt_embeds, message.negative_prompt_embeds
+    assert [(each.num_tokens, each.width, each.dtype) for each in (one, other)] == [(3, 2, "fp32"), (3, 2, "fp16")]
+    assert (np.frombuffer(one.data, "<f4") == np.frombuffer(other.data, "<f2")).all()
+    for given in ([1.0], np.zeros(3), "text", np.zeros((2, 3, 4))):
+        with pytest.raises(InvalidRequestError, match="prompt_embeds: must be an array of numpy or a tensor of torch"):
+            encode(None, prompt_embeds=given)
+    with pytest.raises(InvalidRequestError, match="sigmas: must be a list of numbers"):
+        encode("a", sigmas=["a"])

@@ -15,12 +15,20 @@ from mii_serve.samplers.build import ModelSchedulers
 from mii_serve.samplers.sampling import Samplings
 from mii_serve.types import GenerationDefaults, Limits
 
+PIPELINE = SimpleNamespace(
+    text_encoder=SimpleNamespace(config=SimpleNamespace(num_hidden_layers=12, hidden_size=768)),
+    tokenizer=SimpleNamespace(model_max_length=77),
+    scheduler=SimpleNamespace(config={}),
+    unet=SimpleNamespace(config=SimpleNamespace()),
+)
+
 
 def model(scheduler: str = "default") -> Any:
     return SimpleNamespace(name="m", limits=Limits(), defaults=GenerationDefaults(scheduler=scheduler, num_inference_steps=10))
 
 
 def settled(model: Any, found: ModelSchedulers) -> GenerationDefaults:
+    model.pipeline = PIPELINE
     return capabilities_of(model, found, Samplings(found).of).defaults
 
 

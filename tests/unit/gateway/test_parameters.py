@@ -11,9 +11,9 @@ from mii_serve.gateway.dialects import azure_score, huggingface, openai
 from mii_serve.gateway.json_body import validated
 from mii_serve.gateway.page import messages
 from mii_serve.gateway.parameters import Parameters, requested, with_parameters
-from mii_serve.types import PARAMETER_NAMES, PARAMETERS, Activity, GenerationDefaults, Limits, Parameter, ServerInfo
+from mii_serve.types import OWN_STEPS, PARAMETER_NAMES, PARAMETERS, Activity, GenerationDefaults, Limits, Parameter, ServerInfo
 
-NEW = Parameter(name="clip_skip", kind=int, bounds=lambda limits: (0, 11), default=0, help="text encoder layers to leave out")
+NEW = Parameter(name="more", kind=int, bounds=lambda limits: (0, 11), default=0, help="a parameter that is new")
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def with_new(monkeypatch):
 
 
 def test_every_dialect_has_every_parameter_under_its_own_or_the_apis_name():
-    names = {*PARAMETER_NAMES, "loras"}
-    assert names == {*azure_score.ScoreParameters.model_fields} - {"eta"} | {"prompt"}
+    names = {*PARAMETER_NAMES, *(one.name for one in OWN_STEPS), "loras"}
+    assert names == {*azure_score.ScoreParameters.model_fields} | {"prompt"}
     task = {*huggingface.TaskParameters.model_fields} - {"strength", "target_size", "mask_image"}
     assert names == task | {"num_images_per_prompt"}
     renamed = {"height", "width", "num_images_per_prompt"}
@@ -34,7 +34,7 @@ def test_every_dialect_has_every_parameter_under_its_own_or_the_apis_name():
 
 def test_a_declaration_is_all_that_a_body_needs(with_new):
     model = with_parameters(Parameters, parameters.names_without("prompt"))
-    assert validated(model, {"clip_skip": 2.0, "height": None}).given() == {"clip_skip": 2}
+    assert validated(model, {"more": 2.0, "height": None}).given() == {"more": 2}
 
 
 def test_a_declaration_is_all_that_the_page_and_the_description_need(server_info):
@@ -46,7 +46,7 @@ def test_a_declaration_is_all_that_the_page_and_the_description_need(server_info
         "nullable": True,
     }
     assert messages._parameter_to_json(NEW, server_info) == {
-        "name": "clip_skip",
+        "name": "more",
         "type": "integer",
         "help": NEW.help,
         "default": 0,

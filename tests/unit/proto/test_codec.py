@@ -42,6 +42,7 @@ from mii_serve.types import (
     OutputOptions,
     Preview,
     Priority,
+    PromptEmbeds,
     Queued,
     ReplicaInfo,
     RequestedParams,
@@ -73,6 +74,12 @@ def test_a_request_survives_the_wire():
         num_images_per_prompt=2,
         scheduler="pndm",
         seed=2**64 - 1,
+        clip_skip=2,
+        eta=0.25,
+        prompt_syntax="a1111",
+        timesteps=(999, 0),
+        sigmas=(14.615, 0.0),
+        prompt_embeds=PromptEmbeds(num_tokens=1, width=2, dtype="fp16", data=b"1234"),
     )
     output = OutputOptions(format=ImageFormat.WEBP, quality=80, preview_every=5)
     request = GenerationRequest(params=asked, output=output, priority=Priority.LOW)
@@ -86,7 +93,8 @@ def test_what_is_left_out_stays_open():
 
 
 def test_a_resolved_request_survives_the_wire():
-    params = CAPABILITIES.resolve(RequestedParams(prompt="p", guidance_scale=7.3), fallback_seed=2**64 - 1)
+    asked = RequestedParams(prompt="p", guidance_scale=7.3, clip_skip=1, sigmas=(7.3, 0.0))
+    params = CAPABILITIES.resolve(asked, fallback_seed=2**64 - 1)
     request = ResolvedRequest(params=params, output=OutputOptions(quality=None, embed_metadata=True), priority=Priority.HIGH)
     assert decode_resolved(pb.GenerateRequest.FromString(encode_request(request).SerializeToString())) == request
 

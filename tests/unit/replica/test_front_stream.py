@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import grpc
 import pytest
+from fake_engine import FakeEngine
 from replica_doubles import done_of, image_of, resolved, settle
 
 from mii_serve.errors import EngineLostError, InvalidRequestError, MiiServeError, QueueFullError
@@ -23,6 +24,7 @@ class FakeLoop:
     """What a front's stream uses of a `ReplicaLoop`."""
 
     def __init__(self) -> None:
+        self.engine = FakeEngine()
         self.submitted: dict[str, tuple[ResolvedRequest, dict[str, object]]] = {}
         self.outlets: list[Outlet] = []
         self.dropped: list[str] = []

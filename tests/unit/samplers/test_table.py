@@ -9,6 +9,7 @@ import torch
 from samplers import CONFIG, compile_table, schedulers
 
 from mii_serve.samplers import sampling
+from mii_serve.samplers.run import SamplerRun
 from mii_serve.samplers.sampling import Samplings, Uncompiled
 from mii_serve.samplers.table import SamplerTable
 from mii_serve.samplers.update import estimate_x0
@@ -45,7 +46,7 @@ def test_a_perfect_model_answer_gives_the_clean_latents(sampler, prediction_type
     ],
 )
 def test_a_scheduler_that_is_not_linear_is_not_compiled_and_says_why(class_name, option):
-    found = Samplings(schedulers({**CONFIG, option: True}, class_name)).of("default", 10)
+    found = Samplings(schedulers({**CONFIG, option: True}, class_name)).of(SamplerRun("default", 10))
     assert isinstance(found, Uncompiled)
     assert option in found.reason
     assert found.num_calls == 10
@@ -60,7 +61,7 @@ class SquashingScheduler(diffusers.DDIMScheduler):
 
 def test_what_no_option_tells_the_replay_finds(monkeypatch):
     monkeypatch.setattr(diffusers, "SquashingScheduler", SquashingScheduler, raising=False)
-    found = Samplings(schedulers(CONFIG, "SquashingScheduler")).of("default", 10)
+    found = Samplings(schedulers(CONFIG, "SquashingScheduler")).of(SamplerRun("default", 10))
     assert isinstance(found, Uncompiled)
     assert "not linear" in found.reason
 
@@ -69,17 +70,17 @@ def test_what_no_option_tells_the_replay_finds(monkeypatch):
     "class_name", ["SASolverScheduler", "IPNDMScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
 )
 def test_what_a_scheduler_keeps_in_a_history_of_its_own_is_found_by_looking(class_name):
-    assert isinstance(Samplings(schedulers(CONFIG, class_name)).of("default", 12), SamplerTable)
+    assert isinstance(Samplings(schedulers(CONFIG, class_name)).of(SamplerRun("default", 12)), SamplerTable)
 
 
 def test_a_table_is_compiled_once():
     found = Samplings(schedulers(CONFIG))
-    assert found.of("euler", 7) is found.of("euler", 7)
+    assert found.of(SamplerRun("euler", 7)) is found.of(SamplerRun("euler", 7))
 
 
 def test_the_cache_is_bounded(monkeypatch):
     monkeypatch.setattr(sampling, "MAX_CACHED", 3)
     found = Samplings(schedulers(CONFIG))
     for num_steps in range(1, 8):
-        found.of("ddim", num_steps)
+        found.of(SamplerRun("ddim", num_steps))
     assert len(found._cache) == 3

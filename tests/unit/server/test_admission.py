@@ -225,7 +225,8 @@ class TestLog:
     def test_parameters_without_the_prompts(self):
         log = CallLog()
         log.add_params(PARAMS)
-        assert set(log) == {parameter.name for parameter in PARAMETERS} - {"prompt", "negative_prompt"}
+        not_used = {"clip_skip", "eta", "prompt_syntax"}
+        assert set(log) == {parameter.name for parameter in PARAMETERS} - {"prompt", "negative_prompt", *not_used}
         assert (log["seed"], log["num_inference_steps"]) == (5, 4)
 
     def test_events_are_counted_by_what_they_say(self):

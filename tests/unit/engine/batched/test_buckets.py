@@ -61,3 +61,11 @@ def test_a_bucket_holds_what_has_no_more_samples_and_rows():
     assert not BatchShape(4, 6, 8, 8).holds(BatchShape(3, 6, 8, 8), has_fixed_rows=True), "its second rows have fixed places"
     assert not BatchShape(4, 5, 8, 8).holds(BatchShape(3, 6, 8, 8))
     assert not BatchShape(4, 8, 8, 8).holds(BatchShape(4, 8, 8, 16))
+
+
+def test_where_no_sample_has_two_rows_no_bucket_has_more_rows_than_samples():
+    buckets = declare_buckets(16, 64, 64, may_be_guided=False)
+    assert (
+        all(bucket.num_rows == bucket.num_samples for bucket in buckets) and len(buckets) < len(declare_buckets(16, 64, 64)) / 2
+    )
+    assert all(choose_bucket(buckets, BatchShape(n, n, 64, 64)) is not None for n in range(1, 17))
