@@ -141,6 +141,15 @@ async def test_many_images_become_requests_of_as_many_as_one_may_have(served):
     assert served.server.loop.activity().num_requests == 2
 
 
+async def test_prompts_are_read_as_that_api_reads_them(served):
+    for more, skipped in (({}, None), ({"clip_skip": 2}, 1), ({"override_settings": {"CLIP_stop_at_last_layers": 2.0}}, 1)):
+        answer = await post(served, "txt2img", {**ASK, "prompt": "a (b:1.2)", **more})
+        assert answer.status_code == 200, answer.text
+        params, info = joined(served)[-1].params, json.loads(answer.json()["info"])
+        assert (params.prompt, params.prompt_syntax, params.clip_skip) == ("a (b:1.2)", "a1111", skipped)
+        assert info["clip_skip"] == 1 + (skipped or 0) and ("Clip skip: 2" in info["infotexts"][0]) is bool(skipped)
+
+
 async def test_hires_fix_is_two_requests_for_each_image(served):
     body = {**ASK, **HIRES, "n_iter": 2, "seed": 3, "denoising_strength": 0.5, "hr_second_pass_steps": 6}
     answer = await post(served, "txt2img", body)
@@ -201,7 +210,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("txt2img", {"tiling": True}, "tiling"),
     ("txt2img", {"styles": ["photo"]}, "styles"),
     ("txt2img", {"subseed_strength": 0.5}, "subseed_strength"),
-    ("txt2img", {"clip_skip": 2}, "clip_skip"),
+    ("txt2img", {"clip_skip": 99}, "clip_skip"),
+    ("txt2img", {"override_settings": {"CLIP_stop_at_last_layers": -1}}, "override_settings.CLIP_stop_at_last_layers"),
+    ("txt2img", {"prompt": "(a:99)"}, "prompt"),
     ("txt2img", {"prompt": "a <lora:b:1>"}, "prompt"),
     ("txt2img", {"prompt": "a <lora:b:1000>"}, "prompt"),
     ("txt2img", {"prompt": "a <lora:b:1:2>"}, "prompt"),

@@ -28,6 +28,7 @@ CAPABILITIES = Capabilities(
         ("dpm++ 2m karras", "automatic", None, "dpm++_2m_karras", ("DPM++ 2M", "Karras")),
         ("DPM++ 3M SDE Exponential", "Karras", 1, "dpm++_3m_sde_exponential", ("DPM++ 3M SDE", "Exponential")),
         ("UniPC", "Karras", 1.0, "unipc", ("UniPC", "Automatic")),
+        ("DDIM", "", 1.0, "ddim", ("DDIM", "Automatic")),
         ("heun_beta", "", None, "heun_beta", ("heun_beta", "Automatic")),
     ],
 )
@@ -48,7 +49,6 @@ def test_names_stand_for_our_schedulers(sampler, schedule_type, eta, scheduler, 
         ("heun_beta", "Karras", None, "scheduler"),
         ("Euler a", "", 0.5, "eta"),
         ("DPM++ SDE", "", 0, "eta"),
-        ("DDIM", "", 1.0, "eta"),
     ],
 )
 def test_what_is_not_here_is_refused_by_name(sampler, schedule_type, eta, field):

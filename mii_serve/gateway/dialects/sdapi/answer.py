@@ -107,7 +107,7 @@ def _info(body: CommonBody, drawn: Drawn, images: list[ImageReady]) -> dict[str,
         "infotexts": [_infotext(body.prompt, drawn, seed) for seed in seeds],
         "styles": [],
         "job_timestamp": drawn.timestamp,
-        "clip_skip": 1,
+        "clip_skip": 1 + (params.clip_skip or 0),
         "is_using_inpainting_conditioning": False,
         "version": f"mii_serve {__version__}",
         # additions
@@ -136,6 +136,8 @@ def _infotext(prompt: str, drawn: Drawn, seed: int) -> str:
         "Model hash": model_hash,
         "Model": _quoted(name),
         "Denoising strength": None if drawn.strength is None else f"{drawn.strength:g}",
+        "Clip skip": 1 + params.clip_skip if params.clip_skip else None,
+        "Eta": f"{params.eta:g}" if params.eta else None,
         **drawn.more_facts,
         "Version": f"mii_serve {__version__}",
     }

@@ -62,12 +62,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "infotext": ("",),
     "extra_generation_params": ({},),
     "initial_noise_multiplier": (1,),
-    "clip_skip": (0, 1),
 }
 """What members may be; the first is what leaving them out means. null is the same as left out."""
 
 NEUTRAL_SETTINGS: Mapping[str, tuple[Any, ...]] = {
-    "CLIP_stop_at_last_layers": (1, 0),
     "sd_vae": ("Automatic", "None", ""),
     "sd_hypernetwork": ("None", ""),
     "eta_noise_seed_delta": (0,),
@@ -104,6 +102,7 @@ class Settings(_Object):
 
     sd_model_checkpoint: str = ""
     samples_format: Annotated[str, one_of(FORMATS)] = "png"
+    CLIP_stop_at_last_layers: Annotated[WholeNumber, Field(ge=0)] | None = None
     jpeg_quality: Annotated[WholeNumber, Field(ge=1, le=100)] | None = None
     live_previews_enable: Flag | None = None
     show_progress_every_n_steps: Annotated[WholeNumber, Field(ge=-1)] | None = None
@@ -134,6 +133,7 @@ class CommonBody(_Object):
     scheduler: str = ""
     eta: float | None = None
     denoising_strength: float | None = None
+    clip_skip: Annotated[WholeNumber, Field(ge=0)] | None = None
     send_images: Flag = True
     force_task_id: Annotated[str, Field(max_length=MAX_TASK_ID_CHARS)] | None = None
     override_settings: dict[str, Any] = Field(default_factory=dict)
@@ -223,6 +223,12 @@ def settings_of(body: CommonBody) -> Settings:
         return validated(Settings, served)
     except InvalidRequestError as error:
         raise InvalidRequestError(f"{OVERRIDE}.{error.field}", str(error).removeprefix(f"{error.field}: ")) from None
+
+
+def num_skipped_layers(body: CommonBody, settings: Settings) -> int | None:
+    """Layers of the text encoder to skip; there, 1 is none, and the setting counts before the member (SD.Next's)."""
+    given = body.clip_skip if settings.CLIP_stop_at_last_layers is None else settings.CLIP_stop_at_last_layers
+    return None if given is None or given <= 1 else given - 1
 
 
 def _served(

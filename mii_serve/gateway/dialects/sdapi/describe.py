@@ -28,6 +28,7 @@ Get = Callable[[HttpCall], Awaitable[Response]]
 CHECKPOINT = "sd_model_checkpoint"
 FIXED_OPTIONS: dict[str, Any] = {
     "samples_format": "png",
+    "CLIP_stop_at_last_layers": 1,
     "live_previews_enable": False,
     "show_progress_every_n_steps": 0,
     **{name: values[0] for name, values in NEUTRAL_SETTINGS.items() if name != "forge_additional_modules"},

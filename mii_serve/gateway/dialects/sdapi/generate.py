@@ -20,6 +20,7 @@ from mii_serve.gateway.dialects.sdapi.body import (
     Settings,
     TextBody,
     image_body,
+    num_skipped_layers,
     settings_of,
     text_body,
 )
@@ -35,6 +36,7 @@ from mii_serve.server.call import CallContext
 from mii_serve.server.dispatcher import Dispatcher
 from mii_serve.server.model_names import ModelNames
 from mii_serve.types import (
+    A1111,
     MAX_SEED,
     RANDOM_SEED,
     Capabilities,
@@ -77,13 +79,15 @@ class Generations:
 
     async def text_to_image(self, call: HttpCall) -> Response:
         body = text_body(call.body)
-        return await self._answer(call, body, self._requested(body), "scripts_txt2img")
+        settings = settings_of(body)
+        return await self._answer(call, body, settings, self._requested(body, settings), "scripts_txt2img")
 
     async def image_to_image(self, call: HttpCall) -> Response:
         from mii_serve.gateway.dialects.sdapi.images import input_images  # Pillow is for those who send images
 
         body = image_body(call.body)
-        asked, picked = self._requested(body)
+        settings = settings_of(body)
+        asked, picked = self._requested(body, settings)
         self._check_count(body)
         size = self._resolved(asked)  # before anything is decoded
         if self._num_preparing >= MAX_PREPARING:
@@ -102,15 +106,18 @@ class Generations:
                 call.body.pop(name, None)
         strength = DENOISING_STRENGTH if body.denoising_strength is None else body.denoising_strength
         asked = replace(asked, height=size.height, width=size.width, image=image, mask_image=mask, strength=strength)
-        return await self._answer(call, body, (asked, picked), "scripts_img2img")
+        return await self._answer(call, body, settings, (asked, picked), "scripts_img2img")
 
-    def _requested(self, body: CommonBody) -> tuple[RequestedParams, Chosen]:
+    def _requested(self, body: CommonBody, settings: Settings) -> tuple[RequestedParams, Chosen]:
         """The parameters of one image that the body names."""
         picked = chosen(body.sampler_name or body.sampler_index or "", body.scheduler, body.eta, self._dispatcher.capabilities)
         prompt, loras = without_loras(body.prompt, "prompt")
         asked = RequestedParams(
             prompt=prompt,
             loras=loras or None,
+            clip_skip=num_skipped_layers(body, settings),
+            eta=picked.eta,
+            prompt_syntax=A1111,
             negative_prompt=body.negative_prompt,
             height=body.height,
             width=body.width,
@@ -121,9 +128,10 @@ class Generations:
         )
         return asked, picked
 
-    async def _answer(self, call: HttpCall, body: CommonBody, request: tuple[RequestedParams, Chosen], job: str) -> Response:
+    async def _answer(
+        self, call: HttpCall, body: CommonBody, settings: Settings, request: tuple[RequestedParams, Chosen], job: str
+    ) -> Response:
         asked, picked = request
-        settings = settings_of(body)
         await self._check_model(settings.sd_model_checkpoint)
         self._check_count(body)
         params, capabilities = self._resolved(asked), self._dispatcher.capabilities

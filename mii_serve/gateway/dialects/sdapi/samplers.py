@@ -25,7 +25,7 @@ class Sampler:
     """`ours` is the solver; `automatic` the schedule type that it declares, None where it has none at all.
 
     `eta` is the value of that parameter that `ours` has, None where it has no such parameter; `without_eta` the solver that it
-    is for an `eta` of 0.
+    is for an `eta` of 0. One that `takes_eta` has it from the request.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Sampler:
     automatic: str | None = "Uniform"
     eta: float | None = None
     without_eta: str | None = None
+    takes_eta: bool = False
 
 
 SAMPLERS = (
@@ -47,7 +48,7 @@ SAMPLERS = (
     Sampler(name="Heun", ours="heun", alias="k_heun"),
     Sampler(name="DPM2", ours="kdpm2", alias="k_dpm_2", automatic="Karras"),
     Sampler(name="DPM2 a", ours="kdpm2_a", alias="k_dpm_2_a", automatic="Karras", eta=1.0, without_eta="kdpm2"),
-    Sampler(name="DDIM", ours="ddim", alias="ddim", automatic=None, eta=0.0),
+    Sampler(name="DDIM", ours="ddim", alias="ddim", automatic=None, eta=0.0, takes_eta=True),
     Sampler(name="PLMS", ours="pndm", alias="plms", automatic=None),
     Sampler(name="UniPC", ours="unipc", alias="unipc", automatic=None),
     Sampler(name="LCM", ours="lcm", alias="k_lcm", automatic=None),
@@ -63,6 +64,7 @@ class Chosen:
     scheduler: str | None
     sampler: str
     schedule_type: str = AUTOMATIC
+    eta: float | None = None
 
 
 def chosen(sampler_name: str, schedule_type: str, eta: float | None, capabilities: Capabilities) -> Chosen:
@@ -99,6 +101,7 @@ def chosen(sampler_name: str, schedule_type: str, eta: float | None, capabilitie
         scheduler=capabilities.schedulers[ours],
         sampler=sampler.name,
         schedule_type=AUTOMATIC if is_automatic or spacing is None else spacing,
+        eta=eta if sampler.takes_eta else None,
     )
 
 
@@ -151,7 +154,7 @@ def _sampler(name: str) -> tuple[Sampler | None, str | None]:
 
 def _with_eta(sampler: Sampler, eta: float | None) -> str:
     """The solver for this `eta`; samplers without the parameter take no notice of it, there as here."""
-    if eta is None or sampler.eta is None or eta == sampler.eta:
+    if eta is None or sampler.eta is None or sampler.takes_eta or eta == sampler.eta:
         return sampler.ours
     if eta == 0 and sampler.without_eta is not None:
         return sampler.without_eta
