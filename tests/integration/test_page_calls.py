@@ -24,10 +24,10 @@ from mii_serve.gateway.app import serve_http
 from mii_serve.gateway.page.calls import PageCalls
 from mii_serve.gateway.page.files import ASSETS
 from mii_serve.server.keys import KeyRing
-from mii_serve.types import PARAMETER_NAMES, ServerInfo
+from mii_serve.types import OWN_STEPS, PARAMETER_NAMES, ServerInfo
 
 KEY = "studio-key-0123456789"
-KNOWN = ", ".join(sorted({"loras", "preview_every", "strength", *PARAMETER_NAMES}))
+KNOWN = ", ".join(sorted({"loras", "preview_every", "strength", *PARAMETER_NAMES, *(one.name for one in OWN_STEPS)}))
 JSON = {"content-type": "application/json"}
 
 
