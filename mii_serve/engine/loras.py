@@ -103,7 +103,7 @@ class LoraStore:
         for adapter in adapters.values():
             self.add(adapter)
 
-    def told(self, capabilities: Capabilities) -> Capabilities:
+    def added_to(self, capabilities: Capabilities) -> Capabilities:
         """With the LoRAs that there are now."""
         return replace(capabilities, loras=self.loras)
 

@@ -107,7 +107,7 @@ class ReferenceEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        return self.loras.told(self._capabilities)
+        return self.loras.added_to(self._capabilities)
 
     def stage_seconds(self) -> dict[str, float]:
         return self._timer.take()

@@ -72,4 +72,4 @@ class LoraCalls:
 
 
 async def _refuse(call: HttpCall) -> Response:
-    raise PermissionDeniedError("nobody may change what this server serves; the operator can allow it with admin_key_file")
+    raise PermissionDeniedError("what this server serves cannot be changed; the operator can allow it with admin_key_file")

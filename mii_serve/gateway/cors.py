@@ -74,7 +74,7 @@ class Cors:
     def _allow(self, headers: MutableHeaders, origin: str | None) -> None:
         """Let pages of this origin read the answer; None for no page."""
         if not self._origins.allow_all:
-            headers.add_vary_header("origin")  # whoever keeps the answer must not give it to another origin
+            headers.add_vary_header("origin")  # a cache must not give the answer to another origin
         if origin is not None:
             headers["access-control-allow-origin"] = ALL if self._origins.allow_all else origin
             headers["access-control-expose-headers"] = ", ".join(EXPOSED)

@@ -61,7 +61,7 @@ class _Deferred(ModuleType):
 
 
 class _RealPath:
-    """Where the modules below a package are looked for. Whoever imports one of them needs the package itself."""
+    """Where the modules below a package are looked for. An import of one of them needs the package itself."""
 
     def __init__(self, package: str) -> None:
         self._package = package

@@ -382,8 +382,8 @@ def _fill_parameters(message: pb.EffectiveParameters, parameters: EffectiveParam
 
 _OPTIONAL_PARAMETERS = ("strength", "clip_skip")
 _OTHER_PARAMETERS = {"scheduler_options", "loras", *_OPTIONAL_PARAMETERS, *(one.name for one in OWN_STEPS)}
-_UNTOLD = {"lora_choice", "embeds_guidance", *EMBEDS}
-_PLAIN_PARAMETERS = tuple(one.name for one in fields(EffectiveParameters) if one.name not in _OTHER_PARAMETERS | _UNTOLD)
+_NOT_SENT = {"lora_choice", "embeds_guidance", *EMBEDS}
+_PLAIN_PARAMETERS = tuple(one.name for one in fields(EffectiveParameters) if one.name not in _OTHER_PARAMETERS | _NOT_SENT)
 
 
 def _decode_done(parameters: pb.EffectiveParameters, timings: pb.Timings) -> Done:

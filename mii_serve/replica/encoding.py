@@ -41,8 +41,8 @@ def _texts(parameters: EffectiveParameters, seed: int) -> dict[str, str]:
 
     They say what was asked for and what was done. Files are passed on, so nothing of the host goes into them.
     """
-    untold = ("lora_choice", "embeds_guidance", *EMBEDS)
-    params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams) if one.name not in untold}
+    left_out = ("lora_choice", "embeds_guidance", *EMBEDS)
+    params = {one.name: getattr(parameters, one.name) for one in fields(GenerationParams) if one.name not in left_out}
     unused = [name for name in _OF_SOME if params[name] in (None, 0.0, PLAIN)]
     if not parameters.loras:
         unused.append("loras")

@@ -44,7 +44,7 @@ class ImageEncoding:
                 try:
                     encoded = await asyncio.shield(running)
                 except asyncio.CancelledError:
-                    await asyncio.wait((running,))  # nobody begins another meanwhile
+                    await asyncio.wait((running,))  # none other begins meanwhile
                     raise
         except TimeoutError:
             raise DeadlineExceededError("the time ran out before the image was encoded") from None

@@ -76,7 +76,7 @@ class Dispatcher:
         self._capabilities: Capabilities | None = None
         self.loras = Loras(self._router, self._set_loras)
         self.admin_keys: KeyRing | None = None
-        """Of those who may change what is served; None where nobody may."""
+        """Of those who may change what is served; None where it cannot be changed."""
         self._idempotency = IdempotencyCache()
         self._input_images = InputImages()
         self._is_draining = False

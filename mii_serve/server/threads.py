@@ -17,5 +17,5 @@ async def in_thread(function: Callable[..., Result], *arguments: object) -> Resu
     except asyncio.CancelledError:
         await asyncio.wait([running])
         if not running.cancelled():
-            running.exception()  # it is nobody's any more
+            running.exception()  # taken, so that asyncio does not report it as lost
         raise

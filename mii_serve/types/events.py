@@ -68,7 +68,7 @@ class EffectiveParameters(GenerationParams):
     scheduler_options: Mapping[str, str]
     is_scheduler_compiled: bool
     has_prompt_embeds: bool = False
-    """The prompt was embeddings, which are not told again."""
+    """The prompt was embeddings, which are not repeated."""
 
     def as_record(self) -> dict[str, Any]:
         """By name, as plain values."""

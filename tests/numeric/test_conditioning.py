@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from drawing import finish
-from plain_diffusers import levels
+from plain_diffusers import levels, with_text_layers
 
 from mii_serve.client.arguments import build_request
 from mii_serve.engine.factory import native_engine
@@ -160,19 +159,7 @@ def sample_of(engine, name: str, seed: int, **asked: Any) -> Sample:
 
 @pytest.fixture(scope="module")
 def model(demo):
-    """The demo with a text encoder of more layers."""
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTextModel
-
-    config = copy.deepcopy(demo.pipeline.text_encoder.config)
-    config.num_hidden_layers = 4
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        encoder = CLIPTextModel(config).eval().requires_grad_(False)
-    # As in trained models, its mean is not 0, by which a weighted chunk is scaled.
-    getattr(encoder, "text_model", encoder).final_layer_norm.bias.add_(0.3)
-    parts = {**demo.pipeline.components, "text_encoder": encoder}
-    return replace(demo, pipeline=StableDiffusionPipeline(**parts, requires_safety_checker=False))
+    return with_text_layers(demo, 4)
 
 
 @pytest.fixture(scope="module")

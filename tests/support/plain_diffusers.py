@@ -5,8 +5,10 @@ Nothing of ours takes part in the first: `StableDiffusionPipeline.from_pretraine
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +131,18 @@ def faults(expected: Drawn, made: Drawn, allowed: int) -> dict[str, str]:
 
 def told(wrong: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {fault}" for name, fault in wrong.items())
+
+
+def with_text_layers(model: LoadedModel, num_layers: int) -> LoadedModel:
+    """The model with a random text encoder of so many layers."""
+    from transformers import CLIPTextModel
+
+    config = copy.deepcopy(model.pipeline.text_encoder.config)
+    config.num_hidden_layers = num_layers
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = CLIPTextModel(config).eval().requires_grad_(False)
+    # As in trained models, its mean is not 0, by which a weighted chunk is scaled.
+    getattr(encoder, "text_model", encoder).final_layer_norm.bias.add_(0.3)
+    parts = {**model.pipeline.components, "text_encoder": encoder}
+    return replace(model, pipeline=StableDiffusionPipeline(**parts, requires_safety_checker=False))

@@ -168,7 +168,7 @@ class BatchedEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        return self._capabilities if self.loras is None else self.loras.told(self._capabilities)
+        return self._capabilities if self.loras is None else self.loras.added_to(self._capabilities)
 
     @property
     def capacity(self) -> EngineCapacity:

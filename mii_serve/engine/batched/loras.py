@@ -92,9 +92,9 @@ class BatchedLoras:
         """No request can name it any more; those that are accepted keep it."""
         self.store.remove(name)
 
-    def told(self, capabilities: Capabilities) -> Capabilities:
+    def added_to(self, capabilities: Capabilities) -> Capabilities:
         """With the LoRAs that there are now."""
-        return self.store.told(capabilities)
+        return self.store.added_to(capabilities)
 
     def acquire(self, choice: LoraChoice) -> LoraEntry | None:
         """The entry of a combination, in use until it has been released as often as acquired; None for no LoRAs."""

@@ -109,7 +109,7 @@ class Settings(_Object):
 
     @property
     def preview_every(self) -> int | None:
-        """Steps between previews; None where nobody asked for them."""
+        """Steps between previews; None where none were asked for."""
         every = max(0, self.show_progress_every_n_steps or 0)
         if self.live_previews_enable is False or not (self.live_previews_enable or every):
             return None

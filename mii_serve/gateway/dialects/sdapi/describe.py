@@ -131,7 +131,7 @@ class Descriptions:
         return JSONResponse(own[0].to_json(has_image=has_image), headers={"cache-control": "no-store"})
 
     async def interrupt(self, call: HttpCall) -> Response:
-        """End what this caller, and nobody else, has asked for."""
+        """End what this caller alone has asked for."""
         for task in self._tasks.of(call.context.client, call.request.query_params.get("id_task")):
             task.interrupted.set()
         return JSONResponse({})

@@ -104,7 +104,7 @@ function typed(event) {
   moveRing();
 }
 
-// `changed` is told whether there is a mask, whenever that changes.
+// `changed` is called with whether there is a mask, whenever that changes.
 export function listen(changed) {
   onChange = changed;
   canvas.addEventListener("pointerdown", (event) => {

@@ -123,7 +123,7 @@ export async function files() {
   return made;
 }
 
-// `say` is told what happens, `size` the width and the height that go with an image.
+// `say` is called with what happens, `size` with the width and the height that go with an image.
 export function listen(say, size) {
   onSize = (width, height) => {
     size(width, height);
