@@ -89,7 +89,7 @@ Blocked = ContentBlockedError | ImagesHeldBackError
 
 _CODES: dict[int, str] = {
     401: "invalid_api_key",
-    403: "forbidden_origin",
+    403: "permission_denied",
     404: "not_found",
     405: "method_not_allowed",
     406: "not_acceptable",
@@ -136,6 +136,8 @@ def problem_of(error: MiiServeError, *, failed: int, late: int) -> Problem:
         code = "content_filter"
     elif isinstance(error, NotFoundError):
         code = error.code
+    elif isinstance(error, OtherOriginError):
+        code = "forbidden_origin"
     elif status >= 500:
         status, code = failed, "generation_failed"
     if isinstance(error, QueueFullError) and error.retry_after_s is not None:

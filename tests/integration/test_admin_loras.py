@@ -170,7 +170,8 @@ async def test_one_of_the_start_whose_files_are_not_the_same_on_all_replicas_is_
 
 async def test_only_an_admin_key_opens_and_wrong_inputs_change_nothing(deployment, tmp_path):
     async with admin(deployment, tmp_path, has_keys=False) as client:
-        assert (await client.get("/admin/loras")).status_code == 403
+        closed = await client.get("/admin/loras")
+        assert (closed.status_code, closed.json()["error"]["code"]) == (403, "permission_denied")
         assert (await load(client, "ink", tmp_path / "ink")).status_code == 403
     async with admin(deployment, tmp_path) as client:
         stranger = {"authorization": "Bearer another-key-0123456789"}
