@@ -33,7 +33,7 @@ MAX_REPLY_BYTES = 2**27 - 64 * 1024
 _MAX_KWARGS = 64
 
 MII_KWARGS = tuple(sorted(parameter.name for parameter in PARAMETERS if parameter.name != "prompt"))
-"""The query_kwargs that are taken. `seed` and `scheduler` are ours: MII takes no notice of them."""
+"""The query_kwargs that are taken. `seed`, `scheduler` and `prompt_syntax` are ours: MII takes no notice of them."""
 
 REFUSED_KWARGS = frozenset(
     {

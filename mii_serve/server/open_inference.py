@@ -347,4 +347,8 @@ def _outputs_of(images: Sequence[ImageReady]) -> dict[str, Tensor]:
 def _effective(answers: Sequence[GenerationAnswer]) -> dict[str, Scalar]:
     first, *others = (answer.parameters for answer in answers)
     values = {name: getattr(first, name) for name in _EFFECTIVE}
-    return {name: value for name, value in values.items() if all(getattr(other, name) == value for other in others)}
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and all(getattr(other, name) == value for other in others)
+    }

@@ -96,12 +96,12 @@ async def test_a_declared_parameter_without_a_control_gets_a_plain_one(site: Sit
 
 
 async def test_one_that_the_server_does_not_know_is_refused_at_its_place(site: Site, monkeypatch):
-    new = Parameter(name="clip_skip", kind=int, bounds=lambda limits: (0, 11), default=0, help="encoder layers to leave out")
+    new = Parameter(name="style_count", kind=int, bounds=lambda limits: (0, 11), default=0, help="of no server")
     monkeypatch.setattr(messages, "PARAMETERS", (*PARAMETERS, new))
     page = await site.open()
     await page.click("#more summary")
-    await draw(page, "a red circle", clip_skip="3")
-    await expect(page.locator("#clip_skip-error")).to_have_text(re.compile("^Clip skip is not known here"))
+    await draw(page, "a red circle", style_count="3")
+    await expect(page.locator("#style_count-error")).to_have_text(re.compile("^Style count is not known here"))
     site.complaints[:] = [text for text in site.complaints if "status of 400" not in text]
 
 
@@ -227,6 +227,8 @@ async def test_the_code_makes_the_same_picture(site: Site, tmp_path):
         "guidance_rescale": 0,
         "scheduler": "lcm",
         "seed": 0,
+        "eta": 0,
+        "prompt_syntax": "plain",
     }
     codes = {}
     for name in ("python", "curl", "openai"):

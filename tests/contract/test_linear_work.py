@@ -23,14 +23,14 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from mii_serve.errors import MiiServeError
-from mii_serve.gateway import hosts, json_body, middleware, paths, suggestions
+from mii_serve.gateway import hosts, json_body, middleware, paths
 from mii_serve.gateway.dialects import azure_score, huggingface, openai
 from mii_serve.gateway.errors import OverLimitError
 from mii_serve.gateway.page import messages
 from mii_serve.proto import codec, metadata, mii_codec
 from mii_serve.proto.mii import pictures_pb2 as mii
 from mii_serve.proto.v1 import image_generation_pb2 as pb
-from mii_serve.server import call
+from mii_serve.server import call, suggestions
 from mii_serve.server.keys import KeyRing
 from mii_serve.types import GenerationRequest, ImageFormat, ResolvedRequest
 

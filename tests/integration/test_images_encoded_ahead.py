@@ -72,10 +72,12 @@ async def test_who_leaves_or_is_late_meanwhile_never_joins(server, client):
         await client.generate("a", image=IMAGE, timeout=0.2)
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
+    await server.until(lambda: not server.dispatcher._active)
+    await client.generate("others")  # behind the word that they have left, on the same stream to the replica
     server.engine.encoding.set()
-    await client.generate("others")
     await server.until(lambda: not server.loop._images._one.locked())
-    assert [sample.params.prompt for sample in joined(server)] == ["others"]
+    await client.generate("more")
+    assert [sample.params.prompt for sample in joined(server)] == ["others", "more"]
 
 
 async def test_an_image_that_cannot_be_encoded_fails_its_request_alone(server, client):
