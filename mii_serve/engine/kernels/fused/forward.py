@@ -116,9 +116,9 @@ class FusedPass:
             operations, hidden, transformer.norm, is_silu=False, after=merged.after, keeps_total=True
         )  # fmt: skip
         assert total is not None
-        tokens = linear(tokens_of(normed), transformer.proj_in.weight.flatten(1), transformer.proj_in.bias)
+        tokens = self._product(transformer.proj_in, tokens_of(normed), len(total), transformer.proj_in.bias)
         tokens, total = self._blocks(transformer, merged, tokens, total, skips)
-        tokens_of(total).addmm_(tokens, transformer.proj_out.weight.flatten(1).t())
+        self._project_out(transformer, merged, tokens, total)
         return Image(total)
 
     def _blocks(
@@ -145,12 +145,11 @@ class FusedPass:
         skips: list[Image],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         operations, own, cross = self.kernels.operations, block.attn1, block.attn2
-        normed = operations.layer_norm(tokens, block.norm1, merged.biases[0])
-        projected = linear(normed, merged.query_key_value)
+        projected = self._query_key_value(own, merged, operations.layer_norm(tokens, block.norm1, merged.biases[0]), len(total))
         projected = projected.view(-1, num_tokens, 3, own.heads, projected.shape[1] // 3 // own.heads)
         attended = operations.attention(projected[:, :, 0], projected[:, :, 1], projected[:, :, 2])
-        tokens.addmm_(attended.view(len(tokens), -1), own.to_out[0].weight.t())
-        query = linear(operations.layer_norm(tokens, block.norm2, merged.biases[1]), cross.to_q.weight)
+        self._accumulate(own.to_out[0], attended.view(len(tokens), -1), tokens, len(total))
+        query = self._product(cross.to_q, operations.layer_norm(tokens, block.norm2, merged.biases[1]), len(total))
         if self.sample_of_row is not None:
             total, tokens, query = self._expand_to_rows(total, skips, tokens, query)
         query, keys, values = (
@@ -162,11 +161,34 @@ class FusedPass:
             )
         )
         attended = operations.attention(query, keys, values)
-        tokens.addmm_(attended.view(len(tokens), -1), cross.to_out[0].weight.t())
-        widened = block.ff.net[0].proj
-        normed = operations.layer_norm(tokens, block.norm3, merged.biases[2])
-        tokens.addmm_(operations.linear_geglu(normed, widened.weight, widened.bias), block.ff.net[2].weight.t())
+        self._accumulate(cross.to_out[0], attended.view(len(tokens), -1), tokens, len(total))
+        self._feed_forward(block, operations.layer_norm(tokens, block.norm3, merged.biases[2]), tokens, len(total))
         return tokens, total
+
+    def _query_key_value(self, own: nn.Module, merged: MergedBlock, normed: torch.Tensor, num_entries: int) -> torch.Tensor:
+        """Tokens × (3 · channels). `num_entries` are the samples, or rows, whose tokens are next to each other."""
+        return linear(normed, merged.query_key_value)
+
+    def _feed_forward(self, block: BasicTransformerBlock, normed: torch.Tensor, tokens: torch.Tensor, num_entries: int) -> None:
+        """In place: it is added to the tokens."""
+        widened = block.ff.net[0].proj
+        tokens.addmm_(self.kernels.operations.linear_geglu(normed, widened.weight, widened.bias), block.ff.net[2].weight.t())
+
+    def _product(
+        self, layer: nn.Module, inputs: torch.Tensor, num_entries: int, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The layer's outputs, with this bias."""
+        return linear(inputs, layer.weight.flatten(1), bias)  # type: ignore[operator]
+
+    def _accumulate(self, layer: nn.Module, inputs: torch.Tensor, into: torch.Tensor, num_entries: int) -> None:
+        """Add the layer's outputs without its bias, in place."""
+        into.addmm_(inputs, layer.weight.flatten(1).t())  # type: ignore[operator]
+
+    def _project_out(
+        self, transformer: Transformer2DModel, merged: MergedTransformer, tokens: torch.Tensor, total: torch.Tensor
+    ) -> None:
+        """Add the transformer's outputs to `total`, in place. What the tokens lack is in `merged.after` already."""
+        self._accumulate(transformer.proj_out, tokens, tokens_of(total), len(total))
 
     def _expand_to_rows(self, total: torch.Tensor, skips: list[Image], *tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The activations with one entry per row instead of one per sample; so is all that comes after."""
